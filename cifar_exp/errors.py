@@ -1,0 +1,62 @@
+"""The errors a user can meet, each with the exit code that scripts rely on.
+
+An error of these classes is shown as its message alone; anything else is a fault of ours and keeps its traceback.
+"""
+
+from typing import ClassVar
+
+
+class CifarExpError(Exception):
+    """A failure whose message names the setting, its value, the rule and what to type."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(CifarExpError):
+    """The configuration is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(CifarExpError):
+    """The images are missing, broken or inconsistent."""
+
+    exit_code = 3
+
+
+class MachineError(CifarExpError):
+    """The machine lacks what was asked for."""
+
+    exit_code = 4
+
+
+class TrackingError(CifarExpError):
+    """Training finished and nothing is lost, but the tracking store could not be written."""
+
+    exit_code = 5
+
+
+class DivergenceError(CifarExpError):
+    """The loss is not finite."""
+
+    exit_code = 6
+
+
+class WorkerError(CifarExpError):
+    """A worker process raised or died."""
+
+    exit_code = 7
+
+
+class StorageError(CifarExpError):
+    """A file of the run could not be written or read back."""
+
+    exit_code = 8
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end. It is no ``Exception``, so that it ends a whole sweep and not one job of it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,81 @@
+"""``metrics.jsonl``, the truth about a run: one JSON object a line, appended and never rewritten.
+
+``{"step": int, "epoch": int, "time": seconds since the start of the run, "metrics": {name: value}}``
+
+Rank 0 writes it while it trains, the parent adds the closing line after the ranks have ended; everyone else reads.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal.
+
+    Attributes:
+        step: training steps done when it was written.
+        epoch: epochs begun, counted from 1; 0 before the first.
+        time: seconds since the start of the run.
+        metrics: values by name.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    metrics: Mapping[str, float]
+
+
+class JournalWriter:
+    """Appends entries, each on disk as soon as it is written."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+
+    def write(self, entry: Entry) -> None:
+        """Append one entry. JSON has no NaN or infinity: they are written as the strings that ``float`` reads."""
+        metrics = {name: value if math.isfinite(value) else str(value) for name, value in entry.metrics.items()}
+        line = {"step": entry.step, "epoch": entry.epoch, "time": round(entry.time, 4), "metrics": metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def parse(line: str | bytes) -> Entry:
+    """One line of the journal as an entry."""
+    fields: dict[str, Any] = json.loads(line)
+    metrics = {name: float(value) for name, value in fields["metrics"].items()}
+    return Entry(fields["step"], fields["epoch"], fields["time"], metrics)
+
+
+class JournalFollower:
+    """Reads a journal while it grows; a line that is still being written waits for the next call."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        self._offset = 0
+
+    def new_entries(self) -> Iterator[Entry]:
+        """The whole lines written since the last call; none where there is no journal yet."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield parse(line)
+
+
+def read(run_dir: Path) -> list[Entry]:
+    """All whole lines of the run's journal, in order."""
+    return list(JournalFollower(run_dir).new_entries())
