@@ -29,7 +29,7 @@ class Train:
     compile: Literal["auto", "never", "always"] = "auto"
     deterministic: bool = False
     log_every: Count = 10  # steps between two reads of the loss, and between two points of the live plot
-    label_smoothing: Annotated[float, Ge(0), Gt(-1)] = 0.0
+    label_smoothing: Annotated[float, Ge(0), Le(1)] = 0.0
 
 
 @dataclass
