@@ -79,3 +79,11 @@ class JournalFollower:
 def read(run_dir: Path) -> list[Entry]:
     """All whole lines of the run's journal, in order."""
     return list(JournalFollower(run_dir).new_entries())
+
+
+def last_values(run_dir: Path) -> dict[str, float]:
+    """The last value of every metric in the run's journal."""
+    metrics: dict[str, float] = {}
+    for entry in read(run_dir):
+        metrics |= entry.metrics
+    return metrics

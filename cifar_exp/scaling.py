@@ -1,6 +1,6 @@
 """From measured runs to speedup over device counts: pure arithmetic, no store and no plots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -22,6 +22,17 @@ class RunResult:
     images_per_second: float
     train_seconds: float
     test_accuracy: float
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, float]) -> "RunResult":
+        """From the last values of a finished run's metrics."""
+        return cls(
+            devices=int(metrics["devices"]),
+            global_batch_size=int(metrics["global_batch_size"]),
+            images_per_second=metrics["steady_images_per_second"],
+            train_seconds=metrics["time/train_seconds"],
+            test_accuracy=metrics["test/accuracy"],
+        )
 
 
 @dataclass(frozen=True)
@@ -75,3 +86,19 @@ def speedup_rows(results: Sequence[RunResult]) -> list[SpeedupRow]:
             )
         )
     return rows
+
+
+def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """The group of each job of a sweep: the values that tell it apart, but for its device count and its seed.
+
+    Args:
+        overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
+
+    Returns:
+        A name for each job, such as ``strong``; empty where nothing else differs.
+    """
+    rest = [
+        [override for override in job if override.split("=")[0] not in ("devices.count", "seed")] for job in overrides
+    ]
+    common = set.intersection(*(set(job) for job in rest)) if rest else set()
+    return [",".join(override.partition("=")[2] for override in job if override not in common) for job in rest]

@@ -1,0 +1,93 @@
+"""Hydra at the command line, with this project's messages and exit codes instead of tracebacks."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
+from cifar_exp.errors import CifarExpError, ConfigError, Stopped
+
+Job = Callable[[DictConfig], Any]
+
+
+def run_hydra(job: Job) -> int:
+    """Compose the configuration from ``sys.argv`` and run ``job`` with it, once or for every job of a sweep.
+
+    Returns:
+        The exit code. Errors that a user can mend are printed as one message.
+    """
+    from hydra.core.plugins import Plugins
+
+    from cifar_exp.sweep import StudySweeper
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
+    register_resolvers()
+    Plugins.instance().register(StudySweeper)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    failures: list[CifarExpError] = []
+
+    def guarded(composed: DictConfig) -> Any:
+        try:
+            return job(composed)
+        except CifarExpError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the sweeper's to report
+            failures.append(error)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+    except CifarExpError as error:
+        failures.append(error)
+    except Stopped as stopped:
+        print(f"cifar-exp: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except Exception as error:
+        if not _is_hydras(error):
+            raise
+        failures.append(explained(error))
+    for failure in failures:
+        if str(failure):
+            print(f"cifar-exp: {failure}", file=sys.stderr)
+    return failures[0].exit_code if failures else 0
+
+
+def explained(error: Exception) -> ConfigError:
+    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        options = [str(option) for option in error.options or []]
+        return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return ConfigError(unknown_setting(cause.full_key))
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
+        )
+    return ConfigError(str(error))
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf refused something; some of it they do with a bare ValueError."""
+    last_frame = traceback.extract_tb(error.__traceback__)[-1]
+    packages = {"hydra", "omegaconf", "antlr4"}
+    return isinstance(error, HydraException | OmegaConfBaseException) or bool(
+        packages & set(Path(last_frame.filename).parts)
+    )
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Stopped(number)

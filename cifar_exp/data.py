@@ -1,0 +1,105 @@
+"""From images on disk to the batches of one rank.
+
+Training order is a permutation keyed by (seed, epoch). Step s takes positions [s * global batch, (s + 1) * global
+batch), rank r the r-th slice of them: which images a step sees does not depend on how many ranks share it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cifar_exp.augment import Augmentation
+from cifar_exp.datasets import Split
+from cifar_exp.rng import keyed_generator
+
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The image at each position of an epoch: a permutation of 0 ... count - 1, (count,) int64."""
+    return torch.randperm(count, generator=keyed_generator(seed, "order", epoch))
+
+
+def shard(count: int, rank: int, world_size: int) -> range:
+    """The images that a rank evaluates: unpadded and contiguous, at most one more than another rank's."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(pixel - shift) * scale`` per channel; pixels and ``shift`` in 0..255.
+
+    It follows the augmentation, so that what a translation uncovers is black, not the mean.
+    """
+
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def of(cls, kind: str, mean: tuple[float, ...], std: tuple[float, ...]) -> "Normalization":
+        """The choice of ``train.normalization`` with the training set's figures (per channel, 0..255)."""
+        if kind == "zerocenter":
+            return cls(shift=mean)
+        if kind == "zscore":
+            return cls(shift=mean, scale=tuple(1 / value for value in std))
+        return cls()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..255, any type -> float32, channels-last."""
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        images = images - images.new_tensor(self.shift).view(-1, 1, 1)
+        return images if set(self.scale) == {1.0} else images * images.new_tensor(self.scale).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """One rank's training batches, epoch by epoch.
+
+    Attributes:
+        split: all training images, on the training device.
+        augmentation: applied to whole batches on that device.
+        normalization: applied after it.
+        seed: of order and augmentation.
+        rank: this rank.
+        world_size: number of ranks.
+        batch_size: images of this rank a step.
+    """
+
+    split: Split
+    augmentation: Augmentation
+    normalization: Normalization
+    seed: int
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch (counted from 1); the last partial global batch is dropped."""
+        order = epoch_order(len(self.split.labels), self.seed, epoch)
+        device = self.split.images.device
+        parameters = self.augmentation.parameters(order, self.seed, epoch)
+        global_batch = self.batch_size * self.world_size
+        for start in range(0, len(order) - global_batch + 1, global_batch):
+            mine = slice(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size)
+            images = order[mine].to(device)
+            augmented = self.augmentation(self.split.images[images], parameters[mine].to(device))
+            yield self.normalization(augmented), self.split.labels[images]
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """One rank's share of a set that is evaluated, each image once, in order."""
+
+    split: Split
+    normalization: Normalization
+    rank: int
+    world_size: int
+    batch_size: int = 500
+
+    def __iter__(self) -> Iterator[Batch]:
+        mine = shard(len(self.split.labels), self.rank, self.world_size)
+        for start in range(mine.start, mine.stop, self.batch_size):
+            part = slice(start, min(start + self.batch_size, mine.stop))
+            yield self.normalization(self.split.images[part]), self.split.labels[part]

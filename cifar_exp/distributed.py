@@ -1,0 +1,134 @@
+"""The one place that knows there are several ranks. World size 1 takes the same calls.
+
+Gradients, sums and counts are combined here; nobody else asks for the rank or the world size.
+"""
+
+import inspect
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among all that train together.
+
+    Attributes:
+        rank: 0 to ``size`` - 1.
+        local_rank: the rank among those of this host, which picks the GPU.
+        size: number of ranks.
+        device: where this rank computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the journal and the checkpoints."""
+        return self.rank == 0
+
+
+@contextmanager
+def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iterator[World]:
+    """Join the process group of the ranks that elastic started, and leave it at the end.
+
+    Ranks find each other through a file in ``rendezvous_dir`` (a TCP store would listen on all interfaces).
+
+    Args:
+        accelerator: ``cpu`` (gloo) or ``gpu`` (NCCL, one GPU a rank).
+        rendezvous_dir: a folder that only this job uses.
+        timeout: seconds a collective operation may take.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device("cpu")
+    if accelerator == "gpu":
+        torch.cuda.set_device(device)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if accelerator == "gpu" else "gloo",
+        init_method=f"file://{rendezvous_dir}/ranks-{attempt}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        yield World(rank, local_rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, in one collective."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if dist.get_world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = sum_over_ranks(flat) / dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+@dataclass
+class ExposedCommunication:
+    """Seconds that backward passes waited for gradients to be averaged, with nothing left to compute meanwhile.
+
+    Measured on the host's clock, so on CPU ranks only: from the moment the last bucket of gradients is complete to
+    the end of the backward pass.
+    """
+
+    seconds: float = 0.0
+    _last_bucket: float | None = field(default=None, repr=False)
+
+    def bucket_complete(self) -> None:
+        self._last_bucket = time.perf_counter()
+
+    def backward_done(self) -> None:
+        if self._last_bucket is not None:
+            self.seconds += time.perf_counter() - self._last_bucket
+            self._last_bucket = None
+
+
+def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, ExposedCommunication]:
+    """The module to train: ``model`` itself on one rank, else DDP around it, which averages gradients over ranks.
+
+    Buffers are not broadcast at each step, which would cost a collective; :func:`average_buffers` combines them before
+    they are used.
+    """
+    exposed = ExposedCommunication()
+    if world.size == 1:
+        return model, exposed
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    # torch 2.13 renamed the option.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+    if world.device.type == "cpu":
+        parallel.register_comm_hook(exposed, _average_and_note)
+    return parallel, exposed
+
+
+def _average_and_note(exposed: ExposedCommunication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    exposed.bucket_complete()
+    gradients = bucket.buffer().div_(dist.get_world_size())
+    future = dist.all_reduce(gradients, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])

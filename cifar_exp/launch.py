@@ -1,0 +1,179 @@
+"""Devices -> N ranks of one function on torch elastic; failures, signals, nothing left behind."""
+
+import json
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from cifar_exp.errors import (
+    CifarExpError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    MachineError,
+    Stopped,
+    StorageError,
+    WorkerError,
+)
+from cifar_exp.schema import Devices
+from cifar_exp.worker import Job, RankFailure
+
+
+@dataclass(frozen=True)
+class DeviceSet:
+    """The devices that a run uses.
+
+    Attributes:
+        accelerator: ``cpu`` or ``gpu``.
+        count: number of ranks.
+        threads: CPU threads a rank.
+        found: GPUs or cores that this process may use.
+        oversubscribed: whether ranks share a GPU or a core.
+    """
+
+    accelerator: str
+    count: int
+    threads: int
+    found: int
+    oversubscribed: bool
+
+    def __str__(self) -> str:
+        unit = "GPU" if self.accelerator == "gpu" else "core"
+        used = f"{self.count} rank{'s'[: self.count > 1]} x {self.threads} thread{'s'[: self.threads > 1]}"
+        if self.accelerator == "gpu":
+            used = f"{self.count} GPU{'s'[: self.count > 1]}"
+        shared = ", oversubscribed" if self.oversubscribed else ""
+        return f"{used} (found {self.found} {unit}{'s'[: self.found > 1]}{shared})"
+
+
+def find_devices(wanted: Devices) -> DeviceSet:
+    """Turn ``auto`` and counts into devices. CUDA is asked for a count and not initialised.
+
+    Raises:
+        MachineError: where more is asked for than there is.
+    """
+    cores = len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count()
+    accelerator = wanted.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "gpu":
+        if gpus == 0:
+            raise MachineError("devices.accelerator=gpu: requested GPUs, found 0. Type devices=cpu")
+        count = gpus if wanted.count == "auto" else wanted.count
+        threads = max(1, cores // count) if wanted.threads == "auto" else wanted.threads
+        return _checked(wanted, DeviceSet("gpu", count, threads, gpus, count > gpus), count, "GPUs")
+    count = 1 if wanted.count == "auto" else wanted.count
+    threads = (cores if wanted.count == "auto" else 1) if wanted.threads == "auto" else wanted.threads
+    return _checked(wanted, DeviceSet("cpu", count, threads, cores, count * threads > cores), count * threads, "cores")
+
+
+def _checked(wanted: Devices, devices: DeviceSet, needed: int, unit: str) -> DeviceSet:
+    if devices.oversubscribed and not wanted.oversubscribe:
+        raise MachineError(
+            f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} {unit}, found "
+            f"{devices.found}. Type devices.count={devices.found}, or devices.oversubscribe=true to share them"
+        )
+    return devices
+
+
+class Launcher(Protocol):
+    """What `_target_` of ``conf/launcher`` is."""
+
+    timeout: float
+
+    def launch(self, function: Callable[[Job, Path], None], job: Job) -> None:
+        """Run ``function`` on every rank and return when all have ended well."""
+        ...
+
+
+@dataclass(frozen=True)
+class ElasticLauncher:
+    """Ranks as processes of this machine, on torch elastic.
+
+    Attributes:
+        timeout: seconds a collective operation may wait for the slowest rank.
+    """
+
+    timeout: float = 600.0
+
+    def launch(self, function: Callable[[Job, Path], None], job: Job) -> None:
+        """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.
+
+        Raises:
+            WorkerError: where a rank raised or died, with the first failing rank's traceback.
+            CifarExpError: the one that a rank raised for the user to mend.
+            Stopped: on SIGINT and SIGTERM, after all ranks have ended.
+        """
+        # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
+        # torch's TCP stores listen on all interfaces without authentication.
+        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder, _kept_signal_handlers():
+            exchange = Path(folder)
+            _set_environment(job.accelerator)
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=job.plan.world_size,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint=str(exchange / "rendezvous"),
+                rdzv_configs={"store_type": "file"},
+                max_restarts=0,
+                local_addr="127.0.0.1",
+                logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
+            )
+            try:
+                elastic_launch(config, function)(job, exchange)
+            except ChildFailedError as error:
+                raise _first_failure(error, exchange) from None
+            except SignalException as error:
+                raise Stopped(error.sigval) from None
+
+
+def _set_environment(accelerator: str) -> None:
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
+    if accelerator == "cpu":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Elastic installs handlers of its own and leaves them behind."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(error: ChildFailedError, exchange: Path) -> CifarExpError:
+    """The cause: a rank that was killed leaves no word, so it counts before those that told why they failed."""
+    records = [RankFailure(**json.loads(path.read_text())) for path in exchange.glob("failure-*.json")]
+    told = {record.rank for record in records}
+    for rank, failure in error.failures.items():
+        if rank not in told:
+            how = f"exit code {failure.exitcode}"
+            if failure.exitcode < 0:
+                how = f"killed by {signal.Signals(-failure.exitcode).name}"
+            return WorkerError(f"rank {rank} died without a word ({how}); the other ranks were ended")
+    first = min(records, key=lambda record: record.time)
+    for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
+        if first.exit_code == kind.exit_code:
+            return kind(first.message.partition(": ")[2])
+    return WorkerError(f"rank {first.rank} failed; the other ranks were ended\n{first.traceback}".rstrip())

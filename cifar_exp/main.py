@@ -1,0 +1,26 @@
+"""Command line -> composed config -> plan -> launch: one run, or one job of a sweep."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """The command `cifar-exp`."""
+    from cifar_exp.commandline import run_hydra
+
+    sys.exit(run_hydra(run_job))
+
+
+def run_job(composed: "DictConfig") -> float:
+    """Train once as ``composed`` says; what Hydra calls for a run and for each job of a sweep. The test accuracy."""
+    from cifar_exp.config import build, read_config
+
+    config = read_config(composed)
+    parts = build(config)
+
+    from cifar_exp.run import run
+
+    return run(config, parts)

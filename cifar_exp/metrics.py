@@ -1,0 +1,84 @@
+"""Sums, counts and stopwatches. No I/O."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class Totals:
+    """Loss sum, correct predictions and images, kept on the device until somebody reads them.
+
+    Sums are kept in float64 on CPU and CUDA alike, so that ten thousand images add up exactly.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, mean_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch. ``mean_loss``: () float; ``logits``: (N, classes); ``labels``: (N,) int64."""
+        count = labels.shape[0]
+        correct = (logits.argmax(1) == labels).sum()
+        self.sums[0] += mean_loss.double() * count
+        self.sums[1] += correct
+        self.sums[2] += count
+
+    def take(self) -> Tensor:
+        """The sums so far, (3,) float64; counting starts again at zero."""
+        sums = self.sums
+        self.sums = torch.zeros_like(sums)
+        return sums
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Loss and accuracy over ``count`` images."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+    @classmethod
+    def of(cls, sums: Tensor) -> "Averages":
+        """Divide once, after all sums have been reduced. ``sums``: (3,) as kept by :class:`Totals`."""
+        loss, correct, count = sums.tolist()
+        return cls(loss / count, correct / count, int(count))
+
+    def named(self, prefix: str) -> dict[str, float]:
+        """As metrics: ``{prefix}/loss`` and ``{prefix}/accuracy``."""
+        return {f"{prefix}/loss": self.loss, f"{prefix}/accuracy": self.accuracy}
+
+
+@dataclass
+class Stopwatch:
+    """Where the time went: seconds by name; nested spans are not counted twice, the inner one gets the time."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _running: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Count the time spent inside under ``name``."""
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count ``seconds`` of ``source`` under ``target``."""
+        self.seconds[source] = self.seconds.get(source, 0.0) - seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now

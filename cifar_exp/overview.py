@@ -1,0 +1,76 @@
+"""What a run is going to do and what came of it, for a person to read in the terminal."""
+
+from collections.abc import Mapping
+
+import torch
+import torchinfo
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from cifar_exp.datasets import DatasetFiles
+from cifar_exp.launch import DeviceSet
+from cifar_exp.models import parameter_count
+from cifar_exp.plan import Plan
+
+
+def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module) -> dict[str, str]:
+    """The plan as names and texts, for the table and the run's page."""
+    rates = ", ".join(
+        f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
+        for first, last, low, high in _shortened(plan.learning_rate_ranges())
+    )
+    return {
+        "devices": str(devices),
+        "batch": f"{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
+        "training images": f"{data.train_count:,} in {len(data.classes)} classes",
+        "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
+        "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
+        "learning rate": rates,
+        "validation": f"{data.test_count:,} test images after each epoch",
+        "parameters": f"{parameter_count(model):,}",
+    }
+
+
+def print_plan(console: Console, plan: Mapping[str, str], model: nn.Module, image_size: tuple[int, int]) -> None:
+    """One table of the plan, one of the layers."""
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    for name, text in plan.items():
+        table.add_row(name, text)
+    console.print(table)
+    layers = Table("layer", "output shape", title="Network", title_justify="left")
+    layers.add_column("parameters", justify="right")
+    for name, shape, count in layer_shapes(model, image_size):
+        layers.add_row(name, " x ".join(map(str, shape)), f"{count:,}" if count else "")
+    console.print(layers)
+
+
+def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[str, tuple[int, ...], int]]:
+    """Each layer's type, output shape without the batch, and parameters. The model is left in its mode."""
+    batch = torch.zeros(2, 3, *image_size)
+    summary = torchinfo.summary(model, input_data=batch, verbose=0, mode="eval", depth=10)
+    leaves = [layer for layer in summary.summary_list if layer.is_leaf_layer]
+    return [(layer.class_name, tuple(layer.output_size[1:]), layer.num_params) for layer in leaves]
+
+
+def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
+    """Accuracy, speed, and where the time went, in two lines."""
+    split = {
+        name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
+    }
+    label = " (CPU-simulated devices)" if simulated else ""
+    console.print(
+        f"test accuracy {metrics['test/accuracy']:.4f} on {metrics['test/count']:,.0f} images, "
+        f"{metrics['steady_images_per_second']:,.0f} images/s{label}, "
+        f"{metrics['time/train_seconds']:.1f} s of training, {metrics['time/total_seconds']:.1f} s in all",
+        highlight=False,
+    )
+    console.print(
+        "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
+        highlight=False,
+    )
+
+
+def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
+    """A schedule that moves every epoch is told by its first, middle and last epoch."""
+    return ranges if len(ranges) <= 6 else [ranges[0], ranges[len(ranges) // 2], ranges[-1]]

@@ -1,0 +1,95 @@
+"""Pure arithmetic before anything starts: batches, steps, dropped images, learning rate by epoch."""
+
+from dataclasses import dataclass
+
+from cifar_exp.errors import ConfigError
+from cifar_exp.optim import Schedule, learning_rates
+from cifar_exp.schema import Config
+
+REFERENCE_BATCH = 256  # images of global batch that `optimizer.lr` is stated for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run will do.
+
+    Attributes:
+        world_size: number of ranks.
+        per_device_batch_size: images a rank and step.
+        global_batch_size: images a step over all ranks.
+        epochs: passes over the training set.
+        steps_per_epoch: whole global batches in the training set.
+        dropped_images: training images an epoch leaves out, the last partial batch.
+        learning_rates: one for each step of the run.
+    """
+
+    world_size: int
+    per_device_batch_size: int
+    global_batch_size: int
+    epochs: int
+    steps_per_epoch: int
+    dropped_images: int
+    learning_rates: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def learning_rate_ranges(self) -> list[tuple[int, int, float, float]]:
+        """Epochs with the same rates: (first epoch, last epoch, lowest rate, highest rate), epochs from 1."""
+        ranges: list[tuple[int, int, float, float]] = []
+        for epoch in range(1, self.epochs + 1):
+            rates = self.learning_rates[(epoch - 1) * self.steps_per_epoch : epoch * self.steps_per_epoch]
+            low, high = min(rates), max(rates)
+            if ranges and ranges[-1][2:] == (low, high):
+                ranges[-1] = (ranges[-1][0], epoch, low, high)
+            else:
+                ranges.append((epoch, epoch, low, high))
+        return ranges
+
+
+def check_scaling(config: Config, world_size: int) -> None:
+    """Refuse a global batch that its ranks cannot share evenly.
+
+    Raises:
+        ConfigError: under strong scaling, where ``train.batch_size`` is not divisible by the number of ranks.
+    """
+    batch_size = config.train.batch_size
+    if config.train.scaling == "strong" and batch_size % world_size:
+        nearest = max(world_size, round(batch_size / world_size) * world_size)
+        raise ConfigError(
+            f"train.batch_size={batch_size}: under train.scaling=strong it is shared by {world_size} devices and must "
+            f"be divisible by {world_size}. Type train.batch_size={nearest}"
+        )
+
+
+def make_plan(config: Config, world_size: int, train_count: int, schedule: Schedule) -> Plan:
+    """The plan for ``world_size`` ranks and ``train_count`` training images.
+
+    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The full
+    learning rate is ``optimizer.lr`` x global batch / 256 (linear scaling, as in the reference example).
+
+    Raises:
+        ConfigError: where the batch is larger than the training set or not divisible by the ranks.
+    """
+    check_scaling(config, world_size)
+    batch_size = config.train.batch_size
+    global_batch = batch_size * world_size if config.train.scaling == "weak" else batch_size
+    if global_batch > train_count:
+        fits = train_count if config.train.scaling == "strong" else max(1, train_count // world_size)
+        raise ConfigError(
+            f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
+            f"training set has {train_count}. Type train.batch_size={fits} or less"
+        )
+    steps_per_epoch = train_count // global_batch
+    full_rate = config.optimizer["lr"] * global_batch / REFERENCE_BATCH
+    return Plan(
+        world_size=world_size,
+        per_device_batch_size=global_batch // world_size,
+        global_batch_size=global_batch,
+        epochs=config.train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        dropped_images=train_count - steps_per_epoch * global_batch,
+        learning_rates=learning_rates(schedule, full_rate, steps_per_epoch, config.train.epochs),
+    )

@@ -1,0 +1,138 @@
+"""A trained run -> labels for images: the command `cifar-exp-predict`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from cifar_exp import checkpoint
+from cifar_exp.config import build, read_config
+from cifar_exp.data import Normalization
+from cifar_exp.errors import CifarExpError, ConfigError, DataError
+from cifar_exp.tracking import OUTPUTS, RUN_ID_FILE
+
+USAGE = """usage: cifar-exp-predict run=<run> <image or folder> ...
+
+Classify images with the network of a finished run.
+
+  run=<run>   latest, a run's folder under outputs/, or an MLflow run id
+"""
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained network with what turns an image into its input and its output into a name."""
+
+    model: nn.Module
+    classes: Sequence[str]
+    normalization: Normalization
+    image_size: tuple[int, int]
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> "Classifier":
+        """The network of the run in ``run_dir``.
+
+        Raises:
+            StorageError: where it holds no readable checkpoint.
+        """
+        saved = checkpoint.load(run_dir)
+        config = OmegaConf.load(run_dir / "config.yaml")
+        assert not isinstance(config, list)
+        model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
+        model.load_state_dict(saved.model)
+        return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """``images``: (N, 3, H, W) uint8 -> (N, classes) float32, each row adding up to 1."""
+        with torch.inference_mode():
+            logits: Tensor = self.model(self.normalization(images))
+            return logits.float().softmax(1)
+
+    def read(self, path: Path) -> Tensor:
+        """An image file as (3, H, W) uint8 of the training images' size.
+
+        Raises:
+            DataError: where it is no readable image.
+        """
+        try:
+            with Image.open(path) as image:
+                pixels = transforms.pil_to_tensor(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: it cannot be read as an image: {error}") from error
+        return transforms.resize(pixels, list(self.image_size), antialias=True)
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run: ``latest`` with a saved network, a folder, or an MLflow run id.
+
+    Raises:
+        ConfigError: where there is no such run.
+    """
+    if name == "latest":
+        saved = sorted(OUTPUTS.rglob(checkpoint.FILE_NAME), key=lambda path: path.stat().st_mtime)
+        if not saved:
+            raise ConfigError(f"run=latest: no run under {OUTPUTS}/ holds a network yet. Type cifar-exp first")
+        return saved[-1].parents[1]
+    if (Path(name) / checkpoint.FILE_NAME).exists():
+        return Path(name)
+    for path in OUTPUTS.rglob(RUN_ID_FILE):
+        if path.read_text().strip() == name:
+            return path.parent
+    raise ConfigError(
+        f"run={name}: there is no such run under {OUTPUTS}/. Type run=latest, a run's folder, or an MLflow run id"
+    )
+
+
+def images_in(paths: Sequence[str]) -> list[Path]:
+    """The image files among ``paths`` and in the folders among them.
+
+    Raises:
+        DataError: where a path does not exist or a folder holds no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise DataError(f"{path}: there is no image here. Type the path of an image or of a folder of images")
+        files += found
+    return files
+
+
+def main() -> None:
+    """Print a line an image: path, label, probability. `--json` prints one JSON object a line."""
+    words = sys.argv[1:]
+    as_json = "--json" in words
+    runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
+    paths = [word for word in words if not word.startswith(("run=", "-"))]
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return
+    try:
+        if len(runs) != 1 or not paths:
+            raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
+        classifier = Classifier.of_run(find_run(runs[0]))
+        files = images_in(paths)
+        for start in range(0, len(files), 500):
+            _classify(classifier, files[start : start + 500], as_json)
+    except CifarExpError as error:
+        print(f"cifar-exp-predict: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> None:
+    probabilities = classifier.probabilities(torch.stack([classifier.read(path) for path in files]))
+    best = probabilities.max(1)
+    for path, label, probability in zip(files, best.indices.tolist(), best.values.tolist(), strict=True):
+        name = classifier.classes[label]
+        if as_json:
+            print(json.dumps({"image": str(path), "label": name, "probability": round(probability, 4)}))
+        else:
+            print(f"{path}  {name}  {probability:.1%}")

@@ -1,0 +1,11 @@
+"""Randomness that is a function of its key, never of who drew last."""
+
+import hashlib
+
+import torch
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded by the whole key, for example ``(seed, "order", epoch)``: the same on every rank."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,117 @@
+"""One run in the parent process: devices, images, plan, ranks, record."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from cifar_exp import journal, overview, tracking
+from cifar_exp.config import Parts, flattened
+from cifar_exp.figures import RunFacts
+from cifar_exp.launch import DeviceSet, find_devices
+from cifar_exp.models import seeded
+from cifar_exp.plan import Plan, check_scaling, make_plan
+from cifar_exp.progress import Display
+from cifar_exp.schema import Config
+from cifar_exp.tracking import Recording, RunInfo
+from cifar_exp.worker import Job, run_rank
+
+CONFIG_FILE = "config.yaml"
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME)
+
+
+def run(config: Config, parts: Parts) -> float:
+    """Train as configured; the test accuracy, 0 to 1.
+
+    Raises:
+        CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
+    """
+    single = HydraConfig.get().mode == RunMode.RUN
+    started = psutil.Process().create_time() if single else time.time()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    console = Console(quiet=config.progress == "quiet", soft_wrap=True)
+    devices = find_devices(config.devices)
+    check_scaling(config, devices.count)
+    resolved = asdict(config)
+    OmegaConf.save(OmegaConf.create(resolved), run_dir / CONFIG_FILE)
+    info = _run_info(config, devices, run_dir)
+    info.save()
+    with Recording(run_dir, started, parts.tracker.sink(info)) as recording:
+        data = parts.dataset()
+        plan = make_plan(config, devices.count, data.train_count, parts.schedule)
+        model = seeded(parts.make_model, len(data.classes), config.seed)
+        details = overview.describe_plan(plan, devices, data, model)
+        overview.print_plan(console, details, model, data.image_size)
+        facts = RunFacts(
+            title=_title(config),
+            status="starting",
+            epochs=plan.epochs,
+            steps_per_epoch=plan.steps_per_epoch,
+            lr_drops=_lr_drops(plan),
+            details=details | {"folder": str(run_dir)},
+        )
+        recording.start(Display(run_dir, facts, config.progress, console, started))
+        job = Job(
+            run_dir=run_dir,
+            started=started,
+            seed=config.seed,
+            plan=plan,
+            train=config.train,
+            save_every=config.checkpoint.every,
+            data=data,
+            augmentation=parts.augmentation,
+            make_model=parts.make_model,
+            make_optimizer=parts.make_optimizer,
+            accelerator=devices.accelerator,
+            threads=devices.threads,
+            timeout=parts.launcher.timeout,
+        )
+        parts.launcher.launch(run_rank, job)
+    metrics = journal.last_values(run_dir)
+    overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
+    if single:
+        _print_next_steps(console, run_dir, parts.tracker.hint())
+    return metrics["test/accuracy"]
+
+
+def _run_info(config: Config, devices: DeviceSet, run_dir: Path) -> RunInfo:
+    tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
+    tags["oversubscribed"] = str(devices.oversubscribed).lower()
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        sweep_dir = Path(hydra.sweep.dir)
+        tags["sweep"] = sweep_dir.as_posix()
+        tags["overrides"] = " ".join(hydra.overrides.task)
+        if parent := tracking.run_id(sweep_dir):
+            tags["mlflow.parentRunId"] = parent
+    name = f"{_title(config)}, {devices.count} x {devices.accelerator}"
+    return RunInfo(name, run_dir, flattened(asdict(config)), tags, ARTIFACTS)
+
+
+def _title(config: Config) -> str:
+    """The network and the data in a few words, as in ``convnet 32x4 on cifar10``."""
+    model = config.model["_target_"].rpartition(".")[2]
+    size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
+    return f"{model} {size} on {config.data['_target_'].rpartition('.')[2]}".replace("  ", " ")
+
+
+def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
+    """Epochs after which a piecewise rate changes, with the new rate; none where it moves all the time."""
+    ranges = plan.learning_rate_ranges()
+    if any(low != high for _, _, low, high in ranges):
+        return []
+    return [(first - 1, rate) for first, _, rate, _ in ranges[1:]]
+
+
+def _print_next_steps(console: Console, run_dir: Path, hint: str) -> None:
+    console.print(f"\nrun folder: {run_dir}", highlight=False)
+    console.print(f"live page:  {run_dir / 'progress.html'}", highlight=False)
+    if hint:
+        console.print(f"compare:    {hint}", highlight=False)
+    console.print("try next:   cifar-exp-predict run=latest <images>", highlight=False)
+    console.print("            cifar-exp -m experiment=speedup devices.count=1,2", highlight=False)

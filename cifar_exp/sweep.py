@@ -1,0 +1,183 @@
+"""Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from cifar_exp.config import build_tracker
+from cifar_exp.errors import CifarExpError, Stopped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cifar_exp.report import FinishedRun
+
+
+class SweepFailedError(CifarExpError):
+    """Some jobs failed; each was reported when it did. The exit code is the first failure's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of a sweep in its closing table."""
+
+    number: int
+    overrides: Sequence[str]
+    run_dir: Path
+    failure: BaseException | None
+
+    @property
+    def exit_code(self) -> int:
+        return getattr(self.failure, "exit_code", 1) if self.failure else 0
+
+
+class StudySweeper(BasicSweeper):
+    """Runs the cartesian product of the overrides under one parent run.
+
+    A failing job is reported at once and the others go on; then a table of all jobs is printed and, where device
+    counts differ, the speedup table, which the parent run keeps as metrics and files too.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        told = partial(_run_and_tell, task_function)
+        super().setup(hydra_context=hydra_context, task_function=told, config=config)
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Run all jobs.
+
+        Raises:
+            SweepFailedError: where jobs failed, after the others have ended.
+            Stopped: on SIGINT and SIGTERM; jobs that had not begun are left out.
+        """
+        assert self.config is not None
+        sweep_dir = Path(self.config.hydra.sweep.dir)
+        jobs = self._jobs(arguments)
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, sweep_dir / "multirun.yaml")
+        tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
+        parent = build_tracker(self.config).open_sweep(sweep_dir, tags)
+        try:
+            returns = self._run(jobs)
+            rows = [_row(number, job) for number, job in enumerate(returns)]
+            metrics, artifacts = _summarize(rows, sweep_dir, quiet=self.config.progress == "quiet")
+            failed = [row for row in rows if row.failure]
+            if parent:
+                parent.log(metrics, artifacts)
+                parent.close("FAILED" if failed else "FINISHED")
+        except BaseException as error:
+            if parent:
+                parent.close("KILLED" if isinstance(error, Stopped) else "FAILED")
+            raise
+        if failed:
+            raise SweepFailedError(failed[0].exit_code)
+        return returns
+
+    def _jobs(self, arguments: list[str]) -> list[list[str]]:
+        """The overrides of each job, all of which compose."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        self.overrides = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)
+        jobs = [list(job) for job in self.overrides[0]]
+        self.validate_batch_is_legal(jobs)
+        return jobs
+
+    def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
+        assert self.launcher is not None
+        size = self.max_batch_size or len(jobs)
+        returns: list[JobReturn] = []
+        for start in range(0, len(jobs), size):
+            returns += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
+        return returns
+
+
+def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
+    """One job between two lines that say what it is and, at once, why it failed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    name = f"job {hydra.job.num}: {' '.join(hydra.overrides.task)}"
+    if composed.progress != "quiet":
+        print(f"\n== {name}", flush=True)
+    try:
+        return task_function(composed)
+    except CifarExpError as error:
+        print(f"cifar-exp: {name}: failed: {error}", file=sys.stderr, flush=True)
+        raise
+    except Exception:
+        print(f"cifar-exp: {name}: failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        raise
+
+
+def _row(number: int, job: JobReturn) -> JobRow:
+    assert job.hydra_cfg is not None
+    failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
+    return JobRow(number, list(job.overrides or []), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)
+
+
+def _summarize(rows: Sequence[JobRow], sweep_dir: Path, quiet: bool) -> tuple[list[tuple[str, float, int]], list[Path]]:
+    """Print the jobs and the speedup; the parent run's metrics and files."""
+    from rich.console import Console
+
+    from cifar_exp.report import Study
+
+    console = Console(quiet=quiet)
+    finished = {row.number: run for row in rows if row.failure is None and (run := _finished(row.run_dir))}
+    _print_jobs(console, rows, finished)
+    study = Study.of(list(finished.values()))
+    if study is None:
+        return [], []
+    study.print(console)
+    artifacts = study.write(sweep_dir)
+    console.print(f"written: {', '.join(map(str, artifacts))}", highlight=False, soft_wrap=True)
+    return study.metrics(), artifacts
+
+
+def _finished(run_dir: Path) -> "FinishedRun | None":
+    """A job's tags and metrics, as it left them in its folder; None for tasks that are no run of ours."""
+    from cifar_exp import journal
+    from cifar_exp.report import FinishedRun
+    from cifar_exp.tracking import RUN_FILE
+
+    if not (run_dir / RUN_FILE).exists():
+        return None
+    return FinishedRun(json.loads((run_dir / RUN_FILE).read_text())["tags"], journal.last_values(run_dir))
+
+
+def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:
+    from rich.table import Table
+
+    table = Table("job", "overrides", "result", title="Jobs", title_justify="left")
+    table.add_column("test accuracy", justify="right")
+    table.add_column("images/s", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in rows:
+        if row.failure:
+            reason = str(row.failure).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+            table.add_row(str(row.number), " ".join(row.overrides), f"failed ({row.exit_code}): {reason}")
+            continue
+        metrics = finished[row.number].metrics if row.number in finished else {}
+        figures = [
+            f"{metrics[name]:{form}}" if name in metrics else ""
+            for name, form in (
+                ("test/accuracy", ".4f"),
+                ("steady_images_per_second", ",.0f"),
+                ("time/total_seconds", ".1f"),
+            )
+        ]
+        table.add_row(str(row.number), " ".join(row.overrides), "done", *figures)
+    console.print(table)

@@ -1,0 +1,208 @@
+"""One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from cifar_exp import checkpoint, distributed
+from cifar_exp.augment import Augmentation
+from cifar_exp.checkpoint import Checkpoint
+from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.datasets import DatasetFiles, Split
+from cifar_exp.distributed import World
+from cifar_exp.errors import CifarExpError
+from cifar_exp.journal import Entry, JournalWriter
+from cifar_exp.models import ModelFactory, seeded
+from cifar_exp.optim import OptimizerFactory
+from cifar_exp.plan import Plan
+from cifar_exp.schema import Train
+from cifar_exp.train import Trainer
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DEAD_PEER_PATIENCE = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank is told: one plain, picklable object.
+
+    Attributes:
+        run_dir: the run's folder, where rank 0 writes.
+        started: when the run began, seconds since the epoch.
+        seed: of initial values, order and augmentation.
+        plan: batches, steps and learning rates.
+        train: the training loop's settings.
+        save_every: epochs between two saves of the network.
+        data: the images on disk.
+        augmentation: of training images.
+        make_model: called with ``num_classes``.
+        make_optimizer: called with the parameters and ``lr``.
+        accelerator: ``cpu`` or ``gpu``.
+        threads: CPU threads of this rank.
+        timeout: seconds a collective operation may take.
+    """
+
+    run_dir: Path
+    started: float
+    seed: int
+    plan: Plan
+    train: Train
+    save_every: int
+    data: DatasetFiles
+    augmentation: Augmentation
+    make_model: ModelFactory
+    make_optimizer: OptimizerFactory
+    accelerator: str
+    threads: int
+    timeout: float
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a rank failed, as it told the launcher before it ended.
+
+    Attributes:
+        rank: which one.
+        time: when, seconds since the epoch.
+        exit_code: the error's own where the user can mend it, else None.
+        message: the error in one line.
+        traceback: the whole traceback.
+    """
+
+    rank: int
+    time: float
+    exit_code: int | None
+    message: str
+    traceback: str
+
+
+def run_rank(job: Job, exchange: Path) -> None:
+    """What each started process runs.
+
+    Args:
+        job: what to do.
+        exchange: a private folder in which ranks find each other and leave word of a failure.
+    """
+    _end_with_parent()
+    rank = int(os.environ["RANK"])
+    try:
+        _prepare_process(job)
+        with distributed.joined_world(job.accelerator, exchange, job.timeout) as world:
+            train(job, world)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, CifarExpError) else None
+        failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
+        (exchange / f"failure-{rank}.json").write_text(json.dumps(vars(failure)))
+        if code is None and int(os.environ["WORLD_SIZE"]) > 1:
+            # It may only be the echo of a peer that was killed and could leave no word: let the launcher see that
+            # one first. It ends this rank as soon as it does.
+            time.sleep(DEAD_PEER_PATIENCE)
+        sys.exit(1 if code is None else code)
+
+
+def train(job: Job, world: World) -> None:
+    """Build everything on this rank's device, train, and write down how it went."""
+    writer = JournalWriter(job.run_dir) if world.is_first else None
+
+    def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
+        if writer:
+            writer.write(Entry(step, epoch, time.time() - job.started, metrics))
+
+    normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
+    train_split, test_split = _on_device(job, world)
+    model = seeded(job.make_model, len(job.data.classes), job.seed)
+    model = model.to(world.device).to(memory_format=torch.channels_last)
+    parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile, world), world)
+    trainer = Trainer(
+        model=parallel,
+        optimizer=job.make_optimizer(model.parameters(), lr=job.plan.learning_rates[0]),
+        learning_rates=job.plan.learning_rates,
+        precision=resolve_precision(job.train.precision, world.device),
+        label_smoothing=job.train.label_smoothing,
+        log_every=job.train.log_every,
+        report=report,
+        communication=communication,
+    )
+
+    def after_epoch(epoch: int) -> None:
+        if world.is_first and (epoch % job.save_every == 0 or epoch == job.plan.epochs):
+            state = {name: value.cpu() for name, value in model.state_dict().items()}
+            shift, scale = normalization.shift, normalization.scale
+            classes, size = job.data.classes, job.data.image_size
+            checkpoint.save(job.run_dir, Checkpoint(state, epoch, trainer.step, classes, shift, scale, size))
+
+    share = (world.rank, world.size)
+    batches = TrainBatches(
+        train_split, job.augmentation, normalization, job.seed, *share, job.plan.per_device_batch_size
+    )
+    trainer.stopwatch.seconds["startup"] = time.time() - job.started
+    final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
+    counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
+    report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
+
+
+def _times(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
+    """Training time, the steady rate, and where all time went."""
+    seconds = {"compile": 0.0, "communication": 0.0} | trainer.stopwatch.seconds
+    train_seconds = sum(seconds[name] for name in ("data", "step", "communication"))
+    blocks = trainer.block_rates[1:] or trainer.block_rates or [trainer.step * global_batch_size / train_seconds]
+    return {
+        "time/train_seconds": train_seconds,
+        "steady_images_per_second": median(blocks),  # blocks of log_every steps, without the first, the warm-up
+        **{f"time_split/{name}": value for name, value in seconds.items()},
+    }
+
+
+def _on_device(job: Job, world: World) -> tuple[Split, Split]:
+    """Training and test images where they are used. On the CPU they stay mapped from disk, shared by all ranks."""
+    splits = job.data.load("train"), job.data.load("test")
+    train_split, test_split = (Split(split.images.to(world.device), split.labels.to(world.device)) for split in splits)
+    return train_split, test_split
+
+
+def _compiled(model: nn.Module, choice: str, world: World) -> nn.Module:
+    """The model, compiled in place where that was asked for or was measured to be faster (not on CPUs)."""
+    if choice == "always" or (choice == "auto" and world.device.type == "cuda"):
+        model.compile()
+    return model
+
+
+def resolve_precision(choice: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if choice == "auto":
+        choice = "bf16" if _has_bf16(device) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _prepare_process(job: Job) -> None:
+    torch.set_num_threads(job.threads)
+    if job.train.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is repeatable only with a fixed workspace
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C is the parent's to answer; a parent that dies takes this process along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
