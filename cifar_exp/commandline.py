@@ -28,13 +28,8 @@ def run_hydra(job: Job) -> int:
     Returns:
         The exit code. Errors that a user can mend are printed as one message.
     """
-    from hydra.core.plugins import Plugins
-
-    from cifar_exp.sweep import StudySweeper
-
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
-    Plugins.instance().register(StudySweeper)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     failures: list[CifarExpError] = []

@@ -32,12 +32,16 @@ def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.
     }
 
 
-def print_plan(console: Console, plan: Mapping[str, str], model: nn.Module, image_size: tuple[int, int]) -> None:
-    """One table of the plan, one of the layers."""
+def print_plan(console: Console, plan: Mapping[str, str]) -> None:
+    """The plan as a table."""
     table = Table(title="Plan", title_justify="left", show_header=False)
     for name, text in plan.items():
         table.add_row(name, text)
     console.print(table)
+
+
+def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]) -> None:
+    """The network as a table, a row a layer."""
     layers = Table("layer", "output shape", title="Network", title_justify="left")
     layers.add_column("parameters", justify="right")
     for name, shape, count in layer_shapes(model, image_size):

@@ -46,7 +46,9 @@ def run(config: Config, parts: Parts) -> float:
         plan = make_plan(config, devices.count, data.train_count, parts.schedule)
         model = seeded(parts.make_model, len(data.classes), config.seed)
         details = overview.describe_plan(plan, devices, data, model)
-        overview.print_plan(console, details, model, data.image_size)
+        overview.print_plan(console, details)
+        if single:  # a sweep would print it for each of its jobs
+            overview.print_layers(console, model, data.image_size)
         facts = RunFacts(
             title=_title(config),
             status="starting",

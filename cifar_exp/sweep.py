@@ -161,14 +161,16 @@ def _finished(run_dir: Path) -> "FinishedRun | None":
 def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:
     from rich.table import Table
 
+    common = set.intersection(*(set(row.overrides) for row in rows))
     table = Table("job", "overrides", "result", title="Jobs", title_justify="left")
     table.add_column("test accuracy", justify="right")
     table.add_column("images/s", justify="right")
     table.add_column("seconds", justify="right")
     for row in rows:
+        overrides = " ".join(override for override in row.overrides if override not in common)
         if row.failure:
             reason = str(row.failure).splitlines()[0] if str(row.failure) else type(row.failure).__name__
-            table.add_row(str(row.number), " ".join(row.overrides), f"failed ({row.exit_code}): {reason}")
+            table.add_row(str(row.number), overrides, f"failed ({row.exit_code}): {reason}")
             continue
         metrics = finished[row.number].metrics if row.number in finished else {}
         figures = [
@@ -179,5 +181,5 @@ def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int,
                 ("time/total_seconds", ".1f"),
             )
         ]
-        table.add_row(str(row.number), " ".join(row.overrides), "done", *figures)
+        table.add_row(str(row.number), overrides, "done", *figures)
     console.print(table)

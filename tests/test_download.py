@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,17 +28,18 @@ BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 FOLDER = "cifar-10-batches-py"
 
 
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
-    """Writes byte strings as Python 2 did, which is how the release was pickled."""
+_PythonPickler: Any = pickle._Pickler  # the one in Python, whose way of writing a type can be replaced
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+class Python2Pickler(_PythonPickler):
+    """Writes byte strings as Python 2 did, which is how the release was pickled."""
 
     def save_bytes(self, value: bytes) -> None:
         short = len(value) < 256
         self.write(b"U" + bytes([len(value)]) + value if short else b"T" + struct.pack("<i", len(value)) + value)
         self.memoize(value)
 
-    dispatch[bytes] = save_bytes
+    dispatch: ClassVar = {**_PythonPickler.dispatch, bytes: save_bytes}
 
 
 def release_pickle(value: Any) -> bytes:
@@ -104,7 +105,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             asked = self.headers.get("Range")
             state.ranges.append(asked)
             start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and state.understands_ranges else 0
@@ -141,7 +142,7 @@ def check_content(files: DatasetFiles) -> None:
     assert (files.train_count, files.test_count, files.image_size) == (100, 20, (32, 32))
     expected = np.concatenate([data for data, _ in made[:5]]).reshape(-1, 3, 32, 32)
     np.testing.assert_array_equal(train.images.numpy(), expected)
-    assert train.labels.tolist() == sum((labels for _, labels in made[:5]), [])
+    assert train.labels.tolist() == [label for _, labels in made[:5] for label in labels]
     np.testing.assert_array_equal(test.images.numpy(), made[5][0].reshape(-1, 3, 32, 32))
     assert test.labels.tolist() == made[5][1]
 
@@ -232,7 +233,7 @@ def test_a_wrong_download_is_refused_and_not_kept(
         small_cifar10(tmp_path, mirror=server.address)
     assert found in str(caught.value)
     check_advice(str(caught.value), server.address)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 
 
 def test_without_a_network_the_message_says_what_to_type(tmp_path: Path, server: Server) -> None:
@@ -281,6 +282,18 @@ def test_a_root_that_cannot_be_written_is_a_storage_error(tmp_path: Path, server
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file.*data\.root=<folder>"):
         small_cifar10(tmp_path / "file", mirror=server.address, cache=tmp_path / "cache")
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        with download.Progress("Reading", 2000, "files") as progress:
+            progress.add(1500)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err == ("\rReading: 1,500 of 2,000 files\r\033[K" if terminal else "")
 
 
 def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:

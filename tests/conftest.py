@@ -1,0 +1,78 @@
+"""What several tests need: a tiny run, a place to run it in, and the command line as a real process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+# A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
+TINY = (
+    "data=synthetic data.train_count=96 data.test_count=33 train.batch_size=32 train.epochs=2 train.log_every=1 "
+    "model.width=4 model.depth=1 devices=cpu devices.count=1"
+).split()
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, where a user would stand."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cifar_exp(workplace: Path) -> Command:
+    """``cifar_exp("train.epochs=1", ...)``: the command in ``workplace``, its output captured."""
+
+    def run(*arguments: str, module: str = "cifar_exp", timeout: float = 180) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=workplace,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def started(workplace: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Like ``cifar_exp``, but does not wait; whatever is still running at the end of the test is ended."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cifar_exp", *arguments],
+            cwd=workplace,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the project on the path, wherever the command runs."""
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "COLUMNS": "160"}
+
+
+def the_run(folder: Path) -> Path:
+    """The folder of the only run under ``folder``/outputs."""
+    (journal,) = (folder / "outputs").rglob("run.json")
+    return journal.parent

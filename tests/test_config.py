@@ -1,0 +1,164 @@
+"""Settings: every choice composes and builds; whatever is wrong is refused in one message before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from cifar_exp.config import build, conf_dir, read_config, register_resolvers
+from cifar_exp.errors import ConfigError
+from cifar_exp.schema import Config
+from tests.conftest import Command, environment
+
+GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def test_the_default_is_the_reference_recipe() -> None:
+    config = read_config(composed())
+    assert (config.train.epochs, config.train.batch_size, config.train.scaling) == (60, 256, "weak")
+    assert config.train.normalization == "zerocenter"
+    assert config.model == {"_target_": "cifar_exp.models.convnet", "width": 32, "depth": 4}
+    assert config.optimizer == {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-10}
+    assert config.schedule == {"_target_": "cifar_exp.optim.piecewise", "drop_factor": 0.1, "drop_period": 50}
+    assert config.augment == {"_target_": "cifar_exp.augment.Shift", "max_pixels": 4.0, "flip_probability": 0.5}
+
+
+def test_yaml_and_schema_have_the_same_defaults() -> None:
+    """The schema's defaults are what a reader of the code believes, the YAML's are what runs."""
+    config, plain = read_config(composed()), OmegaConf.to_container(composed())
+    assert isinstance(plain, dict)
+    bare = Config(**{name: plain[name] for name in GROUPS if name not in ("devices", "experiment")})
+    assert (bare.train, bare.devices, bare.checkpoint) == (config.train, config.devices, config.checkpoint)
+    assert (bare.seed, bare.progress, bare.trusted_modules) == (config.seed, config.progress, config.trusted_modules)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
+    parts = build(read_config(composed(f"{group}={choice}")))
+    model = parts.make_model(num_classes=7)
+    parts.make_optimizer(model.parameters(), lr=0.01)
+    assert parts.schedule(0, 10, 2) > 0
+    assert parts.launcher.timeout > 0
+
+
+REFUSED = {
+    "train.epochs=0": ("train.epochs=0", "1 or more", "Type train.epochs=1"),
+    "train.epochs=1.5": ("train.epochs=1.5", "whole number"),
+    "train.epochs=sixty": ("train.epochs=sixty", "whole number", "Type train.epochs=60"),
+    "train.epochs=true": ("train.epochs=true", "whole number"),
+    "train.epochs=null": ("train.epochs=null", "whole number"),
+    "optimizer.lr=0": ("optimizer.lr=0", "more than 0"),
+    "optimizer.lr=-1": ("optimizer.lr=-1", "more than 0"),
+    "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
+    "optimizer.lr=inf": ("optimizer.lr=inf", "finite"),
+    "optimizer.momentum=1": ("optimizer.momentum=1", "less than 1"),
+    "model.depth=0": ("model.depth=0", "1 or more", "Type model.depth=1"),
+    "model.width=wide": ("model.width=wide", "whole number", "Type model.width=32"),
+    "devices.count=0": ("devices.count=0", "1 or more or auto"),
+    "devices.count=two": ("devices.count=two", "whole number or auto"),
+    "train.scaling=stron": ("train.scaling=stron", "weak or strong", "Type train.scaling=strong"),
+    "train.precision=fp8": ("train.precision=fp8", "bf16"),
+    "augment.flip_probability=2": ("augment.flip_probability=2", "1.0 or less"),
+    "schedule.drop_period=0": ("schedule.drop_period=0", "1 or more"),
+    "+model.wdith=64": ("model.wdith=64", "Did you mean model.width?"),
+    "+optimizer.nesterv=true": ("optimizer.nesterv=true", "Did you mean optimizer.nesterov?"),
+    "+optimizer.params=3": ("optimizer.params=3", "no such setting"),
+    "+train.epoch=3": ("train.epoch", "Did you mean train.epochs?"),
+    "+sed=1": ("sed", "Did you mean seed?"),
+    "model._target_=os.system": ("model._target_=os.system", "trusted_modules=[os]"),
+    "model._target_=torch.os.system": ("model._target_=torch.os.system", "cannot be imported"),
+    "model._target_=torch.hub.os": ("model._target_=torch.hub.os", "no class or function"),
+    "model._target_=torch.nn.Linaer": ("model._target_=torch.nn.Linaer", "cannot be imported"),
+    "model._target_=torch.nn.Linear": ("model.width=32", "no such setting"),
+    "~model": ("model", "must be given"),
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_wrong_setting_is_named_with_its_value_and_rule(override: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build(read_config(composed(override)))
+    for part in REFUSED[override]:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model=convnt", ("model=convnt", "Did you mean convnet?")),
+        ("experiment=quickstat", ("experiment=quickstat", "Did you mean quickstart?")),
+        ("train.epoch=3", ("train.epoch", "Did you mean train.epochs?")),
+        ("optimzer=sgd", ("optimzer", "Did you mean optimizer?")),
+        ("train.epochs=[", ("train.epochs=[", "override")),
+        ("model=null", ("group override",)),
+        ("train.epochs=0", ("train.epochs=0", "Type train.epochs=1")),
+        ("train.batch_size=${nothing}", ("batch_size", "nothing")),
+    ],
+)
+def test_hydras_own_errors_are_one_message_and_exit_code_2(
+    cifar_exp: Command, override: str, parts: tuple[str, ...], workplace: Path
+) -> None:
+    done = cifar_exp(override)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+    for part in parts:
+        assert part in done.stderr
+    assert not list(workplace.rglob("metrics.jsonl"))
+
+
+def test_more_devices_than_found_is_exit_code_4(cifar_exp: Command) -> None:
+    done = cifar_exp("devices=cpu", "devices.count=1000", "tracking=none")
+    assert done.returncode == 4
+    assert "devices.count=1000" in done.stderr
+    assert "requested 1000 cores, found" in done.stderr
+
+
+def test_an_indivisible_batch_is_refused_before_the_images_are_looked_for(cifar_exp: Command) -> None:
+    overrides = "devices=cpu devices.count=2 devices.oversubscribe=true train.scaling=strong train.batch_size=255"
+    done = cifar_exp(*overrides.split(), "data=folders", "data.root=/nowhere", "tracking=none")
+    assert done.returncode == 2
+    assert "Type train.batch_size=256" in done.stderr
+
+
+def test_a_users_own_config_folder_and_module_add_to_the_groups(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "mine" / "model").mkdir(parents=True)
+    (workplace / "mine" / "model" / "tiny.yaml").write_text("_target_: my_models.tiny\nchannels: 3\n")
+    (workplace / "my_models.py").write_text(
+        "from torch import nn\n"
+        "def tiny(*, num_classes: int, channels: int = 1) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 1024, num_classes))\n"
+    )
+    arguments = ["--config-dir", "mine", "model=tiny", "--cfg", "job"]
+    shown = cifar_exp(*arguments)
+    assert "_target_: my_models.tiny" in shown.stdout
+    refused = cifar_exp("--config-dir", "mine", "model=tiny")
+    assert refused.returncode == 2
+    assert "trusted_modules=[my_models]" in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["train.epochs=0"]])
+def test_help_config_and_refusals_do_not_wait_for_torch(arguments: list[str], workplace: Path) -> None:
+    code = (
+        "import sys\nfrom cifar_exp.main import main\n"
+        "try: main()\nfinally: print('heavy:', {'torch', 'mlflow', 'torchvision', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=workplace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "heavy: set()" in done.stdout
