@@ -126,8 +126,8 @@ def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: i
             )
             return target
         part = target.with_suffix(".gz.part")
-        _download(address, part, size, sha256, advice)
         with storage_errors(target, advice):
+            _download(address, part, size, sha256, advice)
             part.replace(target)
         return target
     finally:

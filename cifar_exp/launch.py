@@ -1,6 +1,7 @@
 """Devices -> N ranks of one function on torch elastic; failures, signals, nothing left behind."""
 
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -121,6 +122,7 @@ class ElasticLauncher:
         with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder, _kept_signal_handlers():
             exchange = Path(folder)
             _set_environment(job.accelerator)
+            _log_to_the_runs_file()
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -147,6 +149,13 @@ def _set_environment(accelerator: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def _log_to_the_runs_file() -> None:
+    """What elastic logs of failing workers goes to the run's log: the user gets one message from us."""
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.propagate = False
+    elastic.handlers = list(logging.getLogger().handlers)
 
 
 @contextmanager

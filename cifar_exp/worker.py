@@ -202,7 +202,7 @@ def _prepare_process(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ctrl-C is the parent's to answer; a parent that dies takes this process along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A signal means now, without a traceback: the parent tells the user. A parent that dies takes this along."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

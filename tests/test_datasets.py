@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
@@ -420,16 +420,16 @@ def train_model(model: nn.Module, files: DatasetFiles, epochs: int) -> None:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # busy machines are slower with several
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("one_thread")
 def test_a_linear_model_fails_on_synthetic_images(shapes: DatasetFiles) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     train_model(model, shapes, epochs=4)
@@ -437,7 +437,7 @@ def test_a_linear_model_fails_on_synthetic_images(shapes: DatasetFiles) -> None:
     assert accuracy(model, test.images, test.labels) < 0.3  # chance is 0.1; measured: 0.13 to 0.18
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("one_thread")
 def test_a_convolutional_network_learns_synthetic_images_flipped_and_shifted_too(shapes: DatasetFiles) -> None:
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
@@ -455,7 +455,7 @@ def test_a_convolutional_network_learns_synthetic_images_flipped_and_shifted_too
 
 @pytest.mark.parametrize("source", [datasets.cifar10, folders, synthetic])
 def test_the_yaml_files_name_every_setting_of_their_source(source: Callable[..., DatasetFiles]) -> None:
-    settings = yaml.safe_load((CONF / f"{source.__name__}.yaml").read_text())
+    settings = dict(OmegaConf.load(CONF / f"{source.__name__}.yaml"))
     assert settings.pop("_target_") == f"cifar_exp.datasets.{source.__name__}"
     assert list(settings) == list(inspect.signature(source).parameters)
     if source is datasets.cifar10:

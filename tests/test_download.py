@@ -31,7 +31,7 @@ FOLDER = "cifar-10-batches-py"
 _PythonPickler: Any = pickle._Pickler  # the one in Python, whose way of writing a type can be replaced
 
 
-class Python2Pickler(_PythonPickler):
+class Python2Pickler(_PythonPickler):  # type: ignore[misc]
     """Writes byte strings as Python 2 did, which is how the release was pickled."""
 
     def save_bytes(self, value: bytes) -> None:

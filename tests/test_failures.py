@@ -1,0 +1,152 @@
+"""A rank that fails and a user who stops: the right exit code and status, one message, no process left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import TINY, Command, the_run
+from tests.test_run import all_runs, client
+
+LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def training_ranks(process: "subprocess.Popen[str]", workplace: Path) -> list[psutil.Process]:
+    """The rank processes, in order, once training has begun."""
+    wait_for(lambda: any(path.stat().st_size for path in workplace.rglob("metrics.jsonl")), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return sorted((child for child in children if "RANK" in child.environ()), key=lambda child: child.environ()["RANK"])
+
+
+def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def assert_nothing_is_left(processes: list[psutil.Process]) -> None:
+    """Gone, or dead and waiting for the init process to notice."""
+    _, alive = psutil.wait_procs(processes, timeout=2)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(started: Start, workplace: Path) -> None:
+    process = started(*LONG)
+    ranks = training_ranks(process, workplace)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) == 2
+    killed_at = time.monotonic()
+    ranks[1].kill()
+    psutil.wait_procs(ranks, timeout=5)
+    assert not ranks[0].is_running()
+    assert time.monotonic() - killed_at < 5
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 7
+    assert "rank 1 died without a word (killed by SIGKILL)" in errors
+    assert "Traceback" not in errors
+    assert_nothing_is_left(family)
+    (run,) = all_runs(client())
+    assert run.info.status == "FAILED"
+
+
+def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "faulty.py").write_text(
+        "import os\nfrom torch import nn\n"
+        "class Faulty(nn.Linear):\n"
+        "    def forward(self, images):\n"
+        "        if os.environ.get('RANK') == '1':\n"
+        "            raise RuntimeError('the flux capacitor is empty')\n"
+        "        return super().forward(images.flatten(1))\n"
+        "def model(*, num_classes, width, depth):\n"
+        "    return Faulty(3072, num_classes)\n"
+    )
+    os.environ["PYTHONPATH"] = str(workplace)
+    try:
+        done = cifar_exp(
+            *TINY, "devices.count=2", "model._target_=faulty.model", "trusted_modules=[faulty]", "progress=quiet"
+        )
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert done.returncode == 7
+    assert done.stderr.count("the flux capacitor is empty") == 2  # in the traceback's code line and its last line
+    assert done.stderr.count("Traceback") == 1
+    assert "rank 1 failed" in done.stderr
+    (run,) = all_runs(client())
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_parent_ends_everything(
+    started: Start, workplace: Path, number: signal.Signals, code: int
+) -> None:
+    process = started(*LONG)
+    training_ranks(process, workplace)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert_nothing_is_left(family)
+    (run,) = all_runs(client())
+    assert run.info.status == "KILLED"
+    assert "stopped" in (the_run(workplace) / "progress.html").read_text()
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: Path) -> None:
+    from tests.conftest import environment
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_exp", "-m", *LONG, "seed=0,1"],
+        cwd=workplace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    try:
+        training_ranks(process, workplace)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert_nothing_is_left(family)
+    runs = all_runs(client())
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]  # the first job and the parent
+
+
+def test_a_killed_parent_takes_its_ranks_along(started: Start, workplace: Path) -> None:
+    process = started(*LONG, "tracking=none")
+    ranks = training_ranks(process, workplace)
+    process.kill()
+    assert_nothing_is_left(ranks)
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_6(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp(*TINY, "devices.count=2", "optimizer.lr=1e30", "train.precision=fp32", "tracking=none")
+    assert done.returncode == 6
+    assert "training has diverged" in done.stderr
+    assert "optimizer.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_listen_on_loopback_alone(started: Start, workplace: Path) -> None:
+    process = started(*LONG, "tracking=none")
+    training_ranks(process, workplace)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    listening = {c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1", "::1"}
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)

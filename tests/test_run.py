@@ -1,0 +1,120 @@
+"""One run from the command line to its folder and its record in MLflow."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from cifar_exp import journal
+from tests.conftest import TINY, Command, the_run
+
+
+def client() -> MlflowClient:
+    """A client of the store that runs in the current folder use by default."""
+    return MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+
+
+def all_runs(store: MlflowClient) -> list[Run]:
+    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+    return list(store.search_runs(experiments))
+
+
+def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp(*TINY, "devices.count=2", "seed=3", "train.batch_size=16")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    run_dir = the_run(workplace)
+
+    entries = journal.read(run_dir)
+    assert [entry.step for entry in entries] == sorted(entry.step for entry in entries)
+    epochs = [entry for entry in entries if "val/accuracy" in entry.metrics]
+    assert [entry.step for entry in epochs] == [3, 6]
+    expected = "train/loss train/accuracy val/loss val/accuracy lr epoch images_per_second time/epoch_seconds"
+    assert set(epochs[0].metrics) == set(expected.split())
+    last = journal.last_values(run_dir)
+    assert last["test/count"] == 33
+    assert last["test/accuracy"] == epochs[-1].metrics["val/accuracy"]
+    assert last["lr"] == pytest.approx(0.1 * 32 / 256)
+    split = {name: value for name, value in last.items() if name.startswith("time_split/")}
+    names = {"startup", "compile", "data", "step", "communication", "evaluation", "checkpoint", "tracking", "other"}
+    assert set(split) == {f"time_split/{name}" for name in names}
+    assert sum(split.values()) == pytest.approx(last["time/total_seconds"], abs=1e-3)
+    assert min(split.values()) >= 0
+    for name in ("config.yaml", "progress.html", "training.png", "checkpoints/last.pt", "cifar-exp.log"):
+        assert (run_dir / name).stat().st_size >= 0
+
+    (run,) = all_runs(client())
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.width"] == "4"
+    assert run.data.params["seed"] == "3"
+    assert (run.data.tags["devices"], run.data.tags["accelerator"]) == ("2", "cpu")
+    assert run.data.metrics == pytest.approx(last, nan_ok=True)
+    history = client().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(e.step, e.metrics["train/loss"]) for e in epochs]
+    kept = {artifact.path for artifact in client().list_artifacts(run.info.run_id)}
+    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl"}
+    assert str(workplace / "outputs") in run.info.artifact_uri
+    assert not (workplace / "mlruns").exists()
+
+    hint = f"mlflow ui --backend-store-uri sqlite:///{workplace / 'outputs' / 'mlflow.db'}"
+    assert hint in done.stdout
+    plan = done.stdout
+    assert "16 a device, 32 in all" in plan
+    assert "3 (0 images dropped)" in plan
+
+    images = sorted(workplace.rglob("*.png"))
+    predicted = cifar_exp("run=latest", "--json", str(images[0]), module="cifar_exp.predict")
+    assert predicted.returncode == 0, predicted.stderr
+    answer = json.loads(predicted.stdout)
+    assert answer["image"] == str(images[0])
+    assert 0 < answer["probability"] <= 1
+    by_id = cifar_exp(f"run={run.info.run_id}", "--json", str(images[0]), module="cifar_exp.predict")
+    assert by_id.stdout == predicted.stdout
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(cifar_exp: Command, workplace: Path) -> None:
+    losses = []
+    for number, seed in enumerate((5, 5, 6)):
+        options = ("tracking=none", "progress=quiet", "train.precision=fp32", f"seed={seed}", f"hydra.run.dir=out{number}")
+        done = cifar_exp(*TINY, *options)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        entries = journal.read(workplace / f"out{number}")
+        losses.append([entry.metrics["step/loss"] for entry in entries if "step/loss" in entry.metrics])
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_tracker_that_fails_costs_exit_code_5_and_nothing_else(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "broken.db").write_text("this is no database")
+    done = cifar_exp(*TINY, "tracking.uri=sqlite:///broken.db")
+    assert done.returncode == 5
+    assert "tracking.uri" in done.stderr
+    assert "metrics.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert journal.last_values(the_run(workplace))["test/count"] == 33
+
+
+def test_wrong_images_are_exit_code_3_and_a_failed_run(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "pictures" / "train").mkdir(parents=True)
+    done = cifar_exp("data=folders", "data.root=pictures", "devices=cpu")
+    assert done.returncode == 3
+    assert "data.root=pictures" in done.stderr
+    assert "Traceback" not in done.stderr
+    (run,) = all_runs(client())
+    assert run.info.status == "FAILED"
+
+
+def test_a_secret_in_an_address_is_not_recorded(workplace: Path) -> None:
+    from cifar_exp.tracking import MLflowTracker, without_password
+
+    assert without_password("http://user:secret@host:5000/path") == "http://host:5000/path"
+    assert "secret" not in MLflowTracker(uri="http://user:secret@host:5000").hint()
+
+
+def test_mlflow_is_the_version_that_the_contract_names() -> None:
+    major, minor = map(int, mlflow.__version__.split(".")[:2])
+    assert (3, 17) <= (major, minor) < (4, 0)
