@@ -43,7 +43,7 @@ class Normalization:
         if kind == "zerocenter":
             return cls(shift=mean)
         if kind == "zscore":
-            return cls(shift=mean, scale=tuple(1 / value for value in std))
+            return cls(shift=mean, scale=tuple(1 / value if value else 1.0 for value in std))  # 0: always the mean
         return cls()
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     device = torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device("cpu")
     if accelerator == "gpu":
         torch.cuda.set_device(device)
+    # All ranks are on this machine: nothing need listen beyond it.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME", "lo")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if accelerator == "gpu" else "gloo",

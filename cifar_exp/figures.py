@@ -1,20 +1,213 @@
-"""Temporary."""
+"""Figures as PNG files, from the journal and from the speedup table.
+
+matplotlib takes a second to import and is not needed before a run's end: each figure imports it for itself. No pyplot:
+it keeps figures and the backend as global state.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cifar_exp.journal import Entry
+from cifar_exp.page import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step, write_progress_page
+from cifar_exp.scaling import SpeedupRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["RunFacts", "draw_speedup", "draw_training", "write_progress_page"]
+
+# Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color/
+BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#8a3f74"
+SERIES_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, SOFT, BAND = "#1b1f24", "#59636e", "#f2f4f7"
+DPI = 120  # 10 inches wide: 1200 pixels
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    title: str
-    status: str
-    epochs: int
-    steps_per_epoch: int
-    lr_drops: Sequence[tuple[int, float]]
-    details: Mapping[str, str]
+def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None:
+    """Loss and accuracy over the iterations as a PNG at ``path``. ``entries``: the run's journal."""
+    training_figure(entries, facts).savefig(path)
 
 
-def write_progress_page(*args: Any) -> None: ...
-def draw_training(*args: Any) -> None: ...
-def draw_speedup(*args: Any) -> None: ...
+def draw_speedup(groups: Mapping[str, Sequence[SpeedupRow]], path: Path, simulated: bool) -> None:
+    """Speedup and training time over the device count as a PNG at ``path``.
+
+    Args:
+        groups: rows in ascending device count, by the group's name (empty where there is one group).
+        path: where to write.
+        simulated: whether the devices were processes on one CPU; the title says so.
+    """
+    speedup_figure(groups, simulated).savefig(path)
+
+
+def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
+    """Two plots over one iteration axis, as on the run's page."""
+    figure = _empty_figure(height=6.4)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    step = entries[-1].step if entries else 0
+    epochs = axis_epochs(step, facts)
+    accuracy = Curves.of(entries, "accuracy", facts.steps_per_epoch)
+    loss = Curves.of(entries, "loss", facts.steps_per_epoch)
+    _draw_curves(upper, accuracy, 100, BLUE)
+    _draw_curves(lower, loss, 1, VERMILION)
+    for axes in (upper, lower):
+        _shade_epochs(axes, epochs, facts.steps_per_epoch)
+        for drop, _ in facts.lr_drops:
+            axes.axvline(drop * facts.steps_per_epoch, color=PURPLE, linestyle=":", linewidth=1.3)
+        axes.legend(loc="best", frameon=False, fontsize=9)
+    _label_drops(upper, epochs, facts)
+    upper.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, epochs * facts.steps_per_epoch))
+    lower.set(ylabel="loss", ylim=(0, loss_top(loss)), xlabel="iteration")
+    lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ending = "" if facts.status == "finished" else f" ({facts.status})"
+    figure.suptitle(facts.title + ending, fontweight="bold", parse_math=False)
+    return figure
+
+
+def speedup_figure(groups: Mapping[str, Sequence[SpeedupRow]], simulated: bool) -> "Figure":
+    """Two panels: speedup with the ideal line, and training time as bars; a colour a group."""
+    figure = _empty_figure(height=4.6)
+    left, right = figure.subplots(1, 2)
+    counts = sorted({row.devices for rows in groups.values() for row in rows})
+    _draw_ideal(left, groups)
+    for place, (name, rows) in enumerate(groups.items()):
+        devices, speedups = [row.devices for row in rows], [row.speedup for row in rows]
+        left.plot(devices, speedups, "o-", color=_colour(place), linewidth=2, label=name or "measured")
+        _label_speedups(left, rows, _colour(place))
+    _scale_by_devices(left, counts)
+    _draw_times(right, groups, counts)
+    xlabel = "devices (CPU-simulated)" if simulated else "devices"
+    left.set(title="Images/s over those of the smallest count", xlabel=xlabel, ylabel="speedup")
+    right.set(title="Training time", xlabel=xlabel)
+    left.legend(loc="upper left", frameon=False)
+    figure.suptitle("Speedup by device count" + (", CPU-simulated" if simulated else ""), fontweight="bold")
+    return figure
+
+
+def _empty_figure(height: float) -> "Figure":
+    """10 inches wide, ``height`` inches high."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(10, height), dpi=DPI, layout="constrained")
+
+
+def _draw_curves(axes: "Axes", curves: Curves, scale: float, colour: str) -> None:
+    """Training raw and smoothed, validation as joined dots; values times ``scale``."""
+
+    def plot(points: Sequence[Point], label: str, **look: Any) -> None:
+        axes.plot([step for step, _ in points], [value * scale for _, value in points], label=label, **look)
+
+    plot(curves.raw, "training", color=colour, alpha=0.3, linewidth=0.8)
+    plot(curves.smooth, "training, smoothed", color=colour, linewidth=2)
+    plot(curves.validation, "validation", color=INK, linewidth=1, linestyle="--", marker="o", markersize=3.5)
+    _tidy(axes)
+
+
+def _shade_epochs(axes: "Axes", epochs: int, steps_per_epoch: int) -> None:
+    """Every second epoch grey; several epochs a band where there are many."""
+    width = math.ceil(tick_step(epochs, 40))
+    for start in range(width, epochs, 2 * width):
+        end = min(start + width, epochs)
+        axes.axvspan(start * steps_per_epoch, end * steps_per_epoch, color=BAND, linewidth=0, zorder=0)
+
+
+def _label_drops(axes: "Axes", epochs: int, facts: RunFacts) -> None:
+    """The epoch count on an axis above, and the new learning rates at their lines."""
+    steps = facts.steps_per_epoch
+    every = max(1, round(tick_step(epochs, 10)))
+    marks = range(every, epochs + 1, every)
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([epoch * steps for epoch in marks], labels=[str(epoch) for epoch in marks])
+    above.set_xlabel("epoch", color=SOFT)
+    above.tick_params(colors=SOFT, length=0)
+    above.spines["top"].set_visible(False)
+    for drop, rate in facts.lr_drops:
+        if drop < epochs:
+            late = drop > 0.8 * epochs  # to the right of the line the text would leave the plot
+            axes.annotate(
+                f"lr {rate:.4g}",
+                (drop * steps, 0),
+                xytext=(-5 if late else 5, 6),
+                textcoords="offset points",
+                horizontalalignment="right" if late else "left",
+                color=PURPLE,
+            )
+
+
+def _draw_ideal(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]]) -> None:
+    """N times the devices, N times the speed: one dashed line for each smallest count."""
+    largest = max(rows[-1].devices for rows in groups.values())
+    for place, first in enumerate(sorted({rows[0].devices for rows in groups.values()})):
+        label = None if place else "ideal"
+        axes.plot([first, largest], [1, largest / first], "--", color=SOFT, linewidth=1.3, label=label)
+
+
+def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> None:
+    """Each speedup below its dot, to the right, where a rising line leaves room.
+
+    The smallest count is what the others are compared with: it needs no label.
+    """
+    from matplotlib.patheffects import withStroke
+
+    for row in rows[1:]:
+        axes.annotate(
+            f"{row.speedup:.2f}",
+            (row.devices, row.speedup),
+            xytext=(6, -12),
+            textcoords="offset points",
+            color=colour,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # other groups' lines may pass there
+        )
+
+
+def _colour(place: int) -> str:
+    return SERIES_COLOURS[place % len(SERIES_COLOURS)]
+
+
+def _scale_by_devices(axes: "Axes", counts: Sequence[int]) -> None:
+    """Ticks at the measured counts; doublings at equal distances where all counts are powers of two."""
+    if all(count & (count - 1) == 0 for count in counts):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xticks(counts, labels=[str(count) for count in counts], minor=False)
+    axes.margins(0.14)
+    _tidy(axes)
+
+
+def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts: Sequence[int]) -> None:
+    """Training time as bars side by side, labelled in the unit of the axis."""
+    longest = max(row.train_seconds for rows in groups.values() for row in rows)
+    unit, seconds = ("min", 60) if longest >= 120 else ("s", 1)
+    width = 0.75 / len(groups)
+    rotation = 90 if len(groups) * len(counts) > 8 else 0  # more labels than that run into each other
+    for place, (name, rows) in enumerate(groups.items()):
+        shift = (place - (len(groups) - 1) / 2) * width
+        bars = axes.bar(
+            [counts.index(row.devices) + shift for row in rows],
+            [row.train_seconds / seconds for row in rows],
+            0.92 * width,
+            color=_colour(place),
+            label=name,
+        )
+        axes.bar_label(bars, fmt=lambda time: f"{_short(time)} {unit}", padding=3, fontsize=9, rotation=rotation)
+    axes.set_xticks(range(len(counts)), labels=[str(count) for count in counts])
+    axes.set_ylabel(f"training time ({unit})")
+    axes.margins(y=0.25 if rotation else 0.1)
+    _tidy(axes)
+    axes.grid(visible=False, axis="x")
+
+
+def _short(value: float) -> str:
+    """Two digits, and all of them before the point: ``0.75``, ``2.6``, ``142``."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(color="#e2e6eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

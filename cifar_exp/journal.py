@@ -1,4 +1,4 @@
-"""``metrics.jsonl``, the truth about a run: one JSON object a line, appended and never rewritten.
+"""``metrics.jsonl``, the truth about a run: one JSON object a line, whole lines are never rewritten.
 
 ``{"step": int, "epoch": int, "time": seconds since the start of the run, "metrics": {name: value}}``
 
@@ -36,7 +36,9 @@ class JournalWriter:
     """Appends entries, each on disk as soon as it is written."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+        path = run_dir / FILE_NAME
+        _drop_half_line(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: Entry) -> None:
         """Append one entry. JSON has no NaN or infinity: they are written as the strings that ``float`` reads."""
@@ -47,6 +49,13 @@ class JournalWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _drop_half_line(path: Path) -> None:
+    """A line that a killed writer left unfinished would spoil the next one; nobody has read it yet."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def parse(line: str | bytes) -> Entry:

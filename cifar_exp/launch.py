@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from cifar_exp import nursery
 from cifar_exp.errors import (
     CifarExpError,
     ConfigError,
@@ -121,7 +122,7 @@ class ElasticLauncher:
         # torch's TCP stores listen on all interfaces without authentication.
         with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder, _kept_signal_handlers():
             exchange = Path(folder)
-            _set_environment(job.accelerator)
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
             _log_to_the_runs_file()
             config = LaunchConfig(
                 min_nodes=1,
@@ -133,6 +134,7 @@ class ElasticLauncher:
                 rdzv_configs={"store_type": "file"},
                 max_restarts=0,
                 local_addr="127.0.0.1",
+                start_method=nursery.START_METHOD,
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
             )
             try:
@@ -141,14 +143,6 @@ class ElasticLauncher:
                 raise _first_failure(error, exchange) from None
             except SignalException as error:
                 raise Stopped(error.sigval) from None
-
-
-def _set_environment(accelerator: str) -> None:
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
-    if accelerator == "cpu":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    else:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def _log_to_the_runs_file() -> None:

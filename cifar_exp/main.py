@@ -17,8 +17,10 @@ def main() -> None:
 def run_job(composed: "DictConfig") -> float:
     """Train once as ``composed`` says; what Hydra calls for a run and for each job of a sweep. The test accuracy."""
     from cifar_exp.config import build, read_config
+    from cifar_exp.nursery import warm_up
 
     config = read_config(composed)
+    warm_up()
     parts = build(config)
 
     from cifar_exp.run import run

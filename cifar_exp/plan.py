@@ -77,7 +77,8 @@ def make_plan(config: Config, world_size: int, train_count: int, schedule: Sched
     batch_size = config.train.batch_size
     global_batch = batch_size * world_size if config.train.scaling == "weak" else batch_size
     if global_batch > train_count:
-        fits = train_count if config.train.scaling == "strong" else max(1, train_count // world_size)
+        share = max(1, train_count // world_size)
+        fits = share * world_size if config.train.scaling == "strong" else share
         raise ConfigError(
             f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
             f"training set has {train_count}. Type train.batch_size={fits} or less"

@@ -1,0 +1,352 @@
+"""Ranks train as one: gradients, sums, statistics and failures are those of all of them. Real gloo processes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+
+from cifar_exp.augment import Crop
+from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.datasets import Split
+from cifar_exp.distributed import World, average_buffers, data_parallel, joined_world, sum_over_ranks
+from cifar_exp.errors import DivergenceError
+from cifar_exp.metrics import Averages
+from cifar_exp.models import convnet, seeded
+from cifar_exp.train import Trainer, evaluate
+
+Results = dict[str, Any]
+NORMALIZATION = Normalization(shift=(128.0, 127.0, 126.0), scale=(1 / 64, 1 / 64, 1 / 64))
+LR = 0.1
+
+
+def tiny_model() -> nn.Module:
+    """Batch-norm statistics away from their initial values, the same wherever it is made."""
+    model = seeded(partial(convnet, width=4, depth=1), 10, seed=1)
+    model(NORMALIZATION(images(24, seed=99).images))
+    return model
+
+
+def images(count: int, seed: int) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Split(pixels, torch.randint(0, 10, (count,), generator=generator))
+
+
+def micro_batch(rank: int) -> tuple[Tensor, Tensor]:
+    split = images(32, seed=5)
+    mine = slice(16 * rank, 16 * rank + 16)
+    return NORMALIZATION(split.images[mine]), split.labels[mine]
+
+
+def vector(tensors: Iterator[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten().clone() for tensor in tensors])
+
+
+def floating_buffers(model: nn.Module) -> Iterator[Tensor]:
+    return (buffer for buffer in model.buffers() if buffer.is_floating_point())
+
+
+def accumulated_gradients(rank_count: int) -> Tensor:
+    """Of one process that takes the ranks' micro-batches in turn, each through its own batch statistics."""
+    model = tiny_model()
+    for rank in range(rank_count):
+        inputs, labels = micro_batch(rank)
+        (F.cross_entropy(model(inputs), labels) / rank_count).backward()
+    return gradient_of(model)
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    return vector(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+def gradients(world: World) -> Results:
+    """Of one backward pass over this rank's micro-batch.
+
+    What they should be is computed in the same process: with another number of threads, sums are rounded otherwise,
+    and a ReLU whose input is zero but for that may open or close.
+    """
+    model = tiny_model()
+    parallel, exposed = data_parallel(model, world)
+    inputs, labels = micro_batch(world.rank)
+    F.cross_entropy(parallel(inputs), labels).backward()
+    exposed.backward_done()
+    return {
+        "gradients": gradient_of(model),
+        "accumulated_gradients": accumulated_gradients(world.size),
+        "exposed_seconds": exposed.seconds,
+        "wrapped": parallel is not model,
+    }
+
+
+def evaluated(world: World, count: int) -> Averages:
+    batches = EvaluationBatches(images(count, seed=6), NORMALIZATION, world.rank, world.size, batch_size=5)
+    return evaluate(tiny_model(), batches, torch.float32)
+
+
+def averaged(world: World) -> Results:
+    """Buffers that hold the rank plus their place, before and after."""
+    model = tiny_model()
+    for place, buffer in enumerate(floating_buffers(model)):
+        buffer.fill_(10 * place + world.rank)
+    counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+    for counter in counters:
+        counter.fill_(world.rank)
+    average_buffers(model)
+    return {
+        "buffers": [buffer.unique().tolist() for buffer in floating_buffers(model)],
+        "counters": [int(counter) for counter in counters],
+    }
+
+
+def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[tuple[int, int, dict[str, float]]]]:
+    """A trainer, the network in it, and what it reports."""
+    model = tiny_model()
+    parallel, exposed = data_parallel(model, world)
+    reports: list[tuple[int, int, dict[str, float]]] = []
+    made = Trainer(
+        model=parallel,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+        learning_rates=(LR, LR / 2, LR / 4),
+        precision=torch.float32,
+        label_smoothing=0.0,
+        log_every=log_every,
+        report=lambda step, epoch, metrics: reports.append((step, epoch, metrics)),
+        communication=exposed,
+    )
+    return made, model, reports
+
+
+def train_batches(world: World, normalization: Normalization = NORMALIZATION) -> TrainBatches:
+    """Three steps of global batch 16, two images left out."""
+    return TrainBatches(images(50, seed=7), Crop(), normalization, 3, world.rank, world.size, 16 // world.size)
+
+
+def validation(world: World) -> EvaluationBatches:
+    return EvaluationBatches(images(9, seed=8), NORMALIZATION, world.rank, world.size)
+
+
+def trained(world: World) -> Results:
+    """One epoch of three steps."""
+    made, model, reports = trainer(world)
+    final = made.fit(train_batches(world), validation(world), epochs=1)
+    return {
+        "parameters": vector(model.parameters()),
+        "buffers": vector(floating_buffers(model)),
+        "reports": reports,
+        "final": vars(final),
+        "seconds": made.stopwatch.seconds,
+        "steps": made.step,
+    }
+
+
+def plain_loop(rank_count: int) -> tuple[Tensor, list[float]]:
+    """The three steps in bare PyTorch, in one process: parameters, and each step's mean loss over the ranks."""
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    parts = [train_batches(World(rank, rank, rank_count, torch.device("cpu"))).epoch(1) for rank in range(rank_count)]
+    losses = []
+    for step, batches in enumerate(zip(*parts, strict=True)):
+        optimizer.param_groups[0]["lr"] = LR / 2**step
+        optimizer.zero_grad()
+        losses.append(0.0)
+        for inputs, labels in batches:
+            loss = F.cross_entropy(model(inputs), labels) / rank_count
+            loss.backward()
+            losses[-1] += loss.item()
+        optimizer.step()
+    return vector(model.parameters()), losses
+
+
+def divergence(world: World, log_every: int) -> str:
+    """What is raised where only the last rank's images are not finite."""
+    broken = Normalization(shift=(float("nan"), 0.0, 0.0)) if world.rank == world.size - 1 else NORMALIZATION
+    made, _, _ = trainer(world, log_every)
+    try:
+        made.fit(train_batches(world, broken), validation(world), epochs=1)
+    except DivergenceError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def all_results(world: World) -> Results:
+    return {
+        "world": (world.rank, world.local_rank, world.size, world.is_first, str(world.device)),
+        "sum": sum_over_ranks(torch.tensor([1.0 + world.rank, 10.0], dtype=torch.float64)).tolist(),
+        **gradients(world),
+        "evaluated": vars(evaluated(world, 33)),
+        "fewer_images_than_ranks": vars(evaluated(world, 1)),
+        "averaged": averaged(world),
+        "trained": trained(world),
+        "plain_loop": plain_loop(world.size),
+        "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
+    }
+
+
+def run_rank(rank: int, size: int, folder: Path) -> None:
+    """One process of a world of ``size``."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    with joined_world("cpu", folder, timeout=60) as world:
+        results = all_results(world)
+    results["left"] = not dist.is_initialized()
+    torch.save(results, folder / f"rank-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """The results of two ranks."""
+    folder = tmp_path_factory.mktemp("pair")
+    spawn(run_rank, (2, folder), nprocs=2)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@contextmanager
+def world_of_one(folder: Path) -> Iterator[World]:
+    """In this process."""
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with joined_world("cpu", folder, timeout=60) as world:
+            yield world
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of a world of one, through the same calls."""
+    with world_of_one(tmp_path_factory.mktemp("alone")) as world:
+        results = all_results(world)
+    return results | {"left": not dist.is_initialized()}
+
+
+def test_each_rank_knows_its_place_and_leaves_the_group(pair: list[Results], alone: Results) -> None:
+    assert [rank["world"] for rank in pair] == [(0, 0, 2, True, "cpu"), (1, 1, 2, False, "cpu")]
+    assert alone["world"] == (0, 0, 1, True, "cpu")
+    assert all(rank["left"] for rank in (*pair, alone))
+
+
+def test_sums_are_over_all_ranks(pair: list[Results], alone: Results) -> None:
+    assert [rank["sum"] for rank in pair] == [[3.0, 20.0]] * 2
+    assert alone["sum"] == [1.0, 10.0]
+
+
+def test_gradients_are_the_mean_of_the_ranks_micro_batches(pair: list[Results]) -> None:
+    """As one process accumulates them over both; the same on both ranks, bit for bit."""
+    for rank in pair:
+        expected = rank["accumulated_gradients"]
+        assert expected.norm() > 0.1
+        assert (rank["gradients"] - expected).norm() / expected.norm() < 1e-5
+    assert torch.equal(pair[0]["gradients"], pair[1]["gradients"])
+
+
+def test_the_wait_for_gradients_is_measured(pair: list[Results], alone: Results) -> None:
+    assert all(0 < rank["exposed_seconds"] < 30 for rank in pair)
+    assert all(0 < rank["trained"]["seconds"]["communication"] < 30 for rank in pair)
+    assert alone["exposed_seconds"] == 0
+    assert alone["trained"]["seconds"]["communication"] == 0
+
+
+@pytest.mark.parametrize(("key", "count"), [("evaluated", 33), ("fewer_images_than_ranks", 1)])
+def test_every_image_is_evaluated_once_whatever_the_number_of_ranks(
+    pair: list[Results], alone: Results, key: str, count: int
+) -> None:
+    split = images(count, seed=6)
+    with torch.no_grad():
+        logits = tiny_model().eval()(NORMALIZATION(split.images))
+    loss = float(F.cross_entropy(logits, split.labels))
+    correct = int((logits.argmax(1) == split.labels).sum())
+    for rank in (*pair, alone):
+        assert rank[key]["count"] == count
+        assert rank[key]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert rank[key]["accuracy"] == correct / count
+    if count == 33:
+        assert 0 < correct < count
+
+
+def test_buffers_become_the_mean_over_ranks(pair: list[Results], alone: Results) -> None:
+    """Running means and variances, each by itself; counters of batches stay the rank's own."""
+    for rank, results in enumerate(pair):
+        assert results["averaged"]["buffers"] == [[10 * place + 0.5] for place in range(6)]
+        assert results["averaged"]["counters"] == [rank] * 3
+    assert alone["averaged"]["buffers"] == [[10.0 * place] for place in range(6)]
+
+
+def test_networks_are_the_same_on_both_ranks_after_three_steps(pair: list[Results]) -> None:
+    first, second = (rank["trained"] for rank in pair)
+    assert first["steps"] == second["steps"] == 3
+    assert torch.equal(first["parameters"], second["parameters"])
+    assert torch.equal(first["buffers"], second["buffers"])
+    assert (first["parameters"] - vector(tiny_model().parameters())).norm() > 0.01
+
+
+def test_training_is_that_of_a_plain_loop_and_its_loss_that_of_all_ranks(pair: list[Results], alone: Results) -> None:
+    """Parameters after three steps with their own rates; the loss of a step and of the epoch, not rank 0's."""
+    start = vector(tiny_model().parameters())
+    for rank in (*pair, alone):
+        parameters, losses = rank["plain_loop"]
+        assert (rank["trained"]["parameters"] - parameters).norm() < 0.01 * (parameters - start).norm()
+        *steps, (last_step, last_epoch, metrics) = rank["trained"]["reports"]
+        assert [(step, epoch) for step, epoch, _ in steps] == [(1, 1), (2, 1), (3, 1)]
+        assert [point["step/loss"] for _, _, point in steps] == pytest.approx(losses, rel=1e-3)
+        assert steps[0][2]["step/loss"] == pytest.approx(losses[0], rel=1e-6)
+        assert [point["lr"] for _, _, point in steps] == [LR, LR / 2, LR / 4]
+        assert (last_step, last_epoch) == (3, 1)
+        assert metrics["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
+        correct = 16 * sum(point["step/accuracy"] for _, _, point in steps)
+        assert metrics["train/accuracy"] * 48 == pytest.approx(correct)
+
+
+def test_what_an_epoch_reports(pair: list[Results], alone: Results) -> None:
+    """Every metric that the contract promises, the validation's being that of the network after the epoch."""
+    for rank in (*pair, alone):
+        metrics, final = rank["trained"]["reports"][-1][2], rank["trained"]["final"]
+        assert set(metrics) == {
+            "train/loss",
+            "train/accuracy",
+            "val/loss",
+            "val/accuracy",
+            "lr",
+            "epoch",
+            "images_per_second",
+            "time/epoch_seconds",
+        }
+        assert (metrics["lr"], metrics["epoch"]) == (LR / 4, 1)
+        assert metrics["images_per_second"] * metrics["time/epoch_seconds"] == pytest.approx(48)
+        assert (metrics["val/loss"], metrics["val/accuracy"], 9) == (final["loss"], final["accuracy"], final["count"])
+    assert pair[0]["trained"]["final"] == pair[1]["trained"]["final"]
+
+
+@pytest.mark.parametrize(("log_every", "step"), [(1, 1), (2, 2), (10, 3)])
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(
+    pair: list[Results], alone: Results, log_every: int, step: int
+) -> None:
+    """At the next step whose loss is read, the last of the epoch included; the message names it and what to type."""
+    for rank in (*pair, alone):
+        message = rank["diverged"][log_every]
+        assert f"the loss is nan by step {step} (epoch 1)" in message
+        assert "smaller optimizer.lr" in message
+
+
+def test_one_rank_trains_the_network_itself(pair: list[Results], alone: Results) -> None:
+    """No wrapper that would copy gradients for nothing."""
+    assert [rank["wrapped"] for rank in (*pair, alone)] == [True, True, False]
+
+
+def test_an_error_inside_leaves_the_group(tmp_path: Path) -> None:
+    def fail() -> None:
+        with world_of_one(tmp_path):
+            assert dist.is_initialized()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not dist.is_initialized()

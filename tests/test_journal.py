@@ -1,0 +1,107 @@
+"""The journal comes back as it was written, while it is being written and after a crash."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, last_values, parse, read
+
+FIRST = Entry(0, 0, 0.25, {"a": 1.0})
+SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})
+
+
+def written(run_dir: Path, *entries: Entry) -> None:
+    writer = JournalWriter(run_dir)
+    for entry in entries:
+        writer.write(entry)
+    writer.close()
+
+
+def test_entries_come_back_as_they_were_written(tmp_path: Path) -> None:
+    third = Entry(196, 2, 13.0, {"train/loss": 0.1 + 0.2, "tiny": 1e-300, "large": 2.0**60})
+    written(tmp_path, FIRST, SECOND, third)
+    assert read(tmp_path) == [FIRST, SECOND, third]
+
+
+def test_a_line_is_the_object_that_the_contract_promises(tmp_path: Path) -> None:
+    written(tmp_path, Entry(3, 1, 1.23456789, {"train/loss": 0.5}))
+    text = (tmp_path / FILE_NAME).read_text()
+    assert text.endswith("\n")
+    assert json.loads(text) == {"step": 3, "epoch": 1, "time": 1.2346, "metrics": {"train/loss": 0.5}}
+
+
+def test_nan_and_infinity_come_back_and_every_line_is_strict_json(tmp_path: Path) -> None:
+    written(tmp_path, Entry(1, 1, 0.0, {"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 1.0}))
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    json.loads((tmp_path / FILE_NAME).read_text(), parse_constant=refuse)
+    (entry,) = read(tmp_path)
+    assert math.isnan(entry.metrics["nan"])
+    assert (entry.metrics["up"], entry.metrics["down"], entry.metrics["fine"]) == (math.inf, -math.inf, 1.0)
+
+
+def test_an_entry_is_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    writer.write(FIRST)
+    assert read(tmp_path) == [FIRST]
+    writer.close()
+
+
+def test_a_second_writer_adds_to_what_is_there(tmp_path: Path) -> None:
+    """The parent's closing line follows the ranks' entries."""
+    written(tmp_path, FIRST)
+    written(tmp_path, SECOND)
+    assert read(tmp_path) == [FIRST, SECOND]
+
+
+def test_a_follower_yields_each_entry_once(tmp_path: Path) -> None:
+    follower = JournalFollower(tmp_path)
+    assert list(follower.new_entries()) == []  # no journal yet
+    written(tmp_path, FIRST)
+    assert list(follower.new_entries()) == [FIRST]
+    assert list(follower.new_entries()) == []
+    written(tmp_path, SECOND, FIRST)
+    assert list(follower.new_entries()) == [SECOND, FIRST]
+
+
+def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
+    written(tmp_path, FIRST, SECOND)
+    path = tmp_path / FILE_NAME
+    whole = path.read_bytes()
+    second_line = whole.index(b"\n") + 1
+    for cut in range(second_line, len(whole)):
+        path.write_bytes(whole[:cut])
+        follower = JournalFollower(tmp_path)
+        assert list(follower.new_entries()) == [FIRST]
+        path.write_bytes(whole)
+        assert list(follower.new_entries()) == [SECOND]
+
+
+def test_a_line_that_a_killed_writer_left_half_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    written(tmp_path, FIRST)
+    follower = JournalFollower(tmp_path)
+    with path.open("a") as file:
+        file.write('{"step": 7, "ep')
+    assert list(follower.new_entries()) == [FIRST]
+    written(tmp_path, SECOND)
+    assert list(follower.new_entries()) == [SECOND]
+    assert read(tmp_path) == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_a_line_is_read_as_text_and_as_bytes(kind: type[str | bytes]) -> None:
+    line = '{"step": 2, "epoch": 1, "time": 0.5, "metrics": {"loss": "nan", "lr": 1}}'
+    entry = parse(line if kind is str else line.encode())
+    assert (entry.step, entry.epoch, entry.time, entry.metrics["lr"]) == (2, 1, 0.5, 1.0)
+    assert math.isnan(entry.metrics["loss"])
+
+
+def test_last_values_are_the_latest_of_every_metric(tmp_path: Path) -> None:
+    assert last_values(tmp_path) == {}
+    written(tmp_path, Entry(1, 1, 0, {"a": 1, "b": 2}), Entry(2, 1, 1, {"b": 3, "c": 4}), Entry(3, 2, 2, {"a": 5}))
+    assert last_values(tmp_path) == {"a": 5, "b": 3, "c": 4}

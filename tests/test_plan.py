@@ -1,0 +1,111 @@
+"""The arithmetic before a run: steps, dropped images and the learning rate of every epoch."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from cifar_exp.errors import ConfigError
+from cifar_exp.optim import cosine, piecewise
+from cifar_exp.plan import Plan, make_plan
+from cifar_exp.schema import Config, Train
+
+REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
+
+
+def plan(devices: int, count: int = 50_000, *, lr: float = 0.1, schedule: Any = REFERENCE, **train: Any) -> Plan:
+    sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
+    return make_plan(Config(**sections, optimizer={"lr": lr}, train=Train(**train)), devices, count, schedule)
+
+
+@pytest.mark.parametrize(("devices", "steps", "dropped"), [(1, 195, 80), (2, 97, 336), (4, 48, 848)])
+def test_the_references_steps_on_1_2_and_4_devices(devices: int, steps: int, dropped: int) -> None:
+    made = plan(devices)
+    assert (made.steps_per_epoch, made.dropped_images) == (steps, dropped)
+    assert (made.world_size, made.per_device_batch_size, made.global_batch_size) == (devices, 256, 256 * devices)
+    assert (made.epochs, made.steps) == (60, 60 * steps)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_references_learning_rate_of_every_epoch(devices: int) -> None:
+    made = plan(devices)
+    assert len(made.learning_rates) == made.steps
+    for epoch in range(60):
+        rates = made.learning_rates[epoch * made.steps_per_epoch : (epoch + 1) * made.steps_per_epoch]
+        expected = 0.1 * devices * 0.1 ** (epoch // 50)
+        assert rates == pytest.approx([expected] * made.steps_per_epoch, rel=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_strong_scaling_keeps_the_global_batch_the_steps_and_the_rate(devices: int) -> None:
+    made = plan(devices, scaling="strong")
+    assert (made.per_device_batch_size, made.global_batch_size) == (256 // devices, 256)
+    assert (made.steps_per_epoch, made.dropped_images) == (195, 80)
+    assert made.learning_rates == plan(1).learning_rates
+
+
+def test_the_rate_grows_with_the_batch_and_not_with_the_devices() -> None:
+    """It is stated for 256 images: 512 on one device have the rate of 2 x 256."""
+    assert plan(1, batch_size=512).learning_rates == plan(2).learning_rates
+    assert plan(1, batch_size=64, lr=0.2).learning_rates[0] == pytest.approx(0.05)
+
+
+def test_nothing_is_dropped_where_the_batch_divides_the_set() -> None:
+    made = plan(2, 96, batch_size=16, epochs=1)
+    assert (made.steps_per_epoch, made.dropped_images) == (3, 0)
+
+
+def test_a_batch_as_large_as_the_set_is_one_step() -> None:
+    made = plan(2, 97, batch_size=48, epochs=1)
+    assert (made.steps_per_epoch, made.dropped_images) == (1, 1)
+
+
+REFUSED = {
+    "weak, too large": ((4, 100, {"batch_size": 64}), ("train.batch_size=64", "256 images on 4", "100"), 25),
+    "strong, too large": (
+        (2, 97, {"batch_size": 100, "scaling": "strong"}),
+        ("train.batch_size=100", "100 images on 2", "97"),
+        96,
+    ),
+    "indivisible": (
+        (4, 50_000, {"batch_size": 255, "scaling": "strong"}),
+        ("train.batch_size=255", "train.scaling=strong", "divisible by 4"),
+        256,
+    ),
+    "fewer images than ranks": (
+        (4, 50_000, {"batch_size": 1, "scaling": "strong"}),
+        ("train.batch_size=1:", "divisible by 4"),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_batch_that_cannot_be_is_refused_with_one_that_can(case: str) -> None:
+    """The message names setting, value and rule, and what it says to type is accepted."""
+    (devices, count, train), parts, valid = REFUSED[case]
+    with pytest.raises(ConfigError) as refusal:
+        plan(devices, count, **train)
+    for part in (*parts, f"Type train.batch_size={valid}"):
+        assert part in str(refusal.value)
+    assert plan(devices, count, **train | {"batch_size": valid}).steps_per_epoch >= 1
+
+
+def test_weak_scaling_asks_for_no_divisibility() -> None:
+    assert plan(4, batch_size=255).global_batch_size == 1020
+
+
+def test_learning_rate_ranges_join_the_epochs_of_one_rate() -> None:
+    ranges = plan(2).learning_rate_ranges()
+    assert [epochs for *epochs, _, _ in ranges] == [[1, 50], [51, 60]]
+    assert [rates for _, _, *rates in ranges] == [pytest.approx([0.2, 0.2]), pytest.approx([0.02, 0.02])]
+
+
+def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() -> None:
+    made = plan(1, 80, batch_size=20, epochs=2, schedule=cosine, lr=1.0)
+    first, second = made.learning_rate_ranges()
+    rates = made.learning_rates
+    assert len(rates) == 8
+    assert first == (1, 1, rates[3], rates[0])
+    assert second == (2, 2, rates[7], rates[4])
+    assert rates[4] == pytest.approx(rates[0] / 2)
