@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -122,7 +123,7 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, ExposedCom
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # torch 2.13 renamed the option.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    no_broadcast = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
     if world.device.type == "cpu":
         parallel.register_comm_hook(exposed, _average_and_note)

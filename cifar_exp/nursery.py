@@ -1,17 +1,26 @@
 """A process that has imported what ranks need and does nothing but fork them.
 
-Importing torch costs a rank three seconds and its optimizers four more (they import the compiler). The nursery, which
-is Python's fork server, does both while the parent reads its configuration; ranks are forked from it in milliseconds,
-as are those of a sweep's later jobs. It has one thread and no CUDA context, so forking it is safe.
+Importing torch costs a rank three seconds and its optimizers as many more (they import the compiler). The nursery,
+which is Python's fork server, does both while the parent reads its configuration; ranks are forked from it in
+milliseconds, as are those of a sweep's later jobs. It has one thread and no CUDA context, so forking it is safe.
 """
 
+import ctypes
 import multiprocessing.forkserver as forkserver
+import signal
+import sys
 
-MODULES = ["cifar_exp.worker", "torch._dynamo"]
 START_METHOD = "forkserver"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def warm_up() -> None:
     """Start the nursery, once a process; it ends with its parent."""
-    forkserver.set_forkserver_preload(MODULES)
+    forkserver.set_forkserver_preload(["cifar_exp.nursery_modules"])
     forkserver.ensure_running()
+
+
+def end_with_parent() -> None:
+    """From now on this process is killed when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -129,7 +129,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = torch.mm(wide, wide.T)
         wide = a * wide + torch.mm(b * gram + c * torch.mm(gram, gram), wide)
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.t()
+    return wide if matrix.shape[0] <= matrix.shape[1] else torch.t(wide)
 
 
 def learning_rates(schedule: Schedule, full_rate: float, steps_per_epoch: int, epochs: int) -> tuple[float, ...]:

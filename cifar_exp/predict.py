@@ -67,7 +67,8 @@ class Classifier:
                 pixels = transforms.pil_to_tensor(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: it cannot be read as an image: {error}") from error
-        return transforms.resize(pixels, list(self.image_size), antialias=True)
+        resized: Tensor = transforms.resize(pixels, list(self.image_size), antialias=True)
+        return resized
 
 
 def find_run(name: str) -> Path:

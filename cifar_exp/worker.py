@@ -1,6 +1,5 @@
 """One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
 
-import ctypes
 import json
 import os
 import signal
@@ -23,12 +22,12 @@ from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError
 from cifar_exp.journal import Entry, JournalWriter
 from cifar_exp.models import ModelFactory, seeded
+from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
 from cifar_exp.schema import Train
 from cifar_exp.train import Trainer
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
 
@@ -93,7 +92,9 @@ def run_rank(job: Job, exchange: Path) -> None:
         job: what to do.
         exchange: a private folder in which ranks find each other and leave word of a failure.
     """
-    _end_with_parent()
+    end_with_parent()
+    # A signal means now, and without a traceback: the parent tells the user.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
     try:
         _prepare_process(job)
@@ -199,10 +200,3 @@ def _prepare_process(job: Job) -> None:
     if job.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(mode=True)
-
-
-def _end_with_parent() -> None:
-    """A signal means now, without a traceback: the parent tells the user. A parent that dies takes this along."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -10,10 +10,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
-TINY = (
-    "data=synthetic data.train_count=96 data.test_count=33 train.batch_size=32 train.epochs=2 train.log_every=1 "
-    "model.width=4 model.depth=1 devices=cpu devices.count=1"
-).split()
+TINY = [
+    *("data=synthetic", "data.train_count=96", "data.test_count=33"),
+    *("train.batch_size=32", "train.epochs=2", "train.log_every=1", "model.width=4", "model.depth=1"),
+    *("devices=cpu", "devices.count=1"),
+]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -67,7 +68,7 @@ def started(workplace: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]
 
 
 def environment() -> dict[str, str]:
-    """This process's environment with the project on the path, wherever the command runs."""
+    """The environment of this process with the project on the path, wherever the command runs."""
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "COLUMNS": "160"}
 
