@@ -3,9 +3,7 @@
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
-from cifar_exp.errors import CifarExpError, ConfigError, Stopped
+from cifar_exp.errors import CifarExpError, ConfigError, Stopped, StorageError
 
 Job = Callable[[DictConfig], Any]
 
@@ -33,8 +31,10 @@ def run_hydra(job: Job) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     failures: list[CifarExpError] = []
+    begun: list[bool] = []  # what fails before any job has begun is Hydra's: some of it is a bare ValueError
 
     def guarded(composed: DictConfig) -> Any:
+        begun.append(True)
         try:
             return job(composed)
         except CifarExpError as error:
@@ -49,8 +49,8 @@ def run_hydra(job: Job) -> int:
     except Stopped as stopped:
         print(f"cifar-exp: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except Exception as error:
-        if not _is_hydras(error):
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if begun:
             raise
         failures.append(explained(error))
     for failure in failures:
@@ -59,7 +59,7 @@ def run_hydra(job: Job) -> int:
     return failures[0].exit_code if failures else 0
 
 
-def explained(error: Exception) -> ConfigError:
+def explained(error: Exception) -> CifarExpError:
     """A message of ours for what Hydra refuses: setting, rule, nearest valid choice."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
@@ -68,20 +68,13 @@ def explained(error: Exception) -> ConfigError:
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return ConfigError(unknown_setting(cause.full_key))
+    if isinstance(error, OSError):
+        return StorageError(f"hydra.run.dir: {error}. Type hydra.run.dir=<a folder that you may write to>")
     if isinstance(error, OverrideParseException):
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
         )
     return ConfigError(str(error))
-
-
-def _is_hydras(error: Exception) -> bool:
-    """Whether Hydra or OmegaConf refused something; some of it they do with a bare ValueError."""
-    last_frame = traceback.extract_tb(error.__traceback__)[-1]
-    packages = {"hydra", "omegaconf", "antlr4"}
-    return isinstance(error, HydraException | OmegaConfBaseException) or bool(
-        packages & set(Path(last_frame.filename).parts)
-    )
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

@@ -88,6 +88,9 @@ class TrainBatches:
             yield self.normalization(augmented), self.split.labels[images]
 
 
+EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device
+
+
 @dataclass(frozen=True)
 class EvaluationBatches:
     """One rank's share of a set that is evaluated, each image once, in order."""
@@ -96,7 +99,7 @@ class EvaluationBatches:
     normalization: Normalization
     rank: int
     world_size: int
-    batch_size: int = 500
+    batch_size: int = EVALUATION_BATCH
 
     def __iter__(self) -> Iterator[Batch]:
         mine = shard(len(self.split.labels), self.rank, self.world_size)

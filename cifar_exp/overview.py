@@ -1,5 +1,6 @@
 """What a run is going to do and what came of it, for a person to read in the terminal."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from cifar_exp.data import EVALUATION_BATCH, shard
 from cifar_exp.datasets import DatasetFiles
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
@@ -27,7 +29,7 @@ def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.
         "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
         "learning rate": rates,
-        "validation": f"{data.test_count:,} test images after each epoch",
+        "validation": f"{data.test_count:,} test images after each epoch, {_validation_steps(plan, data)}",
         "parameters": f"{parameter_count(model):,}",
     }
 
@@ -73,6 +75,11 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
         highlight=False,
     )
+
+
+def _validation_steps(plan: Plan, data: DatasetFiles) -> str:
+    steps = math.ceil(len(shard(data.test_count, plan.world_size - 1, plan.world_size)) / EVALUATION_BATCH)
+    return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} a rank"
 
 
 def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:

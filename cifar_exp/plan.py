@@ -77,11 +77,12 @@ def make_plan(config: Config, world_size: int, train_count: int, schedule: Sched
     batch_size = config.train.batch_size
     global_batch = batch_size * world_size if config.train.scaling == "weak" else batch_size
     if global_batch > train_count:
-        share = max(1, train_count // world_size)
+        share = train_count // world_size
         fits = share * world_size if config.train.scaling == "strong" else share
+        advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
         raise ConfigError(
             f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
-            f"training set has {train_count}. Type train.batch_size={fits} or less"
+            f"training set has {train_count}. Type {advice}"
         )
     steps_per_epoch = train_count // global_batch
     full_rate = config.optimizer["lr"] * global_batch / REFERENCE_BATCH

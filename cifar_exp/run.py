@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cifar_exp import journal, overview, tracking
 from cifar_exp.config import Parts, flattened
+from cifar_exp.errors import ConfigError
 from cifar_exp.figures import RunFacts
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
@@ -37,10 +38,8 @@ def run(config: Config, parts: Parts) -> float:
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
     check_scaling(config, devices.count)
-    resolved = asdict(config)
-    OmegaConf.save(OmegaConf.create(resolved), run_dir / CONFIG_FILE)
     info = _run_info(config, devices, run_dir)
-    info.save()
+    _claim_folder(info, config)
     with Recording(run_dir, started, parts.tracker.sink(info)) as recording:
         data = parts.dataset()
         plan = make_plan(config, devices.count, data.train_count, parts.schedule)
@@ -79,6 +78,18 @@ def run(config: Config, parts: Parts) -> float:
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
+
+
+def _claim_folder(info: RunInfo, config: Config) -> None:
+    """Make the folder this run's, and leave the resolved configuration in it."""
+    try:
+        info.save()
+    except FileExistsError as error:
+        raise ConfigError(
+            f"hydra.run.dir={info.run_dir}: the folder holds a run already, and two runs must not share one. Type "
+            f"another folder, or leave hydra.run.dir out for a new one"
+        ) from error
+    OmegaConf.save(OmegaConf.create(tracking.without_password(asdict(config))), info.run_dir / CONFIG_FILE)
 
 
 def _run_info(config: Config, devices: DeviceSet, run_dir: Path) -> RunInfo:

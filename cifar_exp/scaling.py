@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+NOT_GROUPING = ("devices.count", "seed")  # the axis of the study, and its repeats
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -98,7 +100,7 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
         A name for each job, such as ``strong``; empty where nothing else differs.
     """
     rest = [
-        [override for override in job if override.split("=")[0] not in ("devices.count", "seed")] for job in overrides
+        [override for override in job if override.split("=")[0].lstrip("+") not in NOT_GROUPING] for job in overrides
     ]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
     return [",".join(override.partition("=")[2] for override in job if override not in common) for job in rest]

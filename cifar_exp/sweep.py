@@ -3,10 +3,12 @@
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,12 +18,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_exp.config import build_tracker
-from cifar_exp.errors import CifarExpError, Stopped
+from cifar_exp.errors import CifarExpError, Stopped, TrackingError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from cifar_exp.report import FinishedRun
+    from cifar_exp.tracking import SweepRun
 
 
 class SweepFailedError(CifarExpError):
@@ -70,21 +73,15 @@ class StudySweeper(BasicSweeper):
         sweep_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, sweep_dir / "multirun.yaml")
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
-        parent = build_tracker(self.config).open_sweep(sweep_dir, tags)
-        try:
+        with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
             rows = [_row(number, job) for number, job in enumerate(returns)]
             metrics, artifacts = _summarize(rows, sweep_dir, quiet=self.config.progress == "quiet")
-            failed = [row for row in rows if row.failure]
-            if parent:
-                parent.log(metrics, artifacts)
-                parent.close("FAILED" if failed else "FINISHED")
-        except BaseException as error:
-            if parent:
-                parent.close("KILLED" if isinstance(error, Stopped) else "FAILED")
-            raise
-        if failed:
-            raise SweepFailedError(failed[0].exit_code)
+            parent.log(metrics, artifacts)
+            if parent.hint and self.config.progress != "quiet":
+                print(f"compare: {parent.hint}")
+            if failed := [row for row in rows if row.failure]:
+                raise SweepFailedError(failed[0].exit_code)
         return returns
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
@@ -103,6 +100,54 @@ class StudySweeper(BasicSweeper):
         for start in range(0, len(jobs), size):
             returns += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
         return returns
+
+
+class ParentRun:
+    """The sweep's parent run. A tracker that fails is told at the end: the jobs do not depend on it."""
+
+    def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
+        self._run: SweepRun | None = None
+        self._error: Exception | None = None
+        self.hint = ""  # what to type to look at the sweep
+        with self._noted():
+            tracker = build_tracker(config)
+            self._run = tracker.open_sweep(sweep_dir, tags)
+            self.hint = tracker.hint()
+
+    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path]) -> None:
+        """Metrics as (name, value, step), and files."""
+        if self._run:
+            with self._noted():
+                self._run.log(metrics, artifacts)
+
+    def __enter__(self) -> "ParentRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the run as FINISHED, FAILED or KILLED.
+
+        Raises:
+            TrackingError: where all jobs went well, but the tracker did not get everything.
+        """
+        if self._run:
+            with self._noted():
+                self._run.close("FINISHED" if kind is None else "KILLED" if issubclass(kind, Stopped) else "FAILED")
+        if self._error and error is None:
+            raise TrackingError(
+                f"tracking.uri: all jobs finished and nothing is lost, but the parent run could not be recorded: "
+                f"{type(self._error).__name__}: {self._error}"
+            ) from self._error
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except CifarExpError:
+            raise
+        except Exception as error:  # MLflow raises whatever its store does
+            self._error = self._error or error
 
 
 def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
@@ -139,6 +184,8 @@ def _summarize(rows: Sequence[JobRow], sweep_dir: Path, quiet: bool) -> tuple[li
     finished = {row.number: run for row in rows if row.failure is None and (run := _finished(row.run_dir))}
     _print_jobs(console, rows, finished)
     study = Study.of(list(finished.values()))
+    if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
+        console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core say nothing of speedup")
     if study is None:
         return [], []
     study.print(console)

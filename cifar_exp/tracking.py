@@ -48,9 +48,14 @@ class RunInfo:
     artifacts: Sequence[str] = ()
 
     def save(self) -> None:
-        """Leave name, tags and params in the run's folder, where reports and later tools find them."""
-        content = {"name": self.name, "tags": dict(self.tags), "params": dict(self.params)}
-        (self.run_dir / RUN_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        """Leave name, tags and params in the run's folder, where reports and later tools find them.
+
+        Raises:
+            FileExistsError: where the folder holds a run already: two runs must not share a journal.
+        """
+        content = {"name": self.name, "tags": dict(self.tags), "params": without_password(self.params)}
+        with (self.run_dir / RUN_FILE).open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
 
 
 class Sink(Protocol):
@@ -171,7 +176,7 @@ class MLflowRun:
 
         self.run_id = self._tracker.create_run(self._client, self._run.name, self._run.tags)
         (self._run.run_dir / RUN_ID_FILE).write_text(self.run_id + "\n")
-        params = [Param(name, without_password(str(value))) for name, value in self._run.params.items()]
+        params = [Param(name, str(without_password(value))) for name, value in self._run.params.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
             self._client.log_batch(self.run_id, params=params[start : start + 100])
 
@@ -225,11 +230,13 @@ def run_id(folder: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def without_password(text: str) -> str:
-    """An address without the user's name and password, any other text as it is."""
-    if "://" not in text or "@" not in text:
-        return text
-    parts = urlsplit(text)
+def without_password(value: Any) -> Any:
+    """Addresses without the user's name and password, in a text or however deep in a mapping; all else as it is."""
+    if isinstance(value, Mapping):
+        return {name: without_password(item) for name, item in value.items()}
+    if not isinstance(value, str) or "://" not in value or "@" not in value:
+        return value
+    parts = urlsplit(value)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 

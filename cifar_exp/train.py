@@ -54,7 +54,7 @@ class Trainer:
         after_epoch: Callable[[int], None] = lambda _epoch: None,
     ) -> Averages:
         """Train for ``epochs`` passes, validating after each; the last validation's figures are returned."""
-        scaler = torch.amp.GradScaler(enabled=self.precision == torch.float16)
+        scaler = torch.amp.GradScaler(batches.split.images.device.type, enabled=self.precision == torch.float16)
         averages = Averages(math.nan, math.nan, 0)
         for epoch in range(1, epochs + 1):
             trained = self.train_one_epoch(epoch, batches, scaler)

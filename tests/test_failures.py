@@ -150,3 +150,21 @@ def test_ranks_listen_on_loopback_alone(started: Start, workplace: Path) -> None
     assert listening <= {"127.0.0.1", "::1"}
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
+
+
+def test_a_folder_that_holds_a_run_is_not_used_for_another(cifar_exp: Command, workplace: Path) -> None:
+    options = [*TINY, "tracking=none", "progress=quiet", "train.epochs=1", "hydra.run.dir=here"]
+    assert cifar_exp(*options).returncode == 0
+    journal = (workplace / "here" / "metrics.jsonl").read_text()
+    again = cifar_exp(*options)
+    assert again.returncode == 2
+    assert "hydra.run.dir" in again.stderr
+    assert (workplace / "here" / "metrics.jsonl").read_text() == journal
+
+
+def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "file").write_text("")
+    done = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=file/run")
+    assert done.returncode == 8
+    assert "hydra.run.dir" in done.stderr
+    assert "Traceback" not in done.stderr

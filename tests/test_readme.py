@@ -1,0 +1,104 @@
+"""The README's commands run as they stand there, with overrides that limit their size."""
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPO, TINY, Command
+from tests.test_download import ARCHIVE, Server, server  # noqa: F401
+from tests.test_run import all_runs, client
+
+README = (REPO / "README.md").read_text()
+SMALL = [
+    *("train.batch_size=16", "train.epochs=1", "model.width=4", "model.depth=1", "devices=cpu", "train.precision=fp32"),
+]
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of every command line of the README that starts ``program``, comments taken off."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.partition(" #")[0].split("&&")]
+    found = [shlex.split(part) for part in parts if f"uv run {program} " in f"{part} "]
+    return [words[3:] for words in found]
+
+
+def folders(root: Path) -> None:
+    """Random pictures in three classes, 20 to train and 5 to test each."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("ant", "bee", "cow"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+
+
+def test_the_quickstart_reaches_over_nine_tenths(cifar_exp: Command, workplace: Path) -> None:
+    (arguments,) = [words for words in commands("cifar-exp") if "experiment=quickstart" in words]
+    done = cifar_exp(*arguments)
+    assert done.returncode == 0, done.stderr
+    (run,) = all_runs(client())
+    assert run.data.metrics["test/accuracy"] > 0.9
+    assert "try next" in done.stdout
+    assert (workplace / "outputs").is_dir()
+
+
+def test_training_on_folders_then_prediction(cifar_exp: Command, workplace: Path) -> None:
+    folders(workplace / "data" / "cifar10-images")
+    (arguments,) = [words for words in commands("cifar-exp") if "data=folders" in words]
+    assert arguments == shlex.split(
+        "data=folders data.root=data/cifar10-images model.width=64 model.depth=6 optimizer=adamw devices.count=2"
+    )
+    small = [*SMALL, "train.batch_size=8", "devices.oversubscribe=true", "tracking=none"]
+    done = cifar_exp(*[word for word in arguments if "model." not in word], *small)
+    assert done.returncode == 0, done.stderr
+    (words,) = commands("cifar-exp-predict")
+    (workplace / "data" / "cifar10-images" / "test" / "ant").rename(workplace / "my-pictures")
+    labels = cifar_exp(*words, module="cifar_exp.predict")
+    assert labels.returncode == 0, labels.stderr
+    lines = labels.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.fullmatch(r"my-pictures/\d\.png  (ant|bee|cow)  \d+\.\d%", line) for line in lines)
+
+
+@pytest.mark.parametrize("what", ["devices.count=1,2,4", "model.width=16,32,64"])
+def test_the_sweeps_compose_and_run(cifar_exp: Command, workplace: Path, what: str) -> None:
+    (arguments,) = [words for words in commands("cifar-exp") if what in words]
+    limits = [word for word in TINY if not word.startswith(("devices.count", "model.", "train.log_every"))]
+    if "model.width" in what:
+        arguments = ["-m", "model.width=4,8", "model.depth=1"]
+        limits.append("devices.count=1")
+    done = cifar_exp(*arguments, *limits, "train.epochs=1", "train.batch_size=16", "devices.oversubscribe=true")
+    assert done.returncode == 0, done.stderr
+    assert list((workplace / "outputs" / "multirun").rglob("metrics.jsonl"))
+
+
+def test_every_override_of_the_readmes_table_is_accepted() -> None:
+    from cifar_exp.config import build, read_config
+    from tests.test_config import composed
+
+    table = README.partition("| I want | I type |")[2].partition("\n\n")[0]
+    typed = [code for code in re.findall(r"`([^`]+)`", table) if "=" in code and "<" not in code]
+    assert len(typed) >= 10
+    for code in typed:
+        build(read_config(composed(*shlex.split(code))))
+
+
+def test_the_reference_recipe_fetches_verifies_and_trains(cifar_exp: Command, server: Server) -> None:  # noqa: F811
+    """The bare command, with a small archive of the release's format on a loopback server in place of the release."""
+    arguments = [words for words in commands("cifar-exp") if not words]
+    assert arguments == [[]]
+    digest = hashlib.sha256(ARCHIVE).hexdigest()
+    release = [f"data.mirror={server.address}", f"data.size={len(ARCHIVE)}", f"data.sha256={digest}"]
+    done = cifar_exp(*release, *SMALL, "tracking=none")
+    assert done.returncode == 0, done.stderr
+    assert "100 in 10 classes" in done.stdout
+    wrong = cifar_exp(*release[:2], f"data.sha256={'0' * 64}", *SMALL, "data.root=elsewhere", "tracking=none")
+    assert wrong.returncode == 3
+    assert "sha256" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
