@@ -19,8 +19,8 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.schema import COMMON, Config
 
 if TYPE_CHECKING:  # these import torch, which a wrong setting should not have to wait for
+    from cifar_exp.array_cache import DatasetFiles
     from cifar_exp.augment import Augmentation
-    from cifar_exp.datasets import DatasetFiles
     from cifar_exp.launch import Launcher
     from cifar_exp.models import ModelFactory
     from cifar_exp.optim import OptimizerFactory, Schedule

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation
-from cifar_exp.datasets import Split
 from cifar_exp.rng import keyed_generator
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64

@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from cifar_exp.datasets import DatasetFiles, cifar10
-from cifar_exp.download import Progress, storage_errors
-from cifar_exp.errors import CifarExpError, DataError
+from cifar_exp.array_cache import SPLITS, DatasetFiles
+from cifar_exp.datasets import cifar10
+from cifar_exp.download import Progress
+from cifar_exp.errors import CifarExpError, DataError, storage_errors
 
 Counts = Counter[tuple[str, str, str]]
 """(split, class, ``written`` or ``skipped``) -> images."""
@@ -62,8 +63,8 @@ def export(files: DatasetFiles, folder: Path) -> Counts:
         StorageError: the folder cannot be written.
     """
     counts: Counts = Counter()
-    for split, total in (("train", files.train_count), ("test", files.test_count)):
-        data = files.load("train" if split == "train" else "test")
+    for split in SPLITS:
+        data = files.load(split)
         numbers: Counter[int] = Counter()
         jobs: list[tuple[Tensor, Path]] = []
         for image, label in zip(data.images, data.labels.tolist(), strict=True):
@@ -72,7 +73,7 @@ def export(files: DatasetFiles, folder: Path) -> Counts:
         with storage_errors(folder, "Make room, or choose another folder: --to <folder>"):
             for name in files.classes:
                 (folder / split / name).mkdir(parents=True, exist_ok=True)
-            with ThreadPoolExecutor() as pool, Progress(f"Writing {split} images", total, "files") as progress:
+            with ThreadPoolExecutor() as pool, Progress(f"Writing {split} images", len(jobs), "files") as progress:
                 for (_, path), outcome in zip(jobs, pool.map(_write, jobs), strict=True):
                     counts[split, path.parent.name, outcome] += 1
                     progress.add(1)
@@ -92,7 +93,7 @@ def _write(job: tuple[Tensor, Path]) -> str:
 
 def table(classes: Sequence[str], counts: Counts) -> str:
     """Images by class: written, and skipped because they were there."""
-    columns = [(split, outcome) for split in ("train", "test") for outcome in ("written", "skipped")]
+    columns = [(split, outcome) for split in SPLITS for outcome in ("written", "skipped")]
     rows = [(name, [counts[split, name, outcome] for split, outcome in columns]) for name in classes]
     sums = ("all", [sum(cells) for cells in zip(*(cells for _, cells in rows), strict=True)])
     width = max(len(name) for name in ("class", *classes))

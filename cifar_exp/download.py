@@ -22,18 +22,15 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.array_cache import Arrays, locked
+from cifar_exp.errors import ConfigError, DataError, storage_errors
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 FILE_NAME = "cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-
-Arrays = dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
-"""``train`` and ``test`` -> images (N, 3, H, W) uint8, labels (N,) int64."""
 
 _FOLDER = "cifar-10-batches-py"
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -74,15 +71,6 @@ class Progress:
             sys.stderr.write("\r\033[K")  # back to the line's start, and clear it
 
 
-@contextmanager
-def storage_errors(path: Path, advice: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the block, which writes to ``path``, into a ``StorageError`` that ends with ``advice``."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error
-
-
 def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
     """The verified archive: ``archive`` where it is given, else ``root / FILE_NAME``, downloaded if it is not there.
 
@@ -111,27 +99,16 @@ def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: i
         )
     target = root / FILE_NAME
     advice = "Choose another folder with data.root=<folder>, or make room in this one."
-    with storage_errors(root, advice):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f".{FILE_NAME}.lock")
-        lock.acquire()
-    try:
+    with locked(root / f".{FILE_NAME}.lock", advice):
         if target.exists():
-            _check(
-                target,
-                str(target),
-                size,
-                sha256,
-                "Delete it to download it again, or name another: data.archive=<file>",
-            )
+            mend = "Delete it to download it again, or name another: data.archive=<file>"
+            _check(target, str(target), size, sha256, mend)
             return target
         part = target.with_suffix(".gz.part")
         with storage_errors(target, advice):
             _download(address, part, size, sha256, advice)
             part.replace(target)
         return target
-    finally:
-        lock.release()
 
 
 def _problem(path: Path, size: int, sha256: str) -> str | None:

@@ -3,6 +3,9 @@
 An error of these classes is shown as its message alone; anything else is a fault of ours and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -60,3 +63,12 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def storage_errors(path: Path, advice: str) -> Iterator[None]:
+    """Turn an ``OSError`` of the block, which writes to ``path``, into a ``StorageError`` that ends with ``advice``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error

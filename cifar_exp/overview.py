@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.data import EVALUATION_BATCH, shard
-from cifar_exp.datasets import DatasetFiles
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
 from cifar_exp.plan import Plan

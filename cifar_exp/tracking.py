@@ -6,6 +6,7 @@ The journal on disk is the truth; a tracker that cannot be reached costs the tra
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
@@ -234,10 +234,7 @@ def without_password(value: Any) -> Any:
     """Addresses without the user's name and password, in a text or however deep in a mapping; all else as it is."""
     if isinstance(value, Mapping):
         return {name: without_password(item) for name, item in value.items()}
-    if not isinstance(value, str) or "://" not in value or "@" not in value:
-        return value
-    parts = urlsplit(value)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return re.sub(r"://[^/\s]*@", "://", value) if isinstance(value, str) else value
 
 
 class Follower(threading.Thread):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from cifar_exp import checkpoint, distributed
+from cifar_exp.array_cache import DatasetFiles, Split
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.datasets import DatasetFiles, Split
 from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError
 from cifar_exp.journal import Entry, JournalWriter

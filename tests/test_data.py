@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation, Crop, Identity, Shift
 from cifar_exp.data import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, shard
-from cifar_exp.datasets import Split
 
 MEAN, STD = (125.3, 122.95, 113.87), (63.0, 62.1, 66.7)  # CIFAR-10's, about
 

@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cifar_exp import datasets, download
-from cifar_exp.datasets import DatasetFiles, folders, synthetic
+from cifar_exp import synthetic as generator
+from cifar_exp.array_cache import DatasetFiles
+from cifar_exp.datasets import folders, synthetic
 from cifar_exp.errors import ConfigError, DataError, StorageError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -357,7 +359,7 @@ def test_synthetic_images_are_the_same_on_every_machine(tmp_path: Path) -> None:
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(tensor.numpy().data)
     assert digest.hexdigest() == files.content_hash
-    # Measured with numpy 1.26 and 2.4. Where the images change on purpose, _SYNTHETIC_VERSION does too.
+    # Measured with numpy 1.26 and 2.4. Where the images change on purpose, the generator's VERSION does too.
     assert files.content_hash == "83cbd2fe78fe718c9ec5823a26d67f6e09af930f517fa3b610f360194e015e29"
 
 
@@ -376,7 +378,7 @@ def test_synthetic_images_follow_their_settings(tmp_path: Path) -> None:
 
 def test_synthetic_images_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = synthetic(tmp_path, train_count=20, test_count=10)
-    monkeypatch.setattr(datasets, "_draw_split", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(generator, "_draw_split", lambda *_: pytest.fail("made again"))
     assert synthetic(tmp_path, train_count=20, test_count=10) == first
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from cifar_exp.array_cache import Split
 from cifar_exp.augment import Crop
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.datasets import Split
 from cifar_exp.distributed import World, average_buffers, data_parallel, joined_world, sum_over_ranks
 from cifar_exp.errors import DivergenceError
 from cifar_exp.metrics import Averages

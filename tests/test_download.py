@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from cifar_exp import dataset_cli, download
-from cifar_exp.datasets import DatasetFiles, cifar10, folders
+from cifar_exp.array_cache import DatasetFiles
+from cifar_exp.datasets import cifar10, folders
 from cifar_exp.errors import ConfigError, DataError, StorageError
 
 LABEL_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

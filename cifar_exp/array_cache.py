@@ -1,0 +1,244 @@
+"""Decoded images on disk: ``.npy`` arrays, keyed by content, written once and mapped into memory by every rank.
+
+``<cache>/<content hash>/`` holds a dataset, ``{train,test}_{images,labels}.npy`` and ``meta.json``;
+``<cache>/index.json`` says which content hash a source had when it last looked like this. All of it may be deleted at
+any time.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cifar_exp.errors import StorageError, storage_errors
+
+SplitName = Literal["train", "test"]
+SPLITS: tuple[SplitName, SplitName] = ("train", "test")
+
+Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
+"""Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
+
+_FORMAT = 1  # of the files; another number means that they are made anew
+_UNFINISHED = "unfinished-"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split.
+
+    Attributes:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) int64, each an index into the dataset's classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class DatasetFiles:
+    """A decoded dataset on disk; small and picklable.
+
+    Attributes:
+        folder: where the arrays lie, absolute.
+        classes: names by label, sorted.
+        train_count: training images.
+        test_count: test images.
+        image_size: height and width in pixels.
+        mean: of the training set's channels, 0 to 255.
+        std: of the training set's channels, 0 to 255, over all pixels (population).
+        content_hash: sha256 in hex of what the arrays were made from.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    train_count: int
+    test_count: int
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    content_hash: str
+
+    def load(self, split: SplitName) -> Split:
+        """One split, mapped and not copied: processes that load it share the page cache.
+
+        Raises:
+            StorageError: the cache is gone or cannot be read.
+        """
+        try:
+            # Copy-on-write: torch accepts the arrays as writable, and nobody can change the file.
+            images, labels = (np.load(self.folder / name, mmap_mode="c") for name in _array_names(split))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
+        return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def prepare(
+    cache: Path,
+    fingerprint: str,
+    content_hash: Callable[[], str],
+    decode: Callable[[], tuple[tuple[str, ...], Arrays]],
+    setting: str,
+) -> DatasetFiles:
+    """The dataset's files: found by the fingerprint, else by the content hash, else decoded and written.
+
+    A cache that has them is only read, so that it may lie on read-only storage and need no lock.
+
+    Args:
+        cache: absolute folder of all cached datasets of a source.
+        fingerprint: what is cheap to know about the source; the same fingerprint means the same content.
+        content_hash: the dear way to know: sha256 of the content, in hex.
+        decode: class names and arrays.
+        setting: the setting that names ``cache``.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    files = _lookup(cache, fingerprint)
+    if files is not None:
+        return files
+    advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
+    with locked(cache / ".lock", advice):
+        for leftover in cache.glob(f"{_UNFINISHED}*"):  # its writer is dead, or would hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
+        if files is not None:
+            return files
+        digest = content_hash()
+        files = _open_dataset(cache / digest)
+        if files is None:
+            classes, arrays = decode()
+            with storage_errors(cache, advice):
+                files = _write_dataset(cache / digest, classes, arrays)
+        with storage_errors(cache, advice):
+            _write_index(cache, {**_read_index(cache), fingerprint: digest})
+    return files
+
+
+@contextmanager
+def locked(file: Path, advice: str) -> Iterator[None]:
+    """Hold a lock file against other processes and threads; its folder is made if missing.
+
+    Raises:
+        StorageError: the folder cannot be written; the message ends with ``advice``.
+    """
+    with storage_errors(file.parent, advice):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file).acquire()
+    with lock:
+        yield
+
+
+def _lookup(cache: Path, fingerprint: str) -> DatasetFiles | None:
+    digest = _read_index(cache).get(fingerprint)
+    return None if digest is None else _open_dataset(cache / str(digest))
+
+
+def _read_index(cache: Path) -> dict[str, str]:
+    """Content hash by fingerprint; empty where there is no readable index."""
+    try:
+        index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _write_index(cache: Path, index: dict[str, str]) -> None:
+    temporary = cache / "index.json.tmp"
+    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    temporary.replace(cache / "index.json")
+
+
+def _open_dataset(folder: Path) -> DatasetFiles | None:
+    """The dataset in ``folder``; None unless it is whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != _FORMAT or meta["file_bytes"] != _file_bytes(folder):
+            return None
+        return DatasetFiles(
+            folder=folder,
+            classes=tuple(meta["classes"]),
+            train_count=meta["train_count"],
+            test_count=meta["test_count"],
+            image_size=(meta["image_size"][0], meta["image_size"][1]),
+            mean=(meta["mean"][0], meta["mean"][1], meta["mean"][2]),
+            std=(meta["std"][0], meta["std"][1], meta["std"][2]),
+            content_hash=meta["content_hash"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> DatasetFiles:
+    """Write a dataset, so that ``folder``, named by the content hash, is whole whenever it is there at all."""
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from everyone else
+        for split in SPLITS:
+            pair: tuple[NDArray[Any], ...] = arrays[split]
+            for name, array in zip(_array_names(split), pair, strict=True):
+                with _durable(unfinished / name) as file:
+                    np.save(file, array, allow_pickle=False)
+        train_images = arrays["train"][0]
+        mean, std = _channel_statistics(train_images)
+        meta = {
+            "format": _FORMAT,
+            "file_bytes": _file_bytes(unfinished),
+            "classes": classes,
+            "train_count": len(train_images),
+            "test_count": len(arrays["test"][0]),
+            "image_size": train_images.shape[2:],
+            "mean": mean,
+            "std": std,
+            "content_hash": folder.name,
+        }
+        with _durable(unfinished / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    files = _open_dataset(folder)
+    if files is None:
+        raise OSError(f"{folder} is not as it was written")
+    return files
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file, on disk when the block ends: else a crash might keep the folder's new name and lose the content."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _array_names(split: SplitName) -> tuple[str, str]:
+    return f"{split}_images.npy", f"{split}_labels.npy"
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for split in SPLITS for name in _array_names(split)}
+
+
+def _channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, 0 to 255; exact, from counts of the 256 values."""
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for start in range(0, len(images), 1024):  # bincount makes an int64 copy of what it counts
+        for channel in range(3):
+            counts[channel] += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+    pixels, values = counts.sum(axis=1), np.arange(256)
+    mean = counts @ values / pixels
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
+    return mean.tolist(), np.sqrt(variance).tolist()
