@@ -1,5 +1,6 @@
 """One run in the parent process: devices, images, plan, ranks, record."""
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def run(config: Config, parts: Parts) -> float:
             epochs=plan.epochs,
             steps_per_epoch=plan.steps_per_epoch,
             lr_drops=_lr_drops(plan),
-            details=details | {"folder": str(run_dir)},
+            details=details | {"folder": os.path.relpath(run_dir)},
         )
         recording.start(Display(run_dir, facts, config.progress, console, started))
         job = Job(
@@ -110,7 +111,10 @@ def _title(config: Config) -> str:
     """The network and the data in a few words, as in ``convnet 32x4 on cifar10``."""
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
-    return f"{model} {size} on {config.data['_target_'].rpartition('.')[2]}".replace("  ", " ")
+    data = config.data["_target_"].rpartition(".")[2]
+    if data == "folders":  # says how, not what; the root's name does
+        data = Path(config.data["root"]).resolve().name
+    return f"{model} {size} on {data}".replace("  ", " ")
 
 
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
@@ -122,8 +126,8 @@ def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
 
 
 def _print_next_steps(console: Console, run_dir: Path, hint: str) -> None:
-    console.print(f"\nrun folder: {run_dir}", highlight=False)
-    console.print(f"live page:  {run_dir / 'progress.html'}", highlight=False)
+    console.print(f"\nrun folder: {os.path.relpath(run_dir)}", highlight=False)
+    console.print(f"page:       {os.path.relpath(run_dir / 'progress.html')}", highlight=False)
     if hint:
         console.print(f"compare:    {hint}", highlight=False)
     console.print("try next:   cifar-exp-predict run=latest <images>", highlight=False)
