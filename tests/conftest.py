@@ -29,9 +29,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cifar_exp(workplace: Path) -> Command:
     """``cifar_exp("train.epochs=1", ...)``: the command in ``workplace``, its output captured."""
 
-    def run(*arguments: str, module: str = "cifar_exp", timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, module: str = "cifar_exp.main", timeout: float = 180) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-c", f"import sys; from {module} import main; sys.exit(main())", *arguments],
             cwd=workplace,
             env=environment(),
             capture_output=True,
