@@ -288,7 +288,7 @@ def _decode_image(path: Path) -> NDArray[np.uint8] | str:
             opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
             return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
     except Exception as error:  # decoders raise nearly anything on damaged files
-        if path.stat().st_size == 0:
+        if path.exists() and path.stat().st_size == 0:
             return "is empty"
         return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 

@@ -65,6 +65,9 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
+FREE_SPACE = "Free space there and start again"
+
+
 @contextmanager
 def storage_errors(path: Path, advice: str) -> Iterator[None]:
     """Turn an ``OSError`` of the block, which writes to ``path``, into a ``StorageError`` that ends with ``advice``."""

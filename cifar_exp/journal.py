@@ -8,12 +8,11 @@ Rank 0 writes it while it trains, the parent adds the closing line after the ran
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_exp.errors import StorageError
+from cifar_exp.errors import FREE_SPACE, storage_errors
 
 FILE_NAME = "metrics.jsonl"
 
@@ -40,7 +39,7 @@ class JournalWriter:
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / FILE_NAME
-        with _storage_errors(path):
+        with storage_errors(path, FREE_SPACE):
             _drop_half_line(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -52,22 +51,12 @@ class JournalWriter:
         """
         metrics = {name: value if math.isfinite(value) else str(value) for name, value in entry.metrics.items()}
         line = {"step": entry.step, "epoch": entry.epoch, "time": round(entry.time, 4), "metrics": metrics}
-        with _storage_errors(self._file.name):
+        with storage_errors(Path(self._file.name), FREE_SPACE):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-
-@contextmanager
-def _storage_errors(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: the journal cannot be written: {error}. Free space there and start again"
-        ) from error
 
 
 def _drop_half_line(path: Path) -> None:

@@ -8,12 +8,13 @@ stretches to the window; texts are placed in percent beside it and keep their si
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from cifar_exp.errors import StorageError
+from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.journal import Entry
 
 FILE_NAME = "progress.html"
@@ -90,11 +91,12 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
     temporary = page.with_suffix(".tmp")
     text = page_html(entries, facts, elapsed)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(page)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{page}: the page could not be written: {error}. Free space there") from error
+        with storage_errors(page, FREE_SPACE):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(page)
+    finally:
+        with suppress(OSError):  # of the same cause
+            temporary.unlink(missing_ok=True)
     return page
 
 
