@@ -293,7 +293,7 @@ def test_page_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_page_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "progress.html").mkdir()  # in the way, for root too
-    with pytest.raises(StorageError, match=r"progress\.html: cannot be written"):
+    with pytest.raises(StorageError, match=r"progress\.html cannot be written"):
         write_progress_page(tmp_path, ENTRIES, FACTS, 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["progress.html"]
 
