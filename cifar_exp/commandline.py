@@ -1,10 +1,8 @@
 """Hydra at the command line, with this project's messages and exit codes instead of tracebacks."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import hydra
@@ -15,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
-from cifar_exp.errors import CifarExpError, ConfigError, Stopped, StorageError
+from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 
 Job = Callable[[DictConfig], Any]
 
@@ -28,8 +26,6 @@ def run_hydra(job: Job) -> int:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     failures: list[CifarExpError] = []
     begun: list[bool] = []  # what fails before any job has begun is Hydra's: some of it is a bare ValueError
 
@@ -46,9 +42,6 @@ def run_hydra(job: Job) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except CifarExpError as error:
         failures.append(error)
-    except Stopped as stopped:
-        print(f"cifar-exp: {stopped}", file=sys.stderr)
-        return stopped.exit_code
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if begun:
             raise
@@ -74,8 +67,4 @@ def explained(error: Exception) -> CifarExpError:
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
         )
-    return ConfigError(str(error))
-
-
-def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise Stopped(number)
+    return ConfigError(f"{error}. Type group=choice or key=value, as in model=convnet train.epochs=5; see --help")

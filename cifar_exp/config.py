@@ -90,7 +90,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def default_settings() -> dict[str, Any]:
     """Every setting that some YAML file of the package sets, by dotted name, with the value it has there."""
     settings: dict[str, Any] = {}
-    for path in sorted(conf_dir().rglob("*.yaml")):
+    primary: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))
+    defaults = [item for entry in primary["defaults"] if entry != "_self_" for item in entry.items()]
+    # The default choice of each group first: its values are what a user expects to be told.
+    paths = [conf_dir() / group / f"{choice}.yaml" for group, choice in defaults]
+    for path in [*filter(Path.exists, paths), *sorted(conf_dir().rglob("*.yaml"))]:
         group = path.relative_to(conf_dir()).parts[0]
         if group in ("experiment", "hydra"):
             continue

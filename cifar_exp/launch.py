@@ -83,9 +83,12 @@ def find_devices(wanted: Devices) -> DeviceSet:
 
 def _checked(wanted: Devices, devices: DeviceSet, needed: int, unit: str) -> DeviceSet:
     if devices.oversubscribed and not wanted.oversubscribe:
+        fits = f"devices.count={devices.found}"
+        if unit == "cores" and wanted.threads != "auto":
+            fits = f"devices.threads={max(1, devices.found // devices.count)}"
         raise MachineError(
             f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} {unit}, found "
-            f"{devices.found}. Type devices.count={devices.found}, or devices.oversubscribe=true to share them"
+            f"{devices.found}. Type {fits}, or devices.oversubscribe=true to share them"
         )
     return devices
 
@@ -147,9 +150,10 @@ class ElasticLauncher:
 
 def _log_to_the_runs_file() -> None:
     """What elastic logs of failing workers goes to the run's log: the user gets one message from us."""
-    elastic = logging.getLogger("torch.distributed.elastic")
-    elastic.propagate = False
-    elastic.handlers = list(logging.getLogger().handlers)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = list(logging.getLogger().handlers)
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """Command line -> composed config -> plan -> launch: one run, or one job of a sweep."""
 
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
+
+from cifar_exp.errors import Stopped
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from omegaconf import DictConfig
@@ -9,9 +13,15 @@ if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --he
 
 def main() -> None:
     """The command `cifar-exp`."""
-    from cifar_exp.commandline import run_hydra
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        from cifar_exp.commandline import run_hydra
 
-    sys.exit(run_hydra(run_job))
+        sys.exit(run_hydra(run_job))
+    except Stopped as stopped:
+        print(f"cifar-exp: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def run_job(composed: "DictConfig") -> float:
@@ -26,3 +36,7 @@ def run_job(composed: "DictConfig") -> float:
     from cifar_exp.run import run
 
     return run(config, parts)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Stopped(number)

@@ -1,8 +1,12 @@
 """What the nursery imports, the only thing that Python's fork server can be told: hence a side effect."""
 
+import signal
+
 from cifar_exp.nursery import end_with_parent
 
-end_with_parent()  # before the imports, which take seconds
+# Before the imports, which take seconds: Ctrl-C is the parent's to answer.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+end_with_parent()
 
 import torch._dynamo  # noqa: E402, F401
 

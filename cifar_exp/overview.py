@@ -67,7 +67,7 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
     label = " (CPU-simulated devices)" if simulated else ""
     console.print(
         f"test accuracy {metrics['test/accuracy']:.4f} on {metrics['test/count']:,.0f} images, "
-        f"{metrics['steady_images_per_second']:,.0f} images/s{label}, "
+        f"trained at a steady {metrics['steady_images_per_second']:,.0f} images/s{label}, "
         f"{metrics['time/train_seconds']:.1f} s of training, {metrics['time/total_seconds']:.1f} s in all",
         highlight=False,
     )

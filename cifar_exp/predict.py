@@ -119,21 +119,36 @@ def main() -> None:
     try:
         if len(runs) != 1 or not paths:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
-        classifier = Classifier.of_run(find_run(runs[0]))
+        run_dir = find_run(runs[0])
+        print(f"network of {run_dir}", file=sys.stderr)
+        classifier = Classifier.of_run(run_dir)
         files = images_in(paths)
+        broken: list[str] = []
         for start in range(0, len(files), 500):
-            _classify(classifier, files[start : start + 500], as_json)
+            broken += _classify(classifier, files[start : start + 500], as_json)
+        if broken:
+            raise DataError("\n".join(broken))
     except CifarExpError as error:
         print(f"cifar-exp-predict: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> None:
-    probabilities = classifier.probabilities(torch.stack([classifier.read(path) for path in files]))
-    best = probabilities.max(1)
-    for path, label, probability in zip(files, best.indices.tolist(), best.values.tolist(), strict=True):
+def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> list[str]:
+    """Print a line for every image that can be read; what is wrong with the others."""
+    images: dict[Path, Tensor] = {}
+    broken: list[str] = []
+    for path in files:
+        try:
+            images[path] = classifier.read(path)
+        except DataError as error:
+            broken.append(str(error))
+    if not images:
+        return broken
+    best = classifier.probabilities(torch.stack(list(images.values()))).max(1)
+    for path, label, probability in zip(images, best.indices.tolist(), best.values.tolist(), strict=True):
         name = classifier.classes[label]
         if as_json:
             print(json.dumps({"image": str(path), "label": name, "probability": round(probability, 4)}))
         else:
             print(f"{path}  {name}  {probability:.1%}")
+    return broken

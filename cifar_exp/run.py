@@ -128,7 +128,8 @@ def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
 def _print_next_steps(console: Console, run_dir: Path, hint: str) -> None:
     console.print(f"\nrun folder: {os.path.relpath(run_dir)}", highlight=False)
     console.print(f"page:       {os.path.relpath(run_dir / 'progress.html')}", highlight=False)
+    uv = tracking.uv_prefix()
     if hint:
         console.print(f"compare:    {hint}", highlight=False)
-    console.print("try next:   cifar-exp-predict run=latest <images>", highlight=False)
-    console.print("            cifar-exp -m experiment=speedup devices.count=1,2", highlight=False)
+    console.print(f"try next:   {uv}cifar-exp-predict run=latest <images>", highlight=False)
+    console.print(f"            {uv}cifar-exp -m experiment=speedup devices.count=1,2", highlight=False)

@@ -135,9 +135,11 @@ class ParentRun:
             with self._noted():
                 self._run.close("FINISHED" if kind is None else "KILLED" if issubclass(kind, Stopped) else "FAILED")
         if self._error and error is None:
+            from cifar_exp.tracking import shortened
+
             raise TrackingError(
                 f"tracking.uri: all jobs finished and nothing is lost, but the parent run could not be recorded: "
-                f"{type(self._error).__name__}: {self._error}"
+                f"{type(self._error).__name__}: {shortened(self._error)}"
             ) from self._error
 
     @contextmanager
@@ -155,16 +157,15 @@ def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    name = f"job {hydra.job.num}: {' '.join(hydra.overrides.task)}"
     if composed.progress != "quiet":
-        print(f"\n== {name}", flush=True)
+        print(f"\n== job {hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
     try:
         return task_function(composed)
     except CifarExpError as error:
-        print(f"cifar-exp: {name}: failed: {error}", file=sys.stderr, flush=True)
+        print(f"cifar-exp: job {hydra.job.num} failed: {error}", file=sys.stderr, flush=True)
         raise
     except Exception:
-        print(f"cifar-exp: {name}: failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"cifar-exp: job {hydra.job.num} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         raise
 
 

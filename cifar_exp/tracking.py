@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from filelock import FileLock
 
-from cifar_exp.errors import TrackingError
+from cifar_exp.errors import ConfigError, TrackingError
 from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 OUTPUTS = Path("outputs")
+MLFLOW_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # A dead server would hold the end of a run for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
+}
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 RUN_FILE = "run.json"
 RUN_ID_FILE = "mlflow_run_id"
 
@@ -94,7 +103,9 @@ class SweepRun(Protocol):
 
 @dataclass(frozen=True)
 class NoTracker:
-    """The journal is all there is."""
+    """The journal is all there is. A preset may name an experiment all the same."""
+
+    experiment: str | None = None
 
     def sink(self, run: RunInfo) -> None:  # noqa: ARG002
         return None
@@ -118,6 +129,14 @@ class MLflowTracker:
     uri: str | None = None
     experiment: str = "cifar-exp"
 
+    def __post_init__(self) -> None:
+        scheme = (self.uri or "sqlite:").partition(":")[0].partition("+")[0]
+        if scheme not in SCHEMES:
+            raise ConfigError(
+                f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Type "
+                f"tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000, or leave it out"
+            )
+
     def sink(self, run: RunInfo) -> "MLflowRun":
         return MLflowRun(self, run)
 
@@ -132,26 +151,28 @@ class MLflowTracker:
         return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
 
     def hint(self) -> str:
-        return f"mlflow ui --backend-store-uri {without_password(self.address())}"
+        return f"{uv_prefix()}mlflow ui --backend-store-uri {without_password(self.address())}"
 
     def client(self) -> "MlflowClient":
         """A client of the store, which is made first where it is missing.
 
         A fresh SQLite store is set up under a lock: several processes that do it at once fail.
         """
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        for name, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):  # they tell at length how they make a store
             logging.getLogger(name).setLevel(logging.WARNING)
+        if self.uri is None:
+            OUTPUTS.mkdir(exist_ok=True)
         client = MlflowClient(self.address())
-        OUTPUTS.mkdir(exist_ok=True)
-        with FileLock(OUTPUTS / "mlflow.lock"):
+        database = self.address().partition("sqlite:///")[2]
+        # A server is its own guard, and one that does not answer must not hold up other runs.
+        with FileLock(f"{database}.lock") if database else nullcontext():
             if client.get_experiment_by_name(self.experiment) is None:
-                local = self.address().startswith("sqlite:")
                 # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
-                location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if local else None
+                location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
         return client
 
@@ -224,6 +245,11 @@ class MLflowSweep:
         self.client.set_terminated(self.run_id, status)
 
 
+def uv_prefix() -> str:
+    """What to type before a command of the environment: uv sets this variable for what it runs."""
+    return "uv run " if "UV" in os.environ else ""
+
+
 def run_id(folder: Path) -> str | None:
     """The id of the run or sweep in ``folder``; None where it was not tracked."""
     path = folder / RUN_ID_FILE
@@ -235,6 +261,12 @@ def without_password(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: without_password(item) for name, item in value.items()}
     return re.sub(r"://[^/\s]*@", "://", value) if isinstance(value, str) else value
+
+
+def shortened(error: Exception) -> str:
+    """What an error says in a line: HTTP libraries tell the whole chain of their calls."""
+    text = str(without_password(str(error))).splitlines()[0] if str(error) else ""
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
 
 
 class Follower(threading.Thread):
@@ -354,7 +386,7 @@ class Recording:
             if follower.error:
                 raise TrackingError(
                     f"tracking.uri: training finished and nothing is lost, but the tracker failed: "
-                    f"{type(follower.error).__name__}: {without_password(str(follower.error))}. "
+                    f"{type(follower.error).__name__}: {shortened(follower.error)}. "
                     f"All metrics are in {self.run_dir / FILE_NAME}"
                 ) from follower.error
 

@@ -162,3 +162,18 @@ def test_help_config_and_refusals_do_not_wait_for_torch(arguments: list[str], wo
         check=False,
     )
     assert "heavy: set()" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "swap",
+    ["tracking=none", "schedule=cosine", "schedule=piecewise", "model=resnet", "model=resnet18", "optimizer=muon"],
+)
+def test_a_presets_groups_can_be_swapped(swap: str) -> None:
+    """What a preset sets belongs to its own choices, so that another choice does not get settings it never had."""
+    build(read_config(composed("experiment=quickstart", swap)))
+
+
+@pytest.mark.parametrize("address", ["foo://bar", "README.md", "/tmp/runs", "file:///tmp/runs"])
+def test_a_tracking_address_that_cannot_be_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*Type tracking\.uri=sqlite"):
+        build(read_config(composed(f"tracking.uri={address}")))

@@ -49,7 +49,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(started: Start, workplace: P
     psutil.wait_procs(ranks, timeout=5)
     assert not ranks[0].is_running()
     assert time.monotonic() - killed_at < 5
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
     assert "rank 1 died without a word (killed by SIGKILL)" in errors
     assert "Traceback" not in errors
@@ -92,7 +92,7 @@ def test_a_signal_to_the_parent_ends_everything(
     training_ranks(process, workplace)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in errors
     assert_nothing_is_left(family)
@@ -117,7 +117,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: 
         training_ranks(process, workplace)
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -149,7 +149,7 @@ def test_ranks_listen_on_loopback_alone(started: Start, workplace: Path) -> None
     listening = {c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening <= {"127.0.0.1", "::1"}
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
 
 def test_a_folder_that_holds_a_run_is_not_used_for_another(cifar_exp: Command, workplace: Path) -> None:
