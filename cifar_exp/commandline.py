@@ -62,7 +62,7 @@ def explained(error: Exception) -> CifarExpError:
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return ConfigError(unknown_setting(cause.full_key))
     if isinstance(error, OSError):
-        return StorageError(f"hydra.run.dir: {error}. Type hydra.run.dir=<a folder that you may write to>")
+        return StorageError(f"hydra.run.dir (hydra.sweep.dir with -m): {error}. Type one that you may write to")
     if isinstance(error, OverrideParseException):
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -84,7 +85,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """`` Did you mean X?`` where something valid is close to ``name``, else the list of what is valid."""
     names = sorted(valid)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]}?" if close else f"Valid: {', '.join(names)}"
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Valid: {', '.join(names)}" if len(names) <= 12 else "cifar-exp --help lists them all"
 
 
 def default_settings() -> dict[str, Any]:
@@ -137,6 +140,11 @@ def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) ->
 
 def unknown_setting(setting: str) -> str:
     """The message for a setting that does not exist."""
+    if setting in default_settings():  # of another choice of the group
+        group = setting.partition(".")[0]
+        return (
+            f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"
+        )
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
     valid = default_settings() if "." in setting else [*groups, *default_settings()]
     return f"{setting}: there is no such setting. {nearest(setting, valid)}"
@@ -217,6 +225,8 @@ def build(config: Config) -> Parts:
         ConfigError: where one cannot be imported, or does not take the settings it is given.
     """
     trusted = (*TRUSTED, *config.trusted_modules)
+    if config.trusted_modules and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the user's modules lie where the command is typed
     bound = {name: _bind(name, getattr(config, name), trusted) for name in SECTIONS}
     return Parts(
         dataset=bound["data"],
@@ -261,7 +271,8 @@ def _bind(name: str, section: Mapping[str, Any], trusted: Iterable[str]) -> "par
         if key in signature.parameters:
             _check_type(f"{name}.{key}", value, signature.parameters[key].annotation)
     for key, parameter in signature.parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        required = parameter.default is parameter.empty and not variable
         if required and key not in keywords and key not in passed:
             raise ConfigError(f"{name}.{key}: {section['_target_']} needs it. Type +{name}.{key}=<value>")
     return partial(target, **keywords)

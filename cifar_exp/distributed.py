@@ -70,8 +70,11 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     )
     try:
         yield World(rank, local_rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if accelerator == "cpu":  # NCCL would wait for collectives that never end
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

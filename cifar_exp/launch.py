@@ -2,12 +2,12 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,22 +75,22 @@ def find_devices(wanted: Devices) -> DeviceSet:
             raise MachineError("devices.accelerator=gpu: requested GPUs, found 0. Type devices=cpu")
         count = gpus if wanted.count == "auto" else wanted.count
         threads = max(1, cores // count) if wanted.threads == "auto" else wanted.threads
-        return _checked(wanted, DeviceSet("gpu", count, threads, gpus, count > gpus), count, "GPUs")
+        if count > gpus:
+            raise MachineError(
+                f"devices.count={count}: requested {count} GPUs, found {gpus}. NCCL takes one rank a GPU. Type "
+                f"devices.count={gpus}, or devices=cpu"
+            )
+        return DeviceSet("gpu", count, threads, gpus, oversubscribed=False)
     count = 1 if wanted.count == "auto" else wanted.count
     threads = (cores if wanted.count == "auto" else 1) if wanted.threads == "auto" else wanted.threads
-    return _checked(wanted, DeviceSet("cpu", count, threads, cores, count * threads > cores), count * threads, "cores")
-
-
-def _checked(wanted: Devices, devices: DeviceSet, needed: int, unit: str) -> DeviceSet:
-    if devices.oversubscribed and not wanted.oversubscribe:
-        fits = f"devices.count={devices.found}"
-        if unit == "cores" and wanted.threads != "auto":
-            fits = f"devices.threads={max(1, devices.found // devices.count)}"
+    needed = count * threads
+    if needed > cores and not wanted.oversubscribe:
+        fits = f"devices.count={cores}" if wanted.threads == "auto" else f"devices.threads={max(1, cores // count)}"
         raise MachineError(
-            f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} {unit}, found "
-            f"{devices.found}. Type {fits}, or devices.oversubscribe=true to share them"
+            f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} cores, found {cores}. "
+            f"Type {fits}, or devices.oversubscribe=true to share them"
         )
-    return devices
+    return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
 
 
 class Launcher(Protocol):
@@ -123,7 +123,7 @@ class ElasticLauncher:
         """
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
-        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder, _kept_signal_handlers():
+        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder:
             exchange = Path(folder)
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
             _log_to_the_runs_file()
@@ -139,6 +139,8 @@ class ElasticLauncher:
                 local_addr="127.0.0.1",
                 start_method=nursery.START_METHOD,
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
+                # Ctrl-C and SIGTERM stay ours: elastic raises an Exception for them, which parts of it swallow.
+                signals_to_handle="SIGHUP,SIGQUIT",
             )
             try:
                 elastic_launch(config, function)(job, exchange)
@@ -146,27 +148,25 @@ class ElasticLauncher:
                 raise _first_failure(error, exchange) from None
             except SignalException as error:
                 raise Stopped(error.sigval) from None
+            finally:
+                _end_ranks()
 
 
 def _log_to_the_runs_file() -> None:
     """What elastic logs of failing workers goes to the run's log: the user gets one message from us."""
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for name in ("torch.distributed", "torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.handlers = list(logging.getLogger().handlers)
 
 
-@contextmanager
-def _kept_signal_handlers() -> Iterator[None]:
-    """Elastic installs handlers of its own and leaves them behind."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def _end_ranks() -> None:
+    """A signal can arrive after ranks were forked and before elastic knows of them; it would leave them running."""
+    ranks = multiprocessing.active_children()
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
 
 
 def _first_failure(error: ChildFailedError, exchange: Path) -> CifarExpError:

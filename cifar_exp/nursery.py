@@ -17,7 +17,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def warm_up() -> None:
     """Start the nursery, once a process; it ends with its parent."""
     forkserver.set_forkserver_preload(["cifar_exp.nursery_modules"])
-    forkserver.ensure_running()
+    # Ctrl-C is the parent's to answer, also while the nursery's interpreter starts: it is born with the signal blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.data import EVALUATION_BATCH, shard
+from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
 from cifar_exp.plan import Plan
@@ -52,9 +53,17 @@ def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]
 
 
 def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[str, tuple[int, ...], int]]:
-    """Each layer's type, output shape without the batch, and parameters. The model is left in its mode."""
+    """Each layer's type, output shape without the batch, and parameters.
+
+    Raises:
+        ConfigError: where the network cannot take such images.
+    """
     batch = torch.zeros(2, 3, *image_size)
-    summary = torchinfo.summary(model, input_data=batch, verbose=0, mode="eval", depth=10)
+    try:
+        summary = torchinfo.summary(model, input_data=batch, verbose=0, mode="eval", depth=10)
+    except RuntimeError as error:
+        shape = " x ".join(map(str, batch.shape))
+        raise ConfigError(f"model: it fails on {shape} images: {error.__cause__ or error}") from error
     leaves = [layer for layer in summary.summary_list if layer.is_leaf_layer]
     return [(layer.class_name, tuple(layer.output_size[1:]), layer.num_params) for layer in leaves]
 

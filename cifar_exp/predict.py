@@ -18,11 +18,12 @@ from cifar_exp.data import Normalization
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
 from cifar_exp.tracking import OUTPUTS, RUN_ID_FILE
 
-USAGE = """usage: cifar-exp-predict run=<run> <image or folder> ...
+USAGE = """usage: cifar-exp-predict run=<run> [--json] <image or folder> ...
 
 Classify images with the network of a finished run.
 
   run=<run>   latest, a run's folder under outputs/, or an MLflow run id
+  --json      one JSON object a line: image, label, probability
 """
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -117,6 +118,8 @@ def main() -> None:
         print(USAGE)
         return
     try:
+        if unknown := [word for word in words if word.startswith("-") and word != "--json"]:
+            raise ConfigError(f"{unknown[0]}: there is no such option.\n\n{USAGE}")
         if len(runs) != 1 or not paths:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
         run_dir = find_run(runs[0])

@@ -63,7 +63,16 @@ class Study:
         label = " (CPU-simulated)" if self.simulated else ""
         for name, rows in self.groups.items():
             table = Table(title=f"Speedup{label}{f': {name}' if name else ''}", title_justify="left")
-            for heading in ("devices", "global batch", "images/s", "speedup", "efficiency", "seconds", "test accuracy"):
+            for heading in (
+                "devices",
+                "global batch",
+                "images/s",
+                "speedup",
+                "efficiency",
+                "seconds",
+                "x faster",
+                "test accuracy",
+            ):
                 table.add_column(heading, justify="right")
             for row in rows:
                 table.add_row(
@@ -73,6 +82,7 @@ class Study:
                     f"{row.speedup:.2f}",
                     f"{row.efficiency:.1%}",
                     f"{row.train_seconds:.1f}",
+                    f"{row.time_ratio:.2f}",
                     f"{row.test_accuracy:.4f}",
                 )
             console.print(table)
@@ -81,9 +91,13 @@ class Study:
         """``speedup.csv`` and ``speedup.png`` in ``folder``."""
         table, figure = folder / "speedup.csv", folder / "speedup.png"
         with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["group", *(field.name for field in fields(SpeedupRow))])
+            writer = csv.DictWriter(file, ["group", "cpu_simulated", *(field.name for field in fields(SpeedupRow))])
             writer.writeheader()
-            writer.writerows({"group": name} | asdict(row) for name, rows in self.groups.items() for row in rows)
+            writer.writerows(
+                {"group": name, "cpu_simulated": self.simulated} | asdict(row)
+                for name, rows in self.groups.items()
+                for row in rows
+            )
         figures.draw_speedup(self.groups, figure, self.simulated)
         return [table, figure]
 
@@ -147,6 +161,9 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
             f"outputs/multirun, and --uri where the store lies elsewhere"
         ) from error
     children: Sequence[Run] = client.search_runs(
-        [experiment], f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'", max_results=1000
+        [experiment],
+        f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'",
+        max_results=1000,
+        order_by=["attributes.start_time ASC"],
     )
     return [FinishedRun(run.data.tags, run.data.metrics) for run in children]

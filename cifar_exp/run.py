@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import nn
 
 from cifar_exp import journal, overview, tracking
 from cifar_exp.config import Parts, flattened
@@ -44,7 +45,7 @@ def run(config: Config, parts: Parts) -> float:
     with Recording(run_dir, started, parts.tracker.sink(info)) as recording:
         data = parts.dataset()
         plan = make_plan(config, devices.count, data.train_count, parts.schedule)
-        model = seeded(parts.make_model, len(data.classes), config.seed)
+        model = _model(config, parts, len(data.classes))
         details = overview.describe_plan(plan, devices, data, model)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
@@ -81,6 +82,14 @@ def run(config: Config, parts: Parts) -> float:
     return metrics["test/accuracy"]
 
 
+def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
+    """The network, to look at before any rank builds it; what it refuses is the user's to mend."""
+    try:
+        return seeded(parts.make_model, num_classes, config.seed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
+
+
 def _claim_folder(info: RunInfo, config: Config) -> None:
     """Make the folder this run's, and leave the resolved configuration in it."""
     try:
@@ -97,10 +106,10 @@ def _run_info(config: Config, devices: DeviceSet, run_dir: Path) -> RunInfo:
     tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     hydra = HydraConfig.get()
+    tags["overrides"] = " ".join(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         sweep_dir = Path(hydra.sweep.dir)
         tags["sweep"] = sweep_dir.as_posix()
-        tags["overrides"] = " ".join(hydra.overrides.task)
         if parent := tracking.run_id(sweep_dir):
             tags["mlflow.parentRunId"] = parent
     name = f"{_title(config)}, {devices.count} x {devices.accelerator}"
@@ -128,6 +137,7 @@ def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
 def _print_next_steps(console: Console, run_dir: Path, hint: str) -> None:
     console.print(f"\nrun folder: {os.path.relpath(run_dir)}", highlight=False)
     console.print(f"page:       {os.path.relpath(run_dir / 'progress.html')}", highlight=False)
+    console.print(f"figure:     {os.path.relpath(run_dir / 'training.png')}", highlight=False)
     uv = tracking.uv_prefix()
     if hint:
         console.print(f"compare:    {hint}", highlight=False)

@@ -103,4 +103,4 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
         [override for override in job if override.split("=")[0].lstrip("+") not in NOT_GROUPING] for job in overrides
     ]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
-    return [",".join(override.partition("=")[2] for override in job if override not in common) for job in rest]
+    return [" ".join(override.partition("=")[2] for override in job if override not in common) for job in rest]

@@ -45,6 +45,11 @@ class JobRow:
     failure: BaseException | None
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to the end; a tracker that failed loses nothing."""
+        return self.failure is None or isinstance(self.failure, TrackingError)
+
+    @property
     def exit_code(self) -> int:
         return getattr(self.failure, "exit_code", 1) if self.failure else 0
 
@@ -76,8 +81,9 @@ class StudySweeper(BasicSweeper):
         with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
             rows = [_row(number, job) for number, job in enumerate(returns)]
-            metrics, artifacts = _summarize(rows, sweep_dir, quiet=self.config.progress == "quiet")
-            parent.log(metrics, artifacts)
+            finished = {row.number: run for row in rows if row.is_finished and (run := _finished(row.run_dir))}
+            metrics, artifacts = _summarize(rows, finished, sweep_dir, quiet=self.config.progress == "quiet")
+            parent.log(metrics, artifacts, _common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
@@ -114,11 +120,13 @@ class ParentRun:
             self._run = tracker.open_sweep(sweep_dir, tags)
             self.hint = tracker.hint()
 
-    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path]) -> None:
-        """Metrics as (name, value, step), and files."""
+    def log(
+        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
+    ) -> None:
+        """Metrics as (name, value, step), files, and tags."""
         if self._run:
             with self._noted():
-                self._run.log(metrics, artifacts)
+                self._run.log(metrics, artifacts, tags)
 
     def __enter__(self) -> "ParentRun":
         return self
@@ -149,6 +157,8 @@ class ParentRun:
         except CifarExpError:
             raise
         except Exception as error:  # MLflow raises whatever its store does
+            if self._error is None:
+                print(f"cifar-exp: the sweep cannot be recorded, its jobs go on: {error}"[:300], file=sys.stderr)
             self._error = self._error or error
 
 
@@ -175,14 +185,21 @@ def _row(number: int, job: JobReturn) -> JobRow:
     return JobRow(number, list(job.overrides or []), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)
 
 
-def _summarize(rows: Sequence[JobRow], sweep_dir: Path, quiet: bool) -> tuple[list[tuple[str, float, int]], list[Path]]:
+def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
+    """The device counts and accelerators of a sweep's jobs, as tags of the parent."""
+    values = {name: {run.tags[name] for run in runs} for name in ("devices", "accelerator")}
+    return {name: ",".join(sorted(found)) for name, found in values.items() if found}
+
+
+def _summarize(
+    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, quiet: bool
+) -> tuple[list[tuple[str, float, int]], list[Path]]:
     """Print the jobs and the speedup; the parent run's metrics and files."""
     from rich.console import Console
 
     from cifar_exp.report import Study
 
     console = Console(quiet=quiet)
-    finished = {row.number: run for row in rows if row.failure is None and (run := _finished(row.run_dir))}
     _print_jobs(console, rows, finished)
     study = Study.of(list(finished.values()))
     if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
@@ -216,7 +233,7 @@ def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int,
     table.add_column("seconds", justify="right")
     for row in rows:
         overrides = " ".join(override for override in row.overrides if override not in common)
-        if row.failure:
+        if not row.is_finished:
             reason = str(row.failure).splitlines()[0] if str(row.failure) else type(row.failure).__name__
             table.add_row(str(row.number), overrides, f"failed ({row.exit_code}): {reason}")
             continue
@@ -229,5 +246,5 @@ def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int,
                 ("time/total_seconds", ".1f"),
             )
         ]
-        table.add_row(str(row.number), overrides, "done", *figures)
+        table.add_row(str(row.number), overrides, "done, not recorded" if row.failure else "done", *figures)
     console.print(table)

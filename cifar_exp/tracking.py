@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from filelock import FileLock
 
-from cifar_exp.errors import ConfigError, TrackingError
+from cifar_exp.errors import ConfigError, StorageError, TrackingError
 from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
 }
+NOT_IN_NAMES = r"[^\w\-. :/]"  # what MLflow refuses in the name of a metric
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 RUN_FILE = "run.json"
 RUN_ID_FILE = "mlflow_run_id"
@@ -94,8 +97,10 @@ class Tracker(Protocol):
 class SweepRun(Protocol):
     """The parent run of a sweep."""
 
-    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path]) -> None:
-        """Metrics as (name, value, step), and files."""
+    def log(
+        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
+    ) -> None:
+        """Metrics as (name, value, step), files, and tags."""
         ...
 
     def close(self, status: Status) -> None: ...
@@ -151,7 +156,10 @@ class MLflowTracker:
         return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
 
     def hint(self) -> str:
-        return f"{uv_prefix()}mlflow ui --backend-store-uri {without_password(self.address())}"
+        address = without_password(self.address())
+        if address.startswith("http"):
+            return f"open {address} in a browser"
+        return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
 
     def client(self) -> "MlflowClient":
         """A client of the store, which is made first where it is missing.
@@ -166,10 +174,10 @@ class MLflowTracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         if self.uri is None:
             OUTPUTS.mkdir(exist_ok=True)
-        client = MlflowClient(self.address())
         database = self.address().partition("sqlite:///")[2]
         # A server is its own guard, and one that does not answer must not hold up other runs.
         with FileLock(f"{database}.lock") if database else nullcontext():
+            client = MlflowClient(self.address())  # makes a missing SQLite store
             if client.get_experiment_by_name(self.experiment) is None:
                 # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
                 location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
@@ -233,13 +241,19 @@ class MLflowSweep:
     client: "MlflowClient"
     run_id: str
 
-    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path]) -> None:
-        from mlflow.entities import Metric
+    def log(
+        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
 
-        now = round(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value, step in metrics])
         for path in artifacts:
             self.client.log_artifact(self.run_id, str(path))
+        now = round(time.time() * 1000)
+        self.client.log_batch(
+            self.run_id,
+            metrics=[Metric(re.sub(NOT_IN_NAMES, "_", name), value, now, step) for name, value, step in metrics],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
 
     def close(self, status: Status) -> None:
         self.client.set_terminated(self.run_id, status)
@@ -325,6 +339,8 @@ class Follower(threading.Thread):
         return last
 
     def _fail(self, error: Exception) -> None:
+        told = f"cifar-exp: {type(self.sink).__name__} failed, training goes on: {shortened(error)}"
+        print(told, file=sys.stderr, flush=True)
         with self._changed:
             self.error = error
             self._changed.notify_all()
@@ -373,16 +389,24 @@ class Recording:
         """
         if not self._followers:  # the run failed before it could start, which is recorded too
             self._start_tracker()
-        if error is None:
-            self._write_last_entry()
         status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        for follower in self._followers:
-            follower.finish(status)
+        try:
+            if error is None:
+                self._write_last_entry()
+        except BaseException:
+            status = "FAILED"
+            raise
+        finally:
+            for follower in self._followers:
+                follower.finish(status)
         if error is not None:
             return
         for follower in self._followers:
             if follower.error and follower.sink is not self.tracker:
-                raise follower.error
+                raise StorageError(
+                    f"{self.run_dir}: training finished, but its page or figure could not be written: "
+                    f"{shortened(follower.error)}"
+                ) from follower.error
             if follower.error:
                 raise TrackingError(
                     f"tracking.uri: training finished and nothing is lost, but the tracker failed: "

@@ -60,6 +60,7 @@ class Trainer:
             trained = self.train_one_epoch(epoch, batches, scaler)
             with self.stopwatch.span("evaluation"):
                 averages = evaluate(self.model, validation, self.precision)
+            self._check(averages, epoch)
             self.report(self.step, epoch, trained | averages.named("val"))
             with self.stopwatch.span("checkpoint"):
                 after_epoch(epoch)
@@ -81,7 +82,8 @@ class Trainer:
                 self.step += 1
                 if self.step % self.log_every == 0:
                     sums = sum_over_ranks(block.take())
-                    averages = self._checked(sums, epoch)
+                    averages = Averages.of(sums)
+                    self._check(averages, epoch)
                     epoch_sums += sums
             if self.step % self.log_every == 0:
                 seconds = sum(watch.seconds.values()) - block_seconds
@@ -94,7 +96,8 @@ class Trainer:
                 )
         with watch.span("step"):
             epoch_sums += sum_over_ranks(block.take())
-            averages = self._checked(epoch_sums, epoch)
+            averages = Averages.of(epoch_sums)
+            self._check(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
         self._count(watch)
         return averages.named("train") | {
@@ -120,14 +123,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals.add(loss.detach(), logits.detach(), labels)
 
-    def _checked(self, sums: Tensor, epoch: int) -> Averages:
-        averages = Averages.of(sums)
+    def _check(self, averages: Averages, epoch: int) -> None:
+        """Stop where the loss is not finite. All ranks hold the same sums, so all of them stop."""
         if not math.isfinite(averages.loss):
             raise DivergenceError(
                 f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. "
                 f"Type a smaller optimizer.lr, or train.precision=fp32"
             )
-        return averages
 
     def _count(self, epoch: Stopwatch) -> None:
         """Add one epoch's times; what DDP waited for inside the steps is communication."""

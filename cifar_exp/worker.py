@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles, Split
@@ -19,12 +20,13 @@ from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World
-from cifar_exp.errors import CifarExpError
+from cifar_exp.errors import CifarExpError, ConfigError
 from cifar_exp.journal import Entry, JournalWriter
 from cifar_exp.models import ModelFactory, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
+from cifar_exp.rng import keyed_generator
 from cifar_exp.schema import Train
 from cifar_exp.train import Trainer
 
@@ -97,7 +99,7 @@ def run_rank(job: Job, exchange: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
     try:
-        _prepare_process(job)
+        _prepare_process(job, rank)
         with distributed.joined_world(job.accelerator, exchange, job.timeout) as world:
             train(job, world)
     except Exception as error:
@@ -123,10 +125,10 @@ def train(job: Job, world: World) -> None:
     train_split, test_split = _on_device(job, world)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile, world), world)
+    parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
-        optimizer=job.make_optimizer(model.parameters(), lr=job.plan.learning_rates[0]),
+        optimizer=_optimizer(job, model),
         learning_rates=job.plan.learning_rates,
         precision=resolve_precision(job.train.precision, world.device),
         label_smoothing=job.train.label_smoothing,
@@ -152,6 +154,14 @@ def train(job: Job, world: World) -> None:
     report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
 
 
+def _optimizer(job: Job, model: nn.Module) -> Optimizer:
+    """The optimizer; what it refuses is the user's to mend."""
+    try:
+        return job.make_optimizer(model.parameters(), lr=job.plan.learning_rates[0])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
+
+
 def _times(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
     """Training time, the steady rate, and where all time went."""
     seconds = {"compile": 0.0, "communication": 0.0} | trainer.stopwatch.seconds
@@ -171,9 +181,9 @@ def _on_device(job: Job, world: World) -> tuple[Split, Split]:
     return train_split, test_split
 
 
-def _compiled(model: nn.Module, choice: str, world: World) -> nn.Module:
-    """The model, compiled in place where that was asked for or was measured to be faster (not on CPUs)."""
-    if choice == "always" or (choice == "auto" and world.device.type == "cuda"):
+def _compiled(model: nn.Module, choice: str) -> nn.Module:
+    """The model, compiled in place where that was asked for; ``auto`` is eager, which is faster on CPUs."""
+    if choice == "always":
         model.compile()
     return model
 
@@ -195,8 +205,11 @@ def _has_bf16(device: torch.device) -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _prepare_process(job: Job) -> None:
+def _prepare_process(job: Job, rank: int) -> None:
     torch.set_num_threads(job.threads)
+    torch.manual_seed(keyed_generator(job.seed, "rank", rank).initial_seed())  # for what a network draws, as dropout
+    if job.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
     if job.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(mode=True)

@@ -71,7 +71,6 @@ def test_the_sweeps_compose_and_run(cifar_exp: Command, workplace: Path, what: s
     (arguments,) = [words for words in commands("cifar-exp") if what in words]
     limits = [word for word in TINY if not word.startswith(("devices.count", "model.", "train.log_every"))]
     if "model.width" in what:
-        arguments = ["-m", "model.width=4,8", "model.depth=1"]
         limits.append("devices.count=1")
     done = cifar_exp(*arguments, *limits, "train.epochs=1", "train.batch_size=16", "devices.oversubscribe=true")
     assert done.returncode == 0, done.stderr

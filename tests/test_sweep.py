@@ -1,12 +1,16 @@
 """Sweeps: one parent, a child a job, failures that do not end it, and the speedup table at the end."""
 
 import csv
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY, Command
 from tests.test_run import all_runs, client
+
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_sweep(
@@ -60,3 +64,30 @@ def test_a_choice_that_does_not_exist_ends_a_sweep_before_it_begins(cifar_exp: C
     assert done.returncode == 2
     assert "Did you mean convnet?" in done.stderr
     assert not list(workplace.rglob("metrics.jsonl"))
+
+
+def test_two_other_settings_make_groups_that_mlflow_takes(cifar_exp: Command) -> None:
+    done = cifar_exp("-m", *TINY, "devices.count=1,2", "train.scaling=weak,strong", "model.width=4,8", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    store = client()
+    (parent,) = [run for run in all_runs(store) if "mlflow.parentRunId" not in run.data.tags]
+    groups = {f"{width} {scaling}" for scaling in ("weak", "strong") for width in (4, 8)}
+    assert {name.partition("/")[2] for name in parent.data.metrics if name.startswith("speedup/")} == groups
+    assert (parent.data.tags["devices"], parent.data.tags["accelerator"]) == ("1,2", "cpu")
+
+
+def test_a_broken_tracker_costs_a_sweep_its_record_and_not_its_result(cifar_exp: Command, workplace: Path) -> None:
+    (workplace / "broken.db").write_text("this is no database")
+    options = ["devices.count=1,2", "train.epochs=1", "tracking.uri=sqlite:///broken.db"]
+    done = cifar_exp("-m", *TINY, *options)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+    (table,) = (workplace / "outputs" / "multirun").rglob("speedup.csv")
+    assert len(list(csv.DictReader(table.open()))) == 2
+
+
+def test_runs_that_start_at_once_in_a_fresh_folder_share_a_sound_store(started: Start) -> None:
+    processes = [started(*TINY, "train.epochs=1") for _ in range(3)]
+    assert [process.communicate(timeout=200)[1] for process in processes] == ["", "", ""]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [run.info.status for run in all_runs(client())] == ["FINISHED"] * 3
