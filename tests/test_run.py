@@ -10,6 +10,7 @@ from mlflow.entities import Run
 
 from cifar_exp import journal
 from tests.conftest import TINY, Command, the_run
+from tests.test_datasets import REAL_IMAGES
 
 
 def client() -> MlflowClient:
@@ -118,3 +119,15 @@ def test_a_secret_in_an_address_is_not_recorded() -> None:
 def test_mlflow_is_the_version_that_the_contract_names() -> None:
     major, minor = map(int, mlflow.__version__.split(".")[:2])
     assert (3, 17) <= (major, minor) < (4, 0)
+
+
+@pytest.mark.skipif(not (REAL_IMAGES / "train").is_dir(), reason=f"no images in {REAL_IMAGES} (set CIFAR_EXP_IMAGES)")
+def test_a_small_network_learns_the_real_images_in_an_epoch(cifar_exp: Command, workplace: Path) -> None:
+    images = [f"data.root={REAL_IMAGES.resolve()}", f"data.cache={workplace / 'cache'}", "data=folders"]
+    small = ["model.width=8", "model.depth=1", "train.epochs=1", "devices=cpu", "tracking=none"]
+    done = cifar_exp(*images, *small)
+    assert done.returncode == 0, done.stderr
+    assert "50,000 in 10 classes" in done.stdout
+    last = journal.last_values(the_run(workplace))
+    assert last["test/count"] == 10_000
+    assert last["test/accuracy"] > 0.35  # 0.1 is chance
