@@ -35,7 +35,7 @@ def run(config: Config, parts: Parts) -> float:
         CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
     """
     single = HydraConfig.get().mode == RunMode.RUN
-    started = psutil.Process().create_time() if single else time.time()
+    started = _process_start() if single else time.time()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
@@ -80,6 +80,15 @@ def run(config: Config, parts: Parts) -> float:
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
+
+
+def _process_start() -> float:
+    """When the command began, seconds since the epoch. psutil's own figure counts from a boot time in whole seconds."""
+    process = psutil.Process()
+    if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
+        return process.create_time()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
+    return time.time() - age
 
 
 def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
