@@ -28,7 +28,7 @@ from cifar_exp.errors import ConfigError, DataError, StorageError
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (7, 5)  # height, width: not square, so that mixing them up shows
 CONF = Path(__file__).parents[1] / "conf" / "data"
-REAL_IMAGES = Path(os.environ.get("CIFAR_EXP_IMAGES", Path(__file__).parents[1] / "data" / "cifar10-images"))
+REAL_IMAGES = Path(os.environ.get("CIFAR_EXP_IMAGES", Path(__file__).parents[1] / "data" / "cifar10-images")).resolve()
 
 
 def pixels(seed: int) -> np.ndarray:

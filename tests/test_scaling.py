@@ -99,4 +99,4 @@ def test_a_group_of_several_values_names_them_all_in_order() -> None:
         ["train.scaling=weak", "model.width=32", "devices.count=2"],
         ["train.scaling=strong", "model.width=16", "devices.count=1"],
     ]
-    assert grouped(jobs) == ["weak,16", "weak,32", "strong,16"]
+    assert grouped(jobs) == ["weak 16", "weak 32", "strong 16"]
