@@ -1,6 +1,9 @@
 """What the nursery imports, the only thing that Python's fork server can be told: hence a side effect."""
 
+import pickle
 import signal
+import sys
+from types import TracebackType
 
 from cifar_exp.nursery import end_with_parent
 
@@ -8,6 +11,15 @@ from cifar_exp.nursery import end_with_parent
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 end_with_parent()
+
+
+def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A parent that is stopped while it hands a rank its job leaves half of it: nothing to tell the user."""
+    if not isinstance(error, EOFError | pickle.UnpicklingError):
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _show
 
 import torch._dynamo  # noqa: E402, F401
 
