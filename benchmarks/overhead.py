@@ -55,8 +55,7 @@ def ours():
         communication=ExposedCommunication(),
     )
     source = batches()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return lambda: trainer.train_one_epoch(1, source, scaler)
+    return lambda: trainer.train_one_epoch(1, source)
 
 
 def bare():

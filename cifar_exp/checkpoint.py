@@ -1,28 +1,37 @@
-"""What is saved of a run, atomically, and how it comes back."""
+"""What is saved of a run, and how it comes back bit for bit.
 
+``checkpoints/step-00001365.pt`` holds a checkpoint; the ``.json`` of that name, its manifest, the sha256 that it must
+have. The manifest is written last: a checkpoint without one was never finished. Every file is written under another
+name, forced to disk and renamed, so that a reader sees the whole of it or nothing, whenever the writer was killed.
+"""
+
+import hashlib
+import io
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cifar_exp.errors import StorageError
+from cifar_exp.errors import FREE_SPACE, StorageError
 
-FILE_NAME = "checkpoints/last.pt"
+FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what is needed to use it.
+    """A network in training: what it takes to use it, and to go on as if nothing had happened.
 
     Attributes:
-        model: the state dict, on the CPU.
-        epoch: epochs trained.
-        step: steps trained.
+        model: its state dict, buffers included.
+        training: the trainer's state: optimizer, epoch, step, times.
         classes: names of the labels, in order.
         shift: subtracted from each channel, 0..255.
         scale: multiplied to each channel after that.
@@ -30,48 +39,201 @@ class Checkpoint:
     """
 
     model: Mapping[str, Tensor]
-    epoch: int
-    step: int
+    training: Mapping[str, Any]
     classes: tuple[str, ...]
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     image_size: tuple[int, int]
 
 
-def save(run_dir: Path, checkpoint: Checkpoint) -> None:
-    """Write the run's last checkpoint; a reader sees the old one or the new one, never a part.
+@dataclass(frozen=True)
+class Manifest:
+    """What can be known of a checkpoint without reading it.
+
+    Attributes:
+        file: its name, in the same folder.
+        bytes: its size.
+        sha256: of its content, in hex.
+        epoch: epochs trained.
+        step: steps trained.
+        global_batch_size: images a step over all ranks.
+        world_size: number of ranks.
+        data_hash: sha256 of the images, in hex.
+        torch: the version that wrote it.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    epoch: int
+    step: int
+    global_batch_size: int
+    world_size: int
+    data_hash: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint stands in its run: the fields of the same names in :class:`Manifest`."""
+
+    epoch: int
+    step: int
+    global_batch_size: int
+    world_size: int
+    data_hash: str
+
+
+class Saver:
+    """Saves checkpoints away from the training thread, one at a time, and keeps the newest ones."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        """``keep``: how many checkpoints stay; older ones are deleted once a newer one is on disk."""
+        self._run_dir, self._keep = run_dir, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint, origin: Origin) -> None:
+        """Take a copy of ``checkpoint`` and write it in the background; waits for the save before.
+
+        Raises:
+            StorageError: where the save before has failed.
+        """
+        self.wait()
+        copy = Checkpoint(**_on_cpu(vars(checkpoint)))
+        self._saving = self._thread.submit(save, self._run_dir, copy, origin, self._keep)
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            StorageError: where it could not be written.
+        """
+        if self._saving:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> None:
+    """Write a checkpoint, then delete all but the ``keep`` newest.
 
     Raises:
-        StorageError: where the file system refuses.
+        StorageError: where the file system refuses; what was there before stays.
     """
-    path = run_dir / FILE_NAME
-    temporary = path.with_suffix(".tmp")
+    folder = run_dir / FOLDER
+    path = folder / f"step-{origin.step:08}.pt"
+    buffer = io.BytesIO()
+    torch.save(dict(vars(checkpoint)), buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = Manifest(path.name, len(content), digest, **vars(origin), torch=torch.__version__)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(dict(vars(checkpoint)), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with suppress(OSError):  # of the same cause, such as a file where a folder should be
-            temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: the network could not be saved: {error}. Free space there and start again"
-        ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):  # of a writer that was killed
+            leftover.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
+        _write(path, content)
+        _write(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1).encode())
+        for old in sorted(folder.glob("*.json"))[:-keep]:
+            old.unlink()  # first: without it the file beside it counts for nothing
+            old.with_suffix(".pt").unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: the network could not be saved: {error}. {FREE_SPACE}") from error
 
 
-def load(run_dir: Path) -> Checkpoint:
-    """Read the run's last checkpoint; nothing in it is executed (``weights_only``).
+def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
+    """The newest checkpoint whose content has the hash that it was written with; None where none was ever finished.
+
+    Args:
+        run_dir: the run's folder.
+        warn: called with a line for each damaged one that is passed over.
 
     Raises:
-        StorageError: where there is none or it cannot be read.
+        StorageError: where there are checkpoints and all are damaged.
     """
-    path = run_dir / FILE_NAME
-    if not path.exists():
-        raise StorageError(f"{path}: there is no saved network. Name a run that has finished at least one epoch")
+    paths = sorted((run_dir / FOLDER).glob("*.json"), reverse=True)
+    for path in paths:
+        try:
+            manifest = Manifest(**json.loads(path.read_text()))
+            content = path.with_name(manifest.file).read_bytes()
+        except (OSError, ValueError, TypeError) as error:
+            warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
+            continue
+        if len(content) == manifest.bytes and hashlib.sha256(content).hexdigest() == manifest.sha256:
+            return manifest
+        warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is passed over")
+    if paths:
+        raise StorageError(
+            f"{run_dir / FOLDER}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or type "
+            f"resume=never to start again from the beginning"
+        )
+    return None
+
+
+def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
+    """A checkpoint that was found :func:`sound`; nothing in it is executed (``weights_only``).
+
+    Raises:
+        StorageError: where it cannot be read, or is no checkpoint of this package.
+    """
+    path = run_dir / FOLDER / manifest.file
     try:
         fields: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**fields)
     except Exception as error:  # torch.load has no common class for what a damaged file raises
-        raise StorageError(f"{path}: the saved network cannot be read: {error}") from error
+        raise StorageError(f"{path}: the checkpoint cannot be read: {error}") from error
+
+
+def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest sound checkpoint of a run.
+
+    Raises:
+        StorageError: where it has none.
+    """
+    manifest = sound(run_dir, warn)
+    if manifest is None:
+        raise StorageError(f"{run_dir / FOLDER}: there is no saved network. Name a run that has finished an epoch")
+    return load(run_dir, manifest)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Make a file that is whole whenever it is there under its name."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name is on disk too
+    finally:
+        os.close(folder)
+
+
+def _on_cpu(state: Any) -> Any:
+    """A copy of nested state whose tensors training cannot change any more."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_on_cpu(value) for value in state)
+    return state

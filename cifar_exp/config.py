@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -232,7 +232,7 @@ def build(config: Config) -> Parts:
         dataset=bound["data"],
         augmentation=bound["augment"](),
         make_model=bound["model"],
-        make_optimizer=_drop_lr(bound["optimizer"]),
+        make_optimizer=_checked_optimizer(bound["optimizer"]),
         schedule=bound["schedule"],
         launcher=bound["launcher"](),
         tracker=bound["tracking"](),
@@ -248,8 +248,28 @@ def build_tracker(composed: DictConfig) -> "Tracker":
     return tracker
 
 
-def _drop_lr(factory: "partial[Any]") -> "partial[Any]":
-    """The optimizer without its configured rate: the plan scales that and passes each step's."""
+class _SettingsAcceptedError(Exception):
+    """An optimizer that asks for its parameters has accepted its settings."""
+
+
+class _Unreadable:
+    def __iter__(self) -> Iterator[Any]:
+        raise _SettingsAcceptedError
+
+
+def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
+    """The optimizer without its configured rate: the plan scales that and passes each step's.
+
+    Raises:
+        ConfigError: where its settings do not go together. It is built up to the point where it reads its parameters,
+            since the rest imports torch's compiler, which takes seconds.
+    """
+    try:
+        factory(_Unreadable())
+    except _SettingsAcceptedError:
+        pass
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
     keywords = {key: value for key, value in factory.keywords.items() if key != "lr"}
     return partial(factory.func, *factory.args, **keywords)
 

@@ -75,6 +75,10 @@ class TrainBatches:
     world_size: int
     batch_size: int
 
+    def noise_seed(self, epoch: int) -> int:
+        """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
+        return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch (counted from 1); the last partial global batch is dropped."""
         order = epoch_order(len(self.split.labels), self.seed, epoch)

@@ -35,12 +35,17 @@ class Entry:
 
 
 class JournalWriter:
-    """Appends entries, each on disk as soon as it is written."""
+    """Appends entries, each on disk as soon as it is written.
+
+    A run that goes on from a checkpoint walks again over steps that the journal may have already; they are not written
+    twice.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / FILE_NAME
         with storage_errors(path, FREE_SPACE):
             _drop_half_line(path)
+            self._written = {name: entry.step for entry in read(run_dir) for name in entry.metrics}
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: Entry) -> None:
@@ -49,7 +54,13 @@ class JournalWriter:
         Raises:
             StorageError: where the file system refuses.
         """
-        metrics = {name: value if math.isfinite(value) else str(value) for name, value in entry.metrics.items()}
+        metrics = {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in entry.metrics.items()
+            if entry.step > self._written.get(name, -1)
+        }
+        if not metrics:
+            return
         line = {"step": entry.step, "epoch": entry.epoch, "time": round(entry.time, 4), "metrics": metrics}
         with storage_errors(Path(self._file.name), FREE_SPACE):
             self._file.write(json.dumps(line) + "\n")

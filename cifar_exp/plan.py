@@ -64,18 +64,28 @@ def check_scaling(config: Config, world_size: int) -> None:
         )
 
 
-def make_plan(config: Config, world_size: int, train_count: int, schedule: Schedule) -> Plan:
+def make_plan(
+    config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
+) -> Plan:
     """The plan for ``world_size`` ranks and ``train_count`` training images.
 
     Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The full
-    learning rate is ``optimizer.lr`` x global batch / 256 (linear scaling, as in the reference example).
+    learning rate is ``optimizer.lr`` x global batch / 256 (linear scaling, as in the reference example). A run that
+    goes on from a checkpoint keeps that one's global batch, ``resumed_batch``, whatever the number of ranks.
 
     Raises:
         ConfigError: where the batch is larger than the training set or not divisible by the ranks.
     """
-    check_scaling(config, world_size)
     batch_size = config.train.batch_size
+    if resumed_batch is not None and resumed_batch % world_size:
+        raise ConfigError(
+            f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images a step, which "
+            f"{world_size} devices cannot share evenly. Type a device count that divides {resumed_batch}"
+        )
+    if resumed_batch is None:
+        check_scaling(config, world_size)
     global_batch = batch_size * world_size if config.train.scaling == "weak" else batch_size
+    global_batch = resumed_batch or global_batch
     if global_batch > train_count:
         share = train_count // world_size
         fits = share * world_size if config.train.scaling == "strong" else share

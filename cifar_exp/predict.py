@@ -44,7 +44,7 @@ class Classifier:
         Raises:
             StorageError: where it holds no readable checkpoint.
         """
-        saved = checkpoint.load(run_dir)
+        saved = checkpoint.newest(run_dir, lambda line: print(f"cifar-exp-predict: {line}", file=sys.stderr))
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
@@ -79,11 +79,11 @@ def find_run(name: str) -> Path:
         ConfigError: where there is no such run.
     """
     if name == "latest":
-        saved = sorted(OUTPUTS.rglob(checkpoint.FILE_NAME), key=lambda path: path.stat().st_mtime)
+        saved = sorted(OUTPUTS.rglob(f"{checkpoint.FOLDER}/*.json"), key=lambda path: path.stat().st_mtime)
         if not saved:
             raise ConfigError(f"run=latest: no run under {OUTPUTS}/ holds a network yet. Type cifar-exp first")
         return saved[-1].parents[1]
-    if (Path(name) / checkpoint.FILE_NAME).exists():
+    if (Path(name) / checkpoint.FOLDER).is_dir():
         return Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
         if path.read_text().strip() == name:

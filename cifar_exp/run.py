@@ -1,7 +1,11 @@
 """One run in the parent process: devices, images, plan, ranks, record."""
 
+import logging
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
-from cifar_exp import journal, overview, tracking
+from cifar_exp import journal, overview, resume, tracking
 from cifar_exp.config import Parts, flattened
 from cifar_exp.errors import ConfigError
 from cifar_exp.figures import RunFacts
@@ -20,12 +24,12 @@ from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
 from cifar_exp.plan import Plan, check_scaling, make_plan
 from cifar_exp.progress import Display
+from cifar_exp.resume import CONFIG_FILE, Resumption
 from cifar_exp.schema import Config
 from cifar_exp.tracking import Recording, RunInfo
-from cifar_exp.worker import Job, run_rank
+from cifar_exp.worker import TRACE_FILE, Job, run_rank
 
-CONFIG_FILE = "config.yaml"
-ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME)
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE)
 
 
 def run(config: Config, parts: Parts) -> float:
@@ -35,16 +39,29 @@ def run(config: Config, parts: Parts) -> float:
         CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
     """
     single = HydraConfig.get().mode == RunMode.RUN
-    started = _process_start() if single else time.time()
+    began = _process_start() if single else time.time()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
-    check_scaling(config, devices.count)
-    info = _run_info(config, devices, run_dir)
-    _claim_folder(info, config)
-    with Recording(run_dir, started, parts.tracker.sink(info)) as recording:
+    resumed = resume.find(config, run_dir, anywhere=single, warn=_warn)
+    if resumed and resumed.finished:
+        accuracy = journal.last_values(resumed.run_dir)["test/accuracy"]
+        console.print(f"{resumed.run_dir}: finished before, test accuracy {accuracy:.4f}", highlight=False)
+        return accuracy
+    if resumed and resumed.in_place:
+        run_dir = _continued_folder(resumed.run_dir, run_dir)
+    else:
+        check_scaling(config, devices.count)
+    info = _run_info(config, devices, run_dir, resumed)
+    started = began - (resumed.elapsed if resumed else 0.0)
+    with _claimed(info, config, resumed), Recording(run_dir, started, parts.tracker.sink(info)) as recording:
         data = parts.dataset()
-        plan = make_plan(config, devices.count, data.train_count, parts.schedule)
+        plan = make_plan(
+            config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
+        )
+        if resumed:
+            resumed.check_images(data.content_hash)
+            console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
         model = _model(config, parts, len(data.classes))
         details = overview.describe_plan(plan, devices, data, model)
         overview.print_plan(console, details)
@@ -62,10 +79,12 @@ def run(config: Config, parts: Parts) -> float:
         job = Job(
             run_dir=run_dir,
             started=started,
+            elapsed=resumed.elapsed if resumed else 0.0,
+            resume_from=(resumed.run_dir, resumed.manifest) if resumed and resumed.manifest else None,
             seed=config.seed,
             plan=plan,
             train=config.train,
-            save_every=config.checkpoint.every,
+            checkpoint=config.checkpoint,
             data=data,
             augmentation=parts.augmentation,
             make_model=parts.make_model,
@@ -99,23 +118,51 @@ def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
         raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
 
 
-def _claim_folder(info: RunInfo, config: Config) -> None:
-    """Make the folder this run's, and leave the resolved configuration in it."""
-    try:
-        info.save()
-    except FileExistsError as error:
-        raise ConfigError(
-            f"hydra.run.dir={info.run_dir}: the folder holds a run already, and two runs must not share one. Type "
-            f"another folder, or leave hydra.run.dir out for a new one"
-        ) from error
-    OmegaConf.save(OmegaConf.create(tracking.without_password(asdict(config))), info.run_dir / CONFIG_FILE)
+@contextmanager
+def _claimed(info: RunInfo, config: Config, resumed: Resumption | None) -> Iterator[None]:
+    """Hold the run's folder; a new run's gets its name, tags and resolved configuration."""
+    with resume.claim(info.run_dir):
+        if not (resumed and resumed.in_place):
+            try:
+                info.save(resume.config_hash(config))
+            except FileExistsError as error:
+                raise ConfigError(
+                    f"hydra.run.dir={info.run_dir}: the folder holds a run already, and two runs must not share one. "
+                    f"Type resume=auto to go on with it, another folder, or leave hydra.run.dir out for a new one"
+                ) from error
+            OmegaConf.save(OmegaConf.create(tracking.without_password(asdict(config))), info.run_dir / CONFIG_FILE)
+        yield
 
 
-def _run_info(config: Config, devices: DeviceSet, run_dir: Path) -> RunInfo:
+def _continued_folder(folder: Path, hydras: Path) -> Path:
+    """The folder of the run that goes on; the one that Hydra made for this command is given up, its log moved."""
+    if folder.resolve() != hydras.resolve():
+        root = logging.getLogger()
+        for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+            log = Path(handler.baseFilename)
+            moved = logging.FileHandler(folder / log.name)
+            moved.setFormatter(handler.formatter)
+            root.removeHandler(handler)
+            root.addHandler(moved)
+            handler.close()
+            log.unlink()
+        for empty in (hydras, hydras.parent):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
+    return folder
+
+
+def _warn(line: str) -> None:
+    print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
+
+
+def _run_info(config: Config, devices: DeviceSet, run_dir: Path, resumed: Resumption | None) -> RunInfo:
     tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     hydra = HydraConfig.get()
-    tags["overrides"] = " ".join(hydra.overrides.task)
+    tags["overrides"] = " ".join(override for override in hydra.overrides.task if not override.startswith("resume="))
+    if resumed and not resumed.in_place:
+        tags["resumed_from"] = tracking.run_id(resumed.run_dir) or resumed.run_dir.as_posix()
     if hydra.mode == RunMode.MULTIRUN:
         sweep_dir = Path(hydra.sweep.dir)
         tags["sweep"] = sweep_dir.as_posix()

@@ -39,6 +39,7 @@ class Train:
     normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
     label_smoothing: BelowOne = 0.0
     log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
+    profile: bool = False  # write a trace of a few steps
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class Devices:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is kept of the network in the run's folder; the last epoch's always is."""
+    """What is kept of a run to go on from; the last epoch's checkpoint always is."""
 
     __pydantic_config__: ClassVar = _CLOSED
     every: Count = 1  # epochs
+    keep: Count = 2  # the newest ones
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Config:
     devices: Devices = field(default_factory=Devices)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
+    resume: Name = "never"  # or auto, or the folder or MLflow id of a run
     progress: Literal["auto", "bar", "lines", "quiet"] = "auto"
     trusted_modules: tuple[Name, ...] = ()
 

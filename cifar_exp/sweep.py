@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.config import build_tracker
 from cifar_exp.errors import CifarExpError, Stopped, TrackingError
@@ -73,10 +73,13 @@ class StudySweeper(BasicSweeper):
             Stopped: on SIGINT and SIGTERM; jobs that had not begun are left out.
         """
         assert self.config is not None
-        sweep_dir = Path(self.config.hydra.sweep.dir)
+        from cifar_exp import resume
+
+        sweep_dir = resume.begin_sweep(Path(self.config.hydra.sweep.dir), self.config.resume, arguments)
+        if (sweep_dir / resume.MULTIRUN_FILE).exists():
+            arguments = self._continue_in(sweep_dir, arguments)
         jobs = self._jobs(arguments)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, sweep_dir / "multirun.yaml")
+        OmegaConf.save(self.config, sweep_dir / resume.MULTIRUN_FILE)
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
@@ -88,7 +91,18 @@ class StudySweeper(BasicSweeper):
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
                 raise SweepFailedError(failed[0].exit_code)
+            resume.end_sweep(sweep_dir)
         return returns
+
+    def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
+        """Let each job find its own folder in the sweep's: what is finished is skipped, what is not goes on."""
+        assert self.config is not None
+        with read_write(self.config), open_dict(self.config):
+            self.config.hydra.sweep.dir = str(sweep_dir)
+            self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep_dir}'")
+        if self.config.progress != "quiet":
+            print(f"{sweep_dir}: the sweep goes on", flush=True)
+        return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
         """The overrides of each job, all of which compose."""

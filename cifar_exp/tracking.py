@@ -59,13 +59,14 @@ class RunInfo:
     tags: Mapping[str, str]
     artifacts: Sequence[str] = ()
 
-    def save(self) -> None:
+    def save(self, config_hash: str) -> None:
         """Leave name, tags and params in the run's folder, where reports and later tools find them.
 
         Raises:
             FileExistsError: where the folder holds a run already: two runs must not share a journal.
         """
-        content = {"name": self.name, "tags": dict(self.tags), "params": without_password(self.params)}
+        params = without_password(self.params)
+        content = {"name": self.name, "config_hash": config_hash, "tags": dict(self.tags), "params": params}
         with (self.run_dir / RUN_FILE).open("x", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1) + "\n")
 
@@ -147,8 +148,7 @@ class MLflowTracker:
 
     def open_sweep(self, sweep_dir: Path, tags: Mapping[str, str]) -> "MLflowSweep":
         client = self.client()
-        identity = self.create_run(client, f"sweep {sweep_dir.name}", tags)
-        (sweep_dir / RUN_ID_FILE).write_text(identity + "\n")
+        identity = self.create_run(client, f"sweep {sweep_dir.name}", tags, sweep_dir)
         return MLflowSweep(client, identity)
 
     def address(self) -> str:
@@ -184,11 +184,16 @@ class MLflowTracker:
                 client.create_experiment(self.experiment, artifact_location=location)
         return client
 
-    def create_run(self, client: "MlflowClient", name: str, tags: Mapping[str, str]) -> str:
-        """Start a run in the experiment; its id."""
+    def create_run(self, client: "MlflowClient", name: str, tags: Mapping[str, str], folder: Path) -> str:
+        """Start the run of ``folder`` in the experiment, or go on with the one that it has; the run's id."""
+        if identity := run_id(folder):
+            client.update_run(identity, status="RUNNING")
+            return identity
         experiment = client.get_experiment_by_name(self.experiment)
         assert experiment is not None
-        return str(client.create_run(experiment.experiment_id, tags=dict(tags), run_name=name).info.run_id)
+        identity = str(client.create_run(experiment.experiment_id, tags=dict(tags), run_name=name).info.run_id)
+        (folder / RUN_ID_FILE).write_text(identity + "\n")
+        return identity
 
 
 class MLflowRun:
@@ -203,14 +208,18 @@ class MLflowRun:
         self._client = self._tracker.client()
         from mlflow.entities import Param
 
-        self.run_id = self._tracker.create_run(self._client, self._run.name, self._run.tags)
-        (self._run.run_dir / RUN_ID_FILE).write_text(self.run_id + "\n")
-        params = [Param(name, str(without_password(value))) for name, value in self._run.params.items()]
+        self.run_id = self._tracker.create_run(self._client, self._run.name, self._run.tags, self._run.run_dir)
+        there = self._client.get_run(self.run_id).data.params  # of a run that goes on: MLflow lets none be changed
+        new = {name: value for name, value in self._run.params.items() if name not in there}
+        params = [Param(name, str(without_password(value))) for name, value in new.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
             self._client.log_batch(self.run_id, params=params[start : start + 100])
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Log all metrics of ``entries``, a thousand a call (MLflow's limit)."""
+        """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
+
+        A run that goes on passes its whole journal again: the store keeps equal points (name, step, time, value) once.
+        """
         from mlflow.entities import Metric
 
         assert self.run_id

@@ -1,9 +1,10 @@
 """The training loop: fit, train_one_epoch, evaluate. Pure torch; it knows no configuration system and no tracker."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,11 @@ class Trainer:
         log_every: steps between two reads of the loss.
         report: takes metrics as they come; called on every rank.
         communication: what DDP's waiting is counted in.
+        after_step: called after each step, for a profiler.
         stopwatch: what all time is counted in.
+        epoch: epochs done.
+        step: steps done.
+        block_rates: images/s of each block of ``log_every`` steps.
     """
 
     model: nn.Module
@@ -42,9 +47,15 @@ class Trainer:
     log_every: int
     report: Report
     communication: ExposedCommunication
+    after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    epoch: int = 0
     step: int = 0
-    block_rates: list[float] = field(default_factory=list)  # images/s of each block of `log_every` steps
+    block_rates: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        device = next(self.model.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
 
     def fit(
         self,
@@ -53,22 +64,66 @@ class Trainer:
         epochs: int,
         after_epoch: Callable[[int], None] = lambda _epoch: None,
     ) -> Averages:
-        """Train for ``epochs`` passes, validating after each; the last validation's figures are returned."""
-        scaler = torch.amp.GradScaler(batches.split.images.device.type, enabled=self.precision == torch.float16)
-        averages = Averages(math.nan, math.nan, 0)
-        for epoch in range(1, epochs + 1):
-            trained = self.train_one_epoch(epoch, batches, scaler)
-            with self.stopwatch.span("evaluation"):
-                averages = evaluate(self.model, validation, self.precision)
-            self._check(averages, epoch)
+        """Train up to ``epochs`` passes, validating after each; the last validation's figures are returned."""
+        averages: Averages | None = None
+        for epoch in range(self.epoch + 1, epochs + 1):
+            trained = self.train_one_epoch(epoch, batches)
+            averages = self._evaluate(validation, epoch)
+            self.epoch = epoch
             self.report(self.step, epoch, trained | averages.named("val"))
             with self.stopwatch.span("checkpoint"):
                 after_epoch(epoch)
-        return averages
+        return averages or self._evaluate(validation, epochs)  # it was stopped after its last epoch
 
-    def train_one_epoch(self, epoch: int, batches: TrainBatches, scaler: torch.amp.GradScaler) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on after the last whole epoch; the model is not in it."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.stopwatch.seconds,
+            "block_rates": self.block_rates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
+        """Go on where ``state`` was taken, with this optimizer's own settings.
+
+        Args:
+            state: of the trainer that is continued.
+            same_run: whether this is the same run, whose times go on, too.
+
+        Raises:
+            ValueError: where the state is that of another optimizer or network.
+        """
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        self._scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        if same_run:
+            self.stopwatch.seconds = dict(state["seconds"])
+            self.block_rates = list(state["block_rates"])
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """A step that changes nothing: compilation and DDP's choice of buckets come before the first real one.
+
+        DDP orders its buckets by the first backward pass. A resumed run has to have the order that the run before had,
+        since sums over more than two ranks depend on it in the last bits.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        self._loss(images, labels)[0].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.communication.seconds = 0.0
+
+    def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
         """One pass over the training set; its metrics, over all ranks."""
         self.model.train()
+        torch.manual_seed(batches.noise_seed(epoch))
         device = batches.split.images.device
         epoch_sums = torch.zeros(3, dtype=torch.float64, device=device)
         block = Totals(device)
@@ -78,13 +133,14 @@ class Trainer:
         for images, labels in _timed(batches.epoch(epoch), watch):
             with watch.span("step"):
                 lr = self.learning_rates[self.step]
-                self.train_step(images, labels, lr, block, scaler)
+                self.train_step(images, labels, lr, block)
                 self.step += 1
                 if self.step % self.log_every == 0:
                     sums = sum_over_ranks(block.take())
                     averages = Averages.of(sums)
                     self._check(averages, epoch)
                     epoch_sums += sums
+            self.after_step()
             if self.step % self.log_every == 0:
                 seconds = sum(watch.seconds.values()) - block_seconds
                 block_seconds += seconds
@@ -107,21 +163,28 @@ class Trainer:
             "time/epoch_seconds": epoch_seconds,
         }
 
-    def train_step(
-        self, images: Tensor, labels: Tensor, lr: float, totals: Totals, scaler: torch.amp.GradScaler
-    ) -> None:
+    def train_step(self, images: Tensor, labels: Tensor, lr: float, totals: Totals) -> None:
         """Forward, backward, update. ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with autocast(images.device, self.precision):
-            logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        scaler.scale(loss).backward()
+        loss, logits = self._loss(images, labels)
+        self._scaler.scale(loss).backward()
         self.communication.backward_done()
-        scaler.step(self.optimizer)
-        scaler.update()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         totals.add(loss.detach(), logits.detach(), labels)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(images.device, self.precision):
+            logits = self.model(images)
+            return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
+
+    def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages:
+        with self.stopwatch.span("evaluation"):
+            averages = evaluate(self.model, validation, self.precision)
+        self._check(averages, epoch)
+        return averages
 
     def _check(self, averages: Averages, epoch: int) -> None:
         """Stop where the loss is not finite. All ranks hold the same sums, so all of them stop."""

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles, Split
 from cifar_exp.augment import Augmentation
-from cifar_exp.checkpoint import Checkpoint
+from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError, ConfigError
@@ -26,11 +27,12 @@ from cifar_exp.models import ModelFactory, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
-from cifar_exp.rng import keyed_generator
+from cifar_exp.schema import Checkpoint as CheckpointSettings
 from cifar_exp.schema import Train
 from cifar_exp.train import Trainer
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
+TRACE_FILE = "trace.json.gz"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Job:
 
     Attributes:
         run_dir: the run's folder, where rank 0 writes.
-        started: when the run began, seconds since the epoch.
+        started: when the run began, seconds since the epoch; time between its sessions left out.
+        elapsed: seconds the run took in earlier sessions; 0 in a new run.
+        resume_from: folder of the run and its checkpoint to go on from; None starts from initial values.
         seed: of initial values, order and augmentation.
         plan: batches, steps and learning rates.
         train: the training loop's settings.
-        save_every: epochs between two saves of the network.
+        checkpoint: how often the state is saved, and how much of it stays.
         data: the images on disk.
         augmentation: of training images.
         make_model: called with ``num_classes``.
@@ -55,10 +59,12 @@ class Job:
 
     run_dir: Path
     started: float
+    elapsed: float
+    resume_from: tuple[Path, Manifest] | None
     seed: int
     plan: Plan
     train: Train
-    save_every: int
+    checkpoint: CheckpointSettings
     data: DatasetFiles
     augmentation: Augmentation
     make_model: ModelFactory
@@ -99,7 +105,7 @@ def run_rank(job: Job, exchange: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
     try:
-        _prepare_process(job, rank)
+        _prepare_process(job)
         with distributed.joined_world(job.accelerator, exchange, job.timeout) as world:
             train(job, world)
     except Exception as error:
@@ -125,6 +131,9 @@ def train(job: Job, world: World) -> None:
     train_split, test_split = _on_device(job, world)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
     model = model.to(world.device).to(memory_format=torch.channels_last)
+    saved = checkpoint.load(*job.resume_from) if job.resume_from else None
+    if saved:
+        _load(model, saved)
     parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
@@ -136,22 +145,65 @@ def train(job: Job, world: World) -> None:
         report=report,
         communication=communication,
     )
-
-    def after_epoch(epoch: int) -> None:
-        if world.is_first and (epoch % job.save_every == 0 or epoch == job.plan.epochs):
-            state = {name: value.cpu() for name, value in model.state_dict().items()}
-            shift, scale = normalization.shift, normalization.scale
-            classes, size = job.data.classes, job.data.image_size
-            checkpoint.save(job.run_dir, Checkpoint(state, epoch, trainer.step, classes, shift, scale, size))
-
+    if saved:
+        trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
     share = (world.rank, world.size)
     batches = TrainBatches(
         train_split, job.augmentation, normalization, job.seed, *share, job.plan.per_device_batch_size
     )
-    trainer.stopwatch.seconds["startup"] = time.time() - job.started
-    final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
+    with ExitStack() as closing:
+        if job.train.profile and world.is_first:
+            trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
+        saver = closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)) if world.is_first else None
+
+        def after_epoch(epoch: int) -> None:
+            if saver and (epoch % job.checkpoint.every == 0 or epoch == job.plan.epochs):
+                shift, scale = normalization.shift, normalization.scale
+                classes, size = job.data.classes, job.data.image_size
+                state = Checkpoint(model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
+                batch, images = job.plan.global_batch_size, job.data.content_hash
+                saver.save(state, Origin(epoch, trainer.step, batch, world.size, images))
+
+        seconds = trainer.stopwatch.seconds
+        seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
+        _warm_up(trainer, batches, compiled=job.train.compile == "always")
+        final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
+        with trainer.stopwatch.span("checkpoint"):
+            if saver:
+                saver.wait()
     counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
     report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
+
+
+def profiler(path: Path) -> torch.profiler.profile:
+    """A profiler that leaves the first steps out and writes a trace of six; ``step`` is to be called after each."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=2, warmup=2, active=6, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(path)),
+        record_shapes=True,
+    )
+
+
+def _load(model: nn.Module, saved: Checkpoint) -> None:
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
+
+
+def _warm_up(trainer: Trainer, batches: TrainBatches, compiled: bool) -> None:
+    """Compile, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare."""
+    if not compiled and batches.world_size == 1:
+        return
+    # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.
+    count = batches.batch_size if compiled else min(2, batches.batch_size)
+    with trainer.stopwatch.span("compile" if compiled else "startup"):
+        images = batches.normalization(batches.split.images[:count])
+        trainer.warm_up(images, batches.split.labels[:count])
 
 
 def _optimizer(job: Job, model: nn.Module) -> Optimizer:
@@ -205,11 +257,23 @@ def _has_bf16(device: torch.device) -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _prepare_process(job: Job, rank: int) -> None:
+def _prepare_process(job: Job) -> None:
+    _pin(job)
     torch.set_num_threads(job.threads)
-    torch.manual_seed(keyed_generator(job.seed, "rank", rank).initial_seed())  # for what a network draws, as dropout
     if job.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
     if job.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(mode=True)
+
+
+def _pin(job: Job) -> None:
+    """Keep each CPU rank on cores of its own, where the ranks take all of them.
+
+    Threads that wander evict each other's caches. A run that leaves cores free is left to the system: another run would
+    choose the same ones. Threads that are started from now on inherit it.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):
+        first = int(os.environ["LOCAL_RANK"]) * job.threads
+        os.sched_setaffinity(0, cores[first : first + job.threads])

@@ -1,7 +1,9 @@
-"""A saved network comes back bit for bit, or in one message that says which file; nothing in a file is executed."""
+"""A checkpoint comes back bit for bit, or in one message that says which file; nothing in a file is executed."""
 
+import json
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FILE_NAME, Checkpoint, load, save
+from cifar_exp.checkpoint import FOLDER, Checkpoint, Origin, Saver, load, newest, save, sound
 from cifar_exp.errors import StorageError
 from cifar_exp.models import convnet
 
@@ -17,11 +19,12 @@ from cifar_exp.models import convnet
 def trained(seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     model = convnet(num_classes=3, width=4, depth=1)
-    model(torch.randn(8, 3, 16, 16))  # moves the batch-norm statistics
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(8, 3, 16, 16)).sum().backward()  # moves the batch-norm statistics
+    optimizer.step()
     return Checkpoint(
         model=model.state_dict(),
-        epoch=7,
-        step=1365,
+        training={"optimizer": optimizer.state_dict(), "epoch": 7, "seconds": {"step": 0.1}, "rates": [1.5, 2.5]},
         classes=("ant", "bee", "żaba"),
         shift=(125.3, 122.95, 113.87),
         scale=(1 / 63, 1.0, 0.5),
@@ -29,47 +32,96 @@ def trained(seed: int = 0) -> Checkpoint:
     )
 
 
-def assert_same(left: Checkpoint, right: Checkpoint) -> None:
-    assert list(left.model) == list(right.model)
-    for name, value in left.model.items():
-        assert value.dtype == right.model[name].dtype
-        assert torch.equal(value, right.model[name])
-    assert {**vars(left), "model": None} == {**vars(right), "model": None}
+def origin(step: int) -> Origin:
+    return Origin(epoch=step // 10, step=step, global_batch_size=64, world_size=2, data_hash="ab" * 32)
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def assert_same(left: Any, right: Any) -> None:
+    """Equal, however deep, tensors bit for bit."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def assert_equal(left: Checkpoint, right: Checkpoint) -> None:
+    for name in vars(left):
+        one, other = vars(left)[name], vars(right)[name]
+        assert_same(dict(one) if name == "model" else one, dict(other) if name == "model" else other)
+
+
+def files(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / FOLDER).iterdir())
+
+
+def silent(line: str) -> None:
+    pytest.fail(f"nothing is wrong, but it says: {line}")
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -> None:
     saved = trained()
-    save(tmp_path, saved)
-    loaded = load(tmp_path)
-    assert_same(loaded, saved)
-    model = convnet(num_classes=3, width=4, depth=1)
-    model.load_state_dict(loaded.model)
-    assert [path.name for path in (tmp_path / FILE_NAME).parent.iterdir()] == ["last.pt"]
+    save(tmp_path, saved, origin(70), keep=2)
+    manifest = sound(tmp_path, silent)
+    assert manifest is not None
+    assert (manifest.epoch, manifest.step, manifest.global_batch_size, manifest.world_size) == (7, 70, 64, 2)
+    assert manifest.data_hash == "ab" * 32
+    assert_equal(load(tmp_path, manifest), saved)
+    assert files(tmp_path) == ["step-00000070.json", "step-00000070.pt"]
 
 
-def test_the_last_checkpoint_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
-    save(tmp_path, trained(0))
-    save(tmp_path, trained(1))
-    assert_same(load(tmp_path), trained(1))
-    assert [path.name for path in (tmp_path / FILE_NAME).parent.iterdir()] == ["last.pt"]
+def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 100):
+        save(tmp_path, trained(step), origin(step), keep=2)
+    assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 100) for kind in ("json", "pt")]
+    assert_equal(newest(tmp_path, silent), trained(100))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
-def test_a_save_that_fails_half_way_keeps_the_one_before_and_leaves_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
+    saved, expected = trained(), trained()
+    with Saver(tmp_path, keep=2) as saver:
+        saver.save(saved, origin(10))
+        for value in saved.model.values():
+            value.fill_(0)
+        saved.training["rates"].append(99.0)
+    assert_equal(newest(tmp_path, silent), expected)
+
+
+def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, trained(0))
+    save(tmp_path, trained(0), origin(10), keep=2)
 
-    def fail(_fields: Any, file: Any) -> None:
-        file.write(b"half of it")
-        raise error
+    def refuse(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", fail)
-        with pytest.raises(StorageError, match=r"last\.pt: the network could not be saved"):
-            save(tmp_path, trained(1))
-    assert_same(load(tmp_path), trained(0))
-    assert [path.name for path in (tmp_path / FILE_NAME).parent.iterdir()] == ["last.pt"]
+        patch.setattr(checkpoint.os, "fsync", refuse)
+        refusal = pytest.raises(
+            StorageError, match=r"step-00000020\.pt: the network could not be saved: .*No space left"
+        )
+        with refusal, Saver(tmp_path, keep=1) as saver:
+            saver.save(trained(1), origin(20))
+    assert files(tmp_path) == ["step-00000010.json", "step-00000010.pt"]
+    assert_equal(newest(tmp_path, silent), trained(0))
+
+
+def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
+    save(tmp_path, trained(0), origin(10), keep=2)
+    (tmp_path / FOLDER / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
+    (tmp_path / FOLDER / "step-00000020.json.tmp").write_text("{")
+    assert_equal(newest(tmp_path, silent), trained(0))
+    save(tmp_path, trained(2), origin(20), keep=2)
+    assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (10, 20) for kind in ("json", "pt")]
 
 
 @pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])
@@ -77,34 +129,47 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("not a folder")
     with pytest.raises(StorageError) as refusal:
-        save(tmp_path / "run", trained())
-    assert str(tmp_path / "run" / FILE_NAME) in str(refusal.value)
+        save(tmp_path / "run", trained(), origin(10), keep=2)
+    assert str(tmp_path / "run" / FOLDER) in str(refusal.value)
     assert (tmp_path / blocked).read_text() == "not a folder"
-    with pytest.raises(StorageError):
-        load(tmp_path / "run")
 
 
 def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"checkpoints/last\.pt: there is no saved network. Name a run"):
-        load(tmp_path)
+    assert sound(tmp_path, silent) is None
+    with pytest.raises(StorageError, match=r"checkpoints: there is no saved network. Name a run"):
+        newest(tmp_path, silent)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_a_storage_error(tmp_path: Path, kept: float) -> None:
-    save(tmp_path, trained())
-    path = tmp_path / FILE_NAME
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    with pytest.raises(StorageError) as refusal:
-        load(tmp_path)
-    assert str(path) in str(refusal.value)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, trained(step), origin(step), keep=2)
+    path = tmp_path / FOLDER / "step-00000020.pt"
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    # Cut at every 4 KiB, and any single bit flipped.
+    damaged = [whole[:size] for size in range(0, len(whole), 4096)]
+    for _ in range(200):
+        place = draw.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        told: list[str] = []
+        manifest = sound(tmp_path, told.append)
+        assert manifest is not None
+        assert manifest.step == 10
+        assert told == [f"{path}: the checkpoint is damaged and is passed over"]
+    assert_equal(newest(tmp_path, lambda _: None), trained(10))
 
 
-def test_a_file_of_something_else_is_a_storage_error(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
-    path.parent.mkdir()
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(StorageError, match="cannot be read"):
-        load(tmp_path)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"file": "step-00000010.pt"}'])
+def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Path, content: str) -> None:
+    save(tmp_path, trained(), origin(10), keep=2)
+    (tmp_path / FOLDER / "step-00000010.json").write_text(content)
+    told: list[str] = []
+    with pytest.raises(StorageError, match=r"all 1 checkpoint\(s\) are damaged") as refusal:
+        sound(tmp_path, told.append)
+    assert "step-00000010.json" in told[0]
+    assert refusal.value.exit_code == 8
 
 
 class Malicious:
@@ -118,14 +183,19 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, zipped: bool) -> None:
+def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path: Path, zipped: bool) -> None:
     marker = tmp_path / "executed"
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked
-    path = tmp_path / FILE_NAME
-    path.parent.mkdir()
+    save(tmp_path, trained(), origin(10), keep=2)
+    path = tmp_path / FOLDER / "step-00000010.pt"
     content = dict(vars(trained())) | {"classes": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(StorageError):
-        load(tmp_path)
+    manifest = path.with_suffix(".json")
+    fields = json.loads(manifest.read_text())
+    fields["bytes"] = path.stat().st_size
+    fields["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(StorageError, match=r"step-00000010\.pt: the checkpoint cannot be read"):
+        newest(tmp_path, silent)
     assert not marker.exists()

@@ -44,7 +44,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert set(split) == {f"time_split/{name}" for name in names}
     assert sum(split.values()) == pytest.approx(last["time/total_seconds"], abs=1e-3)
     assert min(split.values()) >= 0
-    for name in ("config.yaml", "progress.html", "training.png", "checkpoints/last.pt"):
+    for name in ("config.yaml", "progress.html", "training.png", "checkpoints/step-00000006.pt"):
         assert (run_dir / name).stat().st_size > 0
 
     (run,) = all_runs(client())

@@ -1,0 +1,195 @@
+"""A run that was killed goes on as if nothing had happened: the same losses and weights, each point once."""
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_exp import checkpoint, journal
+from cifar_exp.journal import Entry
+from tests.conftest import TINY, Command
+from tests.test_failures import wait_for
+from tests.test_run import all_runs, client
+
+Start = Callable[..., "subprocess.Popen[str]"]
+REPEATABLE = [*TINY, "train.epochs=40", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
+
+
+def curve(entries: list[Entry]) -> list[tuple[int, str, float]]:
+    """Everything in a journal that time has no part in."""
+    return [
+        (entry.step, name, value)
+        for entry in entries
+        for name, value in entry.metrics.items()
+        if not name.startswith("time") and "per_second" not in name
+    ]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.newest(run_dir, pytest.fail).model)
+
+
+def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) -> None:
+    """A run whose parent was killed once it had ``epochs`` checkpoints."""
+    process = started(*arguments, f"hydra.run.dir={run_dir}", "checkpoint.keep=100")
+    wait_for(lambda: len(list(run_dir.glob("checkpoints/*.json"))) >= epochs, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, workplace: Path, ranks: int) -> None:
+    run = [*REPEATABLE, f"devices.count={ranks}", "devices.oversubscribe=true", "train.batch_size=8"]
+    whole = cifar_exp(*run, "hydra.run.dir=whole", "tracking=none")
+    assert whole.returncode == 0, whole.stderr
+    killed_after(started, workplace / "cut", 3, *run)
+    before = journal.read(workplace / "cut")
+    assert before[-1].epoch < 40
+
+    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "goes on after epoch" in again.stdout
+    entries = journal.read(workplace / "cut")
+    assert entries[: len(before)] == before
+    assert curve(entries) == curve(journal.read(workplace / "whole"))
+    for name, value in weights(workplace / "whole").items():
+        assert torch.equal(value, weights(workplace / "cut")[name]), name
+    times = [entry.time for entry in entries]
+    assert times == sorted(times)
+    last = journal.last_values(workplace / "cut")
+    split = [value for name, value in last.items() if name.startswith("time_split/")]
+    assert sum(split) == pytest.approx(last["time/total_seconds"], abs=1e-3)
+
+    (record,) = all_runs(client())
+    assert record.info.status == "FINISHED"
+    for name in ("step/loss", "train/loss", "val/accuracy", "test/accuracy"):
+        points = [(p.step, p.value) for p in client().get_metric_history(record.info.run_id, name)]
+        assert sorted(points) == [(step, value) for step, metric, value in curve(entries) if metric == name]
+
+
+def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
+    cifar_exp: Command, started: Start, workplace: Path
+) -> None:
+    run = [*REPEATABLE, "tracking=none"]
+    cut = workplace / "outputs" / "cut"
+    killed_after(started, cut, 2, *run)
+    other = cifar_exp(*run, "seed=1", "train.epochs=1", "resume=auto")  # another configuration: a run of its own
+    assert other.returncode == 0, other.stderr
+    assert "goes on" not in other.stdout
+    folders = sorted(path.parent for path in (workplace / "outputs").rglob("run.json"))
+    again = cifar_exp(*run, "resume=auto", "progress=lines", "checkpoint.keep=1")
+    assert again.returncode == 0, again.stderr
+    assert "outputs/cut goes on after epoch" in again.stdout
+    assert sorted(path.parent for path in (workplace / "outputs").rglob("run.json")) == folders
+    assert len(list((workplace / "outputs").rglob("cifar-exp.log"))) == 2
+    assert len(list(cut.glob("checkpoints/*.json"))) == 1
+    finished = cifar_exp(*run, "resume=outputs/cut")
+    assert finished.returncode == 0
+    assert "finished before, test accuracy" in finished.stdout
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_without_a_sound_one_it_is_exit_code_8(
+    cifar_exp: Command, workplace: Path
+) -> None:
+    run = [*REPEATABLE, "tracking=none", "progress=quiet"]
+    assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
+    cut = shutil.copytree(workplace / "whole", workplace / "cut")
+    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    (cut / journal.FILE_NAME).write_text("".join(lines[:-2]))  # as if it had been stopped in its last evaluation
+    newest = max(cut.glob("checkpoints/*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = cifar_exp(*run, "resume=cut")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == f"cifar-exp: {newest.relative_to(workplace)}: the checkpoint is damaged and is passed over\n"
+    assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+
+    (cut / journal.FILE_NAME).write_text("".join(lines[:-2]))
+    for path in cut.glob("checkpoints/*.pt"):
+        path.write_bytes(b"")
+    refused = cifar_exp(*run, "resume=cut")
+    assert refused.returncode == 8
+    assert "all 2 checkpoint(s) are damaged" in refused.stderr
+    shutil.rmtree(cut / "checkpoints")
+    gone = cifar_exp(*run, "resume=cut")
+    assert gone.returncode == 8
+    assert "its checkpoints are gone" in gone.stderr
+    assert "Traceback" not in refused.stderr + gone.stderr
+
+
+def test_another_number_of_devices_keeps_the_global_batch(cifar_exp: Command, workplace: Path) -> None:
+    run = [*TINY, "tracking=none", "devices.oversubscribe=true"]
+    assert cifar_exp(*run, "devices.count=2", "hydra.run.dir=two").returncode == 0
+    refused = cifar_exp(*run, "devices.count=3", "resume=two", "train.epochs=3")
+    assert refused.returncode == 2
+    assert "64 images a step, which 3 devices cannot share evenly" in refused.stderr
+    one = cifar_exp(*run, "devices.count=1", "resume=two", "train.epochs=3", "optimizer.lr=0.01", "hydra.run.dir=one")
+    assert one.returncode == 0, one.stderr
+    assert "2 device(s) then, 1 now: 64 images a step in the same order, 64 a device" in one.stdout
+    assert "optimizer.lr: 0.1 then, 0.01 now" in one.stdout
+    entries = journal.read(workplace / "one")  # a run of its own
+    assert [entry.step for entry in entries if "val/accuracy" in entry.metrics] == [3]
+    assert entries[0].metrics["lr"] == pytest.approx(0.01 * 64 / 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.width=8", "model.width: the checkpoint was trained with 4"),
+        ("optimizer=adamw", "optimizer._target_: the checkpoint was trained with torch.optim.SGD"),
+        ("train.epochs=1", "train.epochs=1: the checkpoint has 2 epochs already. Type train.epochs=3 or more"),
+        ("resume=nowhere", "resume=nowhere: there is no such run"),
+    ],
+)
+def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path, change: str, message: str) -> None:
+    run = [*TINY, "tracking=none", "progress=quiet"]
+    assert cifar_exp(*run, "hydra.run.dir=done").returncode == 0
+    refused = cifar_exp(*run, "resume=done", change)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (workplace / "outputs").exists() or not list((workplace / "outputs").rglob("run.json"))
+
+
+def test_other_images_are_refused(cifar_exp: Command, started: Start, workplace: Path) -> None:
+    run = [*REPEATABLE, "tracking=none"]
+    killed_after(started, workplace / "outputs" / "cut", 1, *run)
+    (manifest,) = list(workplace.rglob("checkpoints/*.json"))[:1]
+    for path in workplace.rglob("checkpoints/*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_hash": "0" * 64}))
+    refused = cifar_exp(*run, "resume=auto")
+    assert refused.returncode == 3
+    assert "the images are not those" in refused.stderr
+    assert manifest.exists()
+
+
+def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: Start, workplace: Path) -> None:
+    sweep = ["-m", *REPEATABLE, "devices.count=1,2", "train.batch_size=8"]
+    process = started(*sweep)
+    second = "multirun/*/*/1/checkpoints/*.json"
+    wait_for(lambda: list((workplace / "outputs").glob(second)), process)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    (first,) = (workplace / "outputs").glob("multirun/*/*/0/metrics.jsonl")
+    trained = first.read_text()
+
+    again = cifar_exp(*sweep, "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "the sweep goes on" in again.stdout
+    assert "0: finished before, test accuracy" in again.stdout
+    assert "1 goes on after epoch" in again.stdout
+    assert first.read_text() == trained
+    assert len(list((workplace / "outputs" / "multirun").rglob("run.json"))) == 2
+    assert len(list((workplace / "outputs" / "multirun").rglob("speedup.csv"))) == 1
+    runs = all_runs(client())
+    assert len(runs) == 3
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert len({run.data.tags["overrides"] for run in runs if "overrides" in run.data.tags}) == 2
+    for run in runs:
+        history = client().get_metric_history(run.info.run_id, "train/loss")
+        assert len(history) in (0, 40)

@@ -1,0 +1,47 @@
+"""What one rank prepares before it trains."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cifar_exp import journal
+from tests.conftest import TINY, Command
+
+
+def test_a_profile_is_a_trace_of_six_steps(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp(*TINY, "train.epochs=4", "train.profile=true", "hydra.run.dir=run", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    trace = json.loads(gzip.decompress((workplace / "run" / "trace.json.gz").read_bytes()))
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 6
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two cores are needed to have one each")
+def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    (workplace / "spy.py").write_text(
+        "import os, pathlib\nfrom cifar_exp.models import convnet\n"
+        "def model(*, num_classes, width, depth):\n"
+        "    if 'RANK' in os.environ:\n"
+        "        cores = ' '.join(map(str, os.sched_getaffinity(0)))\n"
+        "        pathlib.Path(f'cores-{os.environ[\"RANK\"]}').write_text(cores)\n"
+        "    return convnet(num_classes=num_classes, width=width, depth=depth)\n"
+    )
+    model = ("model._target_=spy.model", "trusted_modules=[spy]", "tracking=none")
+    done = cifar_exp(*TINY, f"devices.count={cores}", "train.epochs=1", "train.batch_size=8", *model)
+    assert done.returncode == 0, done.stderr
+    pinned = sorted((workplace / f"cores-{rank}").read_text() for rank in range(cores))
+    assert pinned == sorted(map(str, psutil.Process().cpu_affinity()))
+
+
+def test_compiling_is_counted_apart_from_the_first_step(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp(*TINY, "train.compile=always", "hydra.run.dir=run", "tracking=none", timeout=280)
+    assert done.returncode == 0, done.stderr
+    last = journal.last_values(workplace / "run")
+    assert last["time_split/compile"] > 1.0
+    assert last["time/train_seconds"] < last["time_split/compile"]
+    assert last["test/count"] == 33
