@@ -14,6 +14,7 @@ from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation
 from cifar_exp.rng import keyed_generator
 
+Draw = tuple[Tensor, Tensor]  # indices of images (B,) int64, augmentation parameters (B, K) float32
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
 
 
@@ -79,17 +80,26 @@ class TrainBatches:
         """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
         return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 1); the last partial global batch is dropped."""
+    def draws(self, epoch: int) -> Iterator[Draw]:
+        """What each step of an epoch (counted from 1) trains on; the last partial global batch is dropped."""
         order = epoch_order(len(self.split.labels), self.seed, epoch)
         device = self.split.images.device
-        parameters = self.augmentation.parameters(order, self.seed, epoch)
+        # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
+        parameters = self.augmentation.parameters(order, self.seed, epoch).to(device)
+        order = order.to(device)
         global_batch = self.batch_size * self.world_size
         for start in range(0, len(order) - global_batch + 1, global_batch):
             mine = slice(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size)
-            images = order[mine].to(device)
-            augmented = self.augmentation(self.split.images[images], parameters[mine].to(device))
-            yield self.normalization(augmented), self.split.labels[images]
+            yield order[mine], parameters[mine]
+
+    def make(self, indices: Tensor, parameters: Tensor) -> Batch:
+        """The batch of a draw: gathered, augmented and normalised on the training device."""
+        augmented = self.augmentation(self.split.images[indices], parameters)
+        return self.normalization(augmented), self.split.labels[indices]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        return (self.make(*draw) for draw in self.draws(epoch))
 
 
 EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device

@@ -60,6 +60,9 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
         torch.cuda.set_device(device)
     # All ranks are on this machine: nothing need listen beyond it.
     os.environ.setdefault("NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME", "lo")
+    # The watchdog's questions about collectives are not allowed while a CUDA graph is captured. A dead rank is the
+    # launcher's to notice.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if accelerator == "gpu" else "gloo",
@@ -127,10 +130,24 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, ExposedCom
     # torch 2.13 renamed the option.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+    with _side_stream(world.device):
+        parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
     if world.device.type == "cpu":
         parallel.register_comm_hook(exposed, _average_and_note)
     return parallel, exposed
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, a stream other than the default one: DDP that is to be captured in a CUDA graph must be made there."""
+    if device.type != "cuda":
+        yield
+        return
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream(device).wait_stream(side)
 
 
 def _average_and_note(exposed: ExposedCommunication, bucket: GradBucket) -> torch.futures.Future[Tensor]:

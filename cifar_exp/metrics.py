@@ -27,9 +27,9 @@ class Totals:
         self.sums[2] += count
 
     def take(self) -> Tensor:
-        """The sums so far, (3,) float64; counting starts again at zero."""
-        sums = self.sums
-        self.sums = torch.zeros_like(sums)
+        """The sums so far, (3,) float64; counting starts again at zero, in place: a captured step adds there."""
+        sums = self.sums.clone()
+        self.sums.zero_()
         return sums
 
 

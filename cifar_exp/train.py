@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from cifar_exp.data import Batch, EvaluationBatches, TrainBatches
+from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
 from cifar_exp.distributed import ExposedCommunication, average_buffers, sum_over_ranks
 from cifar_exp.errors import DivergenceError
+from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
 
 Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
@@ -54,8 +55,10 @@ class Trainer:
     block_rates: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        device = next(self.model.parameters()).device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.device = next(self.model.parameters()).device
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self._block = Totals(self.device)
+        self._captured: CapturedStep | None = None
 
     def fit(
         self,
@@ -120,23 +123,56 @@ class Trainer:
             buffer.copy_(before)
         self.communication.seconds = 0.0
 
+    def capture(self, batches: TrainBatches, capture: Capture) -> None:
+        """Take every step from now on by replaying one that is captured: augmentation, forward, backward, and the
+        optimizer where it is a fused one, which reads its learning rate from the device.
+
+        Raises:
+            RuntimeError: where the step cannot be captured, as in float16, whose scaler asks the host; steps are then
+                taken one by one as before.
+        """
+        if self._scaler.is_enabled():
+            raise RuntimeError("float16 scales the loss by what the host reads of each step")
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if fused:
+            self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
+
+        def compute(indices: Tensor, parameters: Tensor) -> None:
+            images, labels = batches.make(indices, parameters)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, logits = self._loss(images, labels)
+            loss.backward()
+            if fused:
+                self.optimizer.step()
+            self._block.add(loss.detach(), logits.detach(), labels)
+
+        self.model.train()
+        try:
+            with undone(self.model, self.optimizer):
+                self._captured = CapturedStep(compute, next(batches.draws(1)), capture)
+        except Exception as error:  # torch has no common class for what cannot be captured
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rates[0]
+            self.optimizer.zero_grad(set_to_none=True)
+            raise RuntimeError(str(error)) from error
+        finally:
+            self._block.take()
+
     def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
         """One pass over the training set; its metrics, over all ranks."""
         self.model.train()
         torch.manual_seed(batches.noise_seed(epoch))
-        device = batches.split.images.device
-        epoch_sums = torch.zeros(3, dtype=torch.float64, device=device)
-        block = Totals(device)
+        epoch_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         watch = Stopwatch()
         block_seconds = 0.0
         lr = 0.0
-        for images, labels in _timed(batches.epoch(epoch), watch):
+        for draw in _timed(batches.draws(epoch), watch):
+            lr = self.learning_rates[self.step]
+            self._take_step(batches, draw, lr, watch)
             with watch.span("step"):
-                lr = self.learning_rates[self.step]
-                self.train_step(images, labels, lr, block)
                 self.step += 1
                 if self.step % self.log_every == 0:
-                    sums = sum_over_ranks(block.take())
+                    sums = sum_over_ranks(self._block.take())
                     averages = Averages.of(sums)
                     self._check(averages, epoch)
                     epoch_sums += sums
@@ -151,7 +187,7 @@ class Trainer:
                     averages.named("step") | {"step/images_per_second": averages.count / seconds, "lr": lr},
                 )
         with watch.span("step"):
-            epoch_sums += sum_over_ranks(block.take())
+            epoch_sums += sum_over_ranks(self._block.take())
             averages = Averages.of(epoch_sums)
             self._check(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
@@ -163,17 +199,37 @@ class Trainer:
             "time/epoch_seconds": epoch_seconds,
         }
 
-    def train_step(self, images: Tensor, labels: Tensor, lr: float, totals: Totals) -> None:
+    def _take_step(self, batches: TrainBatches, draw: Draw, lr: float, watch: Stopwatch) -> None:
+        if self._captured is None:
+            with watch.span("data"):
+                images, labels = batches.make(*draw)
+            with watch.span("step"):
+                self.train_step(images, labels, lr)
+            return
+        with watch.span("step"):
+            self._set_lr(lr)
+            self._captured(*draw)
+            if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+                self.optimizer.step()
+
+    def train_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
         """Forward, backward, update. ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         loss, logits = self._loss(images, labels)
         self._scaler.scale(loss).backward()
         self.communication.backward_done()
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        totals.add(loss.detach(), logits.detach(), labels)
+        self._block.add(loss.detach(), logits.detach(), labels)
+
+    def _set_lr(self, lr: float | Tensor) -> None:
+        """The rate of the next update; a captured optimizer reads it from the tensor that it was captured with."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(images.device, self.precision):
@@ -220,12 +276,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def _timed(batches: Iterable[Batch], watch: Stopwatch) -> Iterator[Batch]:
-    """The same batches, the time they take to make counted as data."""
-    source = iter(batches)
+def _timed(draws: Iterable[Draw], watch: Stopwatch) -> Iterator[Draw]:
+    """The same draws, the time they take to make counted as data."""
+    source = iter(draws)
     while True:
         with watch.span("data"):
-            batch = next(source, None)
-        if batch is None:
+            draw = next(source, None)
+        if draw is None:
             return
-        yield batch
+        yield draw

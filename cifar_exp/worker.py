@@ -1,5 +1,6 @@
 """One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
 
+import inspect
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ import time
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +24,8 @@ from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World
-from cifar_exp.errors import CifarExpError, ConfigError
+from cifar_exp.errors import CifarExpError, ConfigError, MachineError
+from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
 from cifar_exp.models import ModelFactory, seeded
 from cifar_exp.nursery import end_with_parent
@@ -33,6 +37,7 @@ from cifar_exp.train import Trainer
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 TRACE_FILE = "trace.json.gz"
+COMPILER = ("torch._dynamo", "torch._inductor")  # by name: importing them takes seconds
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def train(job: Job, world: World) -> None:
 
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
-        _warm_up(trainer, batches, compiled=job.train.compile == "always")
+        _prepare_steps(trainer, batches, job.train.compile, world)
         final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
@@ -195,21 +200,41 @@ def _load(model: nn.Module, saved: Checkpoint) -> None:
         raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
 
 
-def _warm_up(trainer: Trainer, batches: TrainBatches, compiled: bool) -> None:
-    """Compile, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare."""
-    if not compiled and batches.world_size == 1:
-        return
-    # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.
-    count = batches.batch_size if compiled else min(2, batches.batch_size)
+def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Compile, capture, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare.
+
+    On a GPU ``auto`` replays each step as a CUDA graph. On CPUs it is eager, which was measured to be faster than
+    compiled code (benchmarks/README.md).
+    """
+    compiled = choice == "always"
     with trainer.stopwatch.span("compile" if compiled else "startup"):
-        images = batches.normalization(batches.split.images[:count])
-        trainer.warm_up(images, batches.split.labels[:count])
+        if compiled or world.size > 1:
+            # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.
+            count = batches.batch_size if compiled else min(2, batches.batch_size)
+            images = batches.normalization(batches.split.images[:count])
+            try:
+                trainer.warm_up(images, batches.split.labels[:count])
+            except Exception as error:
+                if type(error).__module__.startswith(COMPILER):
+                    raise MachineError(f"train.compile=always: {error}. Type train.compile=auto") from error
+                raise
+    if world.device.type == "cuda" and choice != "never":
+        with trainer.stopwatch.span("compile"):
+            try:
+                trainer.capture(batches, cuda_graph)
+            except RuntimeError as error:
+                if world.is_first:
+                    print(f"train.compile={choice}: steps are launched one by one, since {error}", flush=True)
 
 
 def _optimizer(job: Job, model: nn.Module) -> Optimizer:
-    """The optimizer; what it refuses is the user's to mend."""
+    """The optimizer, on a GPU fused into one kernel where torch has that; what it refuses is the user's to mend."""
+    make = job.make_optimizer
+    target = make.func if isinstance(make, partial) else make
+    fused = job.accelerator == "gpu" and "fused" in inspect.signature(target).parameters
+    settings: dict[str, Any] = {"fused": True} if fused else {}
     try:
-        return job.make_optimizer(model.parameters(), lr=job.plan.learning_rates[0])
+        return make(model.parameters(), lr=job.plan.learning_rates[0], **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
 

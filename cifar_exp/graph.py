@@ -1,0 +1,74 @@
+"""A training step that is captured once and replayed: on a GPU, launching a small network's kernels takes longer than
+running them.
+
+Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs: fixed buffers, warm-up on a side stream, which
+for DDP takes eleven steps.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cifar_exp.data import Draw
+
+Function = Callable[[], None]
+Capture = Callable[[Function], Function]
+
+WARM_UP_STEPS = 11  # DDP counts on as many before it is captured
+
+
+def cuda_graph(function: Function) -> Function:
+    """Run ``function`` a few times, then capture it; what is returned replays the same kernels on the same memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_STEPS):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+class CapturedStep:
+    """One step of fixed shape. Each call copies its draw into the buffers that were captured, and replays."""
+
+    def __init__(self, compute: Callable[[Tensor, Tensor], None], draw: Draw, capture: Capture) -> None:
+        """``compute`` is captured for draws of the shape of ``draw``."""
+        self._indices, self._parameters = draw[0].clone(), draw[1].clone()
+        self._replay = capture(lambda: compute(self._indices, self._parameters))
+
+    def __call__(self, indices: Tensor, parameters: Tensor) -> None:
+        self._indices.copy_(indices, non_blocking=True)
+        self._parameters.copy_(parameters, non_blocking=True)
+        self._replay()
+
+
+@contextmanager
+def undone(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Whatever steps the block trains, weights, buffers and the optimizer's state are as before, in the same memory.
+
+    State that the optimizer made meanwhile becomes zero, which is where torch's fused optimizers start.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [tensor.detach().clone() for tensor in tensors]
+    states = {parameter: _tensors(optimizer, parameter) for parameter in model.parameters()}
+    before = {parameter: {name: value.clone() for name, value in state.items()} for parameter, state in states.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+            for parameter, state in before.items():
+                for name, value in _tensors(optimizer, parameter).items():
+                    value.copy_(state[name]) if name in state else value.zero_()
+
+
+def _tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

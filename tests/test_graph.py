@@ -1,0 +1,77 @@
+"""A captured step trains what a step taken one by one trains. A GPU is not needed: what is replayed here is a call."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cifar_exp.distributed import World
+from cifar_exp.graph import Function, cuda_graph
+from tests.test_distributed import train_batches, trainer, validation
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def replayed(function: Function) -> Function:
+    """What a CUDA graph does to the outside: steps to warm up, then the same call on the same buffers."""
+    for _ in range(3):
+        function()
+    return function
+
+
+def trained(captured: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[Tensor], list[object]]:
+    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
+    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+    made, model, reports = trainer(ALONE)
+    made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, **settings)
+    batches = train_batches(ALONE)
+    if captured:
+        made.capture(batches, replayed)
+    made.fit(batches, validation(ALONE), epochs=1)
+    figures = [
+        (step, name, value) for step, _, metrics in reports for name, value in metrics.items() if "second" not in name
+    ]
+    return [*model.parameters(), *model.buffers()], figures
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_replayed_steps_train_the_same_network(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    one_by_one, expected = trained(False, monkeypatch, fused=fused)
+    replays, figures = trained(True, monkeypatch, fused=fused)
+    assert figures == expected
+    assert len(figures) > 10
+    for ours, theirs in zip(replays, one_by_one, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(function: Function) -> Function:
+        function()
+        raise ValueError("not this one")
+
+    expected, _ = trained(False, monkeypatch)
+    made, model, _ = trainer(ALONE)
+    before = [value.clone() for value in model.state_dict().values()]
+    made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, fused=True)
+    with pytest.raises(RuntimeError, match="not this one"):
+        made.capture(train_batches(ALONE), refusing)
+    for value, old in zip(model.state_dict().values(), before, strict=True):
+        assert torch.equal(value, old)
+    made.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    for ours, theirs in zip([*model.parameters(), *model.buffers()], expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: a CUDA graph needs a GPU")
+def test_a_cuda_graph_replays_on_the_same_memory() -> None:
+    values = torch.zeros(3, device="cuda")
+
+    def add() -> None:
+        values.add_(1)
+
+    replay = cuda_graph(add)
+    values.zero_()
+    for _ in range(5):
+        replay()
+    assert values.tolist() == [5, 5, 5]
