@@ -46,11 +46,11 @@ class Workplace:
         finish(process)
         return Run(run_dir, journal.last_values(run_dir))
 
-    def start(self, overrides: Sequence[str]) -> tuple["subprocess.Popen[str]", Path]:
+    def start(self, overrides: Sequence[str], progress: str = "quiet") -> tuple["subprocess.Popen[str]", Path]:
         """The running command and its run's folder."""
         self.runs += 1
         run_dir = self.folder / "runs" / str(self.runs)
-        command = [sys.executable, "-m", "cifar_exp", *overrides, "progress=quiet", f"hydra.run.dir={run_dir}"]
+        command = [sys.executable, "-m", "cifar_exp", *overrides, f"progress={progress}", f"hydra.run.dir={run_dir}"]
         return self.popen(command), run_dir
 
     def popen(self, command: Sequence[str]) -> "subprocess.Popen[str]":

@@ -7,6 +7,7 @@ shares are of the whole wall time, so what Python and the profiler itself take i
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import Figure, LoadMeter, arguments, publish
@@ -44,7 +45,7 @@ def main() -> None:
     publish("kernels", sorted(figures, key=lambda figure: -figure.value))
 
 
-def profiled(epoch) -> dict[str, float]:
+def profiled(epoch: Callable[[], None]) -> dict[str, float]:
     """Share of the epoch's wall time by kind of operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()

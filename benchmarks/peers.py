@@ -3,7 +3,7 @@
 All train the reference network with SGD at batch 256 from the same uint8 arrays in memory, flipping and shifting by
 whole pixels, then evaluate a fifth as many images, and keep loss and accuracy. Checkpoints, loggers and progress bars
 are off everywhere, start-up is not measured. ``tuned`` is what users turn on on this hardware: bfloat16 where it is
-native, channels-last, persistent DataLoader workers (``--workers``), larger evaluation batches.
+native, channels-last, DataLoader workers that stay (``--workers``).
 """
 
 import logging

@@ -44,7 +44,7 @@ def seconds_to_our_step(place: Workplace, settings: list[str]) -> float:
     run_dir = place.folder / "runs" / str(place.runs + 1)
     lines = journal.JournalFollower(run_dir)
     return place.seconds_until(
-        lambda: place.start(settings)[0], lambda: any(entry.step >= 1 for entry in lines.new_entries())
+        lambda: place.start(settings, "lines")[0], lambda: any(entry.step >= 1 for entry in lines.new_entries())
     )
 
 

@@ -1,6 +1,5 @@
 """The data path that a torchvision user writes: a Dataset over arrays in memory, transforms v2, DataLoader."""
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 def loader(split: Split, batch_size: int, *, training: bool, workers: int = 0) -> "DataLoader[Any]":
     """Workers, where there are some, are kept between epochs."""
-    data: Sized = Images(split, CROP_AND_FLIP if training else NORMALIZE)
+    data = Images(split, CROP_AND_FLIP if training else NORMALIZE)
     return DataLoader(
         data, batch_size, shuffle=training, drop_last=training, num_workers=workers, persistent_workers=workers > 0
     )
