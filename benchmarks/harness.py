@@ -1,24 +1,44 @@
-"""Paired measurements: arms alternate in one run, ratios are taken pair by pair, other load on the machine is noticed.
+"""Paired measurements: arms alternate in one run, ratios are taken round by round, other load is noticed.
 
 Machines are noisy and shared: quote the ratio and its interval, never a single time.
 """
 
+import argparse
 import json
 import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import Any, Literal
 
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "lightning", "accelerate")
+PACKAGES = ("torch", "torchvision", "lightning", "accelerate", "mlflow", "hydra-core")
 BUSY = 0.05  # share of all cores that other processes may take before a run is called disturbed
+
+Arm = Callable[[], float | None]
+"""Does the work once. Returns the seconds that it timed itself, or None: then the whole call counts."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure is to reach."""
+
+    relation: Literal["<=", ">="]
+    bound: float
+
+    def verdict(self, value: float, low: float, high: float) -> str:
+        """``reached`` or ``MISSED`` by the value, and whether the interval leaves it open."""
+        reached = value <= self.bound if self.relation == "<=" else value >= self.bound
+        open_end = ", within the noise" if low <= self.bound <= high else ""
+        return f"{self.relation} {self.bound:.4g}: {'reached' if reached else 'MISSED'}{open_end}"
 
 
 @dataclass(frozen=True)
@@ -27,13 +47,14 @@ class Comparison:
 
     Attributes:
         name: what was compared, ``ours / other``.
-        ratio: median over pairs of the first arm's seconds over the second's; below 1 the first is faster.
+        ratio: median over rounds of the first arm's seconds over the second's; below 1 the first is faster.
         low: lower end of the ratio's 95 % interval.
         high: upper end.
         seconds: median seconds of each arm.
-        cpu_seconds: median CPU seconds of each arm, over this process and its children.
-        pairs: how many.
-        other_load: share of all cores that other processes took meanwhile.
+        cpu_seconds: median CPU seconds of each arm, over this process and all its children.
+        pairs: how many rounds.
+        other_load: share of all cores that other processes and other guests of the host took meanwhile.
+        goal: of the ratio.
     """
 
     name: str
@@ -44,43 +65,123 @@ class Comparison:
     cpu_seconds: tuple[float, float]
     pairs: int
     other_load: float
+    goal: Goal | None = None
 
     def __str__(self) -> str:
-        disturbed = f"   DISTURBED: other processes took {self.other_load:.0%}" if self.other_load > BUSY else ""
-        return (
-            f"{self.name:<44} {self.ratio:.3f}  [{self.low:.3f}, {self.high:.3f}]  "
-            f"{self.seconds[0]:.3f} s / {self.seconds[1]:.3f} s  "
-            f"cpu {self.cpu_seconds[0]:.2f} / {self.cpu_seconds[1]:.2f}  {self.pairs} pairs{disturbed}"
-        )
+        spent = f"{self.seconds[0]:.3f} / {self.seconds[1]:.3f} s"
+        cpu = f"cpu {self.cpu_seconds[0]:.2f} / {self.cpu_seconds[1]:.2f} s"
+        line = f"{self.name:<52} {self.ratio:7.4f}  [{self.low:.4f}, {self.high:.4f}]  {spent:<19} {cpu:<22}"
+        return _with_verdict(f"{line} {self.pairs:>2} pairs", self.goal, self.ratio, self.low, self.high)
 
 
-def compare(name: str, first: Callable[[], object], second: Callable[[], object], pairs: int) -> Comparison:
+@dataclass(frozen=True)
+class Figure:
+    """One number, measured several times.
+
+    Attributes:
+        name: what it is.
+        value: its median, or its mean.
+        low: lower end of the median's 95 % interval; beside a mean, the least value.
+        high: upper end; the largest value.
+        unit: of the value; empty for shares and ratios.
+        repeats: how often it was measured.
+        other_load: share of all cores that other processes took meanwhile; None where it does not matter.
+        goal: of the value.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    repeats: int
+    other_load: float | None = None
+    goal: Goal | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        values: Sequence[float],
+        unit: str = "",
+        other_load: float | None = None,
+        goal: Goal | None = None,
+    ) -> "Figure":
+        """The median of ``values`` with its interval."""
+        return cls(name, median(values), *interval(values), unit, len(values), other_load, goal)
+
+    @classmethod
+    def mean_of(cls, name: str, values: Sequence[float], unit: str = "", goal: Goal | None = None) -> "Figure":
+        """The mean of a few ``values``, between the least and the largest."""
+        return cls(name, fmean(values), min(values), max(values), unit, len(values), None, goal)
+
+    def __str__(self) -> str:
+        line = f"{self.name:<52} {self.value:9,.4g} {self.unit:<8} [{self.low:,.4g}, {self.high:,.4g}]"
+        return _with_verdict(f"{line}  {self.repeats} times", self.goal, self.value, self.low, self.high)
+
+
+Row = Comparison | Figure
+
+
+def _with_verdict(line: str, goal: Goal | None, value: float, low: float, high: float) -> str:
+    return f"{line}  {goal.verdict(value, low, high)}" if goal else line
+
+
+class LoadMeter:
+    """What other processes, and other guests of the host, take of the cores from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._began = _machine_busy(), _own_cpu(), time.perf_counter()
+
+    def other_load(self) -> float:
+        """Their share of all cores since the meter was made."""
+        elapsed = time.perf_counter() - self._began
+        others = _machine_busy() - self._busy - (_own_cpu() - self._own)
+        return max(0.0, others) / (elapsed * (psutil.cpu_count() or 1))
+
+
+def compare(name: str, first: Arm, second: Arm, pairs: int, goal: Goal | None = None) -> Comparison:
     """Run both arms once unmeasured, then ``pairs`` times in the order A B, B A, A B, ..."""
-    first()
-    second()
-    times: list[tuple[float, float]] = []
-    cpu: list[tuple[float, float]] = []
-    busy, own, began = _machine_busy(), _own_cpu(), time.perf_counter()
-    for pair in range(pairs):
-        order = (first, second) if pair % 2 == 0 else (second, first)
-        measured = [_measured(arm) for arm in order]
-        ours, theirs = measured if pair % 2 == 0 else reversed(measured)
-        times.append((ours[0], theirs[0]))
-        cpu.append((ours[1], theirs[1]))
-    elapsed = time.perf_counter() - began
-    other = max(0.0, _machine_busy() - busy - (_own_cpu() - own)) / (elapsed * psutil.cpu_count())
-    ratios = [ours / theirs for ours, theirs in times]
-    low, high = interval(ratios)
-    return Comparison(
-        name,
-        median(ratios),
-        low,
-        high,
-        (median(t for t, _ in times), median(t for _, t in times)),
-        (median(t for t, _ in cpu), median(t for _, t in cpu)),
-        pairs,
-        other,
-    )
+    return compare_all(first, {name: second}, pairs, {name: goal} if goal else {})[0]
+
+
+def compare_all(
+    first: Arm, others: Mapping[str, Arm], pairs: int, goals: Mapping[str, Goal] | None = None
+) -> list[Comparison]:
+    """The first arm against each of the others: A B C, C B A, A B C, ... after one unmeasured round.
+
+    Args:
+        first: the arm that all others are compared with.
+        others: name of the comparison -> arm.
+        pairs: measured rounds.
+        goals: name of the comparison -> what its ratio is to reach.
+    """
+    arms = [first, *others.values()]
+    for arm in arms:
+        arm()
+    meter = LoadMeter()
+    rounds = [_round(arms, backwards=number % 2 == 1) for number in range(pairs)]
+    load = meter.other_load()
+    return [
+        _comparison(name, [(spent[0], spent[index]) for spent in rounds], load, (goals or {}).get(name))
+        for index, name in enumerate(others, start=1)
+    ]
+
+
+Spent = tuple[float, float]  # seconds, CPU seconds
+
+
+def _round(arms: Sequence[Arm], *, backwards: bool) -> list[Spent]:
+    """Each arm once; what it spent, in the order of ``arms``."""
+    order = list(reversed(arms)) if backwards else list(arms)
+    spent = [_measured(arm) for arm in order]
+    return spent[::-1] if backwards else spent
+
+
+def _comparison(name: str, pairs: Sequence[tuple[Spent, Spent]], load: float, goal: Goal | None) -> Comparison:
+    ratios = [ours[0] / theirs[0] for ours, theirs in pairs]
+    seconds, cpu_seconds = ((median(ours[k] for ours, _ in pairs), median(o[k] for _, o in pairs)) for k in (0, 1))
+    return Comparison(name, median(ratios), *interval(ratios), seconds, cpu_seconds, len(pairs), load, goal)
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
@@ -90,22 +191,42 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
-def publish(benchmark: str, comparisons: Sequence[Comparison], notes: Mapping[str, object] | None = None) -> None:
-    """Print the table and write ``results/<benchmark>.json`` with machine, versions and date."""
-    print(f"\n{benchmark}: seconds of the first over the second, median [95 % interval]")
-    for comparison in comparisons:
-        print(comparison)
+def publish(benchmark: str, rows: Sequence[Row], notes: Mapping[str, Any] | None = None) -> None:
+    """Print the table and write ``results/<benchmark>.json`` with machine, versions and date.
+
+    A single round is a trial and is not written: it would replace a measurement.
+    """
+    print(f"\n{benchmark}: a / b is seconds of a over seconds of b; median [95 % interval]")
+    for row in rows:
+        print(row)
     for name, value in (notes or {}).items():
         print(f"{name}: {value}")
+    load = max((row.other_load for row in rows if row.other_load is not None), default=0.0)
+    if load > BUSY:
+        print(f"DISTURBED: other processes took {load:.0%} of the cores meanwhile")
+    if min(row.pairs if isinstance(row, Comparison) else row.repeats for row in rows) < 2:
+        print("one round only: not written to results/")
+        return
     content = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "disturbed": load > BUSY,
         "machine": machine(),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "comparisons": [asdict(row) for row in rows if isinstance(row, Comparison)],
+        "figures": [asdict(row) for row in rows if isinstance(row, Figure)],
         "notes": dict(notes or {}),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{benchmark}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def arguments(description: str | None, pairs: int, steps: int | None = None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; ``steps``: of 256 images, that an arm takes a turn."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pairs", type=int, default=pairs, help=f"measured rounds over all arms (default: {pairs})")
+    if steps:
+        parser.add_argument("--steps", type=int, default=steps, help=f"training steps a turn (default: {steps})")
+    return parser
 
 
 def machine() -> dict[str, object]:
@@ -129,25 +250,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _measured(arm: Callable[[], object]) -> tuple[float, float]:
+def _measured(arm: Arm) -> Spent:
     cpu, began = _own_cpu(), time.perf_counter()
-    arm()
-    return time.perf_counter() - began, _own_cpu() - cpu
+    seconds = arm()
+    elapsed = time.perf_counter() - began
+    return (elapsed if seconds is None else seconds), _own_cpu() - cpu
 
 
 def _own_cpu() -> float:
-    """CPU seconds of this process and of all its children, ended or not."""
-    times = psutil.Process().cpu_times()
-    running = 0.0
-    for child in psutil.Process().children(recursive=True):
-        try:
-            spent = child.cpu_times()
-            running += spent.user + spent.system + spent.children_user + spent.children_system
-        except psutil.NoSuchProcess:
-            continue
-    return times.user + times.system + times.children_user + times.children_system + running
+    """CPU seconds of this process and of all its descendants, ended or not."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            spent = process.cpu_times()
+            total += spent.user + spent.system + spent.children_user + spent.children_system
+    return total
 
 
 def _machine_busy() -> float:
     times = psutil.cpu_times()
-    return times.user + times.system + times.nice
+    return times.user + times.system + times.nice + getattr(times, "steal", 0.0)

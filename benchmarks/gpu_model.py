@@ -1,0 +1,122 @@
+"""The reference recipe on 1, 2, 4 and 8 GPUs of one host, on paper: nothing here is measured.
+
+A step is computing plus what of the all-reduce is not hidden behind the backward pass. Change an assumption and the
+table follows: `python benchmarks/gpu_model.py`.
+"""
+
+from dataclasses import dataclass
+
+IMAGES = 50_000
+PARAMETERS = 677_610
+GRADIENT_BYTES = 4 * PARAMETERS  # float32, 2.7 MB
+FIRST_BUCKET_BYTES = 1024 * 1024  # DDP's default; the rest, below 25 MiB, is its second bucket
+GPUS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How long one GPU computes.
+
+    Attributes:
+        name: of the way the step is executed.
+        ms_per_256: milliseconds for 256 images where the hardware is the limit.
+        floor_ms: below this no step gets, however few the images: kernels have to be launched.
+    """
+
+    name: str
+    ms_per_256: float
+    floor_ms: float
+
+    def ms(self, images: float) -> float:
+        """Forward, backward and update of ``images`` on one GPU."""
+        return max(self.ms_per_256 * images / 256, self.floor_ms)
+
+
+# 0.37 ms: bytes that a fused step must move, at the 4.3 TB/s that an H200 copied; a bound, nobody has reached it.
+# 0.12 ms: some 60 kernels of a captured graph at 2 us each (assumed). 2 ms: eager, within the 1.5 to 3 ms expected.
+FUSED = Computing("fused, one CUDA graph", 0.37, 0.12)
+EAGER = Computing("eager", 0.37, 2.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """NCCL's all-reduce over NVLink; all three are assumptions.
+
+    Attributes:
+        latency_us: of a collective on two GPUs, launch included.
+        hop_us: more for each further step around the ring.
+        bandwidth_gb: GB/s a GPU sends at messages of a megabyte or two, far below the link's own.
+    """
+
+    latency_us: float = 15.0
+    hop_us: float = 1.5
+    bandwidth_gb: float = 120.0
+
+    def ms(self, size: float, gpus: int) -> float:
+        """A ring: each GPU sends 2 (n - 1) / n of the message in 2 (n - 1) steps."""
+        if gpus == 1:
+            return 0.0
+        hops = 2 * (gpus - 1)
+        sending = size * hops / gpus / (self.bandwidth_gb * 1e9) * 1e3
+        return (self.latency_us + self.hop_us * (hops - 2)) / 1e3 + sending
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on paper, in milliseconds."""
+
+    computing: float
+    all_reduce: float
+    exposed: float
+
+    @property
+    def ms(self) -> float:
+        """All of it."""
+        return self.computing + self.exposed
+
+
+def step(computing: Computing, network: Network, gpus: int, images: float) -> Step:
+    """DDP with two buckets: the first is sent while the backward pass goes on, the second when it has ended.
+
+    The backward pass is two thirds of a step, and its last layers fill the first bucket in a fifth of that (both
+    assumed).
+    """
+    seconds = computing.ms(images)
+    first = network.ms(FIRST_BUCKET_BYTES, gpus)
+    second = network.ms(GRADIENT_BYTES - FIRST_BUCKET_BYTES, gpus)
+    hidden = min(first, seconds * 2 / 3 * 4 / 5)
+    return Step(seconds, first + second, first + second - hidden)
+
+
+def main() -> None:
+    network = Network()
+    print(
+        "| step | scaling | GPUs | images a GPU | computing ms | all-reduce ms | of it exposed ms | step ms | ", end=""
+    )
+    print("epoch s | speedup | efficiency |\n|" + "---|" * 11)
+    for computing in (FUSED, EAGER):
+        for scaling in ("weak", "strong"):
+            alone = 0.0
+            for gpus in GPUS:
+                images = 256 if scaling == "weak" else 256 / gpus
+                one = step(computing, network, gpus, images)
+                rate = images * gpus / one.ms
+                alone = alone or rate
+                cells = [
+                    computing.name,
+                    scaling,
+                    f"{gpus}",
+                    f"{images:.0f}",
+                    f"{one.computing:.2f}",
+                    f"{one.all_reduce:.3f}",
+                    f"{one.exposed:.3f}",
+                    f"{one.ms:.2f}",
+                    f"{IMAGES / rate / 1e3:.3f}",
+                    f"{rate / alone:.2f}",
+                    f"{rate / alone / gpus:.0%}",
+                ]
+                print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Memory of ranks on CPUs: how much, whether the images are there once a host, whether it grows with the epochs.
+
+Looked at from outside while the real command trains on synthetic images of its own. Memory is the proportional set size
+(PSS): a page that two processes share counts half in each. Growth is the difference of two peaks of resident memory, of
+the last epoch and of the second, as the kernel keeps them. Linux only.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+from commands import Workplace, finish, synthetic_data, workplace
+from harness import Figure, Goal, arguments, publish
+
+from cifar_exp import journal
+
+MIB = 2**20
+IMAGES_FILE = "train_images.npy"
+GONE = (psutil.Error, OSError)  # a process may end while it is looked at
+
+
+@dataclass
+class Seen:
+    """What was seen of one run's ranks.
+
+    Attributes:
+        peak: largest sum of the ranks' PSS, bytes.
+        images: largest sum of the PSS of the training images that they map, bytes.
+    """
+
+    peak: int = 0
+    images: int = 0
+
+
+def main() -> None:
+    parser = arguments(__doc__, pairs=3)
+    parser.add_argument("--epochs", type=int, default=12, help="of the runs that growth is seen in (default: 12)")
+    parser.add_argument("--images", type=int, default=5_120, help="training images (default: 5,120)")
+    parser.add_argument("--model", default="convnet", help="network of the runs on one and two ranks")
+    options = parser.parse_args()
+    with workplace() as place:
+        data = [*synthetic_data(place.folder, options.images), "devices=cpu", "tracking=none", "augment=crop"]
+        short = [*data, f"model={options.model}", "train.epochs=1"]
+        place.run([*data, "model=convnet_small", "train.epochs=1"])  # makes the images
+        one, two = ([watched(place, [*short, *ranks(n)]) for _ in range(options.pairs)] for n in (1, 2))
+        long = [*data, "model=convnet_small", f"train.epochs={options.epochs}", *ranks(1)]
+        peaks = [epoch_peaks(place, long) for _ in range(options.pairs)]
+    notes = {
+        "images on disk, MiB": round(options.images * 3 * 32 * 32 / MIB, 1),
+        "peak of each epoch, MiB": [[round(peak / MIB, 1) for peak in run] for run in peaks],
+    }
+    publish("memory", figures(one, two, peaks, options.epochs), notes)
+
+
+def ranks(count: int) -> list[str]:
+    return [f"devices.count={count}", "devices.threads=1", "devices.oversubscribe=true"]
+
+
+def figures(one: list[Seen], two: list[Seen], peaks: list[list[int]], epochs: int) -> list[Figure]:
+    def mib(name: str, values: list[int], goal: Goal | None = None) -> Figure:
+        return Figure.of(name, [value / MIB for value in values], "MiB", goal=goal)
+
+    shares = [both.images / alone.images for both, alone in zip(two, one, strict=True)]
+    return [
+        mib("one rank", [seen.peak for seen in one]),
+        mib("two ranks together", [seen.peak for seen in two]),
+        mib("images in one rank", [seen.images for seen in one]),
+        mib("images in two ranks together", [seen.images for seen in two]),
+        Figure.of("images in two ranks / in one", shares, goal=Goal("<=", 1.01)),
+        mib(f"growth from epoch 2 to {epochs}", [run[-1] - run[1] for run in peaks], Goal("<=", 1.0)),
+    ]
+
+
+def watched(place: Workplace, overrides: list[str]) -> Seen:
+    """Run the command and look at its ranks ten times a second."""
+    process, _ = place.start(overrides)
+    seen = Seen()
+    while process.poll() is None:
+        found = ranks_of(process)
+        seen.peak = max(seen.peak, total(found, pss))
+        seen.images = max(seen.images, total(found, images_pss))
+        time.sleep(0.1)
+    finish(process)
+    return seen
+
+
+def epoch_peaks(place: Workplace, overrides: list[str]) -> list[int]:
+    """Run the command on one rank; its peak of resident memory in each epoch that was seen, bytes."""
+    process, run_dir = place.start(overrides)
+    lines = journal.JournalFollower(run_dir)
+    found: list[int] = []
+    peaks: list[int] = []
+    while process.poll() is None:
+        found = found or ranks_of(process)
+        ended = sum("val/loss" in entry.metrics for entry in lines.new_entries())
+        if ended and (peak := total(found, peak_since_last)):  # the rank may have ended with its last epoch
+            peaks.append(peak)
+        time.sleep(0.01)
+    finish(process)
+    return peaks
+
+
+def ranks_of(command: "Popen[str]") -> list[int]:
+    """Processes of the command that have mapped the training images; only ranks do."""
+    found = []
+    with suppress(*GONE):
+        for child in psutil.Process(command.pid).children(recursive=True):
+            with suppress(*GONE):
+                if IMAGES_FILE in Path(f"/proc/{child.pid}/maps").read_text():
+                    found.append(child.pid)
+    return found
+
+
+def total(processes: list[int], measure: Callable[[int], int]) -> int:
+    """Sum over those that still run."""
+    bytes_of = 0
+    for process in processes:
+        with suppress(*GONE):
+            bytes_of += measure(process)
+    return bytes_of
+
+
+def pss(process: int) -> int:
+    return _field(Path(f"/proc/{process}/smaps_rollup").read_text(), "Pss:")
+
+
+def images_pss(process: int) -> int:
+    """PSS of the mapped training images alone."""
+    mappings = Path(f"/proc/{process}/smaps").read_text()
+    return sum(_field(part, "Pss:") for part in mappings.split(IMAGES_FILE)[1:])
+
+
+def peak_since_last(process: int) -> int:
+    """Peak of resident memory since this was last asked; the kernel starts anew with the present value."""
+    peak = _field(Path(f"/proc/{process}/status").read_text(), "VmHWM:")
+    Path(f"/proc/{process}/clear_refs").write_text("5")  # resets the peak alone (Linux' proc(5))
+    return peak
+
+
+def _field(text: str, name: str) -> int:
+    """The first figure of that name, given in kB, in bytes."""
+    return int(text.partition(name)[2].split(maxsplit=1)[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

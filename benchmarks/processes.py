@@ -1,0 +1,108 @@
+"""Arms that live in processes of their own: libraries cannot disturb each other, and ranks are real ranks."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class ProcessArm:
+    """An arm in one or more processes that stay alive between turns: start-up and imports are not measured.
+
+    Used as a context manager, which ends the processes.
+
+    Args:
+        function: called in each process as ``function(turns, folder, *args)``; several ranks have ``RANK``,
+            ``LOCAL_RANK`` and ``WORLD_SIZE`` set, and ``folder`` to find each other in. It prepares itself, then works
+            once for each item of ``turns``.
+        args: for the function; it and they must be picklable.
+        ranks: processes.
+        threads: CPU threads that torch may use in each of them.
+        independent: the processes know nothing of each other (each is rank 0 of 1). A turn's seconds are then those of
+            the same work at the sum of their rates, else those of the slowest.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], *args: Any, ranks: int = 1, threads: int, independent: bool = False
+    ) -> None:
+        self._independent = independent
+        self._folders = [tempfile.TemporaryDirectory() for _ in range(ranks if independent else 1)]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        context = multiprocessing.get_context("spawn")
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            seat = (0, 1) if independent else (rank, ranks)
+            folder = self._folders[rank if independent else 0].name
+            process = context.Process(target=_serve, args=(theirs, function, seat, threads, folder, args))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self) -> float:
+        """One turn in all processes; its seconds."""
+        try:
+            for pipe in self._pipes:
+                pipe.send("go")
+            seconds = [pipe.recv() for pipe in self._pipes]
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("a process of this arm has ended; its traceback is above") from None
+        return len(seconds) / sum(1 / value for value in seconds) if self._independent else max(seconds)
+
+    def __enter__(self) -> "ProcessArm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for folder in self._folders:
+            folder.cleanup()
+
+
+def turns_of(pipe: Connection) -> Iterator[None]:
+    """One item a turn. Asking for the next one ends the turn, whose seconds go back, and waits for the next.
+
+    Raises:
+        SystemExit: where the measuring process has no more turns.
+    """
+    try:
+        while True:
+            pipe.recv()
+            began = time.perf_counter()
+            yield
+            pipe.send(time.perf_counter() - began)
+    except (EOFError, BrokenPipeError):
+        raise SystemExit(0) from None
+
+
+def _serve(
+    pipe: Connection,
+    function: Callable[..., None],
+    seat: tuple[int, int],
+    threads: int,
+    folder: str,
+    args: tuple[Any, ...],
+) -> None:
+    rank, size = seat
+    if size > 1:  # else other libraries would take it for a distributed run
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    torch.set_num_threads(threads)
+    try:
+        function(turns_of(pipe), folder, *args)
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        pipe.close()

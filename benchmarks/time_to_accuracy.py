@@ -1,0 +1,134 @@
+"""Seconds to a test accuracy: the real command, a run a seed, against the plain loop's 60 epochs of the reference.
+
+Accuracy and seconds are those of each run's journal: ``time/train_seconds`` is batches and steps, and
+``time/total_seconds`` the whole command, start-up, evaluation and saving included. The plain loop (bfloat16,
+channels-last, one process, whole-pixel shifts) reaches a test accuracy of 0.867 after 60 epochs on the JPEG copy of
+CIFAR-10; it takes an hour, so its rate is measured after each run, over a few steps, and multiplied up: training alone,
+nothing else. Arithmetic: PyTorch's count of one image forward and backward, times the images that the run trained on
+(at full resolution throughout).
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from bare import bare_epoch
+from commands import REPOSITORY, Run, Workplace, workplace
+from harness import Figure, Goal, LoadMeter, arguments, publish
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+from workload import BATCH, CORES, network, random_split, train_batches
+
+from cifar_exp import journal
+from cifar_exp.config import build, read_config
+from cifar_exp.distributed import World
+
+ACCURACY = 0.867
+PLAIN_IMAGES = 60 * (50_000 // BATCH) * BATCH  # that the plain loop trains on
+IMAGES = Path(os.environ.get("CIFAR_EXP_IMAGES", "data/cifar10-images"))  # relative to the repository
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One seed's run, and the plain loop beside it.
+
+    Attributes:
+        seed: of the run.
+        accuracy: on the test images, 0 to 1.
+        train_seconds: batches and steps.
+        total_seconds: the whole command.
+        petaflop: multiplications and additions of training, in 10^15.
+        plain_images_per_second: of the plain loop, right after the run.
+        other_load: share of all cores that other processes took meanwhile.
+    """
+
+    seed: int
+    accuracy: float
+    train_seconds: float
+    total_seconds: float
+    petaflop: float
+    plain_images_per_second: float
+    other_load: float
+
+    @property
+    def plain_seconds(self) -> float:
+        """What the plain loop's 60 epochs would take at its rate."""
+        return PLAIN_IMAGES / self.plain_images_per_second
+
+
+def main() -> None:
+    parser = arguments(__doc__, pairs=3, steps=20)  # a pair is a seed
+    overrides = ["experiment=speedrun", "data=folders", f"data.root={REPOSITORY / IMAGES}"]
+    parser.add_argument("--overrides", nargs="+", default=overrides, help="other runs than experiment=speedrun")
+    options = parser.parse_args()
+    torch.set_num_threads(CORES)
+    with workplace() as place:
+        attempts = [attempt(place, options.overrides, seed, options.steps) for seed in range(options.pairs)]
+    publish(
+        "time_to_accuracy",
+        figures(attempts),
+        {"overrides": " ".join(options.overrides), "seeds": [vars(one) for one in attempts]},
+    )
+
+
+def attempt(place: Workplace, overrides: list[str], seed: int, plain_steps: int) -> Attempt:
+    meter = LoadMeter()
+    run = place.run([*overrides, f"seed={seed}"])
+    metrics = run.metrics
+    rate = plain_rate(plain_steps)
+    return Attempt(
+        seed,
+        metrics["test/accuracy"],
+        metrics["time/train_seconds"],
+        metrics["time/total_seconds"],
+        flop_per_image(run) * images_trained(run) / 1e15,
+        rate,
+        meter.other_load(),
+    )
+
+
+def figures(attempts: list[Attempt]) -> list[Figure]:
+    load = median(one.other_load for one in attempts)
+    ratios = [one.train_seconds / one.plain_seconds for one in attempts]
+    return [
+        Figure.mean_of("test accuracy, mean", [one.accuracy for one in attempts], "", Goal(">=", ACCURACY)),
+        Figure.of("training", [one.train_seconds for one in attempts], "s", load),
+        Figure.of("whole command", [one.total_seconds for one in attempts], "s"),
+        Figure.of("arithmetic of training", [one.petaflop for one in attempts], "PFLOP"),
+        Figure.of("plain loop", [one.plain_images_per_second for one in attempts], "images/s"),
+        Figure.of("training / plain loop's 60 epochs", ratios, "", load, Goal("<=", 1 / 30)),
+    ]
+
+
+def plain_rate(steps: int) -> float:
+    """Images/s of the plain loop on the reference network, after one unmeasured step."""
+    world = World(0, 0, 1, torch.device("cpu"))
+    model, optimizer = network()
+    first, rest = (train_batches(random_split(BATCH * count), world) for count in (1, steps))
+    bare_epoch(model, optimizer, lambda: first.epoch(1))()
+    began = time.perf_counter()
+    bare_epoch(model, optimizer, lambda: rest.epoch(1))()
+    return steps * BATCH / (time.perf_counter() - began)
+
+
+def flop_per_image(run: Run) -> float:
+    """Forward and backward of the run's own network for one image of 32 x 32 pixels."""
+    config = OmegaConf.load(run.folder / "config.yaml")
+    assert isinstance(config, DictConfig)
+    model = build(read_config(config)).make_model(num_classes=10)
+    images = torch.zeros(2, 3, 32, 32)  # batch norm wants more than one
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def images_trained(run: Run) -> float:
+    """Steps of the run times its global batch."""
+    return max(entry.step for entry in journal.read(run.folder)) * run.metrics["global_batch_size"]
+
+
+if __name__ == "__main__":
+    main()
