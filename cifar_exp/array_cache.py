@@ -29,7 +29,7 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
 
-_FORMAT = 1  # of the files; another number means that they are made anew
+_FORMAT = 2  # of the files; another number means that they are made anew
 _UNFINISHED = "unfinished-"
 
 
@@ -38,7 +38,7 @@ class Split:
     """Images of one split.
 
     Attributes:
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, channels-last: each image's pixels lie in one piece.
         labels: (N,) int64, each an index into the dataset's classes.
     """
 
@@ -81,7 +81,7 @@ class DatasetFiles:
             images, labels = (np.load(self.folder / name, mmap_mode="c") for name in _array_names(split))
         except (OSError, ValueError) as error:
             raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
-        return Split(torch.from_numpy(images), torch.from_numpy(labels))
+        return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
 
 
 def prepare(
@@ -186,7 +186,8 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
     try:
         unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from everyone else
         for split in SPLITS:
-            pair: tuple[NDArray[Any], ...] = arrays[split]
+            images, labels = arrays[split]
+            pair: tuple[NDArray[Any], ...] = (np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
             for name, array in zip(_array_names(split), pair, strict=True):
                 with _durable(unfinished / name) as file:
                     np.save(file, array, allow_pickle=False)
