@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation
@@ -65,6 +66,7 @@ class TrainBatches:
         rank: this rank.
         world_size: number of ranks.
         batch_size: images of this rank a step.
+        scales: side of the images in each epoch, as a share of their own; none: full size.
     """
 
     split: Split
@@ -74,18 +76,28 @@ class TrainBatches:
     rank: int
     world_size: int
     batch_size: int
+    scales: tuple[float, ...] = ()
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch (counted from 1); the last partial global batch is dropped."""
         order = epoch_order(len(self.split.labels), self.seed, epoch)
         device = self.split.images.device
         parameters = self.augmentation.parameters(order, self.seed, epoch)
+        scale = self.scales[epoch - 1] if self.scales else 1.0
         global_batch = self.batch_size * self.world_size
         for start in range(0, len(order) - global_batch + 1, global_batch):
             mine = slice(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size)
             images = order[mine].to(device)
             augmented = self.augmentation(self.split.images[images], parameters[mine].to(device))
-            yield self.normalization(augmented), self.split.labels[images]
+            yield resized(self.normalization(augmented), scale), self.split.labels[images]
+
+
+def resized(images: Tensor, scale: float) -> Tensor:
+    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), rounded to whole pixels; bilinear with antialiasing."""
+    if scale == 1:
+        return images
+    size = [max(1, round(side * scale)) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device

@@ -118,7 +118,8 @@ class Trainer:
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         scaler.scale(loss).backward()
         self.communication.backward_done()
-        scaler.step(self.optimizer)
+        with autocast(images.device, self.precision):  # for the matrix products of Muon
+            scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         totals.add(loss.detach(), logits.detach(), labels)
@@ -150,6 +151,19 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, precision: torch.dtyp
             logits = network(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
     return Averages.of(sum_over_ranks(totals.take()))
+
+
+class Mirrored(nn.Module):
+    """The mean of a network's logits for each image and for its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``images``: (N, 3, H, W) -> (N, classes)."""
+        logits: Tensor = (self.network(images) + self.network(images.flip(3))) / 2
+        return logits
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cifar_exp import checkpoint, distributed
@@ -22,13 +22,13 @@ from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError, ConfigError
 from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.models import ModelFactory, seeded
+from cifar_exp.models import ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
 from cifar_exp.rng import keyed_generator
 from cifar_exp.schema import Train
-from cifar_exp.train import Trainer
+from cifar_exp.train import Mirrored, Trainer, evaluate
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
@@ -125,6 +125,7 @@ def train(job: Job, world: World) -> None:
     train_split, test_split = _on_device(job, world)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
     model = model.to(world.device).to(memory_format=torch.channels_last)
+    initialize_from_images(model, normalization(_sample(train_split.images)))
     parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
@@ -146,10 +147,20 @@ def train(job: Job, world: World) -> None:
 
     share = (world.rank, world.size)
     batches = TrainBatches(
-        train_split, job.augmentation, normalization, job.seed, *share, job.plan.per_device_batch_size
+        train_split,
+        job.augmentation,
+        normalization,
+        job.seed,
+        *share,
+        job.plan.per_device_batch_size,
+        job.plan.image_scales,
     )
     trainer.stopwatch.seconds["startup"] = time.time() - job.started
-    final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
+    validation = EvaluationBatches(test_split, normalization, *share)
+    final = trainer.fit(batches, validation, job.plan.epochs, after_epoch)
+    if job.train.mirrored_evaluation:
+        mirrored = evaluate(Mirrored(model), validation, trainer.precision)
+        report(trainer.step, job.plan.epochs, {"test/accuracy_mirrored": mirrored.accuracy})
     counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
     report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
 
@@ -179,6 +190,11 @@ def _on_device(job: Job, world: World) -> tuple[Split, Split]:
     splits = job.data.load("train"), job.data.load("test")
     train_split, test_split = (Split(split.images.to(world.device), split.labels.to(world.device)) for split in splits)
     return train_split, test_split
+
+
+def _sample(images: Tensor, count: int = 5000) -> Tensor:
+    """About ``count`` images spread over the set, which may be sorted by class; the same on every rank."""
+    return images[:: max(1, len(images) // count)]
 
 
 def _compiled(model: nn.Module, choice: str) -> nn.Module:
