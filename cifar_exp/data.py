@@ -93,11 +93,16 @@ class TrainBatches:
 
 
 def resized(images: Tensor, scale: float) -> Tensor:
-    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), rounded to whole pixels; bilinear with antialiasing."""
+    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), as :func:`scaled`; bilinear with antialiasing."""
     if scale == 1:
         return images
-    size = [max(1, round(side * scale)) for side in images.shape[2:]]
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
+    height, width = images.shape[2:]
+    return F.interpolate(images, scaled((height, width), scale), mode="bilinear", antialias=True)
+
+
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width at ``scale``, in whole pixels."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device
@@ -105,16 +110,17 @@ EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any 
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """One rank's share of a set that is evaluated, each image once, in order."""
+    """One rank's share of a set that is evaluated, each image once, in order, at ``scale`` of its size."""
 
     split: Split
     normalization: Normalization
     rank: int
     world_size: int
     batch_size: int = EVALUATION_BATCH
+    scale: float = 1.0
 
     def __iter__(self) -> Iterator[Batch]:
         mine = shard(len(self.split.labels), self.rank, self.world_size)
         for start in range(mine.start, mine.stop, self.batch_size):
             part = slice(start, min(start + self.batch_size, mine.stop))
-            yield self.normalization(self.split.images[part]), self.split.labels[part]
+            yield resized(self.normalization(self.split.images[part]), self.scale), self.split.labels[part]

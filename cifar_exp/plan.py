@@ -22,7 +22,8 @@ class Plan:
         steps_per_epoch: whole global batches in the training set.
         dropped_images: training images an epoch leaves out, the last partial batch.
         learning_rates: one for each step of the run.
-        image_scales: side of the training images in each epoch, as a share of their own.
+        image_scales: side of the training images in each epoch, as a share of their own; whatever is evaluated has the
+            last epoch's, since a network knows objects at the size that it last saw them.
     """
 
     world_size: int

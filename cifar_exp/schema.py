@@ -39,7 +39,7 @@ class Train:
     deterministic: bool = False
     normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
     label_smoothing: BelowOne = 0.0
-    image_scales: tuple[Scale, ...] = ()  # sides of training images, over the epochs; none: all at full size
+    image_scales: tuple[Scale, ...] = ()  # sides of images, over the epochs; none: all at full size
     mirrored_evaluation: bool = False  # a second test accuracy, of each image's and its mirror image's mean logits
     log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
 

@@ -18,7 +18,7 @@ from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles, Split
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
 from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError, ConfigError
 from cifar_exp.journal import Entry, JournalWriter
@@ -138,11 +138,13 @@ def train(job: Job, world: World) -> None:
         communication=communication,
     )
 
+    final_scale = job.plan.image_scales[-1]
+
     def after_epoch(epoch: int) -> None:
         if world.is_first and (epoch % job.save_every == 0 or epoch == job.plan.epochs):
             state = {name: value.cpu() for name, value in model.state_dict().items()}
             shift, scale = normalization.shift, normalization.scale
-            classes, size = job.data.classes, job.data.image_size
+            classes, size = job.data.classes, scaled(job.data.image_size, final_scale)
             checkpoint.save(job.run_dir, Checkpoint(state, epoch, trainer.step, classes, shift, scale, size))
 
     share = (world.rank, world.size)
@@ -156,7 +158,7 @@ def train(job: Job, world: World) -> None:
         job.plan.image_scales,
     )
     trainer.stopwatch.seconds["startup"] = time.time() - job.started
-    validation = EvaluationBatches(test_split, normalization, *share)
+    validation = EvaluationBatches(test_split, normalization, *share, scale=final_scale)
     final = trainer.fit(batches, validation, job.plan.epochs, after_epoch)
     if job.train.mirrored_evaluation:
         mirrored = evaluate(Mirrored(model), validation, trainer.precision)

@@ -178,3 +178,15 @@ def test_each_epoch_has_images_of_its_scale_and_of_the_same_pixels() -> None:
         torch.testing.assert_close(small, resized(whole, 0.5))
     for (whole, _), (other, _) in zip(full.epoch(2), half.epoch(2), strict=True):
         assert torch.equal(whole, other)
+
+
+def test_evaluation_is_at_the_scale_that_it_is_given() -> None:
+    split = random_split(7)
+    for (small, labels), (whole, same_labels) in zip(
+        EvaluationBatches(split, Normalization(), 0, 1, scale=0.75, batch_size=4),
+        EvaluationBatches(split, Normalization(), 0, 1, batch_size=4),
+        strict=True,
+    ):
+        assert small.shape[1:] == (3, 24, 24)
+        torch.testing.assert_close(small, resized(whole, 0.75))
+        assert torch.equal(labels, same_labels)
