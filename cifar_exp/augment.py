@@ -73,6 +73,42 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Alternating:
+    """Reflection in every other epoch instead of at random, and translation by whole pixels with mirrored borders.
+
+    Half of the images, drawn once for the run, are mirrored in odd epochs, the other half in even ones. So any two
+    epochs in a row show both sides of every image, where random flips show a quarter of them one side twice and
+    another quarter the other (Jordan 2024, arXiv:2404.00498, section 3.6).
+
+    Attributes:
+        max_pixels: shifts on each axis are drawn from -max_pixels ... max_pixels.
+    """
+
+    max_pixels: Annotated[int, Ge(0)] = 2
+
+    def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
+        odd_epochs = torch.randint(0, 2, (len(order),), generator=keyed_generator(seed, "alternating flips"))
+        flip = (odd_epochs[order] + epoch + 1) % 2
+        draws = torch.rand(len(order), 2, generator=keyed_generator(seed, "augment", epoch))
+        shift = (draws * (2 * self.max_pixels + 1)).floor() - self.max_pixels
+        return torch.cat([flip[:, None], shift], 1)
+
+    def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Output pixel (y, x) is input pixel (y - dy, x - dx), columns mirrored where the flip is 1."""
+        flip, dx, dy = parameters.long().unbind(1)
+        margin = self.max_pixels
+        rows, columns = (_reflected(torch.arange(-margin, size + margin), size) for size in images.shape[2:])
+        padded = _mirrored(images, flip).index_select(1, rows.to(images.device))
+        padded = padded.index_select(2, columns.to(images.device))
+        return _windows(padded, margin - dy, margin - dx, images.shape[2:])
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places beyond the border, as -2 or ``size`` + 1, seen in a mirror on the outermost pixel: 2 or ``size`` - 3."""
+    return (size - 1) - ((size - 1) - places.abs()).abs()
+
+
+@dataclass(frozen=True)
 class Shift:
     """The reference's: reflection, then translation by real-valued distances, bilinear, filled with black.
 

@@ -30,7 +30,8 @@ class Checkpoint:
     """A network in training: what it takes to use it, and to go on as if nothing had happened.
 
     Attributes:
-        model: its state dict, buffers included.
+        model: state dict of the network to use, buffers included: of averaged weights where these are kept.
+        trained: state dict of the network to train on; the same where no weights are averaged.
         training: the trainer's state: optimizer, epoch, step, times.
         classes: names of the labels, in order.
         shift: subtracted from each channel, 0..255.
@@ -39,6 +40,7 @@ class Checkpoint:
     """
 
     model: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
     training: Mapping[str, Any]
     classes: tuple[str, ...]
     shift: tuple[float, ...]

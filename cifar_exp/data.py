@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation
@@ -72,6 +73,7 @@ class TrainBatches:
         rank: this rank.
         world_size: number of ranks.
         batch_size: images of this rank a step.
+        scales: side of the images in each epoch, as a share of their own; none: full size.
     """
 
     split: Split
@@ -81,6 +83,7 @@ class TrainBatches:
     rank: int
     world_size: int
     batch_size: int
+    scales: tuple[float, ...] = ()
 
     def noise_seed(self, epoch: int) -> int:
         """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
@@ -98,15 +101,32 @@ class TrainBatches:
             mine = slice(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size)
             yield order[mine], parameters[mine]
 
-    def make(self, indices: Tensor, parameters: Tensor) -> Batch:
-        """The batch of a draw: gathered, augmented and normalised on the training device."""
+    def scale(self, epoch: int) -> float:
+        """Side of the images in an epoch, as a share of their own."""
+        return self.scales[epoch - 1] if self.scales else 1.0
+
+    def make(self, indices: Tensor, parameters: Tensor, scale: float = 1.0) -> Batch:
+        """The batch of a draw: gathered, augmented, normalised and resized on the training device."""
         rows = self.split.images.permute(0, 2, 3, 1).index_select(0, indices)  # whole images in one piece
         augmented = self.augmentation(rows.permute(0, 3, 1, 2), parameters)
-        return self.normalization(augmented), self.split.labels[indices]
+        return resized(self.normalization(augmented), scale), self.split.labels[indices]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
-        return (self.make(*draw) for draw in self.draws(epoch))
+        return (self.make(*draw, self.scale(epoch)) for draw in self.draws(epoch))
+
+
+def resized(images: Tensor, scale: float) -> Tensor:
+    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), as :func:`scaled`; bilinear with antialiasing."""
+    if scale == 1:
+        return images
+    height, width = images.shape[2:]
+    return F.interpolate(images, scaled((height, width), scale), mode="bilinear", antialias=True)
+
+
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width at ``scale``, in whole pixels."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device
@@ -114,16 +134,17 @@ EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any 
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """One rank's share of a set that is evaluated, each image once, in order."""
+    """One rank's share of a set that is evaluated, each image once, in order, at ``scale`` of its size."""
 
     split: Split
     normalization: Normalization
     rank: int
     world_size: int
     batch_size: int = EVALUATION_BATCH
+    scale: float = 1.0
 
     def __iter__(self) -> Iterator[Batch]:
         mine = shard(len(self.split.labels), self.rank, self.world_size)
         for start in range(mine.start, mine.stop, self.batch_size):
             part = slice(start, min(start + self.batch_size, mine.stop))
-            yield self.normalization(self.split.images[part]), self.split.labels[part]
+            yield resized(self.normalization(self.split.images[part]), self.scale), self.split.labels[part]

@@ -1,7 +1,7 @@
 """Networks with width and depth. Each is called by its factory with ``num_classes`` and takes (N, 3, H, W) floats."""
 
 from collections import OrderedDict
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Ge
@@ -15,6 +15,15 @@ class ModelFactory(Protocol):
     """What `_target_` of ``conf/model`` becomes once width and depth are bound."""
 
     def __call__(self, *, num_classes: int) -> nn.Module: ...
+
+
+@runtime_checkable
+class InitializedFromImages(Protocol):
+    """A layer whose initial values follow from training images: built first, called once before training."""
+
+    def initialize_from(self, images: Tensor) -> None:
+        """``images``: (N, 3, H, W) float32, as the network's input."""
+        ...
 
 
 def convnet(*, num_classes: int, width: Count = 32, depth: Count = 4) -> nn.Sequential:
@@ -104,3 +113,10 @@ def seeded(factory: ModelFactory, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factory(num_classes=num_classes)
+
+
+def initialize_from_images(model: nn.Module, images: Tensor) -> None:
+    """Give every layer that asks for training images these: (N, 3, H, W) float32, as the network's input."""
+    for module in model.modules():
+        if isinstance(module, InitializedFromImages):
+            module.initialize_from(images)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -69,29 +69,37 @@ class Muon(Optimizer):
     coefficients are those of its reference implementation.
 
     Args:
-        params: the parameters to train; those with four dimensions are convolutions.
+        params: the parameters to train; those with four dimensions are convolutions, those with one are biases and
+            the like, the rest matrices.
         lr: of the orthogonalised updates.
-        momentum: of both kinds.
-        sgd_lr_ratio: learning rate of everything else, as a multiple of ``lr``.
-        weight_decay: of everything else, as L2.
+        momentum: of these.
+        sgd_lr_ratio: learning rate of matrices, as a multiple of ``lr``.
+        bias_lr_ratio: the same of biases, which are few and may move fast.
+        sgd_momentum: of matrices and biases.
+        weight_decay: of matrices and biases: a step shrinks them by ``lr`` x ``weight_decay``, whatever their ratio.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
         lr: Annotated[float, Gt(0)] = 0.05,
-        momentum: Annotated[float, Ge(0)] = 0.6,
-        sgd_lr_ratio: Annotated[float, Gt(0)] = 2.0,
+        momentum: Annotated[float, Ge(0), Lt(1)] = 0.6,
+        sgd_lr_ratio: Annotated[float, Gt(0)] = 0.05,
+        bias_lr_ratio: Annotated[float, Gt(0)] = 0.3,
+        sgd_momentum: Annotated[float, Ge(0), Lt(1)] = 0.85,
         weight_decay: Annotated[float, Ge(0)] = 0.0,
     ) -> None:
         parameters = list(params)
         kernels = [parameter for parameter in parameters if parameter.ndim == 4]
-        others = [parameter for parameter in parameters if parameter.ndim != 4]
+        biases = [parameter for parameter in parameters if parameter.ndim == 1]
+        matrices = [parameter for parameter in parameters if parameter.ndim not in (1, 4)]
+        sgd = {"orthogonal": False, "momentum": sgd_momentum}
         groups: list[dict[str, Any]] = [
-            {"params": kernels, "orthogonal": True, "lr_ratio": 1.0},
-            {"params": others, "orthogonal": False, "lr_ratio": sgd_lr_ratio},
+            {"params": kernels, "orthogonal": True, "lr_ratio": 1.0, "momentum": momentum},
+            {"params": matrices, "lr_ratio": sgd_lr_ratio, **sgd},
+            {"params": biases, "lr_ratio": bias_lr_ratio, **sgd},
         ]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
@@ -104,7 +112,7 @@ class Muon(Optimizer):
                     continue
                 gradient = parameter.grad
                 if not group["orthogonal"]:
-                    gradient = gradient.add(parameter, alpha=group["weight_decay"])
+                    gradient = gradient.add(parameter, alpha=group["weight_decay"] / group["lr_ratio"])
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

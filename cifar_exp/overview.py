@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from cifar_exp.array_cache import DatasetFiles
-from cifar_exp.data import EVALUATION_BATCH, shard
+from cifar_exp.data import EVALUATION_BATCH, scaled, shard
 from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
@@ -30,6 +30,7 @@ def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.
         "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
         "learning rate": rates,
+        **_image_sizes(plan, data),
         "validation": f"{data.test_count:,} test images after each epoch, {_validation_steps(plan, data)}",
         "parameters": f"{parameter_count(model):,}",
     }
@@ -84,6 +85,15 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
         highlight=False,
     )
+
+
+def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
+    """Height and width by epoch, where they are not the images' own throughout."""
+    if set(plan.image_scales) == {1.0}:
+        return {}
+    sizes = [scaled(data.image_size, scale) for scale in plan.image_scales]
+    text = ", ".join(f"{height} x {width}" for height, width in sizes)
+    return {"image sizes": f"{text} by epoch; the last also in evaluation"}
 
 
 def _validation_steps(plan: Plan, data: DatasetFiles) -> str:

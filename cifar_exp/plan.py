@@ -1,5 +1,6 @@
 """Pure arithmetic before anything starts: batches, steps, dropped images, learning rate by epoch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_exp.errors import ConfigError
@@ -21,6 +22,8 @@ class Plan:
         steps_per_epoch: whole global batches in the training set.
         dropped_images: training images an epoch leaves out, the last partial batch.
         learning_rates: one for each step of the run.
+        image_scales: side of the training images in each epoch, as a share of their own; whatever is evaluated has the
+            last epoch's, since a network knows objects at the size that it last saw them.
     """
 
     world_size: int
@@ -30,6 +33,7 @@ class Plan:
     steps_per_epoch: int
     dropped_images: int
     learning_rates: tuple[float, ...]
+    image_scales: tuple[float, ...]
 
     @property
     def steps(self) -> int:
@@ -104,4 +108,10 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         dropped_images=train_count - steps_per_epoch * global_batch,
         learning_rates=learning_rates(schedule, full_rate, steps_per_epoch, config.train.epochs),
+        image_scales=_spread(config.train.image_scales or (1.0,), config.train.epochs),
     )
+
+
+def _spread(values: Sequence[float], epochs: int) -> tuple[float, ...]:
+    """One value for each epoch, in order, each for as many epochs as the others (to within one)."""
+    return tuple(values[epoch * len(values) // epochs] for epoch in range(epochs))

@@ -18,6 +18,7 @@ Count = Annotated[int, Ge(1)]
 PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
+Scale = Annotated[float, Gt(0), Le(1)]
 Name = Annotated[str, MinLen(1)]
 Auto = Literal["auto"]
 Section = dict[str, Any]  # an open section: `_target_` and the keywords it is called with
@@ -38,6 +39,9 @@ class Train:
     deterministic: bool = False
     normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
     label_smoothing: BelowOne = 0.0
+    image_scales: tuple[Scale, ...] = ()  # sides of images, over the epochs; none: all at full size
+    weight_averaging: BelowOne = 0.0  # decay a step of the running mean of the weights that is evaluated; 0: none
+    mirrored_evaluation: bool = False  # a second test accuracy, of each image's and its mirror image's mean logits
     log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
     profile: bool = False  # write a trace of a few steps
 

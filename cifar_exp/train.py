@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
 from cifar_exp.distributed import ExposedCommunication, average_buffers, sum_over_ranks
@@ -33,6 +35,8 @@ class Trainer:
         log_every: steps between two reads of the loss.
         report: takes metrics as they come; called on every rank.
         communication: what DDP's waiting is counted in.
+        averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
+            themselves.
         after_step: called after each step, for a profiler.
         stopwatch: what all time is counted in.
         epoch: epochs done.
@@ -48,6 +52,7 @@ class Trainer:
     log_every: int
     report: Report
     communication: ExposedCommunication
+    averaging: float = 0.0
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0
@@ -58,7 +63,23 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self._block = Totals(self.device)
-        self._captured: CapturedStep | None = None
+        self._captured: dict[float, CapturedStep] = {}  # by the scale of the images
+        self._averaged: AveragedModel | None = None
+        if self.averaging:
+            mean = get_ema_multi_avg_fn(self.averaging)
+            self._averaged = AveragedModel(self._network, multi_avg_fn=mean, use_buffers=True)
+
+    @property
+    def _network(self) -> nn.Module:
+        """The network itself, without what averages its gradients over ranks."""
+        network = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        assert isinstance(network, nn.Module)
+        return network
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and used in the end: with averaged weights where these are kept."""
+        return self._averaged.module if self._averaged else self._network
 
     def fit(
         self,
@@ -83,6 +104,7 @@ class Trainer:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "averaged": self._averaged.state_dict() if self._averaged else {},
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.stopwatch.seconds,
@@ -104,6 +126,8 @@ class Trainer:
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         self._scaler.load_state_dict(state["scaler"])
+        if self._averaged and state["averaged"]:
+            self._averaged.load_state_dict(state["averaged"])
         self.epoch, self.step = state["epoch"], state["step"]
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
@@ -137,20 +161,22 @@ class Trainer:
         if fused:
             self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
 
-        def compute(indices: Tensor, parameters: Tensor) -> None:
-            images, labels = batches.make(indices, parameters)
+        def compute(scale: float, indices: Tensor, parameters: Tensor) -> None:
+            images, labels = batches.make(indices, parameters, scale)
             self.optimizer.zero_grad(set_to_none=True)
             loss, logits = self._loss(images, labels)
             loss.backward()
             if fused:
-                self.optimizer.step()
+                self._update()
             self._block.add(loss.detach(), logits.detach(), labels)
 
         self.model.train()
         try:
             with undone(self.model, self.optimizer):
-                self._captured = CapturedStep(compute, next(batches.draws(1)), capture)
+                for scale in sorted({*batches.scales, batches.scale(1)}):  # each a step of its own shape
+                    self._captured[scale] = CapturedStep(partial(compute, scale), next(batches.draws(1)), capture)
         except Exception as error:  # torch has no common class for what cannot be captured
+            self._captured.clear()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rates[0]
             self.optimizer.zero_grad(set_to_none=True)
@@ -168,7 +194,7 @@ class Trainer:
         lr = 0.0
         for draw in _timed(batches.draws(epoch), watch):
             lr = self.learning_rates[self.step]
-            self._take_step(batches, draw, lr, watch)
+            self._take_step(batches, draw, batches.scale(epoch), lr, watch)
             with watch.span("step"):
                 self.step += 1
                 if self.step % self.log_every == 0:
@@ -199,18 +225,21 @@ class Trainer:
             "time/epoch_seconds": epoch_seconds,
         }
 
-    def _take_step(self, batches: TrainBatches, draw: Draw, lr: float, watch: Stopwatch) -> None:
-        if self._captured is None:
+    def _take_step(self, batches: TrainBatches, draw: Draw, scale: float, lr: float, watch: Stopwatch) -> None:
+        if self._captured:
+            with watch.span("step"):
+                self._set_lr(lr)
+                self._captured[scale](*draw)
+                if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+                    self._update()
+        else:
             with watch.span("data"):
-                images, labels = batches.make(*draw)
+                images, labels = batches.make(*draw, scale)
             with watch.span("step"):
                 self.train_step(images, labels, lr)
-            return
-        with watch.span("step"):
-            self._set_lr(lr)
-            self._captured(*draw)
-            if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
-                self.optimizer.step()
+        if self._averaged:
+            with watch.span("step"):
+                self._averaged.update_parameters(self._network)
 
     def train_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
         """Forward, backward, update. ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64."""
@@ -218,10 +247,14 @@ class Trainer:
         loss, logits = self._loss(images, labels)
         self._scaler.scale(loss).backward()
         self.communication.backward_done()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self._update()
         self.optimizer.zero_grad(set_to_none=True)
         self._block.add(loss.detach(), logits.detach(), labels)
+
+    def _update(self) -> None:
+        with autocast(self.device, self.precision):  # for the matrix products of Muon
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
 
     def _set_lr(self, lr: float | Tensor) -> None:
         """The rate of the next update; a captured optimizer reads it from the tensor that it was captured with."""
@@ -238,7 +271,7 @@ class Trainer:
 
     def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages:
         with self.stopwatch.span("evaluation"):
-            averages = evaluate(self.model, validation, self.precision)
+            averages = evaluate(self.evaluated, validation, self.precision)
         self._check(averages, epoch)
         return averages
 
@@ -262,13 +295,25 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, precision: torch.dtyp
     """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced."""
     average_buffers(model)
     model.eval()
-    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     totals = Totals(batches.split.images.device)
     with torch.inference_mode(), autocast(batches.split.images.device, precision):
         for images, labels in batches:
-            logits = network(images)
+            logits = model(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
     return Averages.of(sum_over_ranks(totals.take()))
+
+
+class Mirrored(nn.Module):
+    """The mean of a network's logits for each image and for its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``images``: (N, 3, H, W) -> (N, classes)."""
+        logits: Tensor = (self.network(images) + self.network(images.flip(3))) / 2
+        return logits
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:

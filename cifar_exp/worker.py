@@ -15,25 +15,25 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles, Split
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
 from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.models import ModelFactory, seeded
+from cifar_exp.models import ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
 from cifar_exp.schema import Checkpoint as CheckpointSettings
 from cifar_exp.schema import Train
-from cifar_exp.train import Trainer
+from cifar_exp.train import Mirrored, Trainer, evaluate
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 TRACE_FILE = "trace.json.gz"
@@ -139,6 +139,8 @@ def train(job: Job, world: World) -> None:
     saved = checkpoint.load(*job.resume_from) if job.resume_from else None
     if saved:
         _load(model, saved)
+    else:
+        initialize_from_images(model, normalization(_sample(train_split.images)))
     parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
@@ -149,13 +151,21 @@ def train(job: Job, world: World) -> None:
         log_every=job.train.log_every,
         report=report,
         communication=communication,
+        averaging=job.train.weight_averaging,
     )
     if saved:
         trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
     share = (world.rank, world.size)
     batches = TrainBatches(
-        train_split, job.augmentation, normalization, job.seed, *share, job.plan.per_device_batch_size
+        train_split,
+        job.augmentation,
+        normalization,
+        job.seed,
+        *share,
+        job.plan.per_device_batch_size,
+        job.plan.image_scales,
     )
+    validation = EvaluationBatches(test_split, normalization, *share, scale=job.plan.image_scales[-1])
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
@@ -164,18 +174,23 @@ def train(job: Job, world: World) -> None:
         def after_epoch(epoch: int) -> None:
             if saver and (epoch % job.checkpoint.every == 0 or epoch == job.plan.epochs):
                 shift, scale = normalization.shift, normalization.scale
-                classes, size = job.data.classes, job.data.image_size
-                state = Checkpoint(model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
+                classes, size = job.data.classes, scaled(job.data.image_size, validation.scale)
+                used = trainer.evaluated.state_dict()
+                state = Checkpoint(used, model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
                 batch, images = job.plan.global_batch_size, job.data.content_hash
                 saver.save(state, Origin(epoch, trainer.step, batch, world.size, images))
 
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
         _prepare_steps(trainer, batches, job.train.compile, world)
-        final = trainer.fit(batches, EvaluationBatches(test_split, normalization, *share), job.plan.epochs, after_epoch)
+        final = trainer.fit(batches, validation, job.plan.epochs, after_epoch)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
                 saver.wait()
+        if job.train.mirrored_evaluation:
+            with trainer.stopwatch.span("evaluation"):
+                mirrored = evaluate(Mirrored(trainer.evaluated), validation, trainer.precision)
+            report(trainer.step, job.plan.epochs, {"test/accuracy_mirrored": mirrored.accuracy})
     counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
     report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
 
@@ -195,7 +210,7 @@ def profiler(path: Path) -> torch.profiler.profile:
 
 def _load(model: nn.Module, saved: Checkpoint) -> None:
     try:
-        model.load_state_dict(saved.model)
+        model.load_state_dict(saved.trained)
     except RuntimeError as error:
         raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
 
@@ -256,6 +271,11 @@ def _on_device(job: Job, world: World) -> tuple[Split, Split]:
     splits = job.data.load("train"), job.data.load("test")
     train_split, test_split = (Split(split.images.to(world.device), split.labels.to(world.device)) for split in splits)
     return train_split, test_split
+
+
+def _sample(images: Tensor, count: int = 5000) -> Tensor:
+    """About ``count`` images spread over the set, which may be sorted by class; the same on every rank."""
+    return images[:: max(1, len(images) // count)]
 
 
 def _compiled(model: nn.Module, choice: str) -> nn.Module:

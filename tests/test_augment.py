@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_exp.augment import Crop, Identity, Shift
+from cifar_exp.augment import Alternating, Crop, Identity, Shift
 
 SHAPE = (3, 7, 5)  # channels, height, width: not square, so that mixing them up shows
 MANY = torch.arange(50_000)
@@ -87,6 +87,46 @@ def test_shift_by_whole_pixels_is_crop() -> None:
     torch.testing.assert_close(Shift()(given, parameters), Crop()(given, parameters).float(), atol=2e-3, rtol=0)
 
 
+def test_alternating_moves_every_pixel_as_a_slow_loop_does() -> None:
+    """Every distance of -4 ... 4 on both axes, mirrored and not; beyond the border the image is seen in a mirror."""
+    grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
+    given = images(len(grid))
+    moved = Alternating(4)(given, torch.tensor(grid).float())
+    assert moved.dtype == torch.uint8
+    for image, result, (flip, dx, dy) in zip(given.numpy(), moved.numpy(), grid, strict=True):
+        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        shifted = padded[:, 4 - dy : 4 - dy + SHAPE[1], 4 - dx : 4 - dx + SHAPE[2]]
+        mirrored = padded[:, :, ::-1][:, 4 - dy : 4 - dy + SHAPE[1], 4 - dx : 4 - dx + SHAPE[2]]
+        np.testing.assert_array_equal(result, mirrored if flip else shifted)
+
+
+def test_alternating_mirrors_each_image_in_exactly_every_other_epoch() -> None:
+    """Whatever place the epoch's order gives it; half of the images in odd epochs, and not the same half by seed."""
+    flips = []
+    for epoch in (1, 2, 3, 4):
+        order = torch.randperm(10_000, generator=torch.Generator().manual_seed(epoch))
+        flip = torch.empty(10_000)
+        flip[order] = Alternating().parameters(order, seed=0, epoch=epoch)[:, 0]
+        flips.append(flip)
+    assert set(flips[0].tolist()) == {0.0, 1.0}
+    assert torch.equal(flips[1], 1 - flips[0])
+    assert torch.equal(flips[2], flips[0])
+    assert torch.equal(flips[3], flips[1])
+    assert float(flips[0].mean()) == pytest.approx(0.5, abs=0.02)
+    other = Alternating().parameters(torch.arange(10_000), seed=1, epoch=1)[:, 0]
+    assert float((other == flips[0]).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_alternatings_distances_are_whole_uniform_and_new_in_each_epoch() -> None:
+    first, second = (Alternating().parameters(MANY, seed=0, epoch=epoch)[:, 1:] for epoch in (1, 2))
+    for distances in first.T:
+        values, counts = distances.unique(return_counts=True)
+        assert values.tolist() == list(range(-2, 3))
+        assert counts.tolist() == pytest.approx([len(MANY) / 5] * 5, rel=0.05)
+    assert float((first == second).float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert abs(torch.corrcoef(first.T)[0, 1]) < 0.02
+
+
 def test_identity_returns_the_images() -> None:
     given = images(3)
     parameters = Identity().parameters(torch.arange(3), seed=0, epoch=1)
@@ -148,8 +188,8 @@ def test_no_distance_and_no_flip_return_the_images(kind: type[Crop | Shift]) -> 
     torch.testing.assert_close(result, given.float(), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("augmentation", [Crop(), Shift()])
-def test_parameters_are_a_function_of_seed_and_epoch_alone(augmentation: Crop | Shift) -> None:
+@pytest.mark.parametrize("augmentation", [Crop(), Shift(), Alternating()])
+def test_parameters_are_a_function_of_seed_and_epoch_alone(augmentation: Crop | Shift | Alternating) -> None:
     order = torch.arange(100)
     torch.manual_seed(1)
     state = torch.get_rng_state()

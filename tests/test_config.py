@@ -173,6 +173,29 @@ def test_a_presets_groups_can_be_swapped(swap: str) -> None:
     build(read_config(composed("experiment=quickstart", swap)))
 
 
+@pytest.mark.parametrize("preset", ["speedrun", "speedrun94"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("model=resnet", "model=convnet", "model=resnet18", "augment=crop", "augment=shift", "augment=none"),
+        *("optimizer=sgd", "optimizer=adamw", "schedule=cosine", "schedule=piecewise", "tracking=none"),
+        *("model.whitening=false", "train.image_scales=[]", "train.label_smoothing=0"),
+        "train.mirrored_evaluation=true",
+    ],
+)
+def test_every_ingredient_of_the_speed_recipes_can_be_left_out_alone(preset: str, change: str) -> None:
+    build(read_config(composed(f"experiment={preset}", change)))
+
+
+def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
+    small, large = (read_config(composed(f"experiment={name}")) for name in ("speedrun", "speedrun94"))
+    assert small.model["widths"] == [64, 128, 256]
+    assert large.model == small.model | {"widths": [64, 256, 256]}
+    assert (small.train.epochs, large.train.epochs) == (4, 8)
+    for section in ("augment", "optimizer", "schedule"):
+        assert getattr(small, section) == getattr(large, section)
+
+
 @pytest.mark.parametrize("address", ["foo://bar", "README.md", "/tmp/runs", "file:///tmp/runs"])
 def test_a_tracking_address_that_cannot_be_is_refused_at_once(address: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri=.*Type tracking\.uri=sqlite"):

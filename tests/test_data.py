@@ -2,12 +2,14 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar_exp.array_cache import Split
-from cifar_exp.augment import Augmentation, Crop, Identity, Shift
-from cifar_exp.data import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, shard
+from cifar_exp.augment import Alternating, Augmentation, Crop, Identity, Shift
+from cifar_exp.data import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, resized, shard
 
 MEAN, STD = (125.3, 122.95, 113.87), (63.0, 62.1, 66.7)  # CIFAR-10's, about
 
@@ -44,7 +46,7 @@ def test_epoch_order_is_a_permutation_keyed_by_seed_and_epoch() -> None:
     assert (order == torch.arange(1000)).sum() < 10
 
 
-@pytest.mark.parametrize("augmentation", [Shift(), Crop(), Identity()])
+@pytest.mark.parametrize("augmentation", [Shift(), Crop(), Alternating(), Identity()])
 def test_one_rank_and_four_see_the_same_pixels_at_every_step(augmentation: Augmentation) -> None:
     """Global batch 16: the ranks' batches of a step, side by side, are the batch of a single rank, bit for bit."""
     split = random_split(70)
@@ -154,3 +156,37 @@ def test_what_a_translation_uncovers_is_black_and_not_the_mean() -> None:
     for channel, mean in enumerate(MEAN):
         values = images[:, channel].unique().tolist()
         assert values == pytest.approx([-mean, 255 - mean], abs=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(0.5, (6, 10)), (0.75, (9, 15)), (0.3, (4, 6))])
+def test_smaller_images_are_those_of_pillow(scale: float, size: tuple[int, int]) -> None:
+    """Pillow's bilinear filter widens as the image shrinks, so that no pixel is left out."""
+    given = torch.randn(4, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    smaller = resized(given.to(memory_format=torch.channels_last), scale)
+    assert smaller.shape == (4, 3, *size)
+    assert smaller.is_contiguous(memory_format=torch.channels_last)
+    for image, result in zip(given.flatten(0, 1), smaller.flatten(0, 1), strict=True):
+        expected = Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+        torch.testing.assert_close(result, torch.from_numpy(np.array(expected)), atol=1e-5, rtol=0)
+
+
+def test_each_epoch_has_images_of_its_scale_and_of_the_same_pixels() -> None:
+    split = random_split(8)
+    full, half = (TrainBatches(split, Crop(), Normalization(), 0, 0, 1, 4, scales) for scales in ((), (0.5, 1.0)))
+    for (whole, labels), (small, same_labels) in zip(full.epoch(1), half.epoch(1), strict=True):
+        assert torch.equal(labels, same_labels)
+        torch.testing.assert_close(small, resized(whole, 0.5))
+    for (whole, _), (other, _) in zip(full.epoch(2), half.epoch(2), strict=True):
+        assert torch.equal(whole, other)
+
+
+def test_evaluation_is_at_the_scale_that_it_is_given() -> None:
+    split = random_split(7)
+    for (small, labels), (whole, same_labels) in zip(
+        EvaluationBatches(split, Normalization(), 0, 1, scale=0.75, batch_size=4),
+        EvaluationBatches(split, Normalization(), 0, 1, batch_size=4),
+        strict=True,
+    ):
+        assert small.shape[1:] == (3, 24, 24)
+        torch.testing.assert_close(small, resized(whole, 0.75))
+        assert torch.equal(labels, same_labels)

@@ -1,5 +1,6 @@
 """A captured step trains what a step taken one by one trains. A GPU is not needed: what is replayed here is a call."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,3 +76,26 @@ def test_a_cuda_graph_replays_on_the_same_memory() -> None:
     for _ in range(5):
         replay()
     assert values.tolist() == [5, 5, 5]
+
+
+def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
+    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+    made, model, _ = trainer(ALONE)
+    made = replace(made, averaging=0.75)
+    seen: list[Tensor] = []
+    weight = next(model.parameters())
+    made.after_step = lambda: seen.append(weight.detach().clone())
+    made.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    assert len(seen) == 3
+    expected = seen[0]
+    for value in seen[1:]:
+        expected = 0.75 * expected + 0.25 * value
+    averaged = next(made.evaluated.parameters())
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.equal(averaged, weight)
+
+    state = made.state_dict()
+    again = replace(trainer(ALONE)[0], averaging=0.75)
+    again.load_state_dict(state, same_run=True)
+    assert torch.equal(next(again.evaluated.parameters()), averaged)

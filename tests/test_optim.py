@@ -135,24 +135,31 @@ def test_muon_remembers_gradients_by_its_momentum() -> None:
 
 
 def test_muon_is_nesterov_sgd_for_all_that_is_no_convolution() -> None:
+    """Matrices and biases at rates of their own; decay shrinks both by lr x weight_decay, whatever their ratio."""
     generator = torch.Generator().manual_seed(0)
     initial = [torch.randn(shape, generator=generator) for shape in ((5, 7), (5,), (2, 3, 4))]
+    ratios = [3.0, 0.5, 3.0]
     ours, theirs = ([torch.nn.Parameter(value.clone()) for value in initial] for _ in range(2))
     kernel = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator))
-    muon = Muon([ours[0], kernel, *ours[1:]], lr=1.0, momentum=0.7, sgd_lr_ratio=3.0, weight_decay=0.05)
-    sgd = torch.optim.SGD(theirs, lr=1.0, momentum=0.7, nesterov=True, weight_decay=0.05)
+    settings = {"sgd_lr_ratio": 3.0, "bias_lr_ratio": 0.5, "sgd_momentum": 0.7, "weight_decay": 0.05}
+    muon = Muon([ours[0], kernel, *ours[1:]], lr=1.0, momentum=0.2, **settings)
+    groups = [
+        {"params": [parameter], "weight_decay": 0.05 / ratio} for parameter, ratio in zip(theirs, ratios, strict=True)
+    ]
+    sgd = torch.optim.SGD(groups, lr=1.0, momentum=0.7, nesterov=True)
     for lr in (0.1, 0.1, 0.03, 0.01):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
             other.grad = mine.grad.clone()
         for group in muon.param_groups:
             group["lr"] = lr
-        sgd.param_groups[0]["lr"] = 3 * lr
+        for group, ratio in zip(sgd.param_groups, ratios, strict=True):
+            group["lr"] = ratio * lr
         muon.step()
         sgd.step()
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-6)
-    assert len(muon.param_groups) == 2
+    assert len(muon.param_groups) == 3
 
 
 def test_muon_leaves_parameters_without_a_gradient_alone() -> None:

@@ -109,3 +109,19 @@ def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() 
     assert first == (1, 1, rates[3], rates[0])
     assert second == (2, 2, rates[7], rates[4])
     assert rates[4] == pytest.approx(rates[0] / 2)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "given", "expected"),
+    [
+        (3, (), (1, 1, 1)),
+        (4, (0.5, 1), (0.5, 0.5, 1, 1)),
+        (4, (0.25, 0.5, 0.75, 1), (0.25, 0.5, 0.75, 1)),
+        (5, (0.5, 1), (0.5, 0.5, 0.5, 1, 1)),
+        (2, (0.25, 0.5, 0.75, 1), (0.25, 0.75)),
+    ],
+)
+def test_image_scales_are_spread_over_the_epochs(
+    epochs: int, given: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    assert plan(1, epochs=epochs, image_scales=given).image_scales == expected

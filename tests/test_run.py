@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cifar_exp import journal
+from cifar_exp.data import resized
+from cifar_exp.predict import Classifier
+from cifar_exp.speednet import patches_of
 from tests.conftest import TINY, Command, the_run
 from tests.test_datasets import REAL_IMAGES
 
@@ -87,6 +92,33 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(cifar_exp: Com
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_stands_beside_the_plain_one(
+    cifar_exp: Command, workplace: Path, ranks: int
+) -> None:
+    """Both accuracies are those of the saved network, evaluated here; it was trained at 16, 16 and 24 pixels."""
+    small = [word for word in TINY if not word.startswith(("model.", "devices.count", "train.epochs"))]
+    changes = ["model.widths=[8,8,8]", "train.epochs=3", "train.image_scales=[0.5,0.5,0.75]", "train.precision=fp32"]
+    evaluation = ["train.mirrored_evaluation=true", "devices.oversubscribe=true", f"devices.count={ranks}"]
+    done = cifar_exp("experiment=speedrun", *small, *changes, *evaluation, "tracking=none")
+    assert done.returncode == 0, done.stderr
+    last = journal.last_values(the_run(workplace))
+    classifier = Classifier.of_run(the_run(workplace))
+    splits = [next(workplace.rglob(f"test_{kind}.npy")) for kind in ("images", "labels")]
+    images, labels = (torch.from_numpy(np.load(path)) for path in splits)
+    assert classifier.image_size == (24, 24)  # what predict resizes pictures to
+    with torch.inference_mode():
+        small = resized(classifier.normalization(images), 0.75)
+        logits, mirrored = classifier.model(small), classifier.model(small.flip(3))
+    for name, outputs in {"test/accuracy": logits, "test/accuracy_mirrored": logits + mirrored}.items():
+        assert last[name] == pytest.approx(float((outputs.argmax(1) == labels).float().mean()), abs=1e-6)
+    whitening = classifier.model.get_submodule("0")
+    train_images = torch.from_numpy(np.load(next(workplace.rglob("train_images.npy"))))
+    patches = patches_of(classifier.normalization(train_images), 2)
+    outputs = patches @ whitening.get_parameter("weight").flatten(1)[:12].T
+    torch.testing.assert_close(outputs.square().mean(0)[-6:], torch.ones(6), atol=0.02, rtol=0)
 
 
 def test_a_tracker_that_fails_costs_exit_code_5_and_nothing_else(cifar_exp: Command, workplace: Path) -> None:
