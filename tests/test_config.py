@@ -191,7 +191,7 @@ def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
     small, large = (read_config(composed(f"experiment={name}")) for name in ("speedrun", "speedrun94"))
     assert small.model["widths"] == [64, 128, 256]
     assert large.model == small.model | {"widths": [64, 256, 256]}
-    assert (small.train.epochs, large.train.epochs) == (4, 8)
+    assert (small.train.epochs, large.train.epochs) == (5, 8)
     for section in ("augment", "optimizer", "schedule"):
         assert getattr(small, section) == getattr(large, section)
 
