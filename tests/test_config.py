@@ -191,9 +191,12 @@ def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
     small, large = (read_config(composed(f"experiment={name}")) for name in ("speedrun", "speedrun94"))
     assert small.model["widths"] == [64, 128, 256]
     assert large.model == small.model | {"widths": [64, 256, 256]}
-    assert (small.train.epochs, large.train.epochs) == (4, 8)
-    for section in ("augment", "optimizer", "schedule"):
+    assert (small.train.epochs, large.train.epochs) == (5, 8)
+    for section in ("augment", "schedule"):
         assert getattr(small, section) == getattr(large, section)
+    rate = large.optimizer["lr"] * large.train.batch_size / 256
+    assert rate == pytest.approx(0.24, rel=0.01)
+    assert rate * large.optimizer["bias_lr_ratio"] == pytest.approx(0.053, rel=0.01)
 
 
 @pytest.mark.parametrize("address", ["foo://bar", "README.md", "/tmp/runs", "file:///tmp/runs"])
