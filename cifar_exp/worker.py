@@ -222,6 +222,7 @@ def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: 
     compiled code (benchmarks/README.md).
     """
     compiled = choice == "always"
+    torch.manual_seed(batches.noise_seed(0))  # for what the network draws before its first epoch
     with trainer.stopwatch.span("compile" if compiled else "startup"):
         if compiled or world.size > 1:
             # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.

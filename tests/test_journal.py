@@ -11,6 +11,8 @@ from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, 
 FIRST = Entry(0, 0, 0.25, {"a": 1.0})
 SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})
 
+THIRD = Entry(390, 2, 25.0, {"train/loss": 1.0, "val/accuracy": 0.2, "epoch": 2})
+
 
 def written(run_dir: Path, *entries: Entry) -> None:
     writer = JournalWriter(run_dir)
@@ -64,8 +66,8 @@ def test_a_follower_yields_each_entry_once(tmp_path: Path) -> None:
     written(tmp_path, FIRST)
     assert list(follower.new_entries()) == [FIRST]
     assert list(follower.new_entries()) == []
-    written(tmp_path, SECOND, FIRST)
-    assert list(follower.new_entries()) == [SECOND, FIRST]
+    written(tmp_path, SECOND, THIRD)
+    assert list(follower.new_entries()) == [SECOND, THIRD]
 
 
 def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
@@ -105,3 +107,11 @@ def test_last_values_are_the_latest_of_every_metric(tmp_path: Path) -> None:
     assert last_values(tmp_path) == {}
     written(tmp_path, Entry(1, 1, 0, {"a": 1, "b": 2}), Entry(2, 1, 1, {"b": 3, "c": 4}), Entry(3, 2, 2, {"a": 5}))
     assert last_values(tmp_path) == {"a": 5, "b": 3, "c": 4}
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint walks again over steps that the run before it has reported."""
+    written(tmp_path, FIRST, SECOND)
+    rest = Entry(195, 1, 30.0, {"train/loss": 1.5, "lr": 0.1})
+    written(tmp_path, FIRST, rest, THIRD)
+    assert read(tmp_path) == [FIRST, SECOND, Entry(195, 1, 30.0, {"lr": 0.1}), THIRD]
