@@ -12,6 +12,7 @@ BENCHMARKS = {
     "overhead": "our loop against a bare one",
     "evaluation": "test pass against training",
     "kernels": "where a step's time goes",
+    "compiled": "the compiled step against the eager one",
     "data": "our data path against torchvision's",
     "peers": "an epoch against Lightning, accelerate, plain PyTorch",
     "scaling": "two ranks against bare DDP and independent processes",

@@ -108,6 +108,7 @@ def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_s
     classifier = Classifier.of_run(the_run(workplace))
     splits = [next(workplace.rglob(f"test_{kind}.npy")) for kind in ("images", "labels")]
     images, labels = (torch.from_numpy(np.load(path)) for path in splits)
+    images = images.permute(0, 3, 1, 2)  # they lie channels-last
     assert classifier.image_size == (24, 24)  # what predict resizes pictures to
     with torch.inference_mode():
         small = resized(classifier.normalization(images), 0.75)
@@ -115,7 +116,7 @@ def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_s
     for name, outputs in {"test/accuracy": logits, "test/accuracy_mirrored": logits + mirrored}.items():
         assert last[name] == pytest.approx(float((outputs.argmax(1) == labels).float().mean()), abs=1e-6)
     whitening = classifier.model.get_submodule("0")
-    train_images = torch.from_numpy(np.load(next(workplace.rglob("train_images.npy"))))
+    train_images = torch.from_numpy(np.load(next(workplace.rglob("train_images.npy")))).permute(0, 3, 1, 2)
     patches = patches_of(classifier.normalization(train_images), 2)
     outputs = patches @ whitening.get_parameter("weight").flatten(1)[:12].T
     torch.testing.assert_close(outputs.square().mean(0)[-6:], torch.ones(6), atol=0.02, rtol=0)
