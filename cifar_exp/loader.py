@@ -6,6 +6,7 @@ the list of files, the labels, and the channels' statistics over a sample.
 
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -263,6 +264,7 @@ def _together(images: list[Tensor | str]) -> Tensor | str:
 
 def _begin_worker(_number: int) -> None:
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; this process ends with its rank
 
 
 @dataclass(frozen=True)
