@@ -146,8 +146,7 @@ def prepare(
         return files
     advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
     with locked(cache / ".lock", advice):
-        for leftover in cache.glob(f"{_UNFINISHED}*"):  # its writer is dead, or would hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(cache)
         files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
         if files is not None:
             return files
@@ -246,6 +245,12 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
     if files is None:
         raise OSError(f"{folder} is not as it was written")
     return files
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove what a dead process left of :func:`new_folder`; to be called by who holds the lock, as a live one does."""
+    for leftover in cache.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

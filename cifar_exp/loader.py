@@ -30,10 +30,11 @@ from cifar_exp.array_cache import (
     durable,
     locked,
     new_folder,
+    remove_leftovers,
     value_counts,
 )
 from cifar_exp.download import Progress
-from cifar_exp.errors import DataError, StorageError, storage_errors
+from cifar_exp.errors import DataError, MachineError, StorageError, storage_errors
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.rng import keyed_generator
 
@@ -155,6 +156,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
     if statistics is None:
         advice = "Make room, or choose a folder that can be written: data.cache=<folder>"
         with locked(cache / ".lock", advice):
+            remove_leftovers(cache)
             statistics = _read_statistics(folder)  # another process may have finished it while this one waited
             if statistics is None:
                 statistics = _sample_statistics(listing, image_size)
@@ -306,6 +308,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     """Training and test images, read by the same worker processes, which end with the block or with this process.
 
     Raises:
+        MachineError: a worker process has died, as where shared memory is too small.
         StorageError: the list of files is gone or cannot be read.
     """
     import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked: they need not
@@ -329,6 +332,12 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     share = (files.image_size, device)
     try:
         yield FileSource(reader, 0, train_labels, *share), FileSource(reader, len(train), test_labels, *share)
+    except RuntimeError as error:  # torch has no class for it, and raises it wherever the rank is
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise MachineError(
+            f"data.workers={files.workers}: {error} Type data.workers=0, or fewer than {workers}"
+        ) from error
     finally:
         if workers:
             reader._iterator._shutdown_workers()  # type: ignore[union-attr]

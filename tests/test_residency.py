@@ -25,9 +25,11 @@ from cifar_exp.augment import Shift
 from cifar_exp.config import build, read_config
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, epoch_order
 from cifar_exp.datasets import cifar10, folders, synthetic
-from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
+from cifar_exp.graph import CapturedStep
 from cifar_exp.loader import ImageFiles
 from cifar_exp.residency import HostSource, Source, ahead, fetch, opened, residency_on
+from cifar_exp.resume import config_hash
 from cifar_exp.train import evaluate
 from tests.conftest import TINY, Command
 from tests.test_config import composed
@@ -206,6 +208,19 @@ def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
     assert_nothing_is_left(list(workers))
 
 
+def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
+    files = folders(equal, residency="loader", image_size=SIDE, workers=1)
+    before = set(psutil.Process().children())
+    with (
+        pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .* killed.* Type data\.workers=0"),
+        opened(files, CPU, threads=1) as (train, _),
+    ):
+        fetch(train, torch.arange(3))
+        for worker in set(psutil.Process().children()) - before:
+            worker.kill()
+        fetch(train, torch.arange(26))
+
+
 def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A terminal sends it to every process: workers print nothing, and end when their rank does."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
@@ -345,6 +360,14 @@ def test_auto_is_the_device_where_images_take_half_of_its_free_memory(
     assert residency_on(torch.device(kind), choice, 500) == ("device" if choice == "auto" else expected)
 
 
+def test_a_run_may_go_on_with_its_images_elsewhere() -> None:
+    first, moved, resized = (
+        config_hash(read_config(composed("data=folders", *more)))
+        for more in ((), ("data.residency=host", "data.workers=2"), ("data.image_size=32",))
+    )
+    assert moved == first != resized
+
+
 def test_a_dataset_of_ones_own_need_not_know_of_residency(equal: Path) -> None:
     known = {name: value for name, value in vars(folders(equal)).items() if name != "residency"}
     files = DatasetFiles(**known)
@@ -407,8 +430,6 @@ def test_what_begins_the_thread_runs_in_it() -> None:
 
 
 def test_a_graph_takes_the_draws_of_every_source(sources: Callable[..., tuple[Source, Source]]) -> None:
-    from cifar_exp.graph import CapturedStep
-
     for choice in ("device", "host", "loader"):
         ours = batches(sources(choice)[0], 0, 1)
         seen: list[Tensor] = []
