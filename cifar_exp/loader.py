@@ -335,9 +335,8 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     except RuntimeError as error:  # torch has no class for it, and raises it wherever the rank is
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise MachineError(
-            f"data.workers={files.workers}: {error} Type data.workers=0, or fewer than {workers}"
-        ) from error
+        what = str(error).rstrip(". ")
+        raise MachineError(f"data.workers={files.workers}: {what}. Type fewer, or data.workers=0") from error
     finally:
         if workers:
             reader._iterator._shutdown_workers()  # type: ignore[union-attr]

@@ -211,14 +211,16 @@ def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
 def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     before = set(psutil.Process().children())
-    with (
-        pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .* killed.* Type data\.workers=0"),
-        opened(files, CPU, threads=1) as (train, _),
-    ):
-        fetch(train, torch.arange(3))
-        for worker in set(psutil.Process().children()) - before:
-            worker.kill()
-        fetch(train, torch.arange(26))
+
+    def killed() -> None:
+        with opened(files, CPU, threads=1) as (train, _):
+            fetch(train, torch.arange(3))
+            for worker in set(psutil.Process().children()) - before:
+                worker.kill()
+            fetch(train, torch.arange(26))
+
+    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Type fewer, or data\.workers=0"):
+        killed()
 
 
 def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
