@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,16 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
 
+Residency = Literal["auto", "device", "host", "loader"]
+"""Where training images lie: on the training device, in host memory, or in their files; see ``residency.py``."""
+
 _FORMAT = 2  # of the files; another number means that they are made anew
 _UNFINISHED = "unfinished-"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split.
+    """Images of one split, all on one device; as a ``Source`` (``residency.py``) a draw is where its images lie.
 
     Attributes:
         images: (N, 3, H, W) uint8, channels-last: each image's pixels lie in one piece.
@@ -44,6 +47,34 @@ class Split:
 
     images: Tensor
     labels: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are and come out."""
+        return self.images.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images on ``device``; not copied where they are there."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor]]:
+        """The indices (B,) int64 of each part of ``order``, on the device."""
+        order = order.to(self.device)  # all at once: a copy a step would make the host wait
+        return ((order[part],) for part in parts)
+
+    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The images (B, 3, H, W) uint8, channels-last, and labels (B,) int64 of a draw."""
+        (indices,) = draw
+        rows = self.images.permute(0, 2, 3, 1).index_select(0, indices)  # whole images in one piece
+        return rows.permute(0, 3, 1, 2), self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -59,6 +90,8 @@ class DatasetFiles:
         mean: of the training set's channels, 0 to 255.
         std: of the training set's channels, 0 to 255, over all pixels (population).
         content_hash: sha256 in hex of what the arrays were made from.
+        residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
+            chooses between these two by the device's free memory; ``loader`` is for ``ImageFiles`` (``loader.py``).
     """
 
     folder: Path
@@ -69,6 +102,7 @@ class DatasetFiles:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     content_hash: str
+    residency: Residency = "auto"
 
     def load(self, split: SplitName) -> Split:
         """One split, mapped and not copied: processes that load it share the page cache.
@@ -90,6 +124,7 @@ def prepare(
     content_hash: Callable[[], str],
     decode: Callable[[], tuple[tuple[str, ...], Arrays]],
     setting: str,
+    too_large: str = "",
 ) -> DatasetFiles:
     """The dataset's files: found by the fingerprint, else by the content hash, else decoded and written.
 
@@ -101,6 +136,7 @@ def prepare(
         content_hash: the dear way to know: sha256 of the content, in hex.
         decode: class names and arrays.
         setting: the setting that names ``cache``.
+        too_large: what to do where the arrays do not fit there, other than to make room; one sentence.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -110,8 +146,7 @@ def prepare(
         return files
     advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
     with locked(cache / ".lock", advice):
-        for leftover in cache.glob(f"{_UNFINISHED}*"):  # its writer is dead, or would hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(cache)
         files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
         if files is not None:
             return files
@@ -119,7 +154,7 @@ def prepare(
         files = _open_dataset(cache / digest)
         if files is None:
             classes, arrays = decode()
-            with storage_errors(cache, advice):
+            with storage_errors(cache, f"{advice}. {too_large}" if too_large else advice):
                 files = _write_dataset(cache / digest, classes, arrays)
         with storage_errors(cache, advice):
             _write_index(cache, {**_read_index(cache), fingerprint: digest})
@@ -181,18 +216,18 @@ def _open_dataset(folder: Path) -> DatasetFiles | None:
 
 
 def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> DatasetFiles:
-    """Write a dataset, so that ``folder``, named by the content hash, is whole whenever it is there at all."""
-    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from everyone else
+    with new_folder(folder) as unfinished:
         for split in SPLITS:
             images, labels = arrays[split]
             pair: tuple[NDArray[Any], ...] = (np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
             for name, array in zip(_array_names(split), pair, strict=True):
-                with _durable(unfinished / name) as file:
+                with durable(unfinished / name) as file:
                     np.save(file, array, allow_pickle=False)
         train_images = arrays["train"][0]
-        mean, std = _channel_statistics(train_images)
+        counts = np.zeros((3, 256), dtype=np.int64)
+        for start in range(0, len(train_images), 1024):  # bincount makes an int64 copy of what it counts
+            counts += value_counts(train_images[start : start + 1024])
+        mean, std = channel_statistics(counts)
         meta = {
             "format": _FORMAT,
             "file_bytes": _file_bytes(unfinished),
@@ -204,20 +239,35 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
             "std": std,
             "content_hash": folder.name,
         }
-        with _durable(unfinished / "meta.json") as file:
+        with durable(unfinished / "meta.json") as file:
             file.write(json.dumps(meta, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     files = _open_dataset(folder)
     if files is None:
         raise OSError(f"{folder} is not as it was written")
     return files
 
 
+def remove_leftovers(cache: Path) -> None:
+    """Remove what a dead process left of :func:`new_folder`; to be called by who holds the lock, as a live one does."""
+    for leftover in cache.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, renamed to ``folder`` when the block ends: that is whole whenever it is there at all."""
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from everyone else
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
     """A new file, on disk when the block ends: else a crash might keep the folder's new name and lose the content."""
     with path.open("wb") as file:
         yield file
@@ -233,12 +283,13 @@ def _file_bytes(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for split in SPLITS for name in _array_names(split)}
 
 
-def _channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, 0 to 255; exact, from counts of the 256 values."""
-    counts = np.zeros((3, 256), dtype=np.int64)
-    for start in range(0, len(images), 1024):  # bincount makes an int64 copy of what it counts
-        for channel in range(3):
-            counts[channel] += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each channel has each value: (N, 3, H, W) -> (3, 256)."""
+    return np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
+
+
+def channel_statistics(counts: NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, 0 to 255; exact, from ``value_counts``."""
     pixels, values = counts.sum(axis=1), np.arange(256)
     mean = counts @ values / pixels
     variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels

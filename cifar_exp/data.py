@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation
+from cifar_exp.residency import Source
 from cifar_exp.rng import keyed_generator
 
-Draw = tuple[Tensor, Tensor]  # indices of images (B,) int64, augmentation parameters (B, K) float32
+Draw = tuple[Tensor, ...]  # a source's own draw, then augmentation parameters (B, K) float32, on the training device
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
 
 
@@ -66,7 +66,7 @@ class TrainBatches:
     """One rank's training batches, epoch by epoch.
 
     Attributes:
-        split: all training images, on the training device.
+        source: all training images, wherever they lie; they come out on the training device.
         augmentation: applied to whole batches on that device.
         normalization: applied after it.
         seed: of order and augmentation.
@@ -76,7 +76,7 @@ class TrainBatches:
         scales: side of the images in each epoch, as a share of their own; none: full size.
     """
 
-    split: Split
+    source: Source
     augmentation: Augmentation
     normalization: Normalization
     seed: int
@@ -91,29 +91,35 @@ class TrainBatches:
 
     def draws(self, epoch: int) -> Iterator[Draw]:
         """What each step of an epoch (counted from 1) trains on; the last partial global batch is dropped."""
-        order = epoch_order(len(self.split.labels), self.seed, epoch)
-        device = self.split.images.device
+        return self._draws(epoch, len(self.source) // (self.batch_size * self.world_size))
+
+    def example(self) -> Draw:
+        """The first draw, and nothing is fetched beyond it: a GPU that is being captured must not be copied to."""
+        (draw,) = self._draws(1, 1)
+        return draw
+
+    def _draws(self, epoch: int, steps: int) -> Iterator[Draw]:
+        order = epoch_order(len(self.source), self.seed, epoch)
         # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
-        parameters = self.augmentation.parameters(order, self.seed, epoch).to(device)
-        order = order.to(device)
-        global_batch = self.batch_size * self.world_size
-        for start in range(0, len(order) - global_batch + 1, global_batch):
-            mine = slice(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size)
-            yield order[mine], parameters[mine]
+        parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
+        starts = [(step * self.world_size + self.rank) * self.batch_size for step in range(steps)]
+        mine = [slice(start, start + self.batch_size) for start in starts]
+        for part, draw in zip(mine, self.source.draws(order, mine), strict=True):
+            yield *draw, parameters[part]
 
     def scale(self, epoch: int) -> float:
         """Side of the images in an epoch, as a share of their own."""
         return self.scales[epoch - 1] if self.scales else 1.0
 
-    def make(self, indices: Tensor, parameters: Tensor, scale: float = 1.0) -> Batch:
+    def make(self, *draw: Tensor, scale: float = 1.0) -> Batch:
         """The batch of a draw: gathered, augmented, normalised and resized on the training device."""
-        rows = self.split.images.permute(0, 2, 3, 1).index_select(0, indices)  # whole images in one piece
-        augmented = self.augmentation(rows.permute(0, 3, 1, 2), parameters)
-        return resized(self.normalization(augmented), scale), self.split.labels[indices]
+        *drawn, parameters = draw
+        images, labels = self.source.pick(tuple(drawn))
+        return resized(self.normalization(self.augmentation(images, parameters)), scale), labels
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
-        return (self.make(*draw, self.scale(epoch)) for draw in self.draws(epoch))
+        return (self.make(*draw, scale=self.scale(epoch)) for draw in self.draws(epoch))
 
 
 def resized(images: Tensor, scale: float) -> Tensor:
@@ -136,7 +142,7 @@ EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any 
 class EvaluationBatches:
     """One rank's share of a set that is evaluated, each image once, in order, at ``scale`` of its size."""
 
-    split: Split
+    source: Source
     normalization: Normalization
     rank: int
     world_size: int
@@ -144,7 +150,10 @@ class EvaluationBatches:
     scale: float = 1.0
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = shard(len(self.split.labels), self.rank, self.world_size)
-        for start in range(mine.start, mine.stop, self.batch_size):
-            part = slice(start, min(start + self.batch_size, mine.stop))
-            yield resized(self.normalization(self.split.images[part]), self.scale), self.split.labels[part]
+        count = len(self.source)
+        mine = shard(count, self.rank, self.world_size)
+        starts = range(mine.start, mine.stop, self.batch_size)
+        parts = [slice(start, min(start + self.batch_size, mine.stop)) for start in starts]
+        for draw in self.source.draws(torch.arange(count), parts):
+            images, labels = self.source.pick(draw)
+            yield resized(self.normalization(images), self.scale), labels

@@ -2,32 +2,35 @@
 
 The parent process calls one of ``cifar10``, ``folders`` and ``synthetic``. Each brings its images into an array cache
 and returns a small ``DatasetFiles``, which every rank maps into its memory: the system holds one copy for all of them.
-A dataset of your own is one more such function and one YAML file.
+Only ``folders`` can leave images in their files (``residency="loader"``). A dataset of your own is one more such
+function and one YAML file.
 """
 
 import hashlib
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache as cached
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from cifar_exp import download
 from cifar_exp import synthetic as generator
-from cifar_exp.array_cache import SPLITS, Arrays, DatasetFiles, SplitName, prepare
+from cifar_exp.array_cache import SPLITS, Arrays, DatasetFiles, Residency, SplitName, prepare
 from cifar_exp.download import Progress
 from cifar_exp.errors import ConfigError, DataError
+from cifar_exp.loader import Listing, decode_image, prepare_files
+
+Decoded = Literal["auto", "device", "host"]  # where images lie that were decoded before training starts
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
-_MAX_PIXELS = 4096 * 4096  # a small file can claim to be gigabytes of pixels
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
 _SHOWN = 5  # paths in a message
+_UNDECODED = "let images be read and resized while ranks train: data.residency=loader"
 _EXPECTED = (
     "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
 )
@@ -41,6 +44,7 @@ def cifar10(
     cache: str | Path | None = None,
     size: int = download.SIZE,
     sha256: str = download.SHA256,
+    residency: Decoded = "auto",
 ) -> DatasetFiles:
     """CIFAR-10 as released: 50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes, lossless.
 
@@ -54,36 +58,64 @@ def cifar10(
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
         size: of the archive in bytes.
         sha256: of the archive, in hex.
+        residency: where the images lie while ranks train, as in ``DatasetFiles``.
 
     Raises:
-        ConfigError: the mirror is no http or https address.
+        ConfigError: the mirror is no http or https address, or the residency is none of those.
         DataError: the archive cannot be had or is not the right one.
         StorageError: ``root`` or the cache cannot be written.
     """
+    _check_decoded(residency)
     root = _path(root)
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
         return download.read_archive(download.fetch(root, mirror=mirror, archive=archive, size=size, sha256=sha256))
 
-    return prepare(_cache_folder(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
+    files = prepare(_cache_folder(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
+    return replace(files, residency=residency)
 
 
-def folders(root: str | Path, *, cache: str | Path | None = None) -> DatasetFiles:
-    """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, all of one size; labels by sorted class name.
+def folders(
+    root: str | Path,
+    *,
+    cache: str | Path | None = None,
+    residency: Residency = "auto",
+    image_size: Annotated[int, Ge(1)] | None = None,
+    workers: Annotated[int, Ge(0)] | Literal["auto"] = "auto",
+) -> DatasetFiles:
+    """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``; labels by sorted class name.
 
     Gray, palette and CMYK images become RGB, transparency is dropped. Hidden files and files that are no images are
-    ignored.
+    ignored. All images must have one size, unless ``residency`` is ``loader``: then they are resized as they are read,
+    the shorter side to ``image_size`` and the centre cut out, and nothing is decoded ahead. Mean and deviation are then
+    those of a sample of at most 5,000 training images, and the content hash is one over the files' relative paths,
+    sizes and times and ``image_size``: cheaper than their content, but another one where a file was only touched.
 
     Args:
         root: folder that holds ``train`` and ``test``.
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
+        residency: where the images lie while ranks train, as in ``DatasetFiles``.
+        image_size: height and width in pixels; None is the images' own.
+        workers: of ``loader``: processes a rank that read images; 0 reads them in the rank itself.
 
     Raises:
+        ConfigError: ``loader`` has no ``image_size``, or the images would have to be resized for another residency.
         DataError: folders or images are missing, broken or of several sizes.
         StorageError: the cache cannot be written.
     """
+    if residency == "loader" and image_size is None:
+        raise ConfigError(
+            "data.image_size=null: data.residency=loader resizes images as it reads them and must know to what. Type "
+            "data.image_size=<height and width in pixels>"
+        )
     root = _path(root)
     tree = _scan(root)
+    if residency == "loader":
+        assert image_size is not None
+        paths, labels = [file.path for file in tree.files], [file.label for file in tree.files]
+        digest = _hash_listing(f"loader {image_size}".encode(), tree.files)
+        listing = Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest)
+        return prepare_files(_cache_folder(root, cache), listing, image_size, workers)
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
         arrays = _decode_images(root, tree)
@@ -91,17 +123,32 @@ def folders(root: str | Path, *, cache: str | Path | None = None) -> DatasetFile
             raise DataError(f"data.root={root} changed while its images were read. Start again when it is at rest.")
         return tree.classes, arrays
 
-    return prepare(
+    files = prepare(
         _cache_folder(root, cache),
         _fingerprint(root, tree.files),
         lambda: _hash_files(root, tree.files),
         decode,
         "data.cache",
+        too_large=f"Or {_UNDECODED} data.image_size=<n>",
     )
+    if image_size is not None and files.image_size != (image_size, image_size):
+        height, width = files.image_size
+        raise ConfigError(
+            f"data.image_size={image_size}: the images have {width} x {height} pixels, and data.residency={residency} "
+            f"resizes none. Type data.image_size=null, or data.residency=loader data.image_size={image_size}"
+        )
+    return replace(files, residency=residency)
 
 
 def synthetic(
-    root: str | Path, *, train_count: int, test_count: int, num_classes: int = 10, image_size: int = 32, seed: int = 0
+    root: str | Path,
+    *,
+    train_count: int,
+    test_count: int,
+    num_classes: int = 10,
+    image_size: int = 32,
+    seed: int = 0,
+    residency: Decoded = "auto",
 ) -> DatasetFiles:
     """Shapes filled with textures, made on the spot: a convolutional network learns them, a linear model does not.
 
@@ -115,11 +162,13 @@ def synthetic(
         num_classes: 2 to 10.
         image_size: height and width in pixels, 16 to 256.
         seed: of the random numbers.
+        residency: where the images lie while ranks train, as in ``DatasetFiles``.
 
     Raises:
         ConfigError: a setting is out of its range.
         StorageError: ``root`` cannot be written.
     """
+    _check_decoded(residency)
     limits = {
         "train_count": (train_count, num_classes, 10**7),
         "test_count": (test_count, num_classes, 10**7),
@@ -144,7 +193,16 @@ def synthetic(
 
     recipe = f"synthetic {generator.VERSION} {train_count} {test_count} {num_classes} {image_size} {seed}"
     classes = generator.CLASSES[:num_classes]
-    return prepare(_path(root).absolute(), recipe, content_hash, lambda: (classes, draw()), "data.root")
+    files = prepare(_path(root).absolute(), recipe, content_hash, lambda: (classes, draw()), "data.root")
+    return replace(files, residency=residency)
+
+
+def _check_decoded(residency: str) -> None:
+    if residency not in get_args(Decoded):
+        raise ConfigError(
+            f"data.residency={residency}: it must be auto, device or host, since only data=folders can leave images in "
+            f"their files. Type data.residency=auto"
+        )
 
 
 def _path(path: str | Path) -> Path:
@@ -232,10 +290,15 @@ def _shown(lines: list[str]) -> str:
 
 def _fingerprint(root: Path, files: list[_ImageFile]) -> str:
     """What can be known of a tree without reading it: where it lies, and each file's path, size and time."""
-    digest = hashlib.sha256(os.fsencode(root.absolute()))
+    return f"folders {_hash_listing(os.fsencode(root.absolute()), files)}"
+
+
+def _hash_listing(start: bytes, files: list[_ImageFile]) -> str:
+    """Sha256 over ``start`` and each file's path, size and time, in hex."""
+    digest = hashlib.sha256(start)
     for file in files:
         digest.update(os.fsencode(f"\n{file.path}\0{file.size}\0{file.mtime_ns}"))
-    return f"folders {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def _hash_files(root: Path, files: list[_ImageFile]) -> str:
@@ -267,30 +330,13 @@ def _decode_images(root: Path, tree: _Tree) -> Arrays:
     chunks = [paths[start : start + 256] for start in range(0, len(paths), 256)]
     decoded: list[NDArray[np.uint8] | str] = []
     with ThreadPoolExecutor() as pool, Progress("Reading images", len(paths), "files") as progress:
-        for part in pool.map(lambda chunk: [_decode_image(path) for path in chunk], chunks):
+        for part in pool.map(lambda chunk: [decode_image(path) for path in chunk], chunks):
             decoded += part
             progress.add(len(part))
     images = _stack(root, dict(zip(paths, decoded, strict=True)))
     labels = np.array([file.label for file in tree.files], dtype=np.int64)
     count = tree.train_count
     return {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
-
-
-def _decode_image(path: Path) -> NDArray[np.uint8] | str:
-    """The image (3, H, W) uint8, or what is wrong with the file."""
-    try:
-        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
-            if image.width * image.height > _MAX_PIXELS:
-                return f"claims {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,} in all"
-            if image.mode in _DEEP_MODES:
-                return f"has more than 8 bits a channel (mode {image.mode})"
-            # A palette may hold transparency, and Pillow warns where it goes straight to RGB.
-            opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-            return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        if path.exists() and path.stat().st_size == 0:
-            return "is empty"
-        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[np.uint8]:
@@ -304,10 +350,12 @@ def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[
     images = {path: image for path, image in decoded.items() if not isinstance(image, str)}
     sizes = {path: f"{image.shape[2]} x {image.shape[1]}" for path, image in images.items()}
     usual, _ = Counter(sizes.values()).most_common(1)[0]
+    side = min(map(int, usual.split(" x ")))
     odd = [f"{path}: {size}" for path, size in sizes.items() if size != usual]
     if odd:
         raise DataError(
             f"data.root={root}: all images must have one size. Most have {usual} pixels, but not these "
-            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them."
+            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them, or {_UNDECODED} "
+            f"data.image_size={side}"
         )
     return np.stack(list(images.values()))

@@ -37,14 +37,14 @@ def cuda_graph(function: Function) -> Function:
 class CapturedStep:
     """One step of fixed shape. Each call copies its draw into the buffers that were captured, and replays."""
 
-    def __init__(self, compute: Callable[[Tensor, Tensor], None], draw: Draw, capture: Capture) -> None:
-        """``compute`` is captured for draws of the shape of ``draw``."""
-        self._indices, self._parameters = draw[0].clone(), draw[1].clone()
-        self._replay = capture(lambda: compute(self._indices, self._parameters))
+    def __init__(self, compute: Callable[..., None], draw: Draw, capture: Capture) -> None:
+        """``compute`` is captured for draws of as many tensors as ``draw``, of the same shapes."""
+        self._buffers = tuple(part.clone() for part in draw)
+        self._replay = capture(lambda: compute(*self._buffers))
 
-    def __call__(self, indices: Tensor, parameters: Tensor) -> None:
-        self._indices.copy_(indices, non_blocking=True)
-        self._parameters.copy_(parameters, non_blocking=True)
+    def __call__(self, *draw: Tensor) -> None:
+        for buffer, part in zip(self._buffers, draw, strict=True):
+            buffer.copy_(part, non_blocking=True)
         self._replay()
 
 

@@ -23,6 +23,7 @@ SWEEP_FILE = "sweep.json"
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 # These change neither what is trained nor how: a run may go on with others.
 INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher")
+INCIDENTAL_DATA = ("data.residency", "data.workers")  # the batches are the same
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_incidental(name: str) -> bool:
-    return name.partition(".")[0] in INCIDENTAL
+    return name.partition(".")[0] in INCIDENTAL or name in INCIDENTAL_DATA
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

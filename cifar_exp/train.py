@@ -161,8 +161,8 @@ class Trainer:
         if fused:
             self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
 
-        def compute(scale: float, indices: Tensor, parameters: Tensor) -> None:
-            images, labels = batches.make(indices, parameters, scale)
+        def compute(scale: float, *draw: Tensor) -> None:
+            images, labels = batches.make(*draw, scale=scale)
             self.optimizer.zero_grad(set_to_none=True)
             loss, logits = self._loss(images, labels)
             loss.backward()
@@ -171,10 +171,11 @@ class Trainer:
             self._block.add(loss.detach(), logits.detach(), labels)
 
         self.model.train()
+        draw = batches.example()
         try:
             with undone(self.model, self.optimizer):
                 for scale in sorted({*batches.scales, batches.scale(1)}):  # each a step of its own shape
-                    self._captured[scale] = CapturedStep(partial(compute, scale), next(batches.draws(1)), capture)
+                    self._captured[scale] = CapturedStep(partial(compute, scale), draw, capture)
         except Exception as error:  # torch has no common class for what cannot be captured
             self._captured.clear()
             for group in self.optimizer.param_groups:
@@ -234,7 +235,7 @@ class Trainer:
                     self._update()
         else:
             with watch.span("data"):
-                images, labels = batches.make(*draw, scale)
+                images, labels = batches.make(*draw, scale=scale)
             with watch.span("step"):
                 self.train_step(images, labels, lr)
         if self._averaged:
@@ -295,8 +296,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, precision: torch.dtyp
     """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced."""
     average_buffers(model)
     model.eval()
-    totals = Totals(batches.split.images.device)
-    with torch.inference_mode(), autocast(batches.split.images.device, precision):
+    totals = Totals(batches.source.device)
+    with torch.inference_mode(), autocast(batches.source.device, precision):
         for images, labels in batches:
             logits = model(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cifar_exp import checkpoint, distributed
-from cifar_exp.array_cache import DatasetFiles, Split
+from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
@@ -27,10 +27,11 @@ from cifar_exp.distributed import World
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.models import ModelFactory, initialize_from_images, seeded
+from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
+from cifar_exp.residency import Source, fetch, opened
 from cifar_exp.schema import Checkpoint as CheckpointSettings
 from cifar_exp.schema import Train
 from cifar_exp.train import Mirrored, Trainer, evaluate
@@ -126,6 +127,11 @@ def run_rank(job: Job, exchange: Path) -> None:
 
 def train(job: Job, world: World) -> None:
     """Build everything on this rank's device, train, and write down how it went."""
+    with opened(job.data, world.device, job.threads) as (train_images, test_images):
+        _train(job, world, train_images, test_images)
+
+
+def _train(job: Job, world: World, train_images: Source, test_images: Source) -> None:
     writer = JournalWriter(job.run_dir) if world.is_first else None
 
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
@@ -133,14 +139,13 @@ def train(job: Job, world: World) -> None:
             writer.write(Entry(step, epoch, time.time() - job.started, metrics))
 
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
-    train_split, test_split = _on_device(job, world)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
     model = model.to(world.device).to(memory_format=torch.channels_last)
     saved = checkpoint.load(*job.resume_from) if job.resume_from else None
     if saved:
         _load(model, saved)
-    else:
-        initialize_from_images(model, normalization(_sample(train_split.images)))
+    elif any(isinstance(module, InitializedFromImages) for module in model.modules()):
+        initialize_from_images(model, normalization(_sample(train_images)))
     parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
@@ -157,7 +162,7 @@ def train(job: Job, world: World) -> None:
         trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
     share = (world.rank, world.size)
     batches = TrainBatches(
-        train_split,
+        train_images,
         job.augmentation,
         normalization,
         job.seed,
@@ -165,7 +170,7 @@ def train(job: Job, world: World) -> None:
         job.plan.per_device_batch_size,
         job.plan.image_scales,
     )
-    validation = EvaluationBatches(test_split, normalization, *share, scale=job.plan.image_scales[-1])
+    validation = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
@@ -227,9 +232,9 @@ def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: 
         if compiled or world.size > 1:
             # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.
             count = batches.batch_size if compiled else min(2, batches.batch_size)
-            images = batches.normalization(batches.split.images[:count])
+            images, labels = fetch(batches.source, torch.arange(count))
             try:
-                trainer.warm_up(images, batches.split.labels[:count])
+                trainer.warm_up(batches.normalization(images), labels)
             except Exception as error:
                 if type(error).__module__.startswith(COMPILER):
                     raise MachineError(f"train.compile=always: {error}. Type train.compile=auto") from error
@@ -267,16 +272,14 @@ def _times(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
     }
 
 
-def _on_device(job: Job, world: World) -> tuple[Split, Split]:
-    """Training and test images where they are used. On the CPU they stay mapped from disk, shared by all ranks."""
-    splits = job.data.load("train"), job.data.load("test")
-    train_split, test_split = (Split(split.images.to(world.device), split.labels.to(world.device)) for split in splits)
-    return train_split, test_split
+def _sample(source: Source) -> Tensor:
+    """Images (N, 3, H, W) uint8 spread over the set, which may be sorted by class; the same on every rank.
 
-
-def _sample(images: Tensor, count: int = 5000) -> Tensor:
-    """About ``count`` images spread over the set, which may be sorted by class; the same on every rank."""
-    return images[:: max(1, len(images) // count)]
+    About 5,000, or as many larger ones as have the pixels of 5,000 of 32 x 32.
+    """
+    height, width = source.image_size
+    wanted = max(1, min(5000, 5000 * 32 * 32 // (height * width)))
+    return fetch(source, torch.arange(0, len(source), max(1, len(source) // wanted)))[0]
 
 
 def _compiled(model: nn.Module, choice: str) -> nn.Module:

@@ -56,13 +56,13 @@ def tree(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, as they are."""
     names: list[str] = []
-    original = datasets._decode_image
+    original = datasets.decode_image
 
     def count(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(datasets, "_decode_image", count)
+    monkeypatch.setattr(datasets, "decode_image", count)
     return names
 
 

@@ -1,0 +1,342 @@
+"""Images that stay in their files: read, decoded and resized by worker processes while a rank trains.
+
+For sets that are larger than memory, or of images of several sizes. Nothing is decoded ahead; what is kept on disk is
+the list of files, the labels, and the channels' statistics over a sample.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cifar_exp.array_cache import (
+    SPLITS,
+    DatasetFiles,
+    Split,
+    SplitName,
+    channel_statistics,
+    durable,
+    locked,
+    new_folder,
+    remove_leftovers,
+    value_counts,
+)
+from cifar_exp.download import Progress
+from cifar_exp.errors import DataError, MachineError, StorageError, storage_errors
+from cifar_exp.nursery import end_with_parent
+from cifar_exp.rng import keyed_generator
+
+SAMPLE = 5000  # images that the statistics are taken over
+MOST_WORKERS = 8  # that `auto` starts a rank
+
+_FORMAT = 1  # of the files; another number means that they are made anew
+_DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
+_MAX_PIXELS = 4096 * 4096  # a small file can claim to be gigabytes of pixels
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
+
+
+def decode_image(path: Path) -> NDArray[np.uint8] | str:
+    """The image (3, H, W) uint8, or what is wrong with the file."""
+    try:
+        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
+            if image.width * image.height > _MAX_PIXELS:
+                return f"claims {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,} in all"
+            if image.mode in _DEEP_MODES:
+                return f"has more than 8 bits a channel (mode {image.mode})"
+            # A palette may hold transparency, and Pillow warns where it goes straight to RGB.
+            opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+            return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        if path.exists() and path.stat().st_size == 0:
+            return "is empty"
+        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def read_image(path: Path, size: int) -> Tensor | str:
+    """The image (3, size, size) uint8, or what is wrong with the file, its path first.
+
+    The shorter side is resized to ``size`` with antialiasing, then the centre is cut out; an image of that size stays
+    as it is.
+    """
+    from torchvision.transforms.v2 import functional  # a second and a half, which no other residency has to wait for
+
+    decoded = decode_image(path)
+    if isinstance(decoded, str):
+        return f"{path}: {decoded}"
+    resized = functional.resize(torch.from_numpy(decoded), [size], antialias=True)
+    cropped: Tensor = functional.center_crop(resized, [size, size])
+    return cropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles(DatasetFiles):
+    """A dataset whose images stay files. ``folder`` holds their list; mean and deviation are those of a sample.
+
+    Attributes:
+        root: folder that the listed paths start from, absolute.
+        workers: processes a rank that read images; 0 reads them in the rank itself, ``auto`` is its number of threads,
+            at most 8.
+    """
+
+    root: Path
+    workers: int | Literal["auto"] = "auto"
+
+    def load(self, split: SplitName) -> Split:
+        """One split decoded into memory, for sets that fit.
+
+        Raises:
+            DataError: an image cannot be read.
+            StorageError: the list is gone or cannot be read.
+        """
+        paths, labels = self.listed(split)
+        images = torch.stack([_sound(read_image(self.root / os.fsdecode(path), self.image_size[0])) for path in paths])
+        return Split(images.contiguous(memory_format=torch.channels_last), labels)
+
+    def listed(self, split: SplitName) -> tuple[NDArray[np.bytes_], Tensor]:
+        """Paths (N,) relative to ``root``, mapped and not copied, and labels (N,) int64.
+
+        Raises:
+            StorageError: the list is gone or cannot be read.
+        """
+        try:
+            paths, labels = (np.load(self.folder / name, mmap_mode="c") for name in _list_names(split))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
+        return paths, torch.from_numpy(labels)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a tree of class folders holds, as far as it can be known without opening its files.
+
+    Attributes:
+        root: absolute folder.
+        classes: names by label.
+        paths: relative to ``root``, the training images first.
+        labels: one for each path.
+        train_count: training images.
+        digest: hash of the listing and of the files' sizes and times, in hex.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: Sequence[str]
+    labels: Sequence[int]
+    train_count: int
+    digest: str
+
+
+def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int | Literal["auto"]) -> ImageFiles:
+    """The dataset of a listing; its statistics are computed where the cache does not have them.
+
+    Args:
+        cache: absolute folder of all cached datasets of a source.
+        listing: the files.
+        image_size: height and width in pixels that they are resized to.
+        workers: as in :class:`ImageFiles`.
+
+    Raises:
+        DataError: an image of the sample cannot be read.
+        StorageError: the cache cannot be written.
+    """
+    folder = cache / listing.digest
+    statistics = _read_statistics(folder)
+    if statistics is None:
+        advice = "Make room, or choose a folder that can be written: data.cache=<folder>"
+        with locked(cache / ".lock", advice):
+            remove_leftovers(cache)
+            statistics = _read_statistics(folder)  # another process may have finished it while this one waited
+            if statistics is None:
+                statistics = _sample_statistics(listing, image_size)
+                with storage_errors(cache, advice):
+                    _write_lists(folder, listing, statistics)
+    mean, std = statistics
+    return ImageFiles(
+        folder=folder,
+        classes=listing.classes,
+        train_count=listing.train_count,
+        test_count=len(listing.paths) - listing.train_count,
+        image_size=(image_size, image_size),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        content_hash=listing.digest,
+        residency="loader",
+        root=listing.root,
+        workers=workers,
+    )
+
+
+def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation of the dataset in ``folder``; None unless that is whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        whole = meta["format"] == _FORMAT and meta["file_bytes"] == _file_bytes(folder)
+        return (list(meta["mean"]), list(meta["std"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sample_statistics(listing: Listing, size: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, 0 to 255, over at most ``SAMPLE`` training images after resizing."""
+    order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
+    paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]
+
+    def counted(path: Path) -> NDArray[np.int64]:
+        return value_counts(_sound(read_image(path, size)).numpy()[None])
+
+    counts = np.zeros((3, 256), dtype=np.int64)
+    with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(paths), "files") as progress:
+        for start in range(0, len(paths), 256):
+            part = paths[start : start + 256]
+            counts += sum(pool.map(counted, part))
+            progress.add(len(part))
+    return channel_statistics(counts)
+
+
+def _write_lists(folder: Path, listing: Listing, statistics: tuple[list[float], list[float]]) -> None:
+    parts = {"train": slice(0, listing.train_count), "test": slice(listing.train_count, None)}
+    with new_folder(folder) as unfinished:
+        for split in SPLITS:
+            # Bytes of fixed length can be mapped: no rank and no worker has a copy of a million names.
+            paths = np.array([os.fsencode(path) for path in listing.paths[parts[split]]], dtype=np.bytes_)
+            labels = np.array(listing.labels[parts[split]], dtype=np.int64)
+            for name, array in zip(_list_names(split), (paths, labels), strict=True):
+                with durable(unfinished / name) as file:
+                    np.save(file, array, allow_pickle=False)
+        meta = {"format": _FORMAT, "file_bytes": _file_bytes(unfinished), "mean": statistics[0], "std": statistics[1]}
+        with durable(unfinished / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+
+
+def _list_names(split: SplitName) -> tuple[str, str]:
+    return f"{split}_files.npy", f"{split}_labels.npy"
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for split in SPLITS for name in _list_names(split)}
+
+
+def _sound(image: Tensor | str) -> Tensor:
+    if isinstance(image, str):
+        raise DataError(f"data.residency=loader: {image}. Replace or delete it.")
+    return image
+
+
+class _Images(Dataset[Tensor | str]):
+    """The files of both splits, by place."""
+
+    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: int) -> None:
+        self._root, self._paths, self._size = root, paths, size
+
+    def __getitem__(self, place: int) -> Tensor | str:
+        train, test = self._paths
+        name = train[place] if place < len(train) else test[place - len(train)]
+        return read_image(self._root / os.fsdecode(name), self._size)
+
+
+class _Requests(Sampler[list[int]]):
+    """The batches that are wanted next, set before each pass: the workers stay the same ones."""
+
+    def __init__(self) -> None:
+        self.places: Iterable[list[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.places)
+
+
+def _together(images: list[Tensor | str]) -> Tensor | str:
+    """One batch (B, H, W, 3), or the first problem: an exception in a worker would arrive as a traceback."""
+    sound = [image for image in images if isinstance(image, Tensor)]
+    if len(sound) < len(images):
+        return next(image for image in images if isinstance(image, str))
+    return torch.stack(sound).permute(0, 2, 3, 1).contiguous()
+
+
+def _begin_worker(_number: int) -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; this process ends with its rank
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """The images of one split, read by worker processes in the order in which they are wanted.
+
+    Attributes:
+        reader: what reads them.
+        first: place of the split's first image in it.
+        labels: (N,) int64, on the host.
+        image_size: height and width in pixels.
+        device: where they are trained on.
+    """
+
+    reader: "DataLoader[Tensor | str]"
+    first: int
+    labels: Tensor
+    image_size: tuple[int, int]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = self.labels[order].to(self.device)
+        requests = self.reader.batch_sampler
+        assert isinstance(requests, _Requests)
+        requests.places = ((order[part] + self.first).tolist() for part in parts)
+        for part, images in zip(parts, self.reader, strict=True):
+            yield _sound(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2), labels[part]
+
+    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        images, labels = draw
+        return images, labels
+
+
+@contextmanager
+def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Iterator[tuple[FileSource, FileSource]]:
+    """Training and test images, read by the same worker processes, which end with the block or with this process.
+
+    Raises:
+        MachineError: a worker process has died, as where shared memory is too small.
+        StorageError: the list of files is gone or cannot be read.
+    """
+    import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked: they need not
+
+    (train, train_labels), (test, test_labels) = files.listed("train"), files.listed("test")
+    workers = min(MOST_WORKERS, threads) if files.workers == "auto" else files.workers
+    reader = DataLoader(
+        _Images(files.root, (train, test), files.image_size[0]),
+        batch_sampler=_Requests(),
+        num_workers=workers,
+        collate_fn=_together,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_begin_worker if workers else None,
+        persistent_workers=workers > 0,
+        # A fork server would be a new one for each rank and import torch again. Forking is safe here: the workers are
+        # made before the rank has threads of Python's, and compute with one thread.
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # of seeds that nobody uses; the network's own numbers must not move
+    )
+    iter(reader)  # makes the workers
+    share = (files.image_size, device)
+    try:
+        yield FileSource(reader, 0, train_labels, *share), FileSource(reader, len(train), test_labels, *share)
+    except RuntimeError as error:  # torch has no class for it, and raises it wherever the rank is
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        what = str(error).rstrip(". ")
+        raise MachineError(f"data.workers={files.workers}: {what}. Type fewer, or data.workers=0") from error
+    finally:
+        if workers:
+            reader._iterator._shutdown_workers()  # type: ignore[union-attr]

@@ -1,0 +1,497 @@
+"""Wherever images lie, the same (seed, epoch, position) is the same pixels and label; broken files are named."""
+
+import itertools
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from cifar_exp import loader
+from cifar_exp.array_cache import DatasetFiles, Split
+from cifar_exp.augment import Shift
+from cifar_exp.config import build, read_config
+from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, epoch_order
+from cifar_exp.datasets import cifar10, folders, synthetic
+from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
+from cifar_exp.graph import CapturedStep
+from cifar_exp.loader import ImageFiles
+from cifar_exp.residency import HostSource, Source, ahead, fetch, opened, residency_on
+from cifar_exp.resume import config_hash
+from cifar_exp.train import evaluate
+from tests.conftest import TINY, Command
+from tests.test_config import composed
+from tests.test_failures import assert_nothing_is_left, training_ranks
+
+CPU = torch.device("cpu")
+SIDE = 12
+MIXED = ((12, 12), (12, 30), (40, 13), (9, 9), (7, 25), (12, 13), (33, 33))  # heights and widths; some below SIDE
+
+
+def save(path: Path, height: int, width: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def tree(root: Path, sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)) -> Path:
+    """26 training and 11 test images of two classes, 13 and 6 of them ants; their sizes go around ``sizes``."""
+    seeds = itertools.count()
+    for folder, count in (("train/ant", 13), ("train/bee", 13), ("test/ant", 6), ("test/bee", 5)):
+        for number in range(count):
+            seed = next(seeds)
+            save(root / folder / f"{number:02d}.png", *sizes[seed % len(sizes)], seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tree(tmp_path_factory.mktemp("equal"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tree(tmp_path_factory.mktemp("mixed"), MIXED)
+
+
+@pytest.fixture
+def sources(equal: Path) -> Iterator[Callable[..., tuple[Source, Source]]]:
+    """``sources("host")``: training and test images of ``equal``."""
+    with ExitStack() as closing:
+
+        def make(choice: Any, workers: int = 0, root: Path = equal) -> tuple[Source, Source]:
+            size = SIDE if choice == "loader" else None
+            files = folders(root, residency=choice, image_size=size, workers=workers)
+            return closing.enter_context(opened(files, CPU, threads=1))
+
+        yield make
+
+
+def batches(source: Source, rank: int, world_size: int, batch_size: int = 4) -> TrainBatches:
+    return TrainBatches(source, Shift(), Normalization((120.0, 121.0, 122.0)), 3, rank, world_size, batch_size)
+
+
+WAYS = [("device", 0), ("host", 0), ("loader", 0), ("loader", 2)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("choice", "workers"), WAYS)
+def test_every_residency_gives_the_batches_of_images_in_memory(
+    sources: Callable[..., tuple[Source, Source]], equal: Path, choice: str, workers: int, world_size: int
+) -> None:
+    """Three epochs and an evaluation between them, as in a run; 26 images are 6 or 3 steps, the rest is dropped."""
+    memory = folders(equal)
+    train, test = sources(choice, workers)
+    for rank in range(world_size):
+        ours, theirs = (batches(source, rank, world_size) for source in (train, memory.load("train")))
+        for epoch in (1, 2, 3):
+            torch.manual_seed(7)
+            steps = list(ours.epoch(epoch))
+            drawn = torch.rand(1)
+            torch.manual_seed(7)
+            assert torch.equal(drawn, torch.rand(1)), "the network's own random numbers have moved"
+            expected = list(theirs.epoch(epoch))
+            assert len(steps) == len(expected) == 26 // (4 * world_size)
+            for (images, labels), (same_images, same_labels) in zip(steps, expected, strict=True):
+                assert torch.equal(images, same_images)
+                assert torch.equal(labels, same_labels)
+                assert images.is_contiguous(memory_format=torch.channels_last)
+            shares = [
+                list(EvaluationBatches(source, Normalization(), rank, world_size, 4))
+                for source in (test, memory.load("test"))
+            ]
+            assert [len(part) for part in shares[0]] == [len(part) for part in shares[1]]
+            for (images, labels), (same_images, same_labels) in zip(*shares, strict=True):
+                assert torch.equal(images, same_images)
+                assert torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize(("choice", "workers"), WAYS)
+def test_labels_follow_their_images(
+    sources: Callable[..., tuple[Source, Source]], equal: Path, choice: str, workers: int
+) -> None:
+    """Steps side by side are the epoch's order, each image that of the file at its place."""
+    paths = sorted((equal / "train").rglob("*.png"))
+    source, _ = sources(choice, workers)
+    order = epoch_order(26, 5, 1)
+    parts = [slice(start, start + 4) for start in range(0, 24, 4)]
+    drawn = [source.pick(draw) for draw in source.draws(order, parts)]
+    for place, image, label in zip(
+        order[:24].tolist(), torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn]), strict=True
+    ):
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(paths[place])))
+        assert label == (paths[place].parent.name == "bee")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("choice", ["device", "host", "loader"])
+def test_every_image_is_evaluated_once_wherever_it_lies(
+    sources: Callable[..., tuple[Source, Source]],
+    choice: str,
+    world_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda sums: sums)
+    _, test = sources(choice)
+    seen: list[Tensor] = []
+
+    class Ants(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return torch.tensor([[1.0, 0.0]]).expand(len(images), 2)
+
+    shares = [EvaluationBatches(test, Normalization(), rank, world_size, 2) for rank in range(world_size)]
+    averages = [evaluate(Ants(), share, torch.float32) for share in shares]
+    assert sum(average.count for average in averages) == 11
+    assert round(sum(average.accuracy * average.count for average in averages)) == 6
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 11
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_of_other_sizes_are_resized_as_torchvision_does(mixed: Path, workers: int) -> None:
+    files = folders(mixed, residency="loader", image_size=SIDE, workers=workers)
+    expected = []
+    for path in sorted((mixed / "train").rglob("*.png")):
+        image = functional.pil_to_tensor(Image.open(path))
+        expected.append(functional.center_crop(functional.resize(image, [SIDE], antialias=True), [SIDE, SIDE]))
+    with opened(files, CPU, threads=1) as (train, test):
+        images, labels = fetch(train, torch.arange(26))
+        assert len(test) == 11
+    assert images.shape == (26, 3, SIDE, SIDE)
+    assert torch.equal(images, torch.stack(expected))
+    assert labels.tolist() == [0] * 13 + [1] * 13
+    assert torch.equal(files.load("train").images, images)
+    mean, std = (value(images.double(), (0, 2, 3)) for value in (torch.mean, lambda x, d: x.std(d, correction=0)))
+    assert files.mean == pytest.approx(mean.tolist())
+    assert files.std == pytest.approx(std.tolist())
+
+
+def test_an_epoch_that_is_left_early_does_not_bear_on_the_next(
+    sources: Callable[..., tuple[Source, Source]], equal: Path
+) -> None:
+    memory = batches(folders(equal).load("train"), 0, 1)
+    for choice, workers in WAYS:
+        ours = batches(sources(choice, workers)[0], 0, 1)
+        draws = ours.draws(1)
+        first = next(draws)
+        draws.close()  # type: ignore[attr-defined]
+        for made in (ours.make(*first), ours.make(*ours.example())):
+            assert torch.equal(made[0], next(memory.epoch(1))[0])
+        for (images, _), (expected, _) in zip(ours.epoch(2), memory.epoch(2), strict=True):
+            assert torch.equal(images, expected)
+
+
+def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
+    me = psutil.Process()
+    before = set(me.children())
+    files = folders(equal, residency="loader", image_size=SIDE, workers=2)
+    with opened(files, CPU, threads=1) as (train, test):
+        workers = set(me.children()) - before
+        assert len(workers) == 2
+        for epoch in (1, 2):
+            assert len(list(batches(train, 0, 1).epoch(epoch))) == 6
+            assert len(fetch(test, torch.arange(11))[1]) == 11
+        assert set(me.children()) - before == workers
+    assert_nothing_is_left(list(workers))
+
+
+def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
+    files = folders(equal, residency="loader", image_size=SIDE, workers=1)
+    before = set(psutil.Process().children())
+
+    def killed() -> None:
+        with opened(files, CPU, threads=1) as (train, _):
+            fetch(train, torch.arange(3))
+            for worker in set(psutil.Process().children()) - before:
+                worker.kill()
+            fetch(train, torch.arange(26))
+
+    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Type fewer, or data\.workers=0"):
+        killed()
+
+
+def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends it to every process: workers print nothing, and end when their rank does."""
+    files = folders(equal, residency="loader", image_size=SIDE, workers=1)
+    before = set(psutil.Process().children())
+    with opened(files, CPU, threads=1) as (train, _):
+        fetch(train, torch.arange(3))  # the worker has begun
+        for worker in set(psutil.Process().children()) - before:
+            worker.send_signal(signal.SIGINT)
+        assert fetch(train, torch.arange(26))[1].tolist() == [0] * 13 + [1] * 13
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(1, 1), (3, 3), (64, 8)])
+def test_auto_is_a_worker_a_thread_and_at_most_eight(
+    equal: Path, monkeypatch: pytest.MonkeyPatch, threads: int, expected: int
+) -> None:
+    asked: list[int] = []
+
+    def noted(*_: Any, num_workers: int, **__: Any) -> Any:
+        asked.append(num_workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader, "DataLoader", noted)
+    files = folders(equal, residency="loader", image_size=SIDE)
+    with pytest.raises(KeyboardInterrupt), opened(files, CPU, threads):
+        pass
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_breaks_later_is_a_data_error_with_its_path(tmp_path: Path, workers: int) -> None:
+    files = folders(tree(tmp_path), residency="loader", image_size=SIDE, workers=workers)
+    (tmp_path / "train" / "bee" / "03.png").write_bytes(b"no image")
+    (tmp_path / "test" / "ant" / "02.png").unlink()
+    with opened(files, CPU, threads=1) as (train, test):
+        with pytest.raises(DataError, match=r"train/bee/03\.png: is no image of a known format\. Replace"):
+            list(batches(train, 0, 1, batch_size=13).draws(1))
+        with pytest.raises(DataError, match=r"test/ant/02\.png: .*No such file"):
+            fetch(test, torch.arange(11))
+        assert fetch(test, torch.arange(2))[1].tolist() == [0, 0]
+
+
+def test_a_broken_file_of_the_sample_is_found_before_anything_starts(tmp_path: Path) -> None:
+    (tree(tmp_path) / "train" / "bee" / "03.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train/bee/03\.png: is empty"):
+        folders(tmp_path, residency="loader", image_size=SIDE)
+    assert [path.name for path in (tmp_path / ".cache").iterdir()] == [".lock"]
+
+
+def test_statistics_are_computed_once_and_the_hash_follows_files_and_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = folders(tree(tmp_path), residency="loader", image_size=SIDE)
+    assert isinstance(first, ImageFiles)
+    assert (first.train_count, first.test_count, first.image_size) == (26, 11, (SIDE, SIDE))
+    assert first.classes == ("ant", "bee")
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "decode_image", lambda _path: pytest.fail("a file was read again"))
+        assert folders(tmp_path, residency="loader", image_size=SIDE) == first
+    assert folders(tmp_path, residency="loader", image_size=SIDE + 1).content_hash != first.content_hash
+    os.utime(tmp_path / "test" / "bee" / "01.png", ns=(1, 1))
+    assert folders(tmp_path, residency="loader", image_size=SIDE).content_hash != first.content_hash
+    (first.folder / "train_files.npy").unlink()
+    with pytest.raises(StorageError, match="cannot be read"):
+        first.load("train")
+
+
+def test_statistics_are_those_of_a_sample_where_there_are_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "SAMPLE", 5)
+    read: list[Path] = []
+    original = loader.read_image
+    monkeypatch.setattr(loader, "read_image", lambda path, size: (read.append(path), original(path, size))[1])
+    files = folders(tree(tmp_path), residency="loader", image_size=SIDE)
+    assert len(set(read)) == len(read) == 5
+    pixels = np.stack([np.asarray(Image.open(path)) for path in read])
+    assert files.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist())
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "data=cifar10 data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
+    "data=synthetic data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
+    "data=folders data.residency=disk": ("data.residency=disk", "loader", "Type data.residency="),
+    "data=folders data.workers=-1": ("data.workers=-1", "0 or more or auto", "Type data.workers=0"),
+    "data=folders data.image_size=0": ("data.image_size=0", "1 or more", "Type data.image_size=1"),
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_settings_are_refused_with_value_rule_and_what_to_type(overrides: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build(read_config(composed(*overrides.split())))
+    for part in REFUSED[overrides]:
+        assert part in str(refusal.value)
+
+
+def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal: Path) -> None:
+    for source in (cifar10, lambda root, **settings: synthetic(root, train_count=20, test_count=20, **settings)):
+        with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Type data\.residency="):
+            source(tmp_path, residency="loader")
+    with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Type data\.image_size=<"):
+        folders(equal, residency="loader")
+    with pytest.raises(ConfigError, match=r"data\.image_size=20: .* 12 x 12 .* data\.residency=host .*=loader"):
+        folders(equal, residency="host", image_size=20)
+    assert folders(equal, residency="host", image_size=SIDE).residency == "host"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_memory_cannot_hold_is_told_of_the_loader(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"all images must have one size[^$]*data\.residency=loader data\.image_size="):
+        folders(mixed)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(StorageError, match=r"No space left.*data\.residency=loader data\.image_size=<n>"):
+        folders(tree(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "expected"),
+    [
+        ("cuda", "auto", "host"),
+        ("cuda", "device", "device"),
+        ("cuda", "host", "host"),
+        ("cpu", "auto", "device"),
+        ("cpu", "host", "host"),
+    ],
+)
+def test_auto_is_the_device_where_images_take_half_of_its_free_memory(
+    monkeypatch: pytest.MonkeyPatch, kind: str, choice: Any, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 8000))
+    assert residency_on(torch.device(kind), choice, 501) == expected
+    assert residency_on(torch.device(kind), choice, 500) == ("device" if choice == "auto" else expected)
+
+
+def test_a_run_may_go_on_with_its_images_elsewhere() -> None:
+    first, moved, resized = (
+        config_hash(read_config(composed("data=folders", *more)))
+        for more in ((), ("data.residency=host", "data.workers=2"), ("data.image_size=32",))
+    )
+    assert moved == first != resized
+
+
+def test_a_dataset_of_ones_own_need_not_know_of_residency(equal: Path) -> None:
+    known = {name: value for name, value in vars(folders(equal)).items() if name != "residency"}
+    files = DatasetFiles(**known)
+    assert files.residency == "auto"
+    with opened(files, CPU, threads=1) as (train, _):
+        assert isinstance(train, Split)
+
+
+def prefetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "images ahead"]
+
+
+def test_the_thread_ends_when_an_epoch_is_left_early(sources: Callable[..., tuple[Source, Source]]) -> None:
+    source, _ = sources("host")
+    assert isinstance(source, HostSource)
+    draws = batches(source, 0, 1, batch_size=1).draws(1)
+    next(draws)
+    assert len(prefetching()) == 1
+    draws.close()  # type: ignore[attr-defined]
+    assert prefetching() == []
+    list(batches(source, 0, 1).draws(1))
+    assert prefetching() == []
+
+
+def test_items_are_made_ahead_by_no_more_than_asked_for() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert len(made) == 5  # one taken, three waiting, one in hand
+    assert list(stream) == list(range(1, 100))
+    assert prefetching() == []
+
+
+def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise DataError("the second one")
+
+    stream = ahead(items(), 3)
+    assert next(stream) == 1
+    with pytest.raises(DataError, match="the second one"):
+        next(stream)
+    assert prefetching() == []
+
+
+def test_what_begins_the_thread_runs_in_it() -> None:
+    names: list[str] = []
+    assert list(ahead([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
+    assert names == ["images ahead"]
+
+
+def test_a_graph_takes_the_draws_of_every_source(sources: Callable[..., tuple[Source, Source]]) -> None:
+    for choice in ("device", "host", "loader"):
+        ours = batches(sources(choice)[0], 0, 1)
+        seen: list[Tensor] = []
+
+        def compute(*draw: Tensor, ours: TrainBatches = ours, seen: list[Tensor] = seen) -> None:
+            seen.append(ours.make(*draw)[0])
+
+        step = CapturedStep(compute, ours.example(), lambda function: function)
+        for draw in ours.draws(2):
+            step(*draw)
+        for images, (expected, _) in zip(seen, ours.epoch(2), strict=True):
+            assert torch.equal(images, expected)
+
+
+LOADER = [
+    *[override for override in TINY if not override.startswith("data")],
+    *("data=folders", "data.root=images", "data.residency=loader", f"data.image_size={SIDE}", "data.workers=1"),
+    *("train.batch_size=4", "devices.count=2", "tracking=none"),
+]
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Those that were started there, workers included, but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if process.cwd() == str(folder) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def test_a_run_on_files_of_several_sizes(cifar_exp: Command, workplace: Path) -> None:
+    tree(workplace / "images", MIXED)
+    done = cifar_exp(*LOADER, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert "on 11 images" in done.stdout
+    assert done.stderr == ""
+    psutil.wait_procs(processes_in(workplace), timeout=2)
+    assert processes_in(workplace) == []
+
+
+def test_a_file_that_a_rank_finds_broken_is_exit_code_3(cifar_exp: Command, workplace: Path) -> None:
+    """A test image: the sample that statistics are taken over does not have it."""
+    (tree(workplace / "images", MIXED) / "test" / "bee" / "04.png").write_bytes(b"no image")
+    done = cifar_exp(*LOADER, "progress=quiet")
+    assert done.returncode == 3
+    assert f"{workplace}/images/test/bee/04.png: is no image of a known format" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_workers_end_with_a_rank_that_is_killed(
+    started: Callable[..., "subprocess.Popen[str]"], workplace: Path
+) -> None:
+    tree(workplace / "images", MIXED)
+    process = started(*LOADER, "train.epochs=100000", "progress=quiet")
+    ranks = training_ranks(process, workplace)
+    workers = [worker for rank in ranks for worker in rank.children()]
+    assert len(workers) == 2
+    ranks[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert "rank 0 died without a word" in errors
+    assert_nothing_is_left([*ranks, *workers])
