@@ -96,16 +96,19 @@ class Alternating:
     def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Output pixel (y, x) is input pixel (y - dy, x - dx), columns mirrored where the flip is 1."""
         flip, dx, dy = parameters.long().unbind(1)
-        margin = self.max_pixels
-        rows, columns = (_reflected(torch.arange(-margin, size + margin), size) for size in images.shape[2:])
-        padded = _mirrored(images, flip).index_select(1, rows.to(images.device))
-        padded = padded.index_select(2, columns.to(images.device))
+        margin, device = self.max_pixels, images.device
+        rows, columns = (
+            _reflected(torch.arange(-margin, size + margin, device=device), size) for size in images.shape[2:]
+        )
+        padded = _mirrored(images, flip).index_select(1, rows).index_select(2, columns)
         return _windows(padded, margin - dy, margin - dx, images.shape[2:])
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:
-    """Places beyond the border, as -2 or ``size`` + 1, seen in a mirror on the outermost pixel: 2 or ``size`` - 3."""
-    return (size - 1) - ((size - 1) - places.abs()).abs()
+    """Places beyond the border, as -2 or ``size`` + 1, seen in mirrors on the outermost pixels: 2 or ``size`` - 3."""
+    period = max(1, 2 * (size - 1))
+    places = places % period
+    return torch.minimum(places, period - places)
 
 
 @dataclass(frozen=True)
