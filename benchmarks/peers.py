@@ -68,8 +68,8 @@ def our_epochs(turns: Iterator[None], folder: str, images: int) -> None:
         loop = trainer(world)
         training = train_batches(random_split(images), world)
         test = evaluation_batches(random_split(images // 5), world)
-        for _ in turns:
-            loop.fit(training, test, epochs=1)
+        for epoch, _ in enumerate(turns, 1):  # it goes on with the epoch after the last
+            loop.fit(training, test, epochs=epoch)
 
 
 def plain_epochs(turns: Iterator[None], _folder: str, images: int) -> None:

@@ -4,15 +4,15 @@ Accuracy and seconds are those of each run's journal: ``time/train_seconds`` is 
 ``time/total_seconds`` the whole command, start-up, evaluation and saving included. The plain loop (bfloat16,
 channels-last, one process, whole-pixel shifts) reaches a test accuracy of 0.867 after 60 epochs on the JPEG copy of
 CIFAR-10; it takes an hour, so its rate is measured after each run, over a few steps, and multiplied up: training alone,
-nothing else. Arithmetic: PyTorch's count of one image forward and backward, times the images that the run trained on
-(at full resolution throughout).
+nothing else. Arithmetic: PyTorch's count of one image forward and backward at each epoch's size, times the images that
+the run trained on.
 """
 
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from bare import bare_epoch
@@ -24,7 +24,9 @@ from workload import BATCH, CORES, network, random_split, train_batches
 
 from cifar_exp import journal
 from cifar_exp.config import build, read_config
+from cifar_exp.data import scaled
 from cifar_exp.distributed import World
+from cifar_exp.plan import spread
 
 ACCURACY = 0.867
 PLAIN_IMAGES = 60 * (50_000 // BATCH) * BATCH  # that the plain loop trains on
@@ -115,14 +117,18 @@ def plain_rate(steps: int) -> float:
 
 
 def flop_per_image(run: Run) -> float:
-    """Forward and backward of the run's own network for one image of 32 x 32 pixels."""
+    """Forward and backward of the run's own network for one image, as the mean over epochs of their image sizes."""
     config = OmegaConf.load(run.folder / "config.yaml")
     assert isinstance(config, DictConfig)
-    model = build(read_config(config)).make_model(num_classes=10)
-    images = torch.zeros(2, 3, 32, 32)  # batch norm wants more than one
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops() / len(images)
+    settings = read_config(config)
+    model = build(settings).make_model(num_classes=10)
+    counts = []
+    for scale in spread(settings.train.image_scales or (1.0,), settings.train.epochs):
+        images = torch.zeros(2, 3, *scaled((32, 32), scale))  # batch norm wants more than one
+        with FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+        counts.append(counter.get_total_flops() / len(images))
+    return mean(counts)
 
 
 def images_trained(run: Run) -> float:

@@ -66,9 +66,13 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
     )
 
 
-def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], object]:
+def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
     """One pass of the package's loop over ``batches`` a call."""
-    return lambda: loop.train_one_epoch(1, batches)
+
+    def epoch() -> None:
+        loop.train_one_epoch(1, batches)
+
+    return epoch
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Rank 0 writes it while it trains, the parent adds the closing line after the ran
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Entry:
 
 
 class JournalWriter:
-    """Appends entries, each on disk as soon as it is written.
+    """Appends entries, each handed to the system as soon as it is written.
 
     A run that goes on from a checkpoint walks again over steps that the journal may have already; they are not written
     twice.
@@ -65,6 +66,15 @@ class JournalWriter:
         with storage_errors(Path(self._file.name), FREE_SPACE):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Force what was written to disk, so that it outlives the machine.
+
+        Raises:
+            StorageError: where the file system refuses.
+        """
+        with storage_errors(Path(self._file.name), FREE_SPACE):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -108,10 +108,10 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         dropped_images=train_count - steps_per_epoch * global_batch,
         learning_rates=learning_rates(schedule, full_rate, steps_per_epoch, config.train.epochs),
-        image_scales=_spread(config.train.image_scales or (1.0,), config.train.epochs),
+        image_scales=spread(config.train.image_scales or (1.0,), config.train.epochs),
     )
 
 
-def _spread(values: Sequence[float], epochs: int) -> tuple[float, ...]:
-    """One value for each epoch, in order, each for as many epochs as the others (to within one)."""
-    return tuple(values[epoch * len(values) // epochs] for epoch in range(epochs))
+def spread(values: Sequence[float], epochs: int) -> tuple[float, ...]:
+    """One value an epoch, in order, each for as many epochs as the others (to within one); the last is reached."""
+    return tuple(values[-(-(epoch + 1) * len(values) // epochs) - 1] for epoch in range(epochs))

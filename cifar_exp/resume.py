@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cifar_exp import checkpoint, journal
 from cifar_exp.checkpoint import Manifest
@@ -20,10 +23,11 @@ from cifar_exp.tracking import OUTPUTS, RUN_FILE, RUN_ID_FILE, without_password
 
 CONFIG_FILE = "config.yaml"
 SWEEP_FILE = "sweep.json"
-MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
-# These change neither what is trained nor how: a run may go on with others.
-INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher")
+# A run may go on with others of these: they do not bear on what is trained. Other devices share the same batches.
+INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher", "devices")
 INCIDENTAL_DATA = ("data.residency", "data.workers")  # the batches are the same
+NO_PART_OF_A_SWEEP = ("resume", "progress")  # how it is typed and shown
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, OmegaConfBaseException)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Resumption:
         elapsed: seconds that the run took before; 0 where a new run starts from another one's checkpoint.
         finished: whether nothing is left to train.
         changes: settings that differ from those of the run that is continued: (then, now).
+        in_place: whether the run itself goes on, in its folder; else a new one starts from its checkpoint.
     """
 
     run_dir: Path
@@ -43,11 +48,7 @@ class Resumption:
     elapsed: float
     finished: bool
     changes: Mapping[str, tuple[Any, Any]]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the run itself goes on, in its folder; with other settings a new one starts from its checkpoint."""
-        return not self.changes
+    in_place: bool
 
     @property
     def kept_batch(self) -> int | None:
@@ -90,7 +91,8 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     Args:
         config: of the run that is about to start.
         run_dir: the folder it was given.
-        anywhere: whether ``auto`` looks for an interrupted run under ``outputs/`` where ``run_dir`` holds none.
+        anywhere: whether the run may go on in another folder than ``run_dir``, which a sweep's job may not: ``auto``
+            then looks for an interrupted run under ``outputs/`` where ``run_dir`` holds none.
         warn: called with a line for each damaged checkpoint.
 
     Raises:
@@ -105,8 +107,24 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     elif (run_dir / RUN_FILE).exists():
         folder = run_dir
     else:
-        folder = _interrupted(config_hash(config)) if anywhere else None
-    return None if folder is None else _resumption(folder, config, warn)
+        folder = _interrupted(config_hash(config), warn) if anywhere else None
+    if folder is None:
+        return None
+    try:
+        changes = _changes(folder, config)
+        if changes and config.resume == "auto":
+            told = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
+            raise ConfigError(
+                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Type {told}, another folder, or "
+                f"resume={run_dir} and another folder for a new run that starts from its checkpoint"
+            )
+        in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
+        return _resumption(folder, config, changes, in_place, warn)
+    except UNREADABLE as error:
+        raise StorageError(
+            f"{folder}: the run cannot be read: {error}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
+            f"{journal.FILE_NAME}, or type resume=never"
+        ) from error
 
 
 def claim(run_dir: Path) -> FileLock:
@@ -128,8 +146,9 @@ def is_finished(run_dir: Path) -> bool:
     return "time/total_seconds" in journal.last_values(run_dir)
 
 
-def begin_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Path:
-    """The folder of the sweep that these arguments ask for: an interrupted one's, or ``sweep_dir``, made for a new one.
+@contextmanager
+def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Iterator[Path]:
+    """Hold the folder of the sweep that these arguments ask for: an interrupted one's, or ``sweep_dir`` for a new one.
 
     Args:
         sweep_dir: for a new sweep.
@@ -137,20 +156,29 @@ def begin_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Path:
         arguments: the sweep's overrides.
 
     Raises:
-        ConfigError: where the sweep that ``wanted`` names was one of other jobs.
+        ConfigError: where the folder is that of a sweep of other jobs, or another process is at it.
     """
-    arguments = [argument for argument in arguments if not _is_incidental(argument.lstrip("+~").partition("=")[0])]
+    arguments = [argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP]
     for path in _sweeps(wanted):
-        content = json.loads(path.read_text())
-        if content["arguments"] == arguments and not (wanted == "auto" and content["finished"]):
-            return path.parent
+        content = _sweep_content(path)
+        if content is None or (wanted == "auto" and (content["finished"] or _is_claimed(path.parent))):
+            continue
+        if content["arguments"] == arguments:
+            with claim(path.parent):
+                yield path.parent
+            return
         if wanted != "auto":
-            raise ConfigError(
-                f"resume={wanted}: that sweep's overrides were {' '.join(content['arguments'])}. Type these"
-            )
+            told = " ".join(content["arguments"])
+            raise ConfigError(f"resume={wanted}: that sweep's overrides were {told}. Type these")
+    if (sweep_dir / SWEEP_FILE).exists():
+        raise ConfigError(
+            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Type resume={sweep_dir} to go on with it, "
+            f"or another folder"
+        )
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    _note_sweep(sweep_dir, arguments, finished=False)
-    return sweep_dir
+    with claim(sweep_dir):
+        _note_sweep(sweep_dir, arguments, finished=False)
+        yield sweep_dir
 
 
 def end_sweep(sweep_dir: Path) -> None:
@@ -166,6 +194,23 @@ def _note_sweep(sweep_dir: Path, arguments: Sequence[str], finished: bool) -> No
     temporary.replace(sweep_dir / SWEEP_FILE)
 
 
+def _sweep_content(path: Path) -> dict[str, Any] | None:
+    """What is known of a sweep; None where its file is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content if {"arguments", "finished"} <= content.keys() else None
+    except UNREADABLE:
+        return None
+
+
+def _is_claimed(folder: Path) -> bool:
+    try:
+        claim(folder).release()
+    except ConfigError:
+        return True
+    return False
+
+
 def _sweeps(wanted: str) -> list[Path]:
     """The sweep files that ``resume`` may mean, newest first; none for ``never`` or where it names a single run."""
     if wanted == "never":
@@ -173,26 +218,31 @@ def _sweeps(wanted: str) -> list[Path]:
     if wanted == "auto":
         return sorted(OUTPUTS.rglob(SWEEP_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     named = [Path(wanted), *(path.parent for path in OUTPUTS.rglob(RUN_ID_FILE) if path.read_text().strip() == wanted)]
-    return [folder / SWEEP_FILE for folder in named if (folder / SWEEP_FILE).exists()]
+    with suppress(OSError):  # a name that no file can have
+        return [folder / SWEEP_FILE for folder in named if (folder / SWEEP_FILE).exists()]
+    return []
 
 
-def _resumption(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption:
-    changes = _changes(folder, config)
-    finished = is_finished(folder) and not changes
+def _resumption(
+    folder: Path, config: Config, changes: Mapping[str, tuple[Any, Any]], in_place: bool, warn: Callable[[str], None]
+) -> Resumption:
+    finished = in_place and is_finished(folder)
     manifest = None if finished else checkpoint.sound(folder, warn)
     entries = journal.read(folder)
     if manifest is None and not finished:
-        if changes:
+        if not in_place:
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Type resume=never")
-        if any("val/accuracy" in entry.metrics and entry.epoch % config.checkpoint.every == 0 for entry in entries):
+        # A checkpoint is on disk before the next one is begun, so by this epoch there was one.
+        every = int(_config_of(folder)["checkpoint"]["every"])
+        if any(entry.epoch > 2 * every for entry in entries):
             raise StorageError(
                 f"{folder / checkpoint.FOLDER}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or type resume=never to start again from the beginning"
             )
-    if manifest is not None and changes:
+    if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
-    elapsed = entries[-1].time if entries and not changes else 0.0
-    return Resumption(folder, manifest, elapsed, finished, changes)
+    elapsed = entries[-1].time if entries and in_place else 0.0
+    return Resumption(folder, manifest, elapsed, finished, changes, in_place)
 
 
 def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> None:
@@ -211,8 +261,9 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
 
 def _named(name: str) -> Path:
     """The folder of a run, by its path or MLflow run id."""
-    if (Path(name) / RUN_FILE).exists():
-        return Path(name)
+    with suppress(OSError):  # a name that no file can have
+        if (Path(name) / RUN_FILE).exists():
+            return Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
         if path.read_text().strip() == name and (path.parent / RUN_FILE).exists():
             return path.parent
@@ -222,28 +273,35 @@ def _named(name: str) -> Path:
     )
 
 
-def _interrupted(wanted: str) -> Path | None:
+def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
     """The newest run under ``outputs/`` with this configuration that has not come to its end and is not running."""
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        if json.loads(path.read_text()).get("config_hash") == wanted and not is_finished(path.parent):
-            try:
-                claim(path.parent).release()
-            except ConfigError:
-                continue
-            return path.parent
+        try:
+            same = json.loads(path.read_text())["config_hash"] == wanted
+            if same and not is_finished(path.parent) and not _is_claimed(path.parent):
+                return path.parent
+        except UNREADABLE as error:
+            warn(f"{path.parent}: the run cannot be read and is passed over: {error}")
     return None
 
 
 def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that bear on the result and differ from those of the run in ``folder``: (then, now)."""
-    then: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
-    before, now = _settings(then), _settings(without_password(asdict(config)))
+    before, now = _settings(_config_of(folder)), _settings(without_password(asdict(config)))
     return {
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not _is_incidental(name)
     }
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the run in ``folder``."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+    if not config:
+        raise ValueError(f"{CONFIG_FILE} is empty")
+    return dict(config)
 
 
 def _is_incidental(name: str) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 from cifar_exp import journal, overview, resume, tracking
 from cifar_exp.config import Parts, flattened
+from cifar_exp.data import scaled
 from cifar_exp.errors import ConfigError
 from cifar_exp.figures import RunFacts
 from cifar_exp.launch import DeviceSet, find_devices
@@ -63,6 +64,8 @@ def run(config: Config, parts: Parts) -> float:
             resumed.check_images(data.content_hash)
             console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
         model = _model(config, parts, len(data.classes))
+        for scale in sorted({*plan.image_scales} - {1.0}):  # a network may be too deep for small images
+            overview.layer_shapes(model, scaled(data.image_size, scale))
         details = overview.describe_plan(plan, devices, data, model)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
@@ -123,14 +126,13 @@ def _claimed(info: RunInfo, config: Config, resumed: Resumption | None) -> Itera
     """Hold the run's folder; a new run's gets its name, tags and resolved configuration."""
     with resume.claim(info.run_dir):
         if not (resumed and resumed.in_place):
-            try:
-                info.save(resume.config_hash(config))
-            except FileExistsError as error:
+            if (info.run_dir / tracking.RUN_FILE).exists():
                 raise ConfigError(
                     f"hydra.run.dir={info.run_dir}: the folder holds a run already, and two runs must not share one. "
                     f"Type resume=auto to go on with it, another folder, or leave hydra.run.dir out for a new one"
-                ) from error
+                )
             OmegaConf.save(OmegaConf.create(tracking.without_password(asdict(config))), info.run_dir / CONFIG_FILE)
+            info.save(resume.config_hash(config))  # last: whoever finds a run finds its configuration too
         yield
 
 

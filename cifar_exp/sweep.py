@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cifar_exp.tracking import SweepRun
 
 
+MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
+
+
 class SweepFailedError(CifarExpError):
     """Some jobs failed; each was reported when it did. The exit code is the first failure's."""
 
@@ -75,11 +78,18 @@ class StudySweeper(BasicSweeper):
         assert self.config is not None
         from cifar_exp import resume
 
-        sweep_dir = resume.begin_sweep(Path(self.config.hydra.sweep.dir), self.config.resume, arguments)
-        if (sweep_dir / resume.MULTIRUN_FILE).exists():
-            arguments = self._continue_in(sweep_dir, arguments)
-        jobs = self._jobs(arguments)
-        OmegaConf.save(self.config, sweep_dir / resume.MULTIRUN_FILE)
+        jobs = self._jobs(arguments)  # all of them compose, or nothing is begun
+        wanted = Path(self.config.hydra.sweep.dir)
+        with resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir:
+            if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
+                jobs = self._jobs(self._continue_in(sweep_dir, arguments))
+            returns = self._sweep(sweep_dir, jobs)
+            resume.end_sweep(sweep_dir)
+        return returns
+
+    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobReturn]:
+        assert self.config is not None
+        OmegaConf.save(self.config, sweep_dir / MULTIRUN_FILE)
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
@@ -91,7 +101,6 @@ class StudySweeper(BasicSweeper):
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
                 raise SweepFailedError(failed[0].exit_code)
-            resume.end_sweep(sweep_dir)
         return returns
 
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
@@ -99,7 +108,8 @@ class StudySweeper(BasicSweeper):
         assert self.config is not None
         with read_write(self.config), open_dict(self.config):
             self.config.hydra.sweep.dir = str(sweep_dir)
-            self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{sweep_dir}'")
+            escaped = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
+            self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
         if self.config.progress != "quiet":
             print(f"{sweep_dir}: the sweep goes on", flush=True)
         return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]

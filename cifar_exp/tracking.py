@@ -60,15 +60,12 @@ class RunInfo:
     artifacts: Sequence[str] = ()
 
     def save(self, config_hash: str) -> None:
-        """Leave name, tags and params in the run's folder, where reports and later tools find them.
-
-        Raises:
-            FileExistsError: where the folder holds a run already: two runs must not share a journal.
-        """
+        """Leave name, tags and params in the run's folder, where reports and later tools find them."""
         params = without_password(self.params)
         content = {"name": self.name, "config_hash": config_hash, "tags": dict(self.tags), "params": params}
-        with (self.run_dir / RUN_FILE).open("x", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+        temporary = self.run_dir / f"{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.run_dir / RUN_FILE)
 
 
 class Sink(Protocol):
@@ -186,9 +183,17 @@ class MLflowTracker:
 
     def create_run(self, client: "MlflowClient", name: str, tags: Mapping[str, str], folder: Path) -> str:
         """Start the run of ``folder`` in the experiment, or go on with the one that it has; the run's id."""
+        from mlflow.exceptions import MlflowException
+
         if identity := run_id(folder):
-            client.update_run(identity, status="RUNNING")
-            return identity
+            try:
+                client.update_run(identity, status="RUNNING")
+                return identity
+            except MlflowException as error:
+                if (
+                    error.error_code != "RESOURCE_DOES_NOT_EXIST"
+                ):  # another store gets a run of its own, with everything
+                    raise
         experiment = client.get_experiment_by_name(self.experiment)
         assert experiment is not None
         identity = str(client.create_run(experiment.experiment_id, tags=dict(tags), run_name=name).info.run_id)

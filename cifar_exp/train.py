@@ -64,6 +64,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self._block = Totals(self.device)
         self._captured: dict[float, CapturedStep] = {}  # by the scale of the images
+        self._gradients: dict[float, list[Tensor | None]] = {}
         self._averaged: AveragedModel | None = None
         if self.averaging:
             mean = get_ema_multi_avg_fn(self.averaging)
@@ -121,10 +122,13 @@ class Trainer:
         Raises:
             ValueError: where the state is that of another optimizer or network.
         """
-        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
+        # Before loading, since torch moves and casts state by what the groups say.
+        saved = state["optimizer"]
+        groups = [
+            {**then, **{name: now[name] for name in now if name != "params"}}
+            for then, now in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         self._scaler.load_state_dict(state["scaler"])
         if self._averaged and state["averaged"]:
             self._averaged.load_state_dict(state["averaged"])
@@ -149,7 +153,7 @@ class Trainer:
 
     def capture(self, batches: TrainBatches, capture: Capture) -> None:
         """Take every step from now on by replaying one that is captured: augmentation, forward, backward, and the
-        optimizer where it is a fused one, which reads its learning rate from the device.
+        update where the optimizer is a fused one that may be captured, which reads its rate from the device.
 
         Raises:
             RuntimeError: where the step cannot be captured, as in float16, whose scaler asks the host; steps are then
@@ -157,7 +161,7 @@ class Trainer:
         """
         if self._scaler.is_enabled():
             raise RuntimeError("float16 scales the loss by what the host reads of each step")
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        fused = all(group.get("fused") and group.get("capturable", True) for group in self.optimizer.param_groups)
         if fused:
             self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
 
@@ -176,14 +180,21 @@ class Trainer:
             with undone(self.model, self.optimizer):
                 for scale in sorted({*batches.scales, batches.scale(1)}):  # each a step of its own shape
                     self._captured[scale] = CapturedStep(partial(compute, scale), draw, capture)
+                    # Each capture has gradients of its own; an update that is not part of it has to find them.
+                    self._gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
         except Exception as error:  # torch has no common class for what cannot be captured
-            self._captured.clear()
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rates[0]
-            self.optimizer.zero_grad(set_to_none=True)
+            self.release()
             raise RuntimeError(str(error)) from error
         finally:
             self._block.take()
+
+    def release(self) -> None:
+        """Take steps one by one again."""
+        self._captured.clear()
+        self._gradients.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rates[0]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
         """One pass over the training set; its metrics, over all ranks."""
@@ -232,6 +243,8 @@ class Trainer:
                 self._set_lr(lr)
                 self._captured[scale](*draw)
                 if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+                    for parameter, gradient in zip(self.model.parameters(), self._gradients[scale], strict=True):
+                        parameter.grad = gradient
                     self._update()
         else:
             with watch.span("data"):
@@ -273,6 +286,8 @@ class Trainer:
     def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages:
         with self.stopwatch.span("evaluation"):
             averages = evaluate(self.evaluated, validation, self.precision)
+            if self._averaged:  # what is saved must be what every rank goes on with
+                average_buffers(self._network)
         self._check(averages, epoch)
         return averages
 

@@ -159,7 +159,7 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
         averaging=job.train.weight_averaging,
     )
     if saved:
-        trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
+        _go_on(trainer, saved, job)
     share = (world.rank, world.size)
     batches = TrainBatches(
         train_images,
@@ -183,6 +183,8 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
                 used = trainer.evaluated.state_dict()
                 state = Checkpoint(used, model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
                 batch, images = job.plan.global_batch_size, job.data.content_hash
+                assert writer
+                writer.sync()  # a checkpoint must not outlive the journal of its steps
                 saver.save(state, Origin(epoch, trainer.step, batch, world.size, images))
 
         seconds = trainer.stopwatch.seconds
@@ -213,6 +215,14 @@ def profiler(path: Path) -> torch.profiler.profile:
     )
 
 
+def _go_on(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
+    try:
+        trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"optimizer: the checkpoint's state is another one's: {error}") from error
+    trainer.step = trainer.epoch * job.plan.steps_per_epoch  # another batch makes other steps of the same epochs
+
+
 def _load(model: nn.Module, saved: Checkpoint) -> None:
     try:
         model.load_state_dict(saved.trained)
@@ -241,22 +251,31 @@ def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: 
                 raise
     if world.device.type == "cuda" and choice != "never":
         with trainer.stopwatch.span("compile"):
+            problem = ""
             try:
                 trainer.capture(batches, cuda_graph)
             except RuntimeError as error:
-                if world.is_first:
-                    print(f"train.compile={choice}: steps are launched one by one, since {error}", flush=True)
+                problem = str(error) or type(error).__name__
+            failures = distributed.sum_over_ranks(torch.tensor(float(bool(problem)), device=world.device))
+            if failures.item():  # on one rank alone, too: all of them take their steps in the same way
+                trainer.release()
+                if problem or world.is_first:
+                    why = problem or "another rank's cannot be captured"
+                    print(f"train.compile={choice}: steps are launched one by one, since {why}", flush=True)
 
 
 def _optimizer(job: Job, model: nn.Module) -> Optimizer:
     """The optimizer, on a GPU fused into one kernel where torch has that; what it refuses is the user's to mend."""
     make = job.make_optimizer
     target = make.func if isinstance(make, partial) else make
-    fused = job.accelerator == "gpu" and "fused" in inspect.signature(target).parameters
-    settings: dict[str, Any] = {"fused": True} if fused else {}
+    chosen = make.keywords if isinstance(make, partial) else {}
+    settings: dict[str, Any] = {}
+    if job.accelerator == "gpu" and not {"fused", "foreach", "differentiable"} & chosen.keys():
+        takes = inspect.signature(target).parameters
+        settings = {name: True for name in ("fused", "capturable") if "fused" in takes and name in takes}
     try:
         return make(model.parameters(), lr=job.plan.learning_rates[0], **settings)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
 
 

@@ -8,17 +8,33 @@ import torch
 from torch import Tensor
 
 from cifar_exp.distributed import World
-from cifar_exp.graph import Function, cuda_graph
+from cifar_exp.graph import Capture, Function, cuda_graph
 from tests.test_distributed import train_batches, trainer, validation
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
-def replayed(function: Function) -> Function:
-    """What a CUDA graph does to the outside: steps to warm up, then the same call on the same buffers."""
-    for _ in range(3):
-        function()
-    return function
+def on_its_own_memory(parameters: list[Tensor]) -> Capture:
+    """What a CUDA graph does to the outside: steps to warm up, then the same call, whose results go where they went when
+    it was captured, its gradients too."""
+
+    def capture(function: Function) -> Function:
+        for _ in range(3):
+            function()
+        own = [parameter.grad for parameter in parameters]
+
+        def replay() -> None:
+            bound = [parameter.grad for parameter in parameters]
+            function()
+            for parameter, mine, before in zip(parameters, own, bound, strict=True):
+                assert mine is not None
+                assert parameter.grad is not None
+                mine.copy_(parameter.grad)
+                parameter.grad = before
+
+        return replay
+
+    return capture
 
 
 def trained(captured: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[Tensor], list[object]]:
@@ -28,12 +44,29 @@ def trained(captured: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) ->
     made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, **settings)
     batches = train_batches(ALONE)
     if captured:
-        made.capture(batches, replayed)
+        made.capture(batches, on_its_own_memory(list(model.parameters())))
     made.fit(batches, validation(ALONE), epochs=1)
     figures = [
         (step, name, value) for step, _, metrics in reports for name, value in metrics.items() if "second" not in name
     ]
     return [*model.parameters(), *model.buffers()], figures
+
+
+def test_steps_of_several_sizes_have_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
+    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+    networks = []
+    for captured in (False, True):
+        made, model, _ = trainer(ALONE)
+        made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=False)
+        batches = replace(train_batches(ALONE), scales=(0.5, 1.0))
+        made.learning_rates = (0.1,) * 6
+        if captured:
+            made.capture(batches, on_its_own_memory(list(model.parameters())))
+        made.fit(batches, validation(ALONE), epochs=2)
+        networks.append([*model.parameters(), *model.buffers()])
+    for ours, theirs in zip(*networks, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -17,7 +17,7 @@ from tests.test_failures import wait_for
 from tests.test_run import all_runs, client
 
 Start = Callable[..., "subprocess.Popen[str]"]
-REPEATABLE = [*TINY, "train.epochs=40", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
+REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
 
 
 def curve(entries: list[Entry]) -> list[tuple[int, str, float]]:
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, wo
     assert whole.returncode == 0, whole.stderr
     killed_after(started, workplace / "cut", 3, *run)
     before = journal.read(workplace / "cut")
-    assert before[-1].epoch < 40
+    assert before[-1].epoch < 16
 
     again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
     assert again.returncode == 0, again.stderr
@@ -192,4 +192,74 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     assert len({run.data.tags["overrides"] for run in runs if "overrides" in run.data.tags}) == 2
     for run in runs:
         history = client().get_metric_history(run.info.run_id, "train/loss")
-        assert len(history) in (0, 40)
+        assert len(history) in (0, 16)
+
+
+def test_what_is_damaged_elsewhere_is_passed_over_and_what_is_named_is_told(
+    cifar_exp: Command, started: Start, workplace: Path
+) -> None:
+    run = [*REPEATABLE, "tracking=none", "progress=lines"]
+    killed_after(started, workplace / "outputs" / "cut", 1, *run)
+    (workplace / "outputs" / "torn").mkdir()
+    (workplace / "outputs" / "torn" / "run.json").write_text("{")
+    again = cifar_exp(*run, "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "outputs/cut goes on" in again.stdout
+    assert again.stderr.count("outputs/torn: the run cannot be read and is passed over") == 1
+    for damaged in ("outputs/torn", "x" * 300):
+        refused = cifar_exp(*run, f"resume={damaged}")
+        assert refused.returncode in (2, 8)
+        assert "Traceback" not in refused.stderr
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(cifar_exp: Command, workplace: Path) -> None:
+    run = [*REPEATABLE, "tracking=none", "train.epochs=3"]
+    assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
+    cut = shutil.copytree(workplace / "whole", workplace / "cut")
+    shutil.rmtree(cut / "checkpoints")
+    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if "val/accuracy" in line)
+    (cut / journal.FILE_NAME).write_text("".join(lines[: first + 1]))
+    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto", "checkpoint.every=2")
+    assert again.returncode == 0, again.stderr
+    assert "was stopped before its first checkpoint: it starts again" in again.stdout
+    assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+
+
+def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:
+    options = ["train.epochs=4", "train.weight_averaging=0.9", "devices.count=2", "devices.oversubscribe=true"]
+    run = [*REPEATABLE, "tracking=none", *options, "checkpoint.keep=9"]
+    assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
+    cut = shutil.copytree(workplace / "whole", workplace / "cut")
+    for path in sorted(cut.glob("checkpoints/*"))[4:]:
+        path.unlink()
+    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    second = [number for number, line in enumerate(lines) if "val/accuracy" in line][1]
+    (cut / journal.FILE_NAME).write_text("".join(lines[: second + 1]))
+    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+
+
+def test_a_checkpoint_of_another_batch_keeps_its_place_in_the_schedule(cifar_exp: Command, workplace: Path) -> None:
+    run = [*TINY, "tracking=none"]
+    assert cifar_exp(*run, "hydra.run.dir=old").returncode == 0
+    larger = cifar_exp(*run, "resume=old", "train.batch_size=96", "train.epochs=4", "hydra.run.dir=new")
+    assert larger.returncode == 0, larger.stderr
+    epochs = [entry for entry in journal.read(workplace / "new") if "val/accuracy" in entry.metrics]
+    assert [(entry.epoch, entry.step) for entry in epochs] == [(3, 3), (4, 4)]
+
+
+def test_a_sweeps_folder_is_one_sweeps(cifar_exp: Command, workplace: Path) -> None:
+    sweep = ["-m", *TINY, "tracking=none", "seed=1,2", "train.epochs=1", 'hydra.sweep.dir="outputs/it\'s one"']
+    first = cifar_exp(*sweep)
+    assert first.returncode == 0, first.stderr
+    again = cifar_exp(*sweep)
+    assert again.returncode == 2
+    assert "the folder holds a sweep already" in again.stderr
+    (folder,) = (workplace / "outputs").glob("it*")
+    (record,) = folder.glob("sweep.json")
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    resumed = cifar_exp(*sweep, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("finished before, test accuracy") == 2
