@@ -15,8 +15,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def on_its_own_memory(parameters: list[Tensor]) -> Capture:
-    """What a CUDA graph does to the outside: steps to warm up, then the same call, whose results go where they went when
-    it was captured, its gradients too."""
+    """What a CUDA graph does to the outside: steps to warm up, then the same call on the same memory, gradients too."""
 
     def capture(function: Function) -> Function:
         for _ in range(3):
