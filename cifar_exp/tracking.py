@@ -190,9 +190,8 @@ class MLflowTracker:
                 client.update_run(identity, status="RUNNING")
                 return identity
             except MlflowException as error:
-                if (
-                    error.error_code != "RESOURCE_DOES_NOT_EXIST"
-                ):  # another store gets a run of its own, with everything
+                # Another store gets a run of its own, with everything.
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         experiment = client.get_experiment_by_name(self.experiment)
         assert experiment is not None

@@ -233,8 +233,7 @@ def _load(model: nn.Module, saved: Checkpoint) -> None:
 def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
     """Compile, capture, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare.
 
-    On a GPU ``auto`` replays each step as a CUDA graph. On CPUs it is eager, which was measured to be faster than
-    compiled code (benchmarks/README.md).
+    On a GPU ``auto`` replays each step as a CUDA graph, on CPUs it is eager: ``benchmarks/compiled.py`` compares.
     """
     compiled = choice == "always"
     torch.manual_seed(batches.noise_seed(0))  # for what the network draws before its first epoch
@@ -302,7 +301,7 @@ def _sample(source: Source) -> Tensor:
 
 
 def _compiled(model: nn.Module, choice: str) -> nn.Module:
-    """The model, compiled in place where that was asked for; ``auto`` is eager, which is faster on CPUs."""
+    """The model, compiled in place where that was asked for."""
     if choice == "always":
         model.compile()
     return model
