@@ -9,7 +9,6 @@ import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,9 +18,12 @@ from typing import Any, Literal
 
 import psutil
 
+from cifar_exp.machine import BUSY, LoadMeter, own_cpu_seconds
+
+__all__ = ["Comparison", "Figure", "Goal", "LoadMeter", "arguments", "compare", "compare_all", "publish"]
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "lightning", "accelerate", "mlflow", "hydra-core")
-BUSY = 0.05  # share of all cores that other processes may take before a run is called disturbed
 
 Arm = Callable[[], float | None]
 """Does the work once. Returns the seconds that it timed itself, or None: then the whole call counts."""
@@ -125,19 +127,6 @@ Row = Comparison | Figure
 
 def _with_verdict(line: str, goal: Goal | None, value: float, low: float, high: float) -> str:
     return f"{line}  {goal.verdict(value, low, high)}" if goal else line
-
-
-class LoadMeter:
-    """What other processes, and other guests of the host, take of the cores from now on."""
-
-    def __init__(self) -> None:
-        self._busy, self._own, self._began = _machine_busy(), _own_cpu(), time.perf_counter()
-
-    def other_load(self) -> float:
-        """Their share of all cores since the meter was made."""
-        elapsed = time.perf_counter() - self._began
-        others = _machine_busy() - self._busy - (_own_cpu() - self._own)
-        return max(0.0, others) / (elapsed * (psutil.cpu_count() or 1))
 
 
 def compare(name: str, first: Arm, second: Arm, pairs: int, goal: Goal | None = None) -> Comparison:
@@ -251,22 +240,7 @@ def _version(package: str) -> str | None:
 
 
 def _measured(arm: Arm) -> Spent:
-    cpu, began = _own_cpu(), time.perf_counter()
+    cpu, began = own_cpu_seconds(), time.perf_counter()
     seconds = arm()
     elapsed = time.perf_counter() - began
-    return (elapsed if seconds is None else seconds), _own_cpu() - cpu
-
-
-def _own_cpu() -> float:
-    """CPU seconds of this process and of all its descendants, ended or not."""
-    total = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            spent = process.cpu_times()
-            total += spent.user + spent.system + spent.children_user + spent.children_system
-    return total
-
-
-def _machine_busy() -> float:
-    times = psutil.cpu_times()
-    return times.user + times.system + times.nice + getattr(times, "steal", 0.0)
+    return (elapsed if seconds is None else seconds), own_cpu_seconds() - cpu

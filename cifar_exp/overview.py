@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from cifar_exp import machine
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.data import EVALUATION_BATCH, scaled, shard
 from cifar_exp.errors import ConfigError
@@ -70,7 +71,7 @@ def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[st
 
 
 def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
-    """Accuracy, speed, and where the time went, in two lines."""
+    """Accuracy, speed, and where the time went, in two lines; then what disturbed the run."""
     split = {
         name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
     }
@@ -85,6 +86,8 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
         highlight=False,
     )
+    for line in machine.disturbances(metrics):
+        console.print(f"DISTURBED: {line}", highlight=False)
 
 
 def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:

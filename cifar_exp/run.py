@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
-from cifar_exp import journal, overview, resume, tracking
+from cifar_exp import journal, machine, overview, resume, tracking
 from cifar_exp.config import Parts, flattened
 from cifar_exp.data import scaled
 from cifar_exp.errors import ConfigError
@@ -96,7 +96,9 @@ def run(config: Config, parts: Parts) -> float:
             threads=devices.threads,
             timeout=parts.launcher.timeout,
         )
-        parts.launcher.launch(run_rank, job)
+        with machine.Watch(devices.accelerator, devices.count) as watch:
+            parts.launcher.launch(run_rank, job)
+        recording.closing |= watch.metrics()
     metrics = journal.last_values(run_dir)
     overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
     if single:
@@ -161,6 +163,7 @@ def _warn(line: str) -> None:
 def _run_info(config: Config, devices: DeviceSet, run_dir: Path, resumed: Resumption | None) -> RunInfo:
     tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
+    tags |= machine.description(devices.accelerator, devices.count)
     hydra = HydraConfig.get()
     tags["overrides"] = " ".join(override for override in hydra.overrides.task if not override.startswith("resume="))
     if resumed and not resumed.in_place:

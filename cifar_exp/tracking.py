@@ -370,11 +370,13 @@ class Recording:
         run_dir: the run's folder.
         started: when the run began, seconds since the epoch.
         tracker: records it; None where nothing does.
+        closing: metrics of the parent's own, for the last entry.
     """
 
     run_dir: Path
     started: float
     tracker: Sink | None
+    closing: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
 
     def __enter__(self) -> "Recording":
@@ -443,6 +445,7 @@ class Recording:
             "time/total_seconds": total,
             "time_split/tracking": tracking,
             "time_split/other": total - tracking - split,
+            **self.closing,
         }
         writer = JournalWriter(self.run_dir)
         writer.write(Entry(last.step, last.epoch, total, metrics))

@@ -1,6 +1,7 @@
 """One run from the command line to its folder and its record in MLflow."""
 
 import json
+import os
 from pathlib import Path
 
 import mlflow
@@ -44,6 +45,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert last["test/count"] == 33
     assert last["test/accuracy"] == epochs[-1].metrics["val/accuracy"]
     assert last["lr"] == pytest.approx(0.1 * 32 / 256)
+    assert last["machine/other_load"] >= 0
     split = {name: value for name, value in last.items() if name.startswith("time_split/")}
     names = {"startup", "compile", "data", "step", "communication", "evaluation", "checkpoint", "tracking", "other"}
     assert set(split) == {f"time_split/{name}" for name in names}
@@ -57,6 +59,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert run.data.params["model.width"] == "4"
     assert run.data.params["seed"] == "3"
     assert (run.data.tags["devices"], run.data.tags["accelerator"]) == ("2", "cpu")
+    assert run.data.tags["machine.cores"] == str(len(os.sched_getaffinity(0)))
     assert run.data.metrics == pytest.approx(last, nan_ok=True)
     history = client().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(e.step, e.metrics["train/loss"]) for e in epochs]
