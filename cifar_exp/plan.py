@@ -1,5 +1,6 @@
 """Pure arithmetic before anything starts: batches, steps, dropped images, learning rate by epoch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from cifar_exp.optim import Schedule, learning_rates
 from cifar_exp.schema import Config
 
 REFERENCE_BATCH = 256  # images of global batch that `optimizer.lr` is stated for
+WARMUP_EPOCHS = 5  # of train.lr_scaling=linear_warmup
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def make_plan(
 ) -> Plan:
     """The plan for ``world_size`` ranks and ``train_count`` training images.
 
-    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The full
-    learning rate is ``optimizer.lr`` x global batch / 256 (linear scaling, as in the reference example). A run that
-    goes on from a checkpoint keeps that one's global batch, ``resumed_batch``, whatever the number of ranks.
+    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The learning
+    rate follows the global batch by ``train.lr_scaling``: see :func:`scaled_rates`. A run that goes on from a
+    checkpoint keeps that one's global batch, ``resumed_batch``, whatever the number of ranks.
 
     Raises:
         ConfigError: where the batch is larger than the training set or not divisible by the ranks.
@@ -99,7 +101,7 @@ def make_plan(
             f"training set has {train_count}. Type {advice}"
         )
     steps_per_epoch = train_count // global_batch
-    full_rate = config.optimizer["lr"] * global_batch / REFERENCE_BATCH
+    rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
     return Plan(
         world_size=world_size,
         per_device_batch_size=global_batch // world_size,
@@ -107,9 +109,32 @@ def make_plan(
         epochs=config.train.epochs,
         steps_per_epoch=steps_per_epoch,
         dropped_images=train_count - steps_per_epoch * global_batch,
-        learning_rates=learning_rates(schedule, full_rate, steps_per_epoch, config.train.epochs),
+        learning_rates=scaled_rates(config.train.lr_scaling, rates, global_batch, steps_per_epoch),
         image_scales=spread(config.train.image_scales or (1.0,), config.train.epochs),
     )
+
+
+def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per_epoch: int) -> tuple[float, ...]:
+    """The learning rates of a global batch by the rule of ``train.lr_scaling``:
+
+    - ``linear``: x batch / 256, as in the reference example.
+    - ``sqrt``: x sqrt(batch / 256), which keeps the variance of the update (Krizhevsky 2014, arXiv:1404.5997).
+    - ``none``: the same for every batch.
+    - ``linear_warmup``: linear, but rising to that from x 1 by equal amounts a step over the first 5 epochs (Goyal et
+      al. 2017, arXiv:1706.02677, "gradual warmup"). A batch of up to 256 images needs none.
+
+    Args:
+        rule: which one.
+        rates: of each step, for a global batch of 256 images.
+        global_batch: images a step over all ranks.
+        steps_per_epoch: what the warm-up is counted in.
+    """
+    ratio = global_batch / REFERENCE_BATCH
+    if rule == "linear_warmup" and ratio > 1:
+        warmup = WARMUP_EPOCHS * steps_per_epoch
+        return tuple(rate * (1 + (ratio - 1) * min(1, step / warmup)) for step, rate in enumerate(rates))
+    factor = {"sqrt": math.sqrt(ratio), "none": 1.0}.get(rule, ratio)
+    return tuple(rate * factor for rate in rates)
 
 
 def spread(values: Sequence[float], epochs: int) -> tuple[float, ...]:

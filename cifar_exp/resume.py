@@ -24,7 +24,7 @@ from cifar_exp.tracking import OUTPUTS, RUN_FILE, RUN_ID_FILE, without_password
 CONFIG_FILE = "config.yaml"
 SWEEP_FILE = "sweep.json"
 # A run may go on with others of these: they do not bear on what is trained. Other devices share the same batches.
-INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher", "devices")
+INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher", "devices", "report")
 INCIDENTAL_DATA = ("data.residency", "data.workers")  # the batches are the same
 NO_PART_OF_A_SWEEP = ("resume", "progress")  # how it is typed and shown
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, OmegaConfBaseException)

@@ -34,6 +34,7 @@ class Train:
     epochs: Count = 60
     batch_size: Count = 256  # images: a device's under weak scaling, the global batch under strong scaling
     scaling: Literal["weak", "strong"] = "weak"
+    lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"] = "linear"  # of the rate with the global batch
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "never", "always"] = "auto"
     deterministic: bool = False
@@ -67,6 +68,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What a sweep's report works out beside the speedup."""
+
+    __pydantic_config__: ClassVar = _CLOSED
+    target_accuracy: Annotated[float, Gt(0), Le(1)] | None = None  # of validation: what it took to reach it
+    price_per_hour: PositiveFloat | None = None  # of one device, in any currency
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, whole."""
 
@@ -81,6 +91,7 @@ class Config:
     train: Train = field(default_factory=Train)
     devices: Devices = field(default_factory=Devices)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    report: Report = field(default_factory=Report)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     resume: Name = "never"  # or auto, or the folder or MLflow id of a run
     progress: Literal["auto", "bar", "lines", "quiet"] = "auto"
@@ -100,7 +111,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Optimizer:
-    lr: PositiveFloat  # for a global batch of 256 images
+    lr: PositiveFloat  # for a global batch of 256 images; train.lr_scaling says what others get
     momentum: BelowOne | None = None
     weight_decay: NonNegativeFloat | None = None
 

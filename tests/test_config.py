@@ -39,6 +39,7 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
     assert isinstance(plain, dict)
     bare = Config(**{name: plain[name] for name in GROUPS if name not in ("devices", "experiment")})
     assert (bare.train, bare.devices, bare.checkpoint) == (config.train, config.devices, config.checkpoint)
+    assert bare.report == config.report
     assert (bare.seed, bare.progress, bare.trusted_modules) == (config.seed, config.progress, config.trusted_modules)
 
 
@@ -67,6 +68,9 @@ REFUSED = {
     "devices.count=0": ("devices.count=0", "1 or more or auto"),
     "devices.count=two": ("devices.count=two", "whole number or auto"),
     "train.scaling=stron": ("train.scaling=stron", "weak or strong", "Type train.scaling=strong"),
+    "train.lr_scaling=squrt": ("train.lr_scaling=squrt", "linear, sqrt, none", "Type train.lr_scaling=sqrt"),
+    "report.target_accuracy=85": ("report.target_accuracy=85", "1.0 or less"),
+    "report.price_per_hour=0": ("report.price_per_hour=0", "more than 0"),
     "train.precision=fp8": ("train.precision=fp8", "bf16"),
     "augment.flip_probability=2": ("augment.flip_probability=2", "1.0 or less"),
     "schedule.drop_period=0": ("schedule.drop_period=0", "1 or more"),

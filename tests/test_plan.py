@@ -50,6 +50,27 @@ def test_the_rate_grows_with_the_batch_and_not_with_the_devices() -> None:
     assert plan(1, batch_size=64, lr=0.2).learning_rates[0] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0), ("none", 1.0)])
+def test_rules_of_the_learning_rate_on_four_devices(rule: str, factor: float) -> None:
+    """Four times the global batch: four times the rate, twice, or the same; the schedule's drop stays."""
+    made = plan(4, epochs=60, lr_scaling=rule)
+    assert made.learning_rates[0] == pytest.approx(0.1 * factor)
+    assert made.learning_rates[-1] == pytest.approx(0.01 * factor)
+    assert plan(1, lr_scaling=rule).learning_rates == pytest.approx(plan(1).learning_rates)
+    assert plan(4, scaling="strong", lr_scaling=rule).learning_rates == pytest.approx(plan(1).learning_rates)
+
+
+def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
+    """Goyal et al. 2017: from the rate of one device by a constant amount each iteration to k times that."""
+    made = plan(4, 4 * 256 * 10, epochs=8, lr_scaling="linear_warmup", schedule=partial(piecewise, drop_period=7))
+    assert made.steps_per_epoch == 10
+    assert made.learning_rates[:51] == pytest.approx([0.1 + 0.3 * step / 50 for step in range(51)])
+    assert made.learning_rates[51:70] == pytest.approx([0.4] * 19)
+    assert made.learning_rates[70:] == pytest.approx([0.04] * 10)
+    small = plan(1, batch_size=128, lr_scaling="linear_warmup")
+    assert small.learning_rates == plan(1, batch_size=128).learning_rates  # nothing to warm up to
+
+
 def test_nothing_is_dropped_where_the_batch_divides_the_set() -> None:
     made = plan(2, 96, batch_size=16, epochs=1)
     assert (made.steps_per_epoch, made.dropped_images) == (3, 0)
