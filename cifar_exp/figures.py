@@ -9,21 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.intervals import Interval
 from cifar_exp.journal import Entry
 from cifar_exp.page import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step, write_progress_page
-from cifar_exp.scaling import SpeedupRow
+from cifar_exp.scaling import Group, SpeedupRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["RunFacts", "draw_speedup", "draw_training", "write_progress_page"]
+__all__ = ["RunFacts", "draw_comparison", "draw_speedup", "draw_training", "write_progress_page"]
 
 # Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#8a3f74"
 SERIES_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, SOFT, BAND = "#1b1f24", "#59636e", "#f2f4f7"
 DPI = 120  # 10 inches wide: 1200 pixels
+BOTH_LAWS = 2  # groups beside which both laws are drawn; more of them only have the one for their way of scaling
+
+Pair = tuple[str, Group, Group, Mapping[int, tuple[float, Interval | None]]]
+"""A group's name, its figures in the first and in the second sweep, and the ratios of their rates by device count."""
 
 
 def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None:
@@ -31,15 +36,20 @@ def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None
     training_figure(entries, facts).savefig(path)
 
 
-def draw_speedup(groups: Mapping[str, Sequence[SpeedupRow]], path: Path, simulated: bool) -> None:
-    """Speedup and training time over the device count as a PNG at ``path``.
+def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> None:
+    """Speedup, efficiency, training time and test accuracy over the device count as a PNG at ``path``.
 
     Args:
-        groups: rows in ascending device count, by the group's name (empty where there is one group).
+        groups: by the group's name (empty where there is one group).
         path: where to write.
         simulated: whether the devices were processes on one CPU; the title says so.
     """
     speedup_figure(groups, simulated).savefig(path)
+
+
+def draw_comparison(names: tuple[str, str], pairs: Sequence[Pair], path: Path, simulated: bool) -> None:
+    """Two sweeps over the device count as a PNG at ``path``; see :func:`comparison_figure`."""
+    comparison_figure(names, pairs, simulated).savefig(path)
 
 
 def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
@@ -66,23 +76,66 @@ def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
     return figure
 
 
-def speedup_figure(groups: Mapping[str, Sequence[SpeedupRow]], simulated: bool) -> "Figure":
-    """Two panels: speedup with the ideal line, and training time as bars; a colour a group."""
-    figure = _empty_figure(height=4.6)
-    left, right = figure.subplots(1, 2)
-    counts = sorted({row.devices for rows in groups.values() for row in rows})
-    _draw_ideal(left, groups)
-    for place, (name, rows) in enumerate(groups.items()):
-        devices, speedups = [row.devices for row in rows], [row.speedup for row in rows]
-        left.plot(devices, speedups, "o-", color=_colour(place), linewidth=2, label=name or "measured")
-        _label_speedups(left, rows, _colour(place))
-    _scale_by_devices(left, counts)
-    _draw_times(right, groups, counts)
+def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
+    """Four panels, a colour a group: speedup with the ideal line and the fitted laws, efficiency, time, accuracy.
+
+    Bars at the points are 95 % intervals.
+    """
+    figure = _empty_figure(height=8.6)
+    (speedup, efficiency), (time, accuracy) = figure.subplots(2, 2)
+    counts = sorted({row.devices for group in groups.values() for row in group.rows})
+    _draw_ideal(speedup, [group.rows for group in groups.values()])
+    efficiency.axhline(100, linestyle="--", color=SOFT, linewidth=1.3)
+    for place, (name, group) in enumerate(groups.items()):
+        colour = _colour(place)
+        _draw_laws(speedup, group, name, colour, both=len(groups) <= BOTH_LAWS)
+        _draw_points(speedup, group.rows, "speedup", 1, colour, name or "measured")
+        _label_speedups(speedup, group.rows, colour)
+        _draw_points(efficiency, group.rows, "efficiency", 100, colour, name)
+        _draw_points(accuracy, group.rows, "test_accuracy", 100, colour, name)
+    _scale_by_devices(speedup, counts)
+    _draw_times(time, {name: group.rows for name, group in groups.items()}, counts)
+    for axes in (efficiency, accuracy):
+        _mark_devices(axes, counts)
     xlabel = "devices (CPU-simulated)" if simulated else "devices"
-    left.set(title="Images/s over those of the smallest count", xlabel=xlabel, ylabel="speedup")
-    right.set(title="Training time", xlabel=xlabel)
-    left.legend(loc="upper left", frameon=False)
+    for axes, title, ylabel in (
+        (speedup, "Images/s over those of the smallest count", "speedup"),
+        (efficiency, "Speedup over the ideal one", "efficiency (%)"),
+        (time, "Training time", time.get_ylabel()),
+        (accuracy, "Test accuracy", "test accuracy (%)"),
+    ):
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    speedup.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle("Speedup by device count" + (", CPU-simulated" if simulated else ""), fontweight="bold")
+    return figure
+
+
+def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: bool) -> "Figure":
+    """Two panels, a colour a group: images/s of both sweeps, and the second's over the first's, with 95 % intervals.
+
+    Args:
+        names: of the two sweeps.
+        pairs: the groups that both have.
+        simulated: whether the devices of one of them were processes on one CPU.
+    """
+    figure = _empty_figure(height=4.6)
+    rates, ratios = figure.subplots(1, 2)
+    counts = sorted({row.devices for _, *both, _ in pairs for group in both for row in group.rows})
+    ratios.axhline(1, linestyle="--", color=SOFT, linewidth=1.3)
+    for place, (name, first, second, found) in enumerate(pairs):
+        colour = _colour(place)
+        for sweep, group, line in ((names[0], first, "--"), (names[1], second, "-")):
+            _draw_points(rates, group.rows, "images_per_second", 1, colour, f"{sweep} {name}".rstrip(), line)
+        devices, values = list(found), [ratio for ratio, _ in found.values()]
+        ratios.plot(devices, values, "o", color=colour, label=name)
+        _draw_bars(ratios, devices, values, [interval for _, interval in found.values()], colour)
+    _scale_by_devices(rates, counts)
+    _mark_devices(ratios, counts)
+    xlabel = "devices (CPU-simulated)" if simulated else "devices"
+    rates.set(title="Images/s", xlabel=xlabel)
+    ratios.set(title=f"Images/s of {names[1]} over those of {names[0]}", xlabel=xlabel)
+    rates.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.suptitle("Two sweeps" + (", CPU-simulated" if simulated else ""), fontweight="bold")
     return figure
 
 
@@ -136,12 +189,48 @@ def _label_drops(axes: "Axes", epochs: int, facts: RunFacts) -> None:
             )
 
 
-def _draw_ideal(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]]) -> None:
+def _draw_ideal(axes: "Axes", groups: Sequence[Sequence[SpeedupRow]]) -> None:
     """N times the devices, N times the speed: one dashed line for each smallest count."""
-    largest = max(rows[-1].devices for rows in groups.values())
-    for place, first in enumerate(sorted({rows[0].devices for rows in groups.values()})):
+    largest = max(rows[-1].devices for rows in groups)
+    for place, first in enumerate(sorted({rows[0].devices for rows in groups})):
         label = None if place else "ideal"
         axes.plot([first, largest], [1, largest / first], "--", color=SOFT, linewidth=1.3, label=label)
+
+
+def _draw_laws(axes: "Axes", group: Group, name: str, colour: str, both: bool) -> None:
+    """Amdahl's and Gustafson's law as fitted, thin lines over the measured range."""
+    first, last = group.rows[0].devices, group.rows[-1].devices
+    steps = [first * (last / first) ** (step / 40) for step in range(41)]
+    for fit, line in list(zip(group.fits, ("-.", ":"), strict=True))[: 2 if both else 1]:
+        label = f"{fit.law}, {fit.serial_fraction:.1%} serial" + (f" ({name})" if name else "")
+        speedups = [fit.speedup(devices, over=first) for devices in steps]
+        axes.plot(steps, speedups, line, color=colour, linewidth=1, alpha=0.8, label=label)
+
+
+def _draw_points(
+    axes: "Axes", rows: Sequence[SpeedupRow], figure: str, scale: float, colour: str, label: str, line: str = "-"
+) -> None:
+    """One figure of the rows, times ``scale``, as joined dots with their intervals."""
+    devices, values = [row.devices for row in rows], [getattr(row, figure) * scale for row in rows]
+    axes.plot(devices, values, f"o{line}", color=colour, linewidth=2, markersize=5, label=label)
+    intervals = [row.intervals.get(figure) for row in rows]
+    scaled = [interval and interval.mapped(lambda value: value * scale) for interval in intervals]
+    _draw_bars(axes, devices, values, scaled, colour)
+
+
+def _draw_bars(
+    axes: "Axes", devices: Sequence[int], values: Sequence[float], intervals: Sequence[Interval | None], colour: str
+) -> None:
+    """The intervals as bars at the points."""
+    known = [(*point, interval) for *point, interval in zip(devices, values, intervals, strict=True) if interval]
+    if known:
+        across, up, _ = zip(*known, strict=True)
+        axes.errorbar(across, up, _reaches(known), fmt="none", ecolor=colour, capsize=4, elinewidth=1.4)
+
+
+def _reaches(points: Sequence[Sequence[Any]]) -> list[list[float]]:
+    """How far the intervals reach below and above their values; points end in a value and an interval."""
+    return [[value - interval.low for *_, value, interval in points], [i.high - value for *_, value, i in points]]
 
 
 def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> None:
@@ -168,29 +257,43 @@ def _colour(place: int) -> str:
 
 def _scale_by_devices(axes: "Axes", counts: Sequence[int]) -> None:
     """Ticks at the measured counts; doublings at equal distances where all counts are powers of two."""
-    if all(count & (count - 1) == 0 for count in counts):
-        axes.set_xscale("log", base=2)
+    if _all_doublings(counts):
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
+    _mark_devices(axes, counts)
+
+
+def _mark_devices(axes: "Axes", counts: Sequence[int]) -> None:
+    """Ticks at the measured counts, on an axis as that of the speedups."""
+    if _all_doublings(counts):
+        axes.set_xscale("log", base=2)
     axes.set_xticks(counts, labels=[str(count) for count in counts], minor=False)
     axes.margins(0.14)
     _tidy(axes)
 
 
+def _all_doublings(counts: Sequence[int]) -> bool:
+    return all(count & (count - 1) == 0 for count in counts)
+
+
 def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts: Sequence[int]) -> None:
-    """Training time as bars side by side, labelled in the unit of the axis."""
+    """Training time as bars side by side with their intervals, labelled in the unit of the axis."""
     longest = max(row.train_seconds for rows in groups.values() for row in rows)
     unit, seconds = ("min", 60) if longest >= 120 else ("s", 1)
     width = 0.75 / len(groups)
     rotation = 90 if len(groups) * len(counts) > 8 else 0  # more labels than that run into each other
     for place, (name, rows) in enumerate(groups.items()):
         shift = (place - (len(groups) - 1) / 2) * width
+        points = [(row.train_seconds, row.intervals.get("train_seconds")) for row in rows]
+        known = [(value / seconds, (i or Interval(value, value)).mapped(lambda x: x / seconds)) for value, i in points]
         bars = axes.bar(
             [counts.index(row.devices) + shift for row in rows],
-            [row.train_seconds / seconds for row in rows],
+            [value for value, _ in known],
             0.92 * width,
+            yerr=_reaches(known) if any(interval for _, interval in points) else None,
+            capsize=4,
             color=_colour(place),
             label=name,
         )

@@ -1,146 +1,114 @@
-"""Finished runs -> the speedup table, as text, CSV, figure and metrics; and the command that makes it again."""
+"""The command that makes a sweep's report again, or compares two sweeps, from their folders or from MLflow."""
 
 import argparse
-import csv
+import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
-from cifar_exp import figures
+from cifar_exp import journal
+from cifar_exp.comparison import Comparison
 from cifar_exp.errors import CifarExpError, ConfigError
-from cifar_exp.scaling import RunResult, SpeedupRow, grouped, speedup_rows
-from cifar_exp.tracking import MLflowTracker, run_id
+from cifar_exp.schema import Report
+from cifar_exp.study import SERIES, FinishedRun, Study
+from cifar_exp.tracking import RUN_FILE, MLflowTracker, run_id
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Run
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run as a report sees it: its tags and the last value of each metric."""
-
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Study:
-    """Speedup over device counts, in groups of runs that differ in nothing else but their seed.
-
-    Attributes:
-        groups: rows in ascending device count, by the group's name (empty where there is one group).
-        simulated: whether several ranks shared one CPU, which says nothing of several machines.
-    """
-
-    groups: Mapping[str, Sequence[SpeedupRow]]
-    simulated: bool
-
-    @classmethod
-    def of(cls, runs: Sequence[FinishedRun]) -> "Study | None":
-        """The study that ``runs`` make up; None where no group has two device counts.
-
-        Runs whose ranks shared a device say nothing about more devices and are left out.
-        """
-        counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
-        names = grouped([run.tags.get("overrides", "").split() for run in counted])
-        groups: dict[str, Sequence[SpeedupRow]] = {}
-        for name in dict.fromkeys(names):
-            results = [RunResult.of(run.metrics) for run, group in zip(counted, names, strict=True) if group == name]
-            rows = speedup_rows(results)
-            if len(rows) > 1:
-                groups[name] = rows
-        if not groups:
-            return None
-        return cls(groups, simulated=any(run.tags.get("accelerator") == "cpu" for run in counted))
-
-    def print(self, console: Console) -> None:
-        """One table a group."""
-        label = " (CPU-simulated)" if self.simulated else ""
-        for name, rows in self.groups.items():
-            table = Table(title=f"Speedup{label}{f': {name}' if name else ''}", title_justify="left")
-            for heading in (
-                "devices",
-                "global batch",
-                "images/s",
-                "speedup",
-                "efficiency",
-                "seconds",
-                "x faster",
-                "test accuracy",
-            ):
-                table.add_column(heading, justify="right")
-            for row in rows:
-                table.add_row(
-                    str(row.devices),
-                    str(row.global_batch_size),
-                    f"{row.images_per_second:,.0f}",
-                    f"{row.speedup:.2f}",
-                    f"{row.efficiency:.1%}",
-                    f"{row.train_seconds:.1f}",
-                    f"{row.time_ratio:.2f}",
-                    f"{row.test_accuracy:.4f}",
-                )
-            console.print(table)
-
-    def write(self, folder: Path) -> list[Path]:
-        """``speedup.csv`` and ``speedup.png`` in ``folder``."""
-        table, figure = folder / "speedup.csv", folder / "speedup.png"
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["group", "cpu_simulated", *(field.name for field in fields(SpeedupRow))])
-            writer.writeheader()
-            writer.writerows(
-                {"group": name, "cpu_simulated": self.simulated} | asdict(row)
-                for name, rows in self.groups.items()
-                for row in rows
-            )
-        figures.draw_speedup(self.groups, figure, self.simulated)
-        return [table, figure]
-
-    def metrics(self) -> list[tuple[str, float, int]]:
-        """(name, value, device count) for the parent run; with several groups the name carries the group's."""
-        several = len(self.groups) > 1
-        return [
-            (f"{metric}/{name}" if several and name else metric, value, row.devices)
-            for name, rows in self.groups.items()
-            for row in rows
-            for metric, value in (
-                ("speedup", row.speedup),
-                ("efficiency", row.efficiency),
-                ("images_per_second", row.images_per_second),
-                ("test/accuracy", row.test_accuracy),
-                ("time/train_seconds", row.train_seconds),
-            )
-        ]
 
 
 def main() -> None:
     """The command `cifar-exp-report`."""
-    parser = argparse.ArgumentParser(prog="cifar-exp-report", description="Make a sweep's speedup table from MLflow.")
-    parser.add_argument("sweep", help="the sweep's parent run: its id, or the sweep's folder under outputs/multirun")
-    parser.add_argument("--uri", help="MLflow's tracking address (default: the SQLite store under outputs/)")
-    parser.add_argument(
-        "--to", type=Path, default=Path(), help="folder for speedup.csv and speedup.png (default: here)"
+    parser = argparse.ArgumentParser(
+        prog="cifar-exp-report", description="Make a sweep's speedup table and figure again, or compare two sweeps."
     )
+    parser.add_argument(
+        "sweeps", nargs="+", help="one or two sweeps: a folder under outputs/multirun, or the parent run's id"
+    )
+    parser.add_argument("--uri", help="read MLflow at this tracking address, folders too (default: under outputs/)")
+    parser.add_argument("--to", type=Path, default=Path(), help="folder for what is written (default: here)")
+    parser.add_argument("--target-accuracy", type=float, help="what it took to reach it, 0 to 1, as 0.85")
+    parser.add_argument("--price-per-hour", type=float, help="of one device, for the price of reaching it")
     arguments = parser.parse_args()
     try:
-        runs = stored_children(MLflowTracker(uri=arguments.uri), arguments.sweep)
-        study = Study.of(runs)
-        if study is None:
-            raise ConfigError(
-                f"{arguments.sweep}: a speedup needs finished runs with at least two device counts, found "
-                f"{len(runs)} run(s). Type cifar-exp -m experiment=speedup devices.count=1,2"
-            )
-        study.print(Console())
+        _check(arguments.target_accuracy, arguments.price_per_hour)
+        if len(arguments.sweeps) > 2:
+            raise ConfigError(f"{' '.join(arguments.sweeps)}: one sweep is shown, or two are compared. Type two")
+        found = [finished_runs(sweep, arguments.uri) for sweep in arguments.sweeps]
+        compare = len(found) == 2
+        settings = _settings(found[0], arguments.target_accuracy, arguments.price_per_hour)
+        made = _comparison(arguments.sweeps, found) if compare else _study(arguments.sweeps[0], found[0], settings)
+        made.print(Console())
         arguments.to.mkdir(parents=True, exist_ok=True)
-        print("\n".join(str(path) for path in study.write(arguments.to)))
+        print("\n".join(str(path) for path in made.write(arguments.to)))
     except CifarExpError as error:
         print(f"cifar-exp-report: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _check(target_accuracy: float | None, price_per_hour: float | None) -> None:
+    if target_accuracy is not None and not 0 < target_accuracy <= 1:
+        raise ConfigError(
+            f"--target-accuracy={target_accuracy}: it must be more than 0 and at most 1. Type --target-accuracy=0.85"
+        )
+    if price_per_hour is not None and not 0 < price_per_hour < float("inf"):
+        raise ConfigError(f"--price-per-hour={price_per_hour}: it must be more than 0. Type --price-per-hour=2.5")
+
+
+def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None) -> Report:
+    """What was typed, else what the sweep itself was given."""
+    given = runs[0].params if runs else {}
+    then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
+    target, price = (None if value in (None, "None") else float(value) for value in then)
+    return Report(target_accuracy or target, price_per_hour or price)
+
+
+def _study(sweep: str, runs: Sequence[FinishedRun], settings: Report) -> Study:
+    study = Study.of(runs, settings)
+    if study is None:
+        raise ConfigError(
+            f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Type "
+            f"cifar-exp -m experiment=speedup devices.count=1,2"
+        )
+    return study
+
+
+def _comparison(sweeps: Sequence[str], runs: Sequence[Sequence[FinishedRun]]) -> Comparison:
+    first, second = (Path(sweep).name[:20] for sweep in sweeps)
+    names = (f"A: {first}", f"B: {second}")
+    return Comparison.of(names, *runs)
+
+
+def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
+    """The finished runs of a sweep: from its folder where that is given and no ``uri`` is, else from MLflow.
+
+    Raises:
+        ConfigError: where there is no such sweep.
+    """
+    folder = Path(sweep)
+    if uri is None and folder.is_dir():
+        found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
+        if found:
+            runs = [folder_run(path.parent) for path in found]
+            return [run for run in runs if run and "time/total_seconds" in run.metrics]
+    return stored_children(MLflowTracker(uri=uri), sweep)
+
+
+def folder_run(run_dir: Path) -> FinishedRun | None:
+    """A run as it left its tags and metrics in its folder; None for a folder that holds no run of ours."""
+    if not (run_dir / RUN_FILE).exists():
+        return None
+    entries = journal.read(run_dir)
+    series = {
+        name: [(entry.step, entry.time, entry.metrics[name]) for entry in entries if name in entry.metrics]
+        for name in SERIES
+    }
+    record = json.loads((run_dir / RUN_FILE).read_text())
+    return FinishedRun(record["tags"], journal.last_values(run_dir), series, record["params"])
 
 
 def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
@@ -166,4 +134,16 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
         max_results=1000,
         order_by=["attributes.start_time ASC"],
     )
-    return [FinishedRun(run.data.tags, run.data.metrics) for run in children]
+    return [_stored_run(client, run) for run in children]
+
+
+def _stored_run(client: "MlflowClient", run: "Run") -> FinishedRun:
+    began = run.info.start_time
+    series = {
+        name: sorted(
+            (point.step, (point.timestamp - began) / 1000, point.value)
+            for point in client.get_metric_history(run.info.run_id, name)
+        )
+        for name in SERIES
+    }
+    return FinishedRun(run.data.tags, run.data.metrics, series, run.data.params)

@@ -1,6 +1,5 @@
 """Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
 
-import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +18,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.config import build_tracker
 from cifar_exp.errors import CifarExpError, Stopped, TrackingError
+from cifar_exp.schema import Report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cifar_exp.report import FinishedRun
+    from cifar_exp.study import FinishedRun
     from cifar_exp.tracking import SweepRun
 
 
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
+POWERS_OF_TWO = "powers_of_two"  # what a preset says for the device counts: up to what the machine has
 
 
 class SweepFailedError(CifarExpError):
@@ -89,13 +90,16 @@ class StudySweeper(BasicSweeper):
 
     def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.config is not None
+        from cifar_exp.report import folder_run
+
         OmegaConf.save(self.config, sweep_dir / MULTIRUN_FILE)
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
             rows = [_row(number, job) for number, job in enumerate(returns)]
-            finished = {row.number: run for row in rows if row.is_finished and (run := _finished(row.run_dir))}
-            metrics, artifacts = _summarize(rows, finished, sweep_dir, quiet=self.config.progress == "quiet")
+            finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
+            settings = Report(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
+            metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
             parent.log(metrics, artifacts, _common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":
                 print(f"compare: {parent.hint}")
@@ -118,10 +122,21 @@ class StudySweeper(BasicSweeper):
         """The overrides of each job, all of which compose."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        self.overrides = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)
+        preset = self._preset(arguments)
+        # What is typed takes the place of the preset's value for the same key, so the preset's order of keys stays.
+        self.overrides = self.split_arguments(parser.parse_overrides([*preset, *arguments]), None)
         jobs = [list(job) for job in self.overrides[0]]
         self.validate_batch_is_legal(jobs)
         return jobs
+
+    def _preset(self, arguments: Sequence[str]) -> list[str]:
+        """``hydra.sweeper.params`` as overrides; device counts that nobody typed are this machine's."""
+        assert self.config is not None
+        preset = dict(self.params or {})
+        if preset.get("devices.count") == POWERS_OF_TWO:
+            typed = any(argument.partition("=")[0] == "devices.count" for argument in arguments)
+            preset["devices.count"] = "auto" if typed else ",".join(map(str, _device_counts(self.config)))
+        return [f"{name}={value}" for name, value in preset.items()]
 
     def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
         assert self.launcher is not None
@@ -186,6 +201,21 @@ class ParentRun:
             self._error = self._error or error
 
 
+def _device_counts(config: DictConfig) -> list[int]:
+    """1, 2, 4, ... up to the devices that this machine has.
+
+    Raises:
+        MachineError: where it has none of the kind that was asked for.
+    """
+    from cifar_exp.launch import find_devices
+    from cifar_exp.schema import Devices
+
+    wanted = config.devices
+    found = find_devices(Devices(accelerator=wanted.accelerator))
+    threads = wanted.threads if found.accelerator == "cpu" and isinstance(wanted.threads, int) else 1
+    return [2**power for power in range((found.found // threads).bit_length())] or [1]
+
+
 def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
     """One job between two lines that say what it is and, at once, why it failed."""
     from hydra.core.hydra_config import HydraConfig
@@ -216,16 +246,16 @@ def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
 
 
 def _summarize(
-    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, quiet: bool
+    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: Report, quiet: bool
 ) -> tuple[list[tuple[str, float, int]], list[Path]]:
     """Print the jobs and the speedup; the parent run's metrics and files."""
     from rich.console import Console
 
-    from cifar_exp.report import Study
+    from cifar_exp.study import Study
 
     console = Console(quiet=quiet)
     _print_jobs(console, rows, finished)
-    study = Study.of(list(finished.values()))
+    study = Study.of(list(finished.values()), settings)
     if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
         console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core say nothing of speedup")
     if study is None:
@@ -234,17 +264,6 @@ def _summarize(
     artifacts = study.write(sweep_dir)
     console.print(f"written: {', '.join(map(str, artifacts))}", highlight=False, soft_wrap=True)
     return study.metrics(), artifacts
-
-
-def _finished(run_dir: Path) -> "FinishedRun | None":
-    """A job's tags and metrics, as it left them in its folder; None for tasks that are no run of ours."""
-    from cifar_exp import journal
-    from cifar_exp.report import FinishedRun
-    from cifar_exp.tracking import RUN_FILE
-
-    if not (run_dir / RUN_FILE).exists():
-        return None
-    return FinishedRun(json.loads((run_dir / RUN_FILE).read_text())["tags"], journal.last_values(run_dir))
 
 
 def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:

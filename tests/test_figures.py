@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,12 +18,14 @@ from PIL import Image
 from cifar_exp.errors import StorageError
 from cifar_exp.figures import (
     RunFacts,
+    comparison_figure,
     draw_speedup,
     draw_training,
     speedup_figure,
     training_figure,
     write_progress_page,
 )
+from cifar_exp.intervals import Interval
 from cifar_exp.journal import Entry
 from cifar_exp.page import (
     MAX_POINTS,
@@ -41,7 +42,7 @@ from cifar_exp.page import (
     thinned,
     tick_step,
 )
-from cifar_exp.scaling import RunResult, SpeedupRow, speedup_rows
+from cifar_exp.scaling import Group, RunResult
 
 FACTS = RunFacts(
     title="convnet 32x4 on CIFAR-10",
@@ -333,18 +334,33 @@ def test_training_figure_of_a_run_without_values(tmp_path: Path, entries: list[E
     assert (tmp_path / "training.png").stat().st_size > 1000
 
 
-def study(rates: dict[int, float]) -> Sequence[SpeedupRow]:
-    return speedup_rows([RunResult(count, 256, rate, 60_000 / rate, 0.86) for count, rate in rates.items()])
+def study(rates: dict[int, float], off: float = 0.0) -> Group:
+    """Two runs a count, ``off`` of the rate to either side of it; weak scaling."""
+    sides = (-off, off) if off else (0.0,)
+    return Group.of(
+        [
+            RunResult(count, 256 * count, rate * (1 + side), 60_000 / rate, 0.86 + side)
+            for count, rate in rates.items()
+            for side in sides
+        ]
+    )
+
+
+def without_laws(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """The lines but for the fitted laws, and for the ends of the intervals' bars, which have no label."""
+    return {name: line for name, line in lines(axes).items() if "serial" not in name and not name.startswith("_")}
 
 
 def test_speedup_figure_shows_every_group_beside_the_ideal() -> None:
     figure = speedup_figure({"weak": study({1: 100, 2: 190, 4: 360}), "strong": study({1: 100, 2: 150})}, False)
-    speedup, seconds = figure.axes
-    assert lines(speedup) == {
+    speedup, efficiency, seconds, accuracy = figure.axes
+    assert without_laws(speedup) == {
         "ideal": [(1, 1), (4, 4)],
         "weak": [(1, 1), (2, 1.9), (4, 3.6)],
         "strong": [(1, 1), (2, 1.5)],
     }
+    assert without_laws(efficiency)["weak"] == [(1, 100), (2, 95), (4, 90)]
+    assert without_laws(accuracy)["strong"] == [(1, 86), (2, 86)]
     assert [text.get_text() for text in speedup.texts] == ["1.90", "3.60", "1.50"]
     assert [bar.get_height() for bar in seconds.patches] == pytest.approx(
         [600 / 60, 316 / 60, 167 / 60, 600 / 60, 400 / 60], abs=0.02
@@ -354,19 +370,49 @@ def test_speedup_figure_shows_every_group_beside_the_ideal() -> None:
     assert figure.get_suptitle() == "Speedup by device count"
 
 
+def test_intervals_are_bars_from_end_to_end() -> None:
+    group = study({1: 100, 2: 190}, off=0.01)
+    speedup, _, _, accuracy = speedup_figure({"": group}, False).axes
+    interval = group.rows[1].intervals["speedup"]
+    (bars,) = speedup.collections
+    (segment,) = bars.get_segments()  # type: ignore[attr-defined]
+    assert [tuple(end) for end in segment] == [(2, pytest.approx(interval.low)), (2, pytest.approx(interval.high))]
+    assert len(accuracy.collections[0].get_segments()) == 2  # type: ignore[attr-defined]
+
+
+def test_the_fitted_laws_are_drawn_over_the_measured_range() -> None:
+    group = study({1: 100, 2: 190, 4: 361})
+    axes = speedup_figure({"": group}, False).axes[0]
+    laws = {name: line for name, line in lines(axes).items() if "serial" in name}
+    assert [name.partition(",")[0] for name in laws] == ["Gustafson", "Amdahl"]  # the batch grows with the devices
+    for fit, line in zip(group.fits, laws.values(), strict=True):
+        assert line[0] == (1, 1)
+        assert line[-1] == (pytest.approx(4), fit.speedup(4))
+
+
 def test_speedup_axes_are_linear_where_counts_are_no_powers_of_two() -> None:
-    speedup, seconds = speedup_figure({"": study({2: 6000, 3: 7500})}, False).axes
+    speedup, _, seconds, _ = speedup_figure({"": study({2: 6000, 3: 7500})}, False).axes
     assert speedup.get_xscale() == speedup.get_yscale() == "linear"
-    assert lines(speedup) == {"ideal": [(2, 1), (3, 1.5)], "measured": [(2, 1), (3, 1.25)]}
+    assert without_laws(speedup) == {"ideal": [(2, 1), (3, 1.5)], "measured": [(2, 1), (3, 1.25)]}
     assert [text.get_text() for text in seconds.texts] == ["10 s", "8 s"]
     assert [label.get_text() for label in speedup.get_xticklabels()] == ["2", "3"]
 
 
 def test_simulated_devices_are_named_so(tmp_path: Path) -> None:
-    groups = {"": study({1: 555, 2: 993})}
+    groups = {"": study({1: 555, 2: 993}, off=0.01)}
     figure = speedup_figure(groups, simulated=True)
     assert "CPU-simulated" in figure.get_suptitle()
     assert all("CPU-simulated" in axes.get_xlabel() for axes in figure.axes)
     draw_speedup(groups, tmp_path / "speedup.png", simulated=True)
-    assert Image.open(tmp_path / "speedup.png").size == (1200, 552)
+    assert Image.open(tmp_path / "speedup.png").size == (1200, 1032)
     assert (tmp_path / "speedup.png").stat().st_size < 200_000
+
+
+def test_comparison_figure_shows_both_sweeps_and_their_ratio() -> None:
+    pairs = [("", study({1: 100, 2: 190}), study({1: 100, 2: 200}), {1: (1.0, None), 2: (1.05, Interval(1.01, 1.1))})]
+    rates, ratios = comparison_figure(("before", "after"), pairs, False).axes
+    assert without_laws(rates) == {"before": [(1, 100), (2, 190)], "after": [(1, 100), (2, 200)]}
+    (bars,) = ratios.collections
+    (segment,) = bars.get_segments()  # type: ignore[attr-defined]
+    assert [float(end[1]) for end in segment] == pytest.approx([1.01, 1.1])
+    assert ratios.get_title() == "Images/s of after over those of before"

@@ -70,8 +70,7 @@ def test_training_on_folders_then_prediction(cifar_exp: Command, workplace: Path
 def test_the_sweeps_compose_and_run(cifar_exp: Command, workplace: Path, what: str) -> None:
     (arguments,) = [words for words in commands("cifar-exp") if what in words]
     limits = [word for word in TINY if not word.startswith(("devices.count", "model.", "train.log_every"))]
-    if "model.width" in what:
-        limits.append("devices.count=1")
+    limits.append("devices.count=1" if "model.width" in what else "seed=0")
     done = cifar_exp(*arguments, *limits, "train.epochs=1", "train.batch_size=16", "devices.oversubscribe=true")
     assert done.returncode == 0, done.stderr
     assert list((workplace / "outputs" / "multirun").rglob("metrics.jsonl"))

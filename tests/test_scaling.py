@@ -1,8 +1,12 @@
 """The speedup table is the medians and ratios that one computes by hand."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
-from cifar_exp.scaling import RunResult, SpeedupRow, grouped, speedup_rows
+from cifar_exp.scaling import Group, RunResult, SpeedupRow, grouped, speedup_rows
+from cifar_exp.schema import Report
 
 FIVE = [
     RunResult(devices=2, global_batch_size=512, images_per_second=300.0, train_seconds=60.0, test_accuracy=0.90),
@@ -15,7 +19,7 @@ FIVE = [
 
 def test_rows_are_medians_over_repeats_in_ascending_device_count() -> None:
     """1 device: 100, 200, 900 images/s; 2 devices: 300, 400. A mean would be drawn away by the outlier."""
-    assert speedup_rows(FIVE) == [
+    assert [replace(row, intervals={}) for row in speedup_rows(FIVE)] == [
         SpeedupRow(
             devices=1,
             repeats=3,
@@ -73,8 +77,100 @@ def test_a_result_is_read_from_the_metrics_of_a_run() -> None:
         "val/accuracy": 0.8,
     }
     result = RunResult.of(metrics)
-    assert result == RunResult(4, 1024, 1234.5, 67.8, 0.9)
+    assert result == RunResult(4, 1024, 1234.5, 67.8, 0.9, total_seconds=99.0)
     assert isinstance(result.devices, int)
+
+
+def test_a_result_knows_its_blocks_without_the_first_and_its_time_without_warm_up() -> None:
+    series = {
+        "step/images_per_second": [(10, 1.0, 100.0), (20, 1.5, 900.0), (30, 2.0, 1100.0)],
+        "val/accuracy": [(15, 3.0, 0.3), (30, 6.0, 0.5)],
+    }
+    metrics = {"devices": 2, "global_batch_size": 512, "steady_images_per_second": 1000.0}
+    result = RunResult.of(metrics | {"time/train_seconds": 20.0, "test/accuracy": 0.5}, series, ["heat"])
+    assert result.block_rates == (900.0, 1100.0)
+    assert result.steady_seconds == pytest.approx(30 * 512 / 1000)
+    assert [result.seconds_to(accuracy) for accuracy in (0.2, 0.3, 0.31, 0.6)] == [3.0, 3.0, 6.0, None]
+    assert result.disturbances == ("heat",)
+
+
+def run(devices: int, rate: float, accuracy: float = 0.5, **more: object) -> RunResult:
+    return RunResult(devices, 256 * devices, rate, 1000 / rate, accuracy, **more)  # type: ignore[arg-type]
+
+
+def test_intervals_by_hand() -> None:
+    """Logarithms 0.01 and 0.02 to each side: squares 0.001 over 2 degrees of freedom, t 4.303, two runs a mean."""
+    off = [(1, 100, 0.01), (1, 100, -0.01), (2, 180, 0.02), (2, 180, -0.02)]
+    first, second = Group.of([run(count, rate * math.exp(by)) for count, rate, by in off]).rows
+    error = math.sqrt(0.001 / 2 / 2)
+    rate, reach = first.intervals["images_per_second"], math.exp(4.3027 * error)
+    assert (rate.low, rate.high) == pytest.approx((100 / reach, 100 * reach), rel=1e-4)
+    assert "speedup" not in first.intervals  # it is what the others are compared with
+    reach = math.exp(4.3027 * error * math.sqrt(2))
+    for figure, value in (("speedup", 1.8), ("efficiency", 0.9), ("time_ratio", 1.8)):
+        interval = second.intervals[figure]
+        assert (interval.low, interval.high) == pytest.approx((value / reach, value * reach), rel=1e-3)
+
+
+def test_one_run_a_count_has_the_noise_of_its_blocks_and_says_so() -> None:
+    def blocks(rate: float) -> tuple[float, ...]:
+        return tuple(rate * (1 + 0.01 * (-1) ** (number // 3)) for number in range(16))
+
+    group = Group.of([run(1, 100, block_rates=blocks(100)), run(2, 190, block_rates=blocks(190))])
+    interval = group.rows[1].intervals["speedup"]
+    assert 0.01 < interval.high - interval.low < 0.5
+    assert interval.low < 1.9 < interval.high
+    assert "another run" in group.notes[0]
+    assert "test_accuracy" not in group.rows[1].intervals
+    bare = Group.of([run(1, 100), run(2, 190)])
+    assert bare.rows[1].intervals == {}
+    assert bare.notes[0].startswith("no intervals")
+    assert "fewer than 10 steady blocks" in bare.notes[1]
+
+
+def test_what_an_accuracy_took_and_what_that_cost() -> None:
+    courses = {1: [[(60, 0.5), (120, 0.85)], [(60, 0.4), (140, 0.86)]], 2: [[(50, 0.5), (90, 0.85)], [(50, 0.5)]]}
+    results = [run(n, 100, progress=course) for n, courses_of in courses.items() for course in courses_of]
+    first, second = speedup_rows(results, Report(target_accuracy=0.85, price_per_hour=3.6))
+    assert (first.reached, first.seconds_to_accuracy, first.device_seconds_to_accuracy) == (2, 130, 130)
+    assert first.price_to_accuracy == pytest.approx(0.13)
+    assert (second.reached, second.seconds_to_accuracy, second.device_seconds_to_accuracy) == (1, 90, 180)
+    assert "seconds_to_accuracy" not in first.intervals  # one run never reached it: no interval of the others' time
+    reached = speedup_rows(results[:3], Report(target_accuracy=0.5))
+    interval = reached[0].intervals["seconds_to_accuracy"]
+    assert interval.low < reached[0].seconds_to_accuracy < interval.high  # type: ignore[operator]
+    assert speedup_rows(results)[0].reached is None
+
+
+def test_the_sentence_on_accuracy_names_its_test() -> None:
+    def sentence(*accuracies: tuple[float, ...]) -> str:
+        counts = [2**power for power in range(len(accuracies))]
+        runs = [run(n, 100, a) for n, values in zip(counts, accuracies, strict=True) for a in values]
+        return Group.of(runs).notes[-1]
+
+    noisy = sentence((0.80, 0.82, 0.84), (0.82, 0.83, 0.84))
+    assert noisy.startswith("test accuracy: +1.00 points on 2 devices against 1 (95 % interval -")
+    assert "are within the noise of the seeds (one-way analysis of variance, F(1, 4) = 0.6, p = 0.48)" in noisy
+    worse = sentence((0.80, 0.82, 0.84), (0.81, 0.82, 0.83), (0.60, 0.62, 0.64))
+    assert "-20.00 points on 4 devices against 1" in worse
+    assert "go beyond the noise of the seeds" in worse
+    assert "F(2, 6) = 133, p = 1.1e-05" in worse  # scipy.stats.f_oneway of the same values
+    assert "cannot tell. Type seed=0,1,2" in sentence((0.8,), (0.7,))
+    assert sentence((0.8, 0.8, 0.8), (0.8, 0.8)).endswith("+0.00 points on 2 devices against 1: the same in all runs")
+
+
+def test_disturbed_runs_are_counted_and_named() -> None:
+    group = Group.of([run(1, 100, disturbances=["heat"]), run(1, 101), run(2, 190), run(2, 190)])
+    assert [row.disturbed for row in group.rows] == [1, 0]
+    assert "DISTURBED on 1 device (1 of 2 runs): heat" in group.notes
+
+
+def test_the_law_of_the_way_of_scaling_comes_first() -> None:
+    weak = Group.of([run(1, 100), run(2, 190)])
+    strong = Group.of([RunResult(1, 256, 100, 10, 0.5), RunResult(2, 256, 190, 5, 0.5)])
+    assert [fit.law for fit in weak.fits] == ["Gustafson", "Amdahl"]
+    assert [fit.law for fit in strong.fits] == ["Amdahl", "Gustafson"]
+    assert strong.fits[0].serial_fraction == pytest.approx(2 / 1.9 - 1)
 
 
 def test_jobs_that_differ_in_devices_and_seed_alone_are_one_group_without_a_name() -> None:

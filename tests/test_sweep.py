@@ -1,6 +1,7 @@
 """Sweeps: one parent, a child a job, failures that do not end it, and the speedup table at the end."""
 
 import csv
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     assert points == pytest.approx({1: 1.0, 2: rates[2] / rates[1]})
     for metric in ("efficiency", "images_per_second", "test/accuracy", "time/train_seconds"):
         assert [point.step for point in store.get_metric_history(parent.info.run_id, metric)] == [1, 2]
-    assert {file.path for file in store.list_artifacts(parent.info.run_id)} == {"speedup.csv", "speedup.png"}
+    kept = {file.path for file in store.list_artifacts(parent.info.run_id)}
+    assert kept == {"speedup.csv", "speedup.png", "speedup.html"}
     assert "CPU-simulated" in done.stdout
 
     again = cifar_exp(parent.info.run_id, "--to", "again", module="cifar_exp.report")
@@ -46,9 +48,73 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     assert (workplace / "again" / "speedup.csv").read_text() == table.read_text()
     assert (workplace / "again" / "speedup.png").stat().st_size > 1000
 
+    options = ["--to", "folder", "--target-accuracy", "0.01", "--price-per-hour", "3600"]
+    folder = cifar_exp(str(table.parent), *options, module="cifar_exp.report")
+    assert folder.returncode == 0, folder.stderr
+    priced = list(csv.DictReader((workplace / "folder" / "speedup.csv").open()))
+    assert [row["speedup"] for row in priced] == [row["speedup"] for row in rows]
+    for row in priced:
+        assert row["reached"] == "1"
+        seconds = float(row["seconds_to_accuracy"])
+        assert float(row["device_seconds_to_accuracy"]) == pytest.approx(seconds * int(row["devices"]))
+        assert float(row["price_to_accuracy"]) == pytest.approx(seconds * int(row["devices"]))
+
+    both = cifar_exp(str(table.parent), parent.info.run_id, "--to", "both", module="cifar_exp.report")
+    assert both.returncode == 0, both.stderr
+    compared = list(csv.DictReader((workplace / "both" / "comparison.csv").open()))
+    assert [(row["devices"], row["figure"]) for row in compared[:3]] == [
+        ("1", figure) for figure in ("images_per_second", "train_seconds", "test_accuracy")
+    ]
+    assert all(row["first"] == row["second"] for row in compared)  # the folder and the store say the same
+
+    wrong = cifar_exp(str(table.parent), "--target-accuracy", "85", module="cifar_exp.report")
+    assert wrong.returncode == 2
+    assert "Type --target-accuracy=0.85" in wrong.stderr
     lost = cifar_exp("0123456789abcdef", module="cifar_exp.report")
     assert lost.returncode == 2
     assert "there is no such run" in lost.stderr
+
+
+def test_the_preset_counts_the_machines_devices_and_interleaves_them(cifar_exp: Command) -> None:
+    """Powers of two up to the cores, repeats slowest whatever the order they are typed in, both ways of scaling."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:2])
+    limits = [word for word in TINY if not word.startswith(("devices.count", "train.epochs"))]
+    wanted = ["train.scaling=weak,strong", "seed=0,1", "train.epochs=1", "report.target_accuracy=0.01"]
+    try:
+        done = cifar_exp("-m", "experiment=speedup", *limits, *wanted, timeout=400)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert done.returncode == 0, done.stderr
+    counts = [1, 2][: len(cores)]
+    store = client()
+    runs = all_runs(store)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = sorted((run for run in runs if run is not parent), key=lambda run: run.info.start_time)
+    order = [[run.data.params[name] for name in ("seed", "devices.count", "train.scaling")] for run in children]
+    assert order == [
+        [str(seed), str(count), scaling] for seed in (0, 1) for count in counts for scaling in ("weak", "strong")
+    ]
+    if len(counts) == 1:
+        return  # nothing to compare on one core
+    for scaling, batch in (("weak", 64), ("strong", 32)):
+        points = store.get_metric_history(parent.info.run_id, f"speedup/{scaling}")
+        assert [point.step for point in points] == [1, 2]
+        low, high = (
+            store.get_metric_history(parent.info.run_id, f"speedup_{end}/{scaling}")[0] for end in ("low", "high")
+        )
+        assert low.step == high.step == 2
+        assert low.value <= points[1].value <= high.value
+        reached = store.get_metric_history(parent.info.run_id, f"time/seconds_to_accuracy/{scaling}")
+        assert all(point.value > 0 for point in reached)
+        two = [run for run in children if run.data.params["train.scaling"] == scaling][-1]
+        assert two.data.metrics["global_batch_size"] == batch
+    for text in (
+        "Student's t over 2 runs a device count",
+        "Amdahl's law: serial fraction",
+        "one-way analysis of variance",
+    ):
+        assert text in done.stdout
 
 
 def test_a_sweep_over_anything_else_has_a_table_of_jobs_and_no_speedup(cifar_exp: Command, workplace: Path) -> None:

@@ -1,0 +1,127 @@
+"""A study's table, CSV, page and metrics say what its runs say; two sweeps are compared figure by figure."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from cifar_exp.comparison import Comparison
+from cifar_exp.errors import ConfigError
+from cifar_exp.schema import Report
+from cifar_exp.study import FinishedRun, Study
+
+
+def finished(devices: int, seed: int, rate: float, accuracy: float = 0.8, *more: str, load: float = 0.0) -> FinishedRun:
+    """A run of 40 steps of 64 images a device, with blocks of 2, whose first is slow."""
+    overrides = f"experiment=speedup seed={seed} devices.count={devices} {' '.join(more)}".strip()
+    tags = {"overrides": overrides, "accelerator": "cpu", "machine.processor": "Z80", "machine.cores": "2"}
+    metrics = {
+        "devices": devices,
+        "global_batch_size": 64.0 * devices,
+        "steady_images_per_second": rate,
+        "time/train_seconds": 40 * 64 * devices / rate + 1,
+        "time/total_seconds": 40 * 64 * devices / rate + 9,
+        "test/accuracy": accuracy,
+        "machine/other_load": load,
+    }
+    blocks = [(2 * number, number * 1.0, rate if number > 1 else rate / 2) for number in range(1, 21)]
+    return FinishedRun(tags, metrics, {"step/images_per_second": blocks, "val/accuracy": [(40, 12.0, accuracy)]})
+
+
+RUNS = [
+    *(finished(1, seed, rate, 0.80 + 0.01 * seed) for seed, rate in enumerate((100, 102, 98))),
+    *(finished(2, seed, rate, 0.79 + 0.01 * seed) for seed, rate in enumerate((190, 186, 194))),
+]
+
+
+def test_the_csv_keeps_its_columns_and_gains_the_intervals(tmp_path: Path) -> None:
+    study = Study.of(RUNS)
+    assert study is not None
+    study.write(tmp_path)
+    first, second = csv.DictReader((tmp_path / "speedup.csv").open())
+    assert list(first)[:11] == [
+        *("group", "cpu_simulated", "devices", "repeats", "global_batch_size", "images_per_second", "speedup"),
+        *("efficiency", "train_seconds", "time_ratio", "test_accuracy"),
+    ]
+    assert (first["speedup"], first["speedup_low"], first["repeats"]) == ("1.0", "", "3")
+    assert float(second["speedup_low"]) < float(second["speedup"]) == 1.9 < float(second["speedup_high"])
+    assert float(second["efficiency_high"]) == pytest.approx(float(second["speedup_high"]) / 2)
+    assert float(second["steady_seconds"]) == pytest.approx(40 * 128 / 190)
+    assert float(second["total_seconds"]) == pytest.approx(40 * 128 / 190 + 9)
+    assert (second["blocks"], second["reached"]) == ("19", "")
+
+
+def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
+    runs = [finished(1, 0, 100), finished(1, 1, 101), finished(2, 0, 190, load=0.3), finished(2, 1, 191)]
+    study = Study.of(runs, Report(target_accuracy=0.5, price_per_hour=36))
+    assert study is not None
+    page = study.write(tmp_path)[2].read_text()
+    for part in (
+        "Speedup by device count (CPU-simulated)",
+        "data:image/png;base64,",
+        "Z80, 2 cores",
+        "<td>2 of 2</td>",
+        "<td>24.0</td>",  # device-seconds: 12 s on two devices
+        "<td>0.24</td>",
+        "<td>1 of 2</td>",
+        "DISTURBED on 2 devices (1 of 2 runs): other processes took 30% of the cores",
+        "warning: two device counts only",
+        "Gustafson&#x27;s law: serial fraction",
+    ):
+        assert part in page, part
+
+
+def test_metrics_of_the_parent_run_have_the_count_as_their_step() -> None:
+    study = Study.of(RUNS)
+    assert study is not None
+    metrics = {(name, step): value for name, value, step in study.metrics()}
+    assert metrics["speedup", 2] == 1.9
+    assert metrics["efficiency", 2] == pytest.approx(0.95)
+    assert metrics["speedup_low", 2] < 1.9 < metrics["speedup_high", 2]
+    assert metrics["serial_fraction_gustafson", 2] == pytest.approx(0.1, abs=0.001)
+    assert ("speedup_low", 1) not in metrics
+    weak = [finished(n, 0, 100.0 * n, 0.8, "train.scaling=weak") for n in (1, 2)]
+    strong = [finished(n, 0, 80.0 * n, 0.8, "train.scaling=strong") for n in (1, 2)]
+    both = Study.of([*weak, *strong])
+    assert both is not None
+    named = {name for name, _, _ in both.metrics()}
+    assert {"speedup/weak", "speedup/strong", "images_per_second/weak"} <= named
+
+
+def test_runs_that_share_a_device_and_single_counts_are_no_study() -> None:
+    assert Study.of(RUNS[:3]) is None
+    shared = [FinishedRun({**run.tags, "oversubscribed": "true"}, run.metrics, run.series) for run in RUNS]
+    assert Study.of(shared) is None
+
+
+def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: Path) -> None:
+    """The second is 10 % faster on one device, with noise of 2 %, and the same on two."""
+    faster = [
+        *(finished(1, seed, rate, 0.80 + 0.01 * seed) for seed, rate in enumerate((110, 112.2, 107.8))),
+        *(finished(2, seed, rate, 0.79 + 0.01 * seed) for seed, rate in enumerate((191, 186, 193))),
+    ]
+    comparison = Comparison.of(("A: old", "B: new"), RUNS, faster)
+    found = {(item.devices, item.figure): item for item in comparison.differences}
+    one = found[1, "images_per_second"]
+    assert (one.first, one.second, one.change) == (100, 110, pytest.approx(1.1))
+    assert one.interval is not None
+    assert one.interval.low > 1.04
+    assert one.verdict == "beyond noise"
+    assert found[2, "images_per_second"].verdict == "within noise"
+    accuracy = found[1, "test_accuracy"]
+    assert (accuracy.change, accuracy.verdict, accuracy.probability) == (0, "within noise", 1)
+    table, figure, page = comparison.write(tmp_path)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 6
+    assert rows[0]["difference"] == "beyond noise"
+    assert figure.stat().st_size > 1000
+    assert "B: new against A: old (CPU-simulated)" in page.read_text()
+    assert "Welch" in page.read_text()
+
+
+def test_sweeps_without_repeats_or_anything_in_common() -> None:
+    same = Comparison.of(("A", "B"), RUNS[::3], RUNS[::3])
+    assert {item.verdict for item in same.differences if item.figure == "test_accuracy"} == {"noise not known"}
+    assert any("one run a device count" in note for note in same.notes)
+    with pytest.raises(ConfigError, match="no finished runs of the same group and device count"):
+        Comparison.of(("A", "B"), RUNS, [finished(8, 0, 700.0)])
