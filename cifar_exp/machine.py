@@ -41,18 +41,19 @@ def description(accelerator: str, count: int) -> dict[str, str]:
     return tags | (_gpu_description(count) if accelerator == "gpu" else {})
 
 
-def disturbances(metrics: Mapping[str, float]) -> list[str]:
-    """What made a run slower than the machine is, in words, from its metrics; nothing where nothing did."""
-    told = []
-    if (share := metrics.get("machine/other_load", 0.0)) > BUSY:
-        told.append(f"other processes took {share:.0%} of the cores")
-    if (share := metrics.get("machine/quota_throttled", 0.0)) > BUSY:
-        told.append(f"the container's CPU quota stopped it for {share:.0%} of the time")
-    if metrics.get("machine/cpu_thermal_events", 0.0) > 0:
-        told.append("heat slowed the processor down")
-    if (share := metrics.get("machine/gpu_thermal_limited", 0.0)) > BUSY:
-        told.append(f"heat held the GPUs' clocks down for {share:.0%} of the time")
-    return told
+def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What made a run slower than the machine is, from its metrics; nothing where nothing did.
+
+    Returns:
+        A sentence about each, with a place for how much that was, and how much: ``sentence.format(share)``.
+    """
+    limits = {
+        "machine/other_load": ("other processes took {:.0%} of the cores", BUSY),
+        "machine/quota_throttled": ("the container's CPU quota stopped it for {:.0%} of the time", BUSY),
+        "machine/cpu_thermal_events": ("heat slowed the processor down, {:.0f} time(s)", 0),
+        "machine/gpu_thermal_limited": ("heat held the GPUs' clocks down for {:.0%} of the time", BUSY),
+    }
+    return {text: metrics[name] for name, (text, limit) in limits.items() if metrics.get(name, 0.0) > limit}
 
 
 class LoadMeter:
@@ -65,7 +66,7 @@ class LoadMeter:
         """Their share of these cores since the meter was made."""
         elapsed = time.perf_counter() - self._began
         others = _machine_busy() - self._busy - (own_cpu_seconds() - self._own)
-        return max(0.0, others) / (elapsed * len(own_cores()))
+        return min(1.0, max(0.0, others) / (elapsed * len(own_cores())))  # the kernel's clocks are coarse
 
 
 class Watch:

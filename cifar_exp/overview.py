@@ -86,8 +86,8 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
         highlight=False,
     )
-    for line in machine.disturbances(metrics):
-        console.print(f"DISTURBED: {line}", highlight=False)
+    for text, share in machine.disturbances(metrics).items():
+        console.print(f"DISTURBED: {text.format(share)}", highlight=False)
 
 
 def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """From measured runs to speedup over device counts: pure arithmetic, no store and no plots."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -40,7 +39,7 @@ class RunResult:
         steady_seconds: of its training steps at the steady rate, without any warm-up; None where not known.
         block_rates: images/s of each block of ``train.log_every`` steps but the first, the warm-up.
         progress: seconds since the start and validation accuracy, after each epoch.
-        disturbances: what disturbed it, in words.
+        disturbances: what disturbed it: sentences with a place for how much, and how much.
     """
 
     devices: int
@@ -52,14 +51,14 @@ class RunResult:
     steady_seconds: float | None = None
     block_rates: Sequence[float] = ()
     progress: Sequence[tuple[float, float]] = ()
-    disturbances: Sequence[str] = ()
+    disturbances: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         metrics: Mapping[str, float],
         series: Mapping[str, Sequence[Sample]] | None = None,
-        disturbances: Sequence[str] = (),
+        disturbances: Mapping[str, float] | None = None,
     ) -> "RunResult":
         """From the last values of a finished run's metrics, and the course of some of them."""
         blocks = (series or {}).get("step/images_per_second", ())
@@ -75,7 +74,7 @@ class RunResult:
             steady_seconds=images / metrics["steady_images_per_second"] if images else None,
             block_rates=tuple(rate for _, _, rate in blocks[1:]),
             progress=tuple((seconds, accuracy) for _, seconds, accuracy in epochs),
-            disturbances=tuple(disturbances),
+            disturbances=disturbances or {},
         )
 
     def seconds_to(self, accuracy: float) -> float | None:
@@ -292,11 +291,25 @@ def _notes(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> list[str
             f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Type a larger "
             f"train.epochs or a smaller train.log_every"
         )
-    for count, results in repeats.items():
-        for what, runs in Counter(line for result in results for line in result.disturbances).items():
-            notes.append(f"DISTURBED on {count} {_devices(count)} ({runs} of {len(results)} runs): {what}")
+    notes += _disturbance_notes(repeats)
     if len(repeats) > 1:
         notes.append(accuracy_sentence(repeats))
+    return notes
+
+
+def _disturbance_notes(repeats: Mapping[int, Sequence[RunResult]]) -> list[str]:
+    """A sentence for each kind: how many runs at which counts, and the worst of them."""
+    runs = {count: [result.disturbances for result in results] for count, results in repeats.items()}
+    notes = []
+    for text in dict.fromkeys(text for disturbed in runs.values() for found in disturbed for text in found):
+        shares = {count: [found[text] for found in disturbed if text in found] for count, disturbed in runs.items()}
+        told = [
+            f"{len(values)} of {len(repeats[count])} runs on {count} {_devices(count)}"
+            for count, values in shares.items()
+            if values
+        ]
+        worst = max(value for values in shares.values() for value in values)
+        notes.append(f"DISTURBED: {', '.join(told)}: {text.format(worst)} at worst")
     return notes
 
 

@@ -92,8 +92,8 @@ class Study:
         for name, group in self.groups.items():
             table = Table(title=self._title(name), title_justify="left")
             headings, *cells = self._cells(group.rows)
-            for heading in headings:
-                table.add_column(heading, justify="right")
+            for place, heading in enumerate(headings):
+                table.add_column(heading, justify="right" if place else "left")
             for row in cells:
                 table.add_row(*row)
             console.print(table)
@@ -141,30 +141,30 @@ class Study:
         return f"Speedup{self._label()}{f': {group}' if group else ''}"
 
     def _cells(self, rows: Sequence[SpeedupRow]) -> list[list[str]]:
-        """Headings, then a list of texts a row; columns that say nothing are left out."""
-        columns = {
-            "devices": [str(row.devices) for row in rows],
+        """The device counts as headings, then a list of texts a figure; figures that say nothing are left out."""
+        lines = {
             "runs": [str(row.repeats) for row in rows],
             "global batch": [str(row.global_batch_size) for row in rows],
             "images/s": [with_interval(row, "images_per_second", ",.0f") for row in rows],
             "speedup": [with_interval(row, "speedup", ".2f") for row in rows],
             "efficiency": [with_interval(row, "efficiency", ".1%") for row in rows],
-            "training s": [with_interval(row, "train_seconds", ",.1f") for row in rows],
-            "x faster": [with_interval(row, "time_ratio", ".2f") for row in rows],
-            "steady s": [shown(row.steady_seconds, ",.1f") for row in rows],
-            "total s": [shown(row.total_seconds, ",.1f") for row in rows],
+            "training, s": [with_interval(row, "train_seconds", ",.1f") for row in rows],
+            "training, x faster": [with_interval(row, "time_ratio", ".2f") for row in rows],
+            "at the steady rate, s": [shown(row.steady_seconds, ",.1f") for row in rows],
+            "with start and evaluation, s": [shown(row.total_seconds, ",.1f") for row in rows],
             "test accuracy": [with_interval(row, "test_accuracy", ".4f") for row in rows],
         }
         if self.report.target_accuracy is not None:
             target = f"to {self.report.target_accuracy:g}"
-            columns[f"{target}: runs"] = [f"{row.reached} of {row.repeats}" for row in rows]
-            columns[f"{target}: s"] = [with_interval(row, "seconds_to_accuracy", ",.1f") for row in rows]
-            columns[f"{target}: device s"] = [shown(row.device_seconds_to_accuracy, ",.1f") for row in rows]
+            lines[f"{target}: runs"] = [f"{row.reached} of {row.repeats}" for row in rows]
+            lines[f"{target}: s"] = [with_interval(row, "seconds_to_accuracy", ",.1f") for row in rows]
+            lines[f"{target}: device s"] = [shown(row.device_seconds_to_accuracy, ",.1f") for row in rows]
             if self.report.price_per_hour is not None:
-                columns[f"{target}: price"] = [shown(row.price_to_accuracy, ",.4g") for row in rows]
+                lines[f"{target}: price"] = [shown(row.price_to_accuracy, ",.4g") for row in rows]
         if any(row.disturbed for row in rows):
-            columns["disturbed"] = [f"{row.disturbed} of {row.repeats}" if row.disturbed else "" for row in rows]
-        return [list(columns), *(list(row) for row in zip(*columns.values(), strict=True))]
+            lines["disturbed runs"] = [f"{row.disturbed} of {row.repeats}" if row.disturbed else "" for row in rows]
+        headings = ["devices", *(str(row.devices) for row in rows)]
+        return [headings, *([name, *texts] for name, texts in lines.items() if any(texts))]
 
 
 def lines_below(group: Group) -> list[str]:

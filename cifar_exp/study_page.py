@@ -14,9 +14,10 @@ Section = tuple[str, Sequence[Sequence[str]], Sequence[str]]
 STUDY_STYLE = """
 section { margin-bottom: 12px; overflow-x: auto; }
 section img { display: block; width: 100%; border-radius: 6px; background: #fff; }
-.figures th, .figures td { padding: 6px 12px 6px 0; text-align: right; white-space: pre-line; vertical-align: top; }
-.figures td::first-line { font-weight: 600; }
-.figures td { color: var(--soft); } .figures td::first-line { color: var(--ink); }
+.figures { width: auto; min-width: 50%; }
+.figures th, .figures td { padding: 6px 0 6px 36px; text-align: right; white-space: pre-line; vertical-align: top; }
+.figures td { color: var(--soft); } .figures td::first-line { color: var(--ink); font-weight: 600; }
+.figures :first-child { padding-left: 0; text-align: left; } .figures td:first-child::first-line { font-weight: 400; }
 li { margin: 5px 0 0 18px; } ul { margin-top: 10px; padding: 0; }
 .warning { color: var(--bad); }
 """

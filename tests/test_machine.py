@@ -47,7 +47,7 @@ def test_a_watch_ends_with_shares_and_clocks() -> None:
     with Watch("cpu", 1) as watch:
         time.sleep(0.1)
     metrics = watch.metrics()
-    assert 0 <= metrics["machine/other_load"] <= 1.2  # the clocks of the kernel are coarse
+    assert 0 <= metrics["machine/other_load"] <= 1
     assert all(name.startswith("machine/") for name in metrics)
     assert not any("gpu" in name for name in metrics)
 
@@ -66,13 +66,13 @@ def test_the_description_names_processor_cores_and_memory() -> None:
         ({"machine/other_load": 0.04, "machine/cpu_thermal_events": 0.0}, []),
         ({"machine/other_load": 0.12}, ["other processes took 12% of the cores"]),
         ({"machine/quota_throttled": 0.3}, ["the container's CPU quota stopped it for 30% of the time"]),
-        ({"machine/cpu_thermal_events": 2.0}, ["heat slowed the processor down"]),
+        ({"machine/cpu_thermal_events": 2.0}, ["heat slowed the processor down, 2 time(s)"]),
         ({"machine/gpu_thermal_limited": 0.5}, ["heat held the GPUs' clocks down for 50% of the time"]),
         ({"machine/gpu_power_limited": 1.0}, []),  # a GPU at its power limit is at its own limit
     ],
 )
 def test_what_disturbs_a_run(metrics: dict[str, float], told: list[str]) -> None:
-    assert disturbances(metrics) == told
+    assert [text.format(share) for text, share in disturbances(metrics).items()] == told
 
 
 class FakeNvml(ModuleType):

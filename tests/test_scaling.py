@@ -87,11 +87,11 @@ def test_a_result_knows_its_blocks_without_the_first_and_its_time_without_warm_u
         "val/accuracy": [(15, 3.0, 0.3), (30, 6.0, 0.5)],
     }
     metrics = {"devices": 2, "global_batch_size": 512, "steady_images_per_second": 1000.0}
-    result = RunResult.of(metrics | {"time/train_seconds": 20.0, "test/accuracy": 0.5}, series, ["heat"])
+    result = RunResult.of(metrics | {"time/train_seconds": 20.0, "test/accuracy": 0.5}, series, {"heat": 1.0})
     assert result.block_rates == (900.0, 1100.0)
     assert result.steady_seconds == pytest.approx(30 * 512 / 1000)
     assert [result.seconds_to(accuracy) for accuracy in (0.2, 0.3, 0.31, 0.6)] == [3.0, 3.0, 6.0, None]
-    assert result.disturbances == ("heat",)
+    assert result.disturbances == {"heat": 1.0}
 
 
 def run(devices: int, rate: float, accuracy: float = 0.5, **more: object) -> RunResult:
@@ -160,9 +160,12 @@ def test_the_sentence_on_accuracy_names_its_test() -> None:
 
 
 def test_disturbed_runs_are_counted_and_named() -> None:
-    group = Group.of([run(1, 100, disturbances=["heat"]), run(1, 101), run(2, 190), run(2, 190)])
-    assert [row.disturbed for row in group.rows] == [1, 0]
-    assert "DISTURBED on 1 device (1 of 2 runs): heat" in group.notes
+    loads = [{}, {"others took {:.0%}": 0.2}, {"others took {:.0%}": 0.3}]
+    runs = [run(count, 100 * count, disturbances=load) for count in (1, 2) for load in loads[: count + 1]]
+    group = Group.of(runs)
+    assert [row.disturbed for row in group.rows] == [1, 2]
+    told = "DISTURBED: 1 of 2 runs on 1 device, 2 of 3 runs on 2 devices: others took 30% at worst"
+    assert told in group.notes
 
 
 def test_the_law_of_the_way_of_scaling_comes_first() -> None:

@@ -64,7 +64,7 @@ def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
         "<td>24.0</td>",  # device-seconds: 12 s on two devices
         "<td>0.24</td>",
         "<td>1 of 2</td>",
-        "DISTURBED on 2 devices (1 of 2 runs): other processes took 30% of the cores",
+        "DISTURBED: 1 of 2 runs on 2 devices: other processes took 30% of the cores at worst",
         "warning: two device counts only",
         "Gustafson&#x27;s law: serial fraction",
     ):
