@@ -15,7 +15,7 @@ from cifar_exp import figures, study_page
 from cifar_exp.errors import FREE_SPACE, ConfigError, storage_errors
 from cifar_exp.intervals import Interval, Means, adjusted, difference
 from cifar_exp.scaling import SIGNIFICANT, Group, RunResult, accuracy_means, by_count, log_means
-from cifar_exp.study import FinishedRun, ends_of, is_simulated, machines, results_by_group, shown
+from cifar_exp.study import FinishedRun, ends_of, is_simulated, machines, results_by_group
 
 TEST = (
     "Welch's t test of each difference (rates and times in logarithms, the noise of each sweep pooled over its device "
@@ -108,7 +108,7 @@ class Comparison:
         table = Table(title=self._title(), title_justify="left")
         headings, *cells = self._cells()
         for heading in headings:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="left" if heading in ("devices", "figure", "difference") else "right")
         for row in cells:
             table.add_row(*row)
         console.print(table)
@@ -145,10 +145,12 @@ class Comparison:
         }
 
     def _cells(self) -> list[list[str]]:
-        headings = ["group", "devices", "figure", *self.names, "change", "95 % interval", "p", "difference"]
-        if not any(item.group for item in self.differences):
-            del headings[0]
-        return [headings, *(_texts(item)[-len(headings) :] for item in self.differences)]
+        """Headings, then a list of texts a difference: change and p with their intervals and verdicts below."""
+        short = [name.partition(":")[0] for name in self.names]
+        return [
+            ["devices", "figure", *short, f"{short[1]} / {short[0]}, or minus", "difference"],
+            *map(_texts, self.differences),
+        ]
 
 
 def _common_groups(
@@ -191,21 +193,18 @@ def _has_no_repeats(results: Sequence[RunResult]) -> bool:
 
 def _texts(item: Difference) -> list[str]:
     """One difference as the cells of a row."""
-    form, change = {
-        "images_per_second": (",.0f", ".3f"),
-        "train_seconds": (",.1f", ".3f"),
-        "test_accuracy": (".4f", "+.4f"),
+    figure, form, change = {
+        "images_per_second": ("images/s", ",.0f", ".3f"),
+        "train_seconds": ("training, s", ",.1f", ".3f"),
+        "test_accuracy": ("test accuracy", ".4f", "+.4f"),
     }[item.figure]
     return [
-        item.group,
-        str(item.devices),
-        item.figure.replace("_", " ").replace("images per second", "images/s").replace("train", "training"),
+        f"{item.devices} {item.group}".rstrip(),
+        figure,
         format(item.first, form),
         format(item.second, form),
-        ("" if item.figure == "test_accuracy" else "x ") + format(item.change, change),
-        ends_of(item.interval, change) if item.interval else "",
-        shown(item.probability, ".2g"),
-        item.verdict,
+        format(item.change, change) + (f"\n{ends_of(item.interval, change)}" if item.interval else ""),
+        item.verdict if item.probability is None else f"{item.verdict}\np = {item.probability:.2g}",
     ]
 
 

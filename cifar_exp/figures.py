@@ -114,7 +114,7 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
     """Two panels, a colour a group: images/s of both sweeps, and the second's over the first's, with 95 % intervals.
 
     Args:
-        names: of the two sweeps.
+        names: of the two sweeps, as in ``A: before``.
         pairs: the groups that both have.
         simulated: whether the devices of one of them were processes on one CPU.
     """
@@ -133,7 +133,8 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
     _mark_devices(ratios, counts)
     xlabel = "devices (CPU-simulated)" if simulated else "devices"
     rates.set(title="Images/s", xlabel=xlabel)
-    ratios.set(title=f"Images/s of {names[1]} over those of {names[0]}", xlabel=xlabel)
+    first, second = (name.partition(":")[0] for name in names)
+    ratios.set(title=f"Images/s of {second} over those of {first}", xlabel=xlabel)
     rates.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle("Two sweeps" + (", CPU-simulated" if simulated else ""), fontweight="bold")
     return figure

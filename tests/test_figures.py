@@ -410,9 +410,9 @@ def test_simulated_devices_are_named_so(tmp_path: Path) -> None:
 
 def test_comparison_figure_shows_both_sweeps_and_their_ratio() -> None:
     pairs = [("", study({1: 100, 2: 190}), study({1: 100, 2: 200}), {1: (1.0, None), 2: (1.05, Interval(1.01, 1.1))})]
-    rates, ratios = comparison_figure(("before", "after"), pairs, False).axes
-    assert without_laws(rates) == {"before": [(1, 100), (2, 190)], "after": [(1, 100), (2, 200)]}
+    rates, ratios = comparison_figure(("A: before", "B: after"), pairs, False).axes
+    assert without_laws(rates) == {"A: before": [(1, 100), (2, 190)], "B: after": [(1, 100), (2, 200)]}
     (bars,) = ratios.collections
     (segment,) = bars.get_segments()  # type: ignore[attr-defined]
     assert [float(end[1]) for end in segment] == pytest.approx([1.01, 1.1])
-    assert ratios.get_title() == "Images/s of after over those of before"
+    assert ratios.get_title() == "Images/s of B over those of A"
