@@ -133,8 +133,8 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
     _mark_devices(ratios, counts)
     xlabel = "devices (CPU-simulated)" if simulated else "devices"
     rates.set(title="Images/s", xlabel=xlabel)
-    first, second = (name.partition(":")[0] for name in names)
-    ratios.set(title=f"Images/s of {second} over those of {first}", xlabel=xlabel)
+    before, after = (name.partition(":")[0] for name in names)
+    ratios.set(title=f"Images/s of {after} over those of {before}", xlabel=xlabel)
     rates.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle("Two sweeps" + (", CPU-simulated" if simulated else ""), fontweight="bold")
     return figure
