@@ -1,5 +1,6 @@
 """The machine in tags and metrics: what others took is told from what is ours, limits are seen, nothing is made up."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -21,10 +22,23 @@ def test_cpu_seconds_of_children_are_ours_while_they_live_and_after() -> None:
     assert own_cpu_seconds() - before >= 0.45
 
 
+def burn(seconds: float) -> None:
+    exec(BURN.format(seconds))
+
+
+def test_cpu_seconds_of_ranks_are_ours_too() -> None:
+    """They are children of the fork server, and have ended when the watch looks."""
+    before = own_cpu_seconds()
+    rank = multiprocessing.get_context("forkserver").Process(target=burn, args=(0.5,))
+    rank.start()
+    rank.join()
+    assert own_cpu_seconds() - before >= 0.45
+
+
 def test_the_load_of_a_process_that_is_none_of_ours_is_seen() -> None:
     """It outlives the shell that started it, so it belongs to nobody here."""
     meter = LoadMeter()
-    command = f"{sys.executable} -c '{BURN.format(1.5)}' & echo $!"
+    command = f"{sys.executable} -c '{BURN.format(30)}' > /dev/null 2>&1 & echo $!"
     orphan = int(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout)
     try:
         time.sleep(1)
