@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
 from cifar_exp.distributed import ExposedCommunication, average_buffers, sum_over_ranks
+from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
@@ -37,6 +38,7 @@ class Trainer:
         communication: what DDP's waiting is counted in.
         averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
             themselves.
+        early_stopping: told of each epoch's validation, ends training.
         after_step: called after each step, for a profiler.
         stopwatch: what all time is counted in.
         epoch: epochs done.
@@ -53,6 +55,7 @@ class Trainer:
     report: Report
     communication: ExposedCommunication
     averaging: float = 0.0
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0
@@ -89,16 +92,23 @@ class Trainer:
         epochs: int,
         after_epoch: Callable[[int], None] = lambda _epoch: None,
     ) -> Averages:
-        """Train up to ``epochs`` passes, validating after each; the last validation's figures are returned."""
+        """Train up to ``epochs`` passes, validating after each, or until early stopping ends it.
+
+        Returns:
+            The last validation's figures.
+        """
         averages: Averages | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
+            if self.early_stopping.is_over:
+                break
             trained = self.train_one_epoch(epoch, batches)
             averages = self._evaluate(validation, epoch)
             self.epoch = epoch
+            self.early_stopping.update(averages, epoch, self.step)
             self.report(self.step, epoch, trained | averages.named("val"))
             with self.stopwatch.span("checkpoint"):
                 after_epoch(epoch)
-        return averages or self._evaluate(validation, epochs)  # it was stopped after its last epoch
+        return averages or self._evaluate(validation, self.epoch)  # it was stopped after its last epoch
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on after the last whole epoch; the model is not in it."""
@@ -110,6 +120,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.stopwatch.seconds,
             "block_rates": self.block_rates,
+            "early_stopping": self.early_stopping.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
@@ -117,7 +128,7 @@ class Trainer:
 
         Args:
             state: of the trainer that is continued.
-            same_run: whether this is the same run, whose times go on, too.
+            same_run: whether this is the same run, whose times and early stopping go on, too.
 
         Raises:
             ValueError: where the state is that of another optimizer or network.
@@ -136,6 +147,7 @@ class Trainer:
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
             self.block_rates = list(state["block_rates"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """A step that changes nothing: compilation and DDP's choice of buckets come before the first real one.
