@@ -155,9 +155,10 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
         path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
         _write(path, content)
         _write(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1).encode())
-        newest = sorted(folder.glob("*.json"))[-keep:]
-        kept = {*newest, *map(_best_named_by, newest)}
-        for old in set(folder.glob("*.json")) - kept:
+        manifests = sorted(folder.glob("*.json"))
+        # This one is not the newest where a run has gone on from one before a damaged one.
+        newest = {*manifests[-keep:], path.with_suffix(".json")}
+        for old in set(manifests) - newest - set(map(_best_named_by, newest)):
             old.unlink()  # first: without it the file beside it counts for nothing
             old.with_suffix(".pt").unlink(missing_ok=True)
     except OSError as error:

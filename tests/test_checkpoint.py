@@ -118,6 +118,10 @@ def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -
     assert found is not None
     assert_equal(found, trained(10))
     assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is passed over"]
+    save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
+    found = checkpoint.best(tmp_path, told.append)
+    assert found is not None
+    assert_equal(found, trained(25))
 
 
 def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_path: Path) -> None:
