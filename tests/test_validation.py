@@ -24,6 +24,7 @@ from cifar_exp.datasets import folders
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import ConfigError
 from cifar_exp.metrics import Averages
+from cifar_exp.predict import Classifier
 from cifar_exp.residency import opened
 from cifar_exp.validation import divided, division, keep_apart
 from tests.conftest import TINY, Command
@@ -358,7 +359,7 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
     assert record.data.metrics["test/loss_best"] == last["test/loss_best"]
 
     Image.new("RGB", (32, 32)).save(workplace / "black.png")
-    for words, saved in (([], best), (["checkpoint=best"], best), (["checkpoint=last"], newest)):
+    for words, saved in (([], best), (["checkpoint=last"], newest)):
         predicted = cifar_exp("run=outputs/whole", *words, "--json", "black.png", module="cifar_exp.predict")
         assert predicted.returncode == 0, predicted.stderr
         expected = float(saved.model["bias"].softmax(0).max())
@@ -395,13 +396,11 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
     saved = checkpoint.newest(workplace / "run", pytest.fail)
     assert torch.equal(load_file(workplace / "run" / "model.safetensors")["bias"], saved.model["bias"])
 
-    for which, message in {
-        "best": "checkpoint=best: run was trained without data.validation and keeps none. Type checkpoint=last",
-        "newest": "checkpoint=newest: it must be best or last",
-    }.items():
-        refused = cifar_exp("run=run", f"checkpoint={which}", "black.png", module="cifar_exp.predict")
-        assert refused.returncode == 2
-        assert message in refused.stderr
+    with pytest.raises(ConfigError, match=r"checkpoint=best: run was trained without data.validation and keeps none"):
+        Classifier.of_run(Path("run"), "best")
+    refused = cifar_exp("run=run", "checkpoint=newest", "black.png", module="cifar_exp.predict")
+    assert refused.returncode == 2
+    assert "checkpoint=newest: it must be best or last. Type checkpoint=best" in refused.stderr
 
 
 def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None:
