@@ -18,12 +18,14 @@ from cifar_exp.data import Normalization
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
 from cifar_exp.tracking import OUTPUTS, RUN_ID_FILE
 
-USAGE = """usage: cifar-exp-predict run=<run> [--json] <image or folder> ...
+USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
 
 Classify images with the network of a finished run.
 
-  run=<run>   latest, a run's folder under outputs/, or an MLflow run id
-  --json      one JSON object a line: image, label, probability
+  run=<run>           latest, a run's folder under outputs/, or an MLflow run id
+  checkpoint=<which>  best, of the epoch with the best validation, which runs with data.validation keep, or last;
+                      left out: best where there is one
+  --json              one JSON object a line: image, label, probability
 """
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -38,13 +40,27 @@ class Classifier:
     image_size: tuple[int, int]
 
     @classmethod
-    def of_run(cls, run_dir: Path) -> "Classifier":
+    def of_run(cls, run_dir: Path, which: str = "") -> "Classifier":
         """The network of the run in ``run_dir``.
 
+        Args:
+            run_dir: the run's folder.
+            which: ``best``, ``last``, or neither for the best one where one is kept.
+
         Raises:
+            ConfigError: the best one is wanted and none is kept.
             StorageError: where it holds no readable checkpoint.
         """
-        saved = checkpoint.newest(run_dir, lambda line: print(f"cifar-exp-predict: {line}", file=sys.stderr))
+
+        def warn(line: str) -> None:
+            print(f"cifar-exp-predict: {line}", file=sys.stderr)
+
+        saved = None if which == "last" else checkpoint.best(run_dir, warn)
+        if saved is None and which == "best":
+            raise ConfigError(
+                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Type checkpoint=last"
+            )
+        saved = saved or checkpoint.newest(run_dir, warn)
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
@@ -113,7 +129,8 @@ def main() -> None:
     words = sys.argv[1:]
     as_json = "--json" in words
     runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    paths = [word for word in words if not word.startswith(("run=", "-"))]
+    which = [word.removeprefix("checkpoint=") for word in words if word.startswith("checkpoint=")]
+    paths = [word for word in words if not word.startswith(("run=", "checkpoint=", "-"))]
     if "-h" in words or "--help" in words:
         print(USAGE)
         return
@@ -122,9 +139,11 @@ def main() -> None:
             raise ConfigError(f"{unknown[0]}: there is no such option.\n\n{USAGE}")
         if len(runs) != 1 or not paths:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
+        if which and which[-1] not in ("best", "last"):
+            raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
         run_dir = find_run(runs[0])
         print(f"network of {run_dir}", file=sys.stderr)
-        classifier = Classifier.of_run(run_dir)
+        classifier = Classifier.of_run(run_dir, *which[-1:])
         files = images_in(paths)
         broken: list[str] = []
         for start in range(0, len(files), 500):

@@ -253,6 +253,12 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
                 f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Type "
                 f"{name}={shown(then)}, or resume=never"
             )
+    if config.validation and "data.validation" in changes:
+        then = changes["data.validation"][0] or 0
+        raise ConfigError(
+            f"data.validation={config.validation}: the checkpoint was trained with {then}, so it knows images that "
+            f"would be kept apart now. Type data.validation={then}, or resume=never"
+        )
     if manifest.epoch >= config.train.epochs:
         raise ConfigError(
             f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Type "

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
-from cifar_exp import checkpoint, journal, overview, resume, tracking
+from cifar_exp import checkpoint, journal, overview, publish, resume, tracking
 from cifar_exp.config import Parts, flattened
 from cifar_exp.data import scaled
 from cifar_exp.errors import ConfigError, Stopped
@@ -28,9 +28,14 @@ from cifar_exp.progress import Display
 from cifar_exp.resume import CONFIG_FILE, Resumption
 from cifar_exp.schema import Config
 from cifar_exp.tracking import Recording, RunInfo
+from cifar_exp.validation import keep_apart
 from cifar_exp.worker import TRACE_FILE, Job, run_rank
 
-ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE)
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, publish.FILE_NAME)
+TEST_SELECTS = (
+    "early_stopping.patience={}: no training images are kept apart, so the test set decides when training ends, and "
+    "its accuracy is then chosen: it reads higher than that of new images. Type data.validation=0.1"
+)
 
 
 def run(config: Config, parts: Parts) -> float:
@@ -56,7 +61,9 @@ def run(config: Config, parts: Parts) -> float:
     info = _run_info(config, devices, run_dir, resumed)
     started = began - (resumed.elapsed if resumed else 0.0)
     with _claimed(info, config, resumed), Recording(run_dir, started, parts.tracker.sink(info)) as recording:
-        data = parts.dataset()
+        data = keep_apart(parts.dataset(), config.validation)
+        if config.early_stopping.patience and not data.validation_count:
+            _warn(TEST_SELECTS.format(config.early_stopping.patience))
         plan = make_plan(
             config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
         )
@@ -66,7 +73,7 @@ def run(config: Config, parts: Parts) -> float:
         model = _model(config, parts, len(data.classes))
         for scale in sorted({*plan.image_scales} - {1.0}):  # a network may be too deep for small images
             overview.layer_shapes(model, scaled(data.image_size, scale))
-        details = overview.describe_plan(plan, devices, data, model)
+        details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
             overview.print_layers(console, model, data.image_size)
@@ -89,6 +96,7 @@ def run(config: Config, parts: Parts) -> float:
             plan=plan,
             train=config.train,
             checkpoint=config.checkpoint,
+            early_stopping=config.early_stopping,
             data=data,
             augmentation=parts.augmentation,
             make_model=parts.make_model,
@@ -104,8 +112,12 @@ def run(config: Config, parts: Parts) -> float:
             raise
         if ended:
             console.print(f"training ended early: {ended.reason}", highlight=False)
+        publish.publish(run_dir, config.model, _warn)
     metrics = journal.last_values(run_dir)
     overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
+    for line in overview.selection(metrics, config.train.epochs, config.early_stopping):
+        console.print(line, highlight=False)
+        logging.getLogger(__name__).info(line)
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
@@ -169,6 +181,7 @@ def _continued_folder(folder: Path, hydras: Path) -> Path:
 
 def _warn(line: str) -> None:
     print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
+    logging.getLogger(__name__).warning(line)
 
 
 def _run_info(config: Config, devices: DeviceSet, run_dir: Path, resumed: Resumption | None) -> RunInfo:

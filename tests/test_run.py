@@ -61,7 +61,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     history = client().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(e.step, e.metrics["train/loss"]) for e in epochs]
     kept = {artifact.path for artifact in client().list_artifacts(run.info.run_id)}
-    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl"}
+    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl", "model.safetensors"}
     assert str(workplace / "outputs") in run.info.artifact_uri
     assert not (workplace / "mlruns").exists()
 
