@@ -26,6 +26,7 @@ from cifar_exp.record import Outcome, Status
 BATCH = 500  # entries that are read, and held, at a time
 PATIENCE = 30.0  # seconds that the end of a run waits for a tracker, in all
 STOPPED_PATIENCE = 8.0  # the same where a signal has stopped the run
+OPENING = 120.0  # the same for opening alone, where nothing has failed: it imports and makes a store on a busy machine
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
 SHORTEST_PAUSE = 1.0
@@ -114,8 +115,9 @@ class Follower(threading.Thread):
         """Until when the sink is tried, on the monotonic clock: one that is slow to open gets its time in any run."""
         if self._reached:
             return self._deadline
-        opened = self._began + PATIENCE
-        return max(self._ended + LAST_TRY, min(self._deadline, opened)) if self.error else max(self._deadline, opened)
+        if self.error:
+            return max(self._ended + LAST_TRY, min(self._deadline, self._began + PATIENCE))
+        return max(self._deadline, self._began + OPENING)
 
     def _look(self) -> bool:
         """Wait for the next look, pass on what is new; whether it was the last look."""
@@ -293,9 +295,10 @@ class Recording:
 def lacking(error: Exception, folder: Path) -> str:
     """What to tell of a tracker that did not get everything, down to the command that delivers it."""
     command = f"{uv_prefix()}cifar-exp-sync {shlex.quote(os.path.relpath(folder))}"
+    path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
     return (
         f"the tracker did not get everything: {type(error).__name__}: {shortened(error)}. "
-        f"It is all in {folder / FILE_NAME}. Once the tracker can be reached, type\n{command}"
+        f"It is all in {path}. Once the tracker can be reached, type\n{command}"
     )
 
 

@@ -122,7 +122,7 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
             f"cifar-exp-sync {run_dir} tracking.uri=<address>"
         )
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)
-    return MLflowTracker(**chosen)  # type: ignore[arg-type]
+    return MLflowTracker(**chosen)
 
 
 def deliver(run_dir: Path, tracker: MLflowTracker) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it holds the address as it is
     # Whoever calls tries again. MLflow itself would make a run twice where only the answer to the first try was lost.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without a byte
@@ -252,6 +253,7 @@ class MLflowRun:
 
     def _points(self, name: str) -> set[tuple[int, int]]:
         """Step and time in milliseconds of what the store holds of a metric."""
+        assert self.run_id
         history = self._client.get_metric_history(self.run_id, _allowed(name))
         return {(point.step, point.timestamp) for point in history}
 
