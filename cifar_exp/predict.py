@@ -16,7 +16,8 @@ from cifar_exp import checkpoint
 from cifar_exp.config import build, read_config
 from cifar_exp.data import Normalization
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
-from cifar_exp.tracking import OUTPUTS, RUN_ID_FILE
+from cifar_exp.privacy import masked_text
+from cifar_exp.record import OUTPUTS, RUN_ID_FILE
 
 USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
 
@@ -151,7 +152,7 @@ def main() -> None:
         if broken:
             raise DataError("\n".join(broken))
     except CifarExpError as error:
-        print(f"cifar-exp-predict: {error}", file=sys.stderr)
+        print(f"cifar-exp-predict: {masked_text(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
