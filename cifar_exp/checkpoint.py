@@ -147,7 +147,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
             leftover.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
         _write(path, content)
-        _write(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1).encode())
+        _write(path.with_suffix(".json"), sealed(manifest))
         for old in sorted(folder.glob("*.json"))[:-keep]:
             old.unlink()  # first: without it the file beside it counts for nothing
             old.with_suffix(".pt").unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
     paths = sorted((run_dir / FOLDER).glob("*.json"), reverse=True)
     for path in paths:
         try:
-            manifest = Manifest(**json.loads(path.read_text()))
+            manifest = _unsealed(path.read_bytes())
             content = path.with_name(manifest.file).read_bytes()
         except (OSError, ValueError, TypeError) as error:
             warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
@@ -182,6 +182,27 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
             f"resume=never to start again from the beginning"
         )
     return None
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """The content of a manifest's file, with a hash of its own: a step or a batch size that was altered is noticed."""
+    fields = asdict(manifest)
+    seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps(fields | {"seal": seal}, indent=1).encode()
+
+
+def _unsealed(content: bytes) -> Manifest:
+    """The manifest that was written as ``content``.
+
+    Raises:
+        ValueError: where it was not written so. TypeError: where it lacks a field.
+    """
+    fields = json.loads(content)
+    fields.pop("seal", None)
+    manifest = Manifest(**fields)
+    if sealed(manifest) != content:
+        raise ValueError("it is not as it was written")
+    return manifest
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cifar_exp.errors import (
     WorkerError,
 )
 from cifar_exp.schema import Devices
+from cifar_exp.temporary import private_folder
 from cifar_exp.worker import Job, RankFailure
 
 
@@ -123,8 +123,7 @@ class ElasticLauncher:
         """
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
-        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder:
-            exchange = Path(folder)
+        with private_folder() as exchange:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
             _log_to_the_runs_file()
             config = LaunchConfig(
