@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,6 +24,7 @@ def run_hydra(job: Job) -> int:
     Returns:
         The exit code. Errors that a user can mend are printed as one message.
     """
+    outlive_terminal()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
     failures: list[CifarExpError] = []
@@ -50,6 +51,31 @@ def run_hydra(job: Job) -> int:
         if str(failure):
             print(f"cifar-exp: {failure}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
+
+
+def outlive_terminal() -> None:
+    """From now on what cannot be printed is dropped: a run must not end because nobody reads it any more.
+
+    That is the case behind ``| head``, on a terminal that was closed and on a full disk.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
+        stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
+
+
+def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
+    """``act`` of the stream, which goes nowhere from the first failure on."""
+
+    def acting(*arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return act(*arguments)
+
+    return acting
 
 
 def explained(error: Exception) -> CifarExpError:

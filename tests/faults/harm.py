@@ -8,7 +8,7 @@ import psutil
 
 from tests.faults.records import free_port
 from tests.faults.registry import case
-from tests.faults.runs import HERE, UNTRACKED, settings
+from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, settings
 from tests.faults.saving import copied
 from tests.faults.scene import LIMIT, Scene, says
 
@@ -17,7 +17,7 @@ EXECUTES = "train: !!python/object/apply:os.mkdir [executed]\n"
 
 @case("code in a run's config.yaml")
 def malicious_yaml(scene: Scene) -> None:
-    run = settings(4)
+    run = settings(EPOCHS_A_TRY)
     folder = copied(scene, run, "run")
     (folder / "config.yaml").write_text(EXECUTES)
     says(scene.run(*run, *HERE, *UNTRACKED), 8, "config.yaml")
@@ -28,7 +28,7 @@ def malicious_yaml(scene: Scene) -> None:
 @case("a target in a run's config.yaml")
 def malicious_target(scene: Scene) -> None:
     """Prediction with somebody else's run names nothing but what this package trusts."""
-    folder = copied(scene, settings(4), "run")
+    folder = copied(scene, settings(EPOCHS_A_TRY), "run")
     config = (folder / "config.yaml").read_text()
     wanted = config.replace("tests.faults.injected.model", "os.mkdir").replace("- tests", "- torch")
     (folder / "config.yaml").write_text(wanted)

@@ -8,6 +8,7 @@ import re
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +56,7 @@ def bomb(root: Path) -> None:
     path = root / "train/ant/0.png"
     content = bytearray(path.read_bytes())
     content[16:24] = (60000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     path.write_bytes(content)
 
 

@@ -123,7 +123,7 @@ def server_restarts(scene: Scene) -> None:
     run = settings(100)
     with mlflow_server(scene) as server:
         running = scene.start(*served(run, server.address), plan={"pace": 2.0}, env={"no_proxy": "127.0.0.1"})
-        until_recorded(scene, running, 50, SERVED)
+        until_recorded(scene, running, 20, SERVED)
         for _ in range(scene.times):
             time.sleep(scene.random.uniform(0, 3))
             server.kill()
@@ -149,7 +149,7 @@ def server_hangs(scene: Scene) -> None:
     run = settings(100)
     with mlflow_server(scene) as server:
         running = scene.start(*served(run, server.address), plan={"pace": 2.0}, env={"no_proxy": "127.0.0.1"})
-        until_recorded(scene, running, 50, SERVED)
+        until_recorded(scene, running, 20, SERVED)
         for _ in range(scene.times):
             time.sleep(scene.random.uniform(0, 2))
             server.signal(signal.SIGSTOP)
@@ -166,7 +166,7 @@ def server_hangs(scene: Scene) -> None:
 
 @case("there is no MLflow server", needs=("sync",))
 def no_server(scene: Scene) -> None:
-    run, server = settings(4), Server(scene)
+    run, server = settings(EPOCHS_A_TRY), Server(scene)
     owes(scene.run(*served(run, server.address), env={"no_proxy": "127.0.0.1"}), server.address)
     assert_same_as_uninterrupted(scene, run)
     try:

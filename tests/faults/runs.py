@@ -21,7 +21,7 @@ SETTINGS = (
 )
 HERE = ("hydra.run.dir=run", "resume=auto")  # one folder; every start goes on with what is in it
 UNTRACKED = ("tracking=none",)
-EPOCHS_A_TRY = 12  # that an interrupted run is given between two faults
+EPOCHS_A_TRY = 8  # that an interrupted run is given between two faults
 
 
 def settings(epochs: int, *changes: str) -> tuple[str, ...]:

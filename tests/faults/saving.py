@@ -15,6 +15,7 @@ from cifar_exp.checkpoint import FOLDER
 from cifar_exp.errors import StorageError
 from tests.faults.registry import case
 from tests.faults.runs import (
+    EPOCHS_A_TRY,
     HERE,
     UNTRACKED,
     assert_recorded_once,
@@ -133,7 +134,7 @@ def copied(scene: Scene, run: tuple[str, ...], name: str) -> Path:
 
 @case("the newest checkpoint is damaged", quick=True)
 def newest_damaged(scene: Scene) -> None:
-    run = settings(4)
+    run = settings(EPOCHS_A_TRY)
     newest = max((copied(scene, run, "run") / FOLDER).glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1])
     ended = scene.run(*run, *HERE, *UNTRACKED)
@@ -144,7 +145,7 @@ def newest_damaged(scene: Scene) -> None:
 
 def refused_start(scene: Scene, fault: str, spoil: Callable[[Path], None], code: int, *words: str) -> None:
     """What was spoilt is named; a start without ``resume`` is not kept from beginning anew."""
-    run = settings(4)
+    run = settings(EPOCHS_A_TRY)
     spoil(copied(scene, run, "run"))
     says(scene.run(*run, *HERE, *UNTRACKED), code, *words)
     scene.handled(fault, "the same; resume=never in another folder starts anew")

@@ -42,7 +42,8 @@ class Running:
     """A command that was started in a scene, in a process group of its own, as a shell would."""
 
     def __init__(self, scene: "Scene", command: Sequence[str], env: Mapping[str, str], output: Path) -> None:
-        self.scene, self.mark, self.tmp = scene, env[MARK], Path(env["TMPDIR"])
+        self.scene, self.mark, self._tmp = scene, env[MARK], Path(env["TMPDIR"])
+        self._before = {path.name for path in self._tmp.iterdir()}
         self._output, self._began = output, time.monotonic()
         with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
             self.process = subprocess.Popen(
@@ -112,7 +113,7 @@ class Running:
         ended = Ended(code, self.out, self.err, time.monotonic() - self._began)
         self.scene.check_processes(self.mark)
         if code != -signal.SIGKILL:
-            self.scene.check_temporary(self.tmp)
+            self.scene.check_temporary(self._tmp, self._before)
         return ended
 
 
@@ -187,9 +188,10 @@ class Scene:
             assert time.monotonic() < deadline, f"processes survive: {alive}"
             time.sleep(0.02)
 
-    def check_temporary(self, tmp: Path) -> None:
-        """Nothing is left in a command's TMPDIR and in shared memory."""
-        left = sorted(path.name for path in tmp.iterdir())
+    def check_temporary(self, tmp: Path, before: set[str]) -> None:
+        """Nothing new is left in a command's TMPDIR and in shared memory, and nothing of ours from before it."""
+        names = sorted(path.name for path in tmp.iterdir())
+        left = [name for name in names if name not in before or name.startswith("cifar-exp-")]
         assert not left, f"left in TMPDIR: {left}"
         shared = _abandoned_shared_memory(self._began)
         assert not shared, f"left in shared memory: {shared}"
