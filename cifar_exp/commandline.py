@@ -1,8 +1,9 @@
 """Hydra at the command line, with this project's messages and exit codes instead of tracebacks."""
 
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import hydra
@@ -13,9 +14,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
-from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.errors import CifarExpError, ConfigError, MachineError, StorageError
 
 Job = Callable[[DictConfig], Any]
+OPEN_FILES = 256  # several times what a parent with MLflow has open
 
 
 def run_hydra(job: Job) -> int:
@@ -40,17 +42,34 @@ def run_hydra(job: Job) -> int:
             failures.append(error)
 
     try:
+        allow_open_files()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except CifarExpError as error:
         failures.append(error)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if begun:
             raise
-        failures.append(explained(error))
+        failures.append(explained(error, sys.argv[1:]))
     for failure in failures:
         if str(failure):
             print(f"cifar-exp: {failure}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
+
+
+def allow_open_files() -> None:
+    """See to it that this process and its ranks may open as many files as they need.
+
+    Raises:
+        MachineError: where the limit is too low and must not be raised.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:  # -1 is no limit
+        if 0 <= hard < OPEN_FILES:
+            raise MachineError(
+                f"ulimit -n: a process may have {hard} open files here, and a run takes up to {OPEN_FILES}. Type "
+                f"ulimit -n {OPEN_FILES} first, where you may, or ask who administrates the machine"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 def outlive_terminal() -> None:
@@ -78,8 +97,13 @@ def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
     return acting
 
 
-def explained(error: Exception) -> CifarExpError:
-    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice."""
+def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:
+    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice.
+
+    Args:
+        error: what Hydra raised.
+        typed: the overrides, which are named where the error names none of them.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = [str(option) for option in error.options or []]
@@ -93,4 +117,6 @@ def explained(error: Exception) -> CifarExpError:
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
         )
+    if not any(word.lstrip("+~").partition("=")[0] in str(error) for word in typed):
+        error = ValueError(f"{' '.join(typed)}: {error}")
     return ConfigError(f"{error}. Type group=choice or key=value, as in model=convnet train.epochs=5; see --help")

@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 
 from tests.faults.cases import CASES
-from tests.faults.scene import Suite
+from tests.faults.scene import OWN_MOUNTS, Suite
 from tests.faults.table import Row, as_json, as_markdown, run_case, totals
-
-INSIDE = "CIFAR_EXP_FAULTS_INSIDE"
 
 
 def main() -> int:
@@ -42,6 +40,8 @@ def main() -> int:
         rows += found
         for row in found:
             print(f"[{number}/{len(cases)}] {row.line()}", flush=True)
+            if row.problem:
+                print(row.problem, file=sys.stderr, flush=True)
         print(f"    {case.name}: {time.monotonic() - began:.0f} s", flush=True)
         for path, text in ((chosen.json, as_json), (chosen.markdown, as_markdown)):
             if path:  # after every case, so that a suite that is stopped leaves what it has found
@@ -82,11 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _enter_own_mounts() -> None:
     """Where the suite may mount, do so where nobody else sees it: the mounts end with this process, however it ends."""
-    if INSIDE in os.environ or os.geteuid() != 0 or shutil.which("unshare") is None:
+    if OWN_MOUNTS in os.environ or os.geteuid() != 0 or shutil.which("unshare") is None:
         return
-    inside = ["unshare", "--mount", "--propagation", "private"]
+    script = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+    inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode == 0:
-        os.environ[INSIDE] = "1"
+        os.environ[OWN_MOUNTS] = "1"
         os.execvp("unshare", [*inside, sys.executable, "-m", "tests.faults", *sys.argv[1:]])
 
 

@@ -67,7 +67,7 @@ def outcome(typed: Sequence[str]) -> CifarExpError | None:
     try:
         composed = compose("config", list(typed))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:  # as in commandline.run_hydra
-        return explained(error)
+        return explained(error, typed)
     from cifar_exp.launch import find_devices
     from cifar_exp.plan import check_scaling, make_plan
 

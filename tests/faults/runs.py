@@ -1,6 +1,7 @@
 """The run that faults are injected into, and what it must have left: its journal, its weights, its record."""
 
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def reference(scene: Scene, run: Sequence[str]) -> Path:
     """The folder of the same run, uninterrupted; trained once for all cases that ask for it."""
     key = tuple(run)
     if key not in scene.suite.references:
-        where = Scene(scene.suite.base / f"reference-{len(scene.suite.references)}", scene.suite, "reference", 1)
+        where = Scene(scene.suite.base / f"reference-{next(scene.suite.numbers)}", scene.suite, "reference", 1)
         says(where.run(*run, *UNTRACKED, "hydra.run.dir=run"), 0)
         scene.suite.references[key] = where.folder / "run"
     return scene.suite.references[key]
@@ -76,12 +77,13 @@ def statuses(scene: Scene, database: str = "outputs/mlflow.db") -> list[str]:
 def assert_recorded_once(scene: Scene, run_dir: str = "run", database: str = "outputs/mlflow.db") -> None:
     """MLflow has every point of the run's journal, each once, and no other."""
     identity = (scene.folder / run_dir / "mlflow_run_id").read_text().strip()
-    found = rows(scene, f"SELECT key, step FROM metrics WHERE run_uuid = '{identity}'", database)
+    found = Counter(rows(scene, f"SELECT key, step FROM metrics WHERE run_uuid = '{identity}'", database))
     entries = journal.read(scene.folder / run_dir)
-    expected = [(name, entry.step) for entry in entries for name in entry.metrics]
-    assert len(expected) == len(set(expected)), "the journal has a point twice"
-    lost, more = len(set(expected) - set(found)), len(found) - len(set(found))
-    assert sorted(found) == sorted(expected), f"of {len(expected)} points {lost} are lost and {more} doubled"
+    expected = Counter((name, entry.step) for entry in entries for name in entry.metrics)
+    lost, more = (expected - found).total(), (found - expected).total()
+    assert found == expected, (
+        f"of {expected.total()} points {lost} are lost, and {more} are there that were not written"
+    )
 
 
 def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[Any]:
