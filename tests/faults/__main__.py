@@ -8,6 +8,7 @@ uv run python -m tests.faults --list
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def main() -> int:
             print("\n".join(f"{fault}  ({', '.join(marks)})" if marks else fault for fault in case.faults))
         return 0
     _enter_own_mounts()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever runs is ended first
     base = Path(tempfile.mkdtemp(prefix="faults-", dir=chosen.folder))
     suite = Suite(base, chosen.seed, chosen.repeat, chosen.examples, chosen.damages, chosen.jobs)
     print(f"seed {chosen.seed}; racy faults {chosen.repeat} times each; folders in {base}", flush=True)

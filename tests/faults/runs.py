@@ -81,9 +81,7 @@ def assert_recorded_once(scene: Scene, run_dir: str = "run", database: str = "ou
     entries = journal.read(scene.folder / run_dir)
     expected = Counter((name, entry.step) for entry in entries for name in entry.metrics)
     lost, more = (expected - found).total(), (found - expected).total()
-    assert found == expected, (
-        f"of {expected.total()} points {lost} are lost, and {more} are there that were not written"
-    )
+    assert found == expected, f"of {expected.total()} points {lost} are lost, and {more} are there that none wrote"
 
 
 def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[Any]:
