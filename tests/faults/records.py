@@ -331,7 +331,7 @@ def store_deleted(scene: Scene) -> None:
 
 def cut_run(scene: Scene, run: tuple[str, ...]) -> None:
     """A run whose parent was killed."""
-    running = scene.start(*run, *HERE, plan={"pace": 0.05})
+    running = scene.start(*run, *HERE, plan={"pace": 2.0})
     until_recorded(scene, running, 5, "outputs/mlflow.db")
     running.signal(signal.SIGKILL)
     running.wait()
