@@ -24,6 +24,7 @@ Classify images with the network of a finished run.
 
   run=<run>   latest, a run's folder under outputs/, or an MLflow run id
   --json      one JSON object a line: image, label, probability
+  trusted_modules=[<package>]  whose code may be run, where the run's network comes from a package of yours
 """
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -38,8 +39,12 @@ class Classifier:
     image_size: tuple[int, int]
 
     @classmethod
-    def of_run(cls, run_dir: Path) -> "Classifier":
+    def of_run(cls, run_dir: Path, trusted: Sequence[str] = ()) -> "Classifier":
         """The network of the run in ``run_dir``.
+
+        Args:
+            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
+            trusted: modules beside this package, torch and torchvision whose code may be run.
 
         Raises:
             StorageError: where it holds no readable checkpoint.
@@ -47,6 +52,7 @@ class Classifier:
         saved = checkpoint.newest(run_dir, lambda line: print(f"cifar-exp-predict: {line}", file=sys.stderr))
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
+        config["trusted_modules"] = list(trusted)
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
         model.load_state_dict(saved.model)
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
@@ -113,7 +119,8 @@ def main() -> None:
     words = sys.argv[1:]
     as_json = "--json" in words
     runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    paths = [word for word in words if not word.startswith(("run=", "-"))]
+    trusted = [word.removeprefix("trusted_modules=") for word in words if word.startswith("trusted_modules=")]
+    paths = [word for word in words if not word.startswith(("run=", "trusted_modules=", "-"))]
     if "-h" in words or "--help" in words:
         print(USAGE)
         return
@@ -124,7 +131,7 @@ def main() -> None:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
         run_dir = find_run(runs[0])
         print(f"network of {run_dir}", file=sys.stderr)
-        classifier = Classifier.of_run(run_dir)
+        classifier = Classifier.of_run(run_dir, [name for word in trusted for name in word.strip("[]").split(",")])
         files = images_in(paths)
         broken: list[str] = []
         for start in range(0, len(files), 500):

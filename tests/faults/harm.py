@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 import psutil
+import yaml
 
+from tests.faults.images import picture
 from tests.faults.records import free_port
 from tests.faults.registry import case
 from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, settings
@@ -27,13 +29,16 @@ def malicious_yaml(scene: Scene) -> None:
 
 @case("a target in a run's config.yaml")
 def malicious_target(scene: Scene) -> None:
-    """Prediction with somebody else's run names nothing but what this package trusts."""
+    """Prediction with somebody else's run runs nothing but what its user trusts, whatever the run says that it trusts."""
     folder = copied(scene, settings(EPOCHS_A_TRY), "run")
-    config = (folder / "config.yaml").read_text()
-    wanted = config.replace("tests.faults.injected.model", "os.mkdir").replace("- tests", "- torch")
-    (folder / "config.yaml").write_text(wanted)
-    ended = scene.run("run=run", str(scene.folder), module="cifar_exp.predict")
-    says(ended, 2, "model._target_=os.mkdir")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["augment"] = {"_target_": "os.mkdir", "path": "executed"}
+    config["trusted_modules"] = ["os", "posix", "tests"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    picture().save(scene.folder / "picture.png")
+    ended = scene.run("run=run", "trusted_modules=[tests]", "picture.png", module="cifar_exp.predict")
+    says(ended, 2, "augment._target_=os.mkdir")
+    assert not (scene.folder / "executed").exists(), "code that a run's folder names was run"
     scene.handled("a target in a run's config.yaml", "the same")
 
 
