@@ -29,7 +29,7 @@ def malicious_yaml(scene: Scene) -> None:
 
 @case("a target in a run's config.yaml")
 def malicious_target(scene: Scene) -> None:
-    """Prediction with somebody else's run runs nothing but what its user trusts, whatever the run says that it trusts."""
+    """Prediction with somebody else's run runs only what its user trusts, whatever the run says of trust."""
     folder = copied(scene, settings(EPOCHS_A_TRY), "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["augment"] = {"_target_": "os.mkdir", "path": "executed"}
