@@ -33,7 +33,8 @@ def chain(
         running.until_training(scene.journal(), lines=1 + scene.random.randrange(EPOCHS_A_TRY * 3))
         strike(running)
         says(running.wait(), code, *words)
-        assert statuses(scene) == [status], statuses(scene)
+        found = statuses(scene)
+        assert found == [status] or (status == "RUNNING" and not found), found  # killed before it was recorded
         scene.handled(fault, GOES_ON)
     says(scene.run(*run, *HERE), 0)
     assert statuses(scene) == ["FINISHED"]

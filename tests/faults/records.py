@@ -366,6 +366,24 @@ def run_id_damaged(scene: Scene) -> None:
     scene.handled("a damaged mlflow_run_id", "goes on, bit for bit, as a new run of MLflow")
 
 
+@case("SIGKILL while the store is made", racy=True, needs=("linux",))
+def killed_while_the_store_is_made(scene: Scene) -> None:
+    """A half-made store is finished, or made anew, by the next start."""
+    run = settings(1)
+    for number in range(scene.times):
+        database = f"store-{number}.db"
+        uri = f"tracking.uri=sqlite:///{scene.folder / database}"
+        running = scene.start(*run, f"hydra.run.dir=cut-{number}", uri, plan={"pace": 2.0})
+        running.until((scene.folder / database).exists, "the making of the store")
+        time.sleep(scene.random.uniform(0, 2))
+        running.signal(signal.SIGKILL)
+        running.wait()
+        says(scene.run(*run, f"hydra.run.dir=next-{number}", uri), 0)
+        assert statuses(scene, database)[-1] == "FINISHED"
+        assert_recorded_once(scene, f"next-{number}", database)
+        scene.handled("SIGKILL while the store is made", "finishes it and records its run")
+
+
 @case("a run left RUNNING by a parent that was killed", racy=True, needs=("stale", "linux"))
 def stale_run(scene: Scene) -> None:
     """Any next start on this machine closes it as KILLED."""

@@ -92,5 +92,9 @@ def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[
     connection = sqlite3.connect(path, timeout=60)
     try:
         return list(connection.execute(query))
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+        return []  # the store is being made
     finally:
         connection.close()
