@@ -1,10 +1,9 @@
 """Hydra at the command line, with this project's messages and exit codes instead of tracebacks."""
 
 import os
-import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,10 +13,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
-from cifar_exp.errors import CifarExpError, ConfigError, MachineError, StorageError
+from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.process import allow_open_files, outlive_terminal
 
 Job = Callable[[DictConfig], Any]
-OPEN_FILES = 256  # several times what a parent with MLflow has open
 
 
 def run_hydra(job: Job) -> int:
@@ -54,47 +53,6 @@ def run_hydra(job: Job) -> int:
         if str(failure):
             print(f"cifar-exp: {failure}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
-
-
-def allow_open_files() -> None:
-    """See to it that this process and its ranks may open as many files as they need.
-
-    Raises:
-        MachineError: where the limit is too low and must not be raised.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < OPEN_FILES:  # -1 is no limit
-        if 0 <= hard < OPEN_FILES:
-            raise MachineError(
-                f"ulimit -n: a process may have {hard} open files here, and a run takes up to {OPEN_FILES}. Type "
-                f"ulimit -n {OPEN_FILES} first, where you may, or ask who administrates the machine"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
-
-
-def outlive_terminal() -> None:
-    """From now on what cannot be printed is dropped: a run must not end because nobody reads it any more.
-
-    That is the case behind ``| head``, on a terminal that was closed and on a full disk.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
-        stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
-
-
-def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
-    """``act`` of the stream, which goes nowhere from the first failure on."""
-
-    def acting(*arguments: Any) -> Any:
-        try:
-            return act(*arguments)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            return act(*arguments)
-
-    return acting
 
 
 def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:
