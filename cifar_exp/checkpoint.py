@@ -160,7 +160,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
             leftover.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
         _write(path, content)
-        _write(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1).encode())
+        _write(path.with_suffix(".json"), sealed(manifest))
         manifests = sorted(folder.glob("*.json"))
         # This one is not the newest where a run has gone on from one before a damaged one.
         newest = {*manifests[-keep:], path.with_suffix(".json")}
@@ -196,7 +196,7 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
 def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
     """The manifest at ``path`` where the checkpoint's content is what it says."""
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
+        manifest = _unsealed(path.read_bytes())
         content = path.with_name(manifest.file).read_bytes()
     except (OSError, ValueError, TypeError) as error:
         warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
@@ -205,6 +205,27 @@ def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
         return manifest
     warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is passed over")
     return None
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """The content of a manifest's file, with a hash of its own: a step or a batch size that was altered is noticed."""
+    fields = asdict(manifest)
+    seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps(fields | {"seal": seal}, indent=1).encode()
+
+
+def _unsealed(content: bytes) -> Manifest:
+    """The manifest that was written as ``content``.
+
+    Raises:
+        ValueError: where it was not written so. TypeError: where it lacks a field.
+    """
+    fields = json.loads(content)
+    fields.pop("seal", None)
+    manifest = Manifest(**fields)
+    if sealed(manifest) != content:
+        raise ValueError("it is not as it was written")
+    return manifest
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from cifar_exp import nursery
 from cifar_exp.control import LEAVE_FILE, Request, Watchdog, ended_by
 from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
 from cifar_exp.schema import Devices
+from cifar_exp.temporary import private_folder
 from cifar_exp.worker import Job, RankFailure
 
 AFTER_A_DEATH = (
@@ -130,8 +130,7 @@ class ElasticLauncher:
         """
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
-        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder:
-            exchange = Path(folder)
+        with private_folder() as exchange:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
             _log_to_the_runs_file()
             config = LaunchConfig(

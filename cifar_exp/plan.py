@@ -8,6 +8,7 @@ from cifar_exp.optim import Schedule, learning_rates
 from cifar_exp.schema import Config
 
 REFERENCE_BATCH = 256  # images of global batch that `optimizer.lr` is stated for
+MOST_STEPS = 10**7  # of a run: the rate of each is known beforehand
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def make_plan(
             f"training set has {train_count}{rest}. Type {advice}"
         )
     steps_per_epoch = train_count // global_batch
+    if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: they are {steps:,} steps, and a run has {MOST_STEPS:,} at most. Type "
+            f"train.epochs={MOST_STEPS // steps_per_epoch} or less"
+        )
     full_rate = config.optimizer["lr"] * global_batch / REFERENCE_BATCH
     return Plan(
         world_size=world_size,

@@ -27,6 +27,7 @@ Classify images with the network of a finished run.
   checkpoint=<which>  best, of the epoch with the best validation, which runs with data.validation keep, or last;
                       left out: best where there is one
   --json              one JSON object a line: image, label, probability
+  trusted_modules=[<package>]  whose code may be run, where the run's network comes from a package of yours
 """
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -41,12 +42,13 @@ class Classifier:
     image_size: tuple[int, int]
 
     @classmethod
-    def of_run(cls, run_dir: Path, which: str = "") -> "Classifier":
+    def of_run(cls, run_dir: Path, which: str = "", trusted: Sequence[str] = ()) -> "Classifier":
         """The network of the run in ``run_dir``.
 
         Args:
-            run_dir: the run's folder.
+            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
             which: ``best``, ``last``, or neither for the best one where one is kept.
+            trusted: modules beside this package, torch and torchvision whose code may be run.
 
         Raises:
             ConfigError: the best one is wanted and none is kept.
@@ -64,6 +66,7 @@ class Classifier:
         saved = saved or checkpoint.newest(run_dir, warn)
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
+        config["trusted_modules"] = list(trusted)
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
         model.load_state_dict(saved.model)
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
@@ -131,7 +134,8 @@ def main() -> None:
     as_json = "--json" in words
     runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
     which = [word.removeprefix("checkpoint=") for word in words if word.startswith("checkpoint=")]
-    paths = [word for word in words if not word.startswith(("run=", "checkpoint=", "-"))]
+    trusted = [word.removeprefix("trusted_modules=") for word in words if word.startswith("trusted_modules=")]
+    paths = [word for word in words if not word.startswith(("run=", "checkpoint=", "trusted_modules=", "-"))]
     if "-h" in words or "--help" in words:
         print(USAGE)
         return
@@ -144,7 +148,8 @@ def main() -> None:
             raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
         run_dir = find_run(runs[0])
         print(f"network of {run_dir}", file=sys.stderr)
-        classifier = Classifier.of_run(run_dir, *which[-1:])
+        names = [name for word in trusted for name in word.strip("[]").split(",")]
+        classifier = Classifier.of_run(run_dir, "".join(which[-1:]), names)
         files = images_in(paths)
         broken: list[str] = []
         for start in range(0, len(files), 500):

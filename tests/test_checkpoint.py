@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit, or in one message that says which file; nothing in a file is executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FOLDER, Checkpoint, Origin, Saver, load, newest, save, sound
+from cifar_exp.checkpoint import FOLDER, Checkpoint, Manifest, Origin, Saver, load, newest, save, sealed, sound
 from cifar_exp.errors import StorageError
 from cifar_exp.models import convnet
 
@@ -225,6 +226,25 @@ def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Pa
     assert refusal.value.exit_code == 8
 
 
+def reseal(path: Path, **changes: Any) -> None:
+    """Write a manifest again with other fields, as only who means to can: its own hash holds."""
+    fields = json.loads(path.read_text())
+    del fields["seal"]
+    path.write_bytes(sealed(Manifest(**fields | changes)))
+
+
+def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, trained(step), origin(step), keep=2)
+    path = tmp_path / FOLDER / "step-00000020.json"
+    path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
+    told: list[str] = []
+    manifest = sound(tmp_path, told.append)
+    assert manifest is not None
+    assert manifest.step == 10
+    assert told == [f"{path}: the checkpoint cannot be read and is passed over: it is not as it was written"]
+
+
 class Malicious:
     """Makes a folder when it is unpickled."""
 
@@ -244,11 +264,8 @@ def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path
     path = tmp_path / FOLDER / "step-00000010.pt"
     content = dict(vars(trained())) | {"classes": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    manifest = path.with_suffix(".json")
-    fields = json.loads(manifest.read_text())
-    fields["bytes"] = path.stat().st_size
-    fields["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(fields))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
     with pytest.raises(StorageError, match=r"step-00000010\.pt: the checkpoint cannot be read"):
         newest(tmp_path, silent)
     assert not marker.exists()
