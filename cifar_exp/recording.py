@@ -109,7 +109,7 @@ class Follower(threading.Thread):
         with self._changed:
             if self.is_alive():
                 self._left = True
-                self.error = self.error or _GivenUpError("no answer")
+                self.error = self.error or _GivenUpError("no answer in time")
 
     def _limit(self) -> float:
         """Until when the sink is tried, on the monotonic clock: one that is slow to open gets its time in any run."""
@@ -141,7 +141,7 @@ class Follower(threading.Thread):
         failures = 0
         while True:
             if time.monotonic() > self._limit():
-                raise _GivenUpError("no time left")
+                raise _GivenUpError("there was no time left")
             try:
                 action()
             except Exception as error:
@@ -297,7 +297,7 @@ def lacking(error: Exception, folder: Path) -> str:
     command = f"{uv_prefix()}cifar-exp-sync {shlex.quote(os.path.relpath(folder))}"
     path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
     return (
-        f"the tracker did not get everything: {type(error).__name__}: {shortened(error)}. "
+        f"the tracker did not get everything: {shortened(error)}. "
         f"It is all in {path}. Once the tracker can be reached, type\n{command}"
     )
 
@@ -309,5 +309,5 @@ def uv_prefix() -> str:
 
 def shortened(error: Exception) -> str:
     """What an error says in a line: HTTP libraries tell the whole chain of their calls."""
-    text = masked_text(str(error)).splitlines()[0] if str(error) else ""
+    text = masked_text(str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
