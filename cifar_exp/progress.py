@@ -57,11 +57,13 @@ class Display:
         """The last state of the page, and the figure."""
         if self._bar:
             self._bar.stop()
+        ended = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status]
+        self._facts = replace(self._facts, status=ended)
         if "stopped_epoch" in self._latest:  # nothing waits for the epochs that were left out
             done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
             told = {"epochs": f"{done} of {planned}: early stopping"}
             self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **told})
-        self._draw_page({"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status])
+        self._draw_page(ended)
         if self._entries:
             figures.draw_training(self._entries, self._facts, self._run_dir / "training.png")
 

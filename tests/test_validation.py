@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -23,8 +25,11 @@ from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.datasets import folders
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import ConfigError
+from cifar_exp.figures import RunFacts
+from cifar_exp.journal import Entry
 from cifar_exp.metrics import Averages
 from cifar_exp.predict import Classifier
+from cifar_exp.progress import Display
 from cifar_exp.residency import opened
 from cifar_exp.validation import divided, division, keep_apart
 from tests.conftest import TINY, Command
@@ -377,6 +382,22 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
         assert again.returncode == 0, again.stderr
         assert curve(journal.read(cut)) == curve(journal.read(whole))
         assert step_files(cut) == step_files(whole)
+
+
+@pytest.mark.parametrize(("status", "word"), [("FINISHED", "finished"), ("KILLED", "stopped")])
+def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, word: str
+) -> None:
+    drawn: list[RunFacts] = []
+    monkeypatch.setattr("cifar_exp.figures.draw_training", lambda _entries, facts, _path: drawn.append(facts))
+    facts = RunFacts("a run", "starting", 20, 10, [(15, 0.1)], {"devices": "one", "epochs": "20 (200 steps)"})
+    display = Display(tmp_path, facts, "quiet", Console(quiet=True), started=0.0)
+    display.open()
+    display.write([Entry(50, 5, 1.0, {"val/accuracy": 0.5}), Entry(50, 5, 2.0, {"stopped_epoch": 5})])
+    display.close(status)
+    details = {"devices": "one", "epochs": "5 of 20: early stopping"}
+    assert drawn == [replace(facts, status=word, epochs=5, details=details)]
+    assert "50 of 50 iterations" in (tmp_path / "progress.html").read_text()
 
 
 def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_exp: Command, workplace: Path) -> None:
