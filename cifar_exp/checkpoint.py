@@ -56,11 +56,13 @@ class Manifest:
         file: its name, in the same folder.
         bytes: its size.
         sha256: of its content, in hex.
-        epoch: epochs trained.
+        epoch: whole epochs trained.
         step: steps trained.
         global_batch_size: images a step over all ranks.
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
+        config_hash: sha256 of the settings that bear on the result, in hex.
+        seconds: the run had taken, over all its sessions.
         torch: the version that wrote it.
     """
 
@@ -72,6 +74,8 @@ class Manifest:
     global_batch_size: int
     world_size: int
     data_hash: str
+    config_hash: str
+    seconds: float
     torch: str
 
 
@@ -84,6 +88,8 @@ class Origin:
     global_batch_size: int
     world_size: int
     data_hash: str
+    config_hash: str
+    seconds: float
 
 
 class Saver:

@@ -241,7 +241,8 @@ def _resumption(
             )
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
-    elapsed = entries[-1].time if entries and in_place else 0.0
+    times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
+    elapsed = max(times, default=0.0) if in_place else 0.0
     return Resumption(folder, manifest, elapsed, finished, changes, in_place)
 
 

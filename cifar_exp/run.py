@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
-from cifar_exp import journal, overview, resume, tracking
+from cifar_exp import checkpoint, journal, overview, resume, tracking
 from cifar_exp.config import Parts, flattened
 from cifar_exp.data import scaled
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.figures import RunFacts
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
@@ -83,6 +83,7 @@ def run(config: Config, parts: Parts) -> float:
             run_dir=run_dir,
             started=started,
             elapsed=resumed.elapsed if resumed else 0.0,
+            config_hash=resume.config_hash(config),
             resume_from=(resumed.run_dir, resumed.manifest) if resumed and resumed.manifest else None,
             seed=config.seed,
             plan=plan,
@@ -96,12 +97,24 @@ def run(config: Config, parts: Parts) -> float:
             threads=devices.threads,
             timeout=parts.launcher.timeout,
         )
-        parts.launcher.launch(run_rank, job)
+        try:
+            ended = parts.launcher.launch(run_rank, job)
+        except Stopped:
+            _tell_what_was_saved(console, run_dir)
+            raise
+        if ended:
+            console.print(f"training ended early: {ended.reason}", highlight=False)
     metrics = journal.last_values(run_dir)
     overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
+
+
+def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
+    if manifest := checkpoint.sound(run_dir, _warn):
+        how = f"the same command with resume={os.path.relpath(run_dir)} goes on"
+        console.print(f"saved after step {manifest.step}; {how}", highlight=False)
 
 
 def _process_start() -> float:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 Count = Annotated[int, Ge(1)]
+NonNegativeCount = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
@@ -44,6 +45,7 @@ class Train:
     mirrored_evaluation: bool = False  # a second test accuracy, of each image's and its mirror image's mean logits
     log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
     profile: bool = False  # write a trace of a few steps
+    max_seconds: PositiveFloat | None = None  # of the run, after which training finishes where it is
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class _Schedule:
 @dataclass(frozen=True)
 class _Launcher:
     timeout: PositiveFloat | None = None  # seconds
+    max_restarts: NonNegativeCount | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,17 @@ from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
+from cifar_exp.control import Control
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
 from cifar_exp.distributed import World
-from cifar_exp.errors import CifarExpError, ConfigError, MachineError
+from cifar_exp.errors import (
+    CifarExpError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    MachineError,
+    StorageError,
+)
 from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
 from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_from_images, seeded
@@ -49,6 +57,7 @@ class Job:
         run_dir: the run's folder, where rank 0 writes.
         started: when the run began, seconds since the epoch; time between its sessions left out.
         elapsed: seconds the run took in earlier sessions; 0 in a new run.
+        config_hash: of the settings that bear on the result.
         resume_from: folder of the run and its checkpoint to go on from; None starts from initial values.
         seed: of initial values, order and augmentation.
         plan: batches, steps and learning rates.
@@ -60,12 +69,13 @@ class Job:
         make_optimizer: called with the parameters and ``lr``.
         accelerator: ``cpu`` or ``gpu``.
         threads: CPU threads of this rank.
-        timeout: seconds a collective operation may take.
+        timeout: seconds without a sign of life after which the launcher takes a rank for hung.
     """
 
     run_dir: Path
     started: float
     elapsed: float
+    config_hash: str
     resume_from: tuple[Path, Manifest] | None
     seed: int
     plan: Plan
@@ -98,26 +108,44 @@ class RankFailure:
     message: str
     traceback: str
 
+    def save(self, exchange: Path, attempt: int) -> None:
+        (exchange / f"failure-{attempt}-{self.rank}.json").write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":
+        """Those of the ranks' ``attempt``-th start, counted from 0, that had the time to tell."""
+        return [cls(**json.loads(path.read_text())) for path in exchange.glob(f"failure-{attempt}-*.json")]
+
+    def raise_if_lasting(self) -> None:
+        """Raise again what would come again: an error that is the user's to mend."""
+        for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
+            if self.exit_code == kind.exit_code:
+                raise kind(self.message.partition(": ")[2])
+
 
 def run_rank(job: Job, exchange: Path) -> None:
     """What each started process runs.
 
     Args:
         job: what to do.
-        exchange: a private folder in which ranks find each other and leave word of a failure.
+        exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
     """
     end_with_parent()
-    # A signal means now, and without a traceback: the parent tells the user.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    rank = int(os.environ["RANK"])
+    # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
+        control = Control(exchange, job.run_dir, rank, _steps_between_waits(job), _seconds_left(job))
+        if attempt:
+            job = _restarted(job, exchange, rank, attempt)
         _prepare_process(job)
-        with distributed.joined_world(job.accelerator, exchange, job.timeout) as world:
-            train(job, world)
+        # Longer than the launcher's patience, which knows better who is to blame.
+        with distributed.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
+            train(job, world, control)
     except Exception as error:
         code = error.exit_code if isinstance(error, CifarExpError) else None
         failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
-        (exchange / f"failure-{rank}.json").write_text(json.dumps(vars(failure)))
+        failure.save(exchange, attempt)
         if code is None and int(os.environ["WORLD_SIZE"]) > 1:
             # It may only be the echo of a peer that was killed and could leave no word: let the launcher see that
             # one first. It ends this rank as soon as it does.
@@ -125,13 +153,42 @@ def run_rank(job: Job, exchange: Path) -> None:
         sys.exit(1 if code is None else code)
 
 
-def train(job: Job, world: World) -> None:
+def _steps_between_waits(job: Job) -> int:
+    return 1 if job.accelerator == "cpu" else job.train.log_every
+
+
+def _seconds_left(job: Job) -> float | None:
+    limit = job.train.max_seconds
+    return None if limit is None else limit - (time.time() - job.started)
+
+
+def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
+    """The job after a rank died: it goes on from the newest checkpoint that is sound.
+
+    Raises:
+        CifarExpError: the one that ended the attempt before, where it would come again.
+    """
+    for failure in RankFailure.of_attempt(exchange, attempt - 1):
+        failure.raise_if_lasting()
+
+    def tell(line: str) -> None:
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    manifest = checkpoint.sound(job.run_dir, tell)
+    after = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
+    tell(f"cifar-exp: a rank died or hung; restart {attempt}: training goes on from {after}")
+    # What was trained since is trained again: that time is start-up.
+    return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
+
+
+def train(job: Job, world: World, control: Control) -> None:
     """Build everything on this rank's device, train, and write down how it went."""
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        _train(job, world, train_images, test_images)
+        _train(job, world, control, train_images, test_images)
 
 
-def _train(job: Job, world: World, train_images: Source, test_images: Source) -> None:
+def _train(job: Job, world: World, control: Control, train_images: Source, test_images: Source) -> None:
     writer = JournalWriter(job.run_dir) if world.is_first else None
 
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
@@ -156,6 +213,7 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
         log_every=job.train.log_every,
         report=report,
         communication=communication,
+        control=control,
         averaging=job.train.weight_averaging,
     )
     if saved:
@@ -176,24 +234,37 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
         saver = closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)) if world.is_first else None
 
-        def after_epoch(epoch: int) -> None:
-            if saver and (epoch % job.checkpoint.every == 0 or epoch == job.plan.epochs):
+        def save(must: bool) -> None:
+            if not must and trainer.epoch % job.checkpoint.every:
+                return
+            training = trainer.state_dict()  # for which all ranks are needed
+            if saver:
                 shift, scale = normalization.shift, normalization.scale
                 classes, size = job.data.classes, scaled(job.data.image_size, validation.scale)
                 used = trainer.evaluated.state_dict()
-                state = Checkpoint(used, model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
-                batch, images = job.plan.global_batch_size, job.data.content_hash
+                state = Checkpoint(used, model.state_dict(), training, classes, shift, scale, size)
+                origin = Origin(
+                    epoch=trainer.epoch,
+                    step=trainer.step,
+                    global_batch_size=job.plan.global_batch_size,
+                    world_size=world.size,
+                    data_hash=job.data.content_hash,
+                    config_hash=job.config_hash,
+                    seconds=time.time() - job.started,
+                )
                 assert writer
                 writer.sync()  # a checkpoint must not outlive the journal of its steps
-                saver.save(state, Origin(epoch, trainer.step, batch, world.size, images))
+                saver.save(state, origin)
 
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
         _prepare_steps(trainer, batches, job.train.compile, world)
-        final = trainer.fit(batches, validation, job.plan.epochs, after_epoch)
+        final = trainer.fit(batches, validation, job.plan.epochs, save)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
                 saver.wait()
+        if final is None:
+            return
         if job.train.mirrored_evaluation:
             with trainer.stopwatch.span("evaluation"):
                 mirrored = evaluate(Mirrored(trainer.evaluated), validation, trainer.precision)
@@ -216,11 +287,13 @@ def profiler(path: Path) -> torch.profiler.profile:
 
 
 def _go_on(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
+    assert job.resume_from
+    folder, manifest = job.resume_from
     try:
-        trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
+        trainer.load_state_dict(saved.training, same_run=folder == job.run_dir)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"optimizer: the checkpoint's state is another one's: {error}") from error
-    trainer.step = trainer.epoch * job.plan.steps_per_epoch  # another batch makes other steps of the same epochs
+    trainer.share_epoch_anew(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)
 
 
 def _load(model: nn.Module, saved: Checkpoint) -> None:

@@ -36,7 +36,7 @@ def trained(seed: int = 0) -> Checkpoint:
 
 
 def origin(step: int) -> Origin:
-    return Origin(epoch=step // 10, step=step, global_batch_size=64, world_size=2, data_hash="ab" * 32)
+    return Origin(step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5)
 
 
 def assert_same(left: Any, right: Any) -> None:
