@@ -142,6 +142,7 @@ def run_rank(job: Job, exchange: Path) -> None:
         # Longer than the launcher's patience, which knows better who is to blame.
         with distributed.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
             train(job, world, control)
+        control.done()
     except Exception as error:
         code = error.exit_code if isinstance(error, CifarExpError) else None
         failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
