@@ -3,18 +3,21 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.privacy import masked, masked_text
 from cifar_exp.process import allow_open_files, outlive_terminal
+from cifar_exp.record import make_private
 
 Job = Callable[[DictConfig], Any]
 
@@ -33,6 +36,7 @@ def run_hydra(job: Job) -> int:
 
     def guarded(composed: DictConfig) -> Any:
         begun.append(True)
+        _keep_private(Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().output_subdir)
         try:
             return job(composed)
         except CifarExpError as error:
@@ -51,8 +55,16 @@ def run_hydra(job: Job) -> int:
         failures.append(explained(error, sys.argv[1:]))
     for failure in failures:
         if str(failure):
-            print(f"cifar-exp: {failure}", file=sys.stderr)
+            print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
+
+
+def _keep_private(folder: Path, subfolder: str | None) -> None:
+    """Close the job's folder to others, and take the secrets out of what Hydra has put there, where it was asked to."""
+    make_private(folder)
+    for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        OmegaConf.save(OmegaConf.create(masked(content)), path)
 
 
 def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:

@@ -95,6 +95,11 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def wait_for_all() -> None:
+    """Return when all ranks have come here."""
+    dist.barrier()
+
+
 def average_buffers(model: nn.Module) -> None:
     """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, in one collective."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]

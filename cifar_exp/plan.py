@@ -72,7 +72,7 @@ def check_scaling(config: Config, world_size: int) -> None:
 def make_plan(
     config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
 ) -> Plan:
-    """The plan for ``world_size`` ranks and ``train_count`` training images.
+    """The plan for ``world_size`` ranks and ``train_count`` training images, those kept apart not among them.
 
     Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The full
     learning rate is ``optimizer.lr`` x global batch / 256 (linear scaling, as in the reference example). A run that
@@ -95,9 +95,13 @@ def make_plan(
         share = train_count // world_size
         fits = share * world_size if config.train.scaling == "strong" else share
         advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
+        rest = ""
+        if config.validation:
+            rest = f" without those of data.validation={config.validation}"
+            advice += ", or a smaller data.validation"
         raise ConfigError(
             f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
-            f"training set has {train_count}. Type {advice}"
+            f"training set has {train_count}{rest}. Type {advice}"
         )
     steps_per_epoch = train_count // global_batch
     if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:

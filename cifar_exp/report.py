@@ -13,8 +13,10 @@ from rich.table import Table
 
 from cifar_exp import figures
 from cifar_exp.errors import CifarExpError, ConfigError
+from cifar_exp.privacy import masked_text
+from cifar_exp.record import run_id
 from cifar_exp.scaling import RunResult, SpeedupRow, grouped, speedup_rows
-from cifar_exp.tracking import MLflowTracker, run_id
+from cifar_exp.tracking import MLflowTracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -139,7 +141,7 @@ def main() -> None:
         arguments.to.mkdir(parents=True, exist_ok=True)
         print("\n".join(str(path) for path in study.write(arguments.to)))
     except CifarExpError as error:
-        print(f"cifar-exp-report: {error}", file=sys.stderr)
+        print(f"cifar-exp-report: {masked_text(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

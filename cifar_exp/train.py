@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
 from cifar_exp.distributed import ExposedCommunication, average_buffers, gathered, sum_over_ranks
+from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
@@ -58,6 +59,7 @@ class Trainer:
         control: says whether training should end before its last step.
         averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
             themselves.
+        early_stopping: told of each epoch's validation, ends training.
         after_step: called after each step, for a profiler.
         stopwatch: what all time is counted in.
         epoch: epochs done.
@@ -75,6 +77,7 @@ class Trainer:
     communication: ExposedCommunication
     control: Control = field(default_factory=Control)
     averaging: float = 0.0
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0
@@ -113,13 +116,15 @@ class Trainer:
         epochs: int,
         save: Save = lambda _must: None,
     ) -> Averages | None:
-        """Train up to ``epochs`` passes, validating after each.
+        """Train up to ``epochs`` passes, validating after each, or until early stopping ends it.
 
         Returns:
             The last validation's figures; None where training was left to go on another time.
         """
         averages: Averages | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
+            if self.early_stopping.is_over:
+                break
             trained = self.train_one_epoch(epoch, batches)
             request = self.control.agreed(2 * self.step)
             is_leaving = request is not None and request.kind == "leave"
@@ -128,13 +133,14 @@ class Trainer:
                 save(True)
                 return None
             request = request or self.control.agreed(2 * self.step + 1)
+            self.early_stopping.update(averages, epoch, self.step)
             self.close_epoch(epoch, batches)
             self.report(self.step, epoch, trained | averages.named("val"))
             with self.stopwatch.span("checkpoint"):
-                save(request is not None or epoch == epochs)
+                save(request is not None or epoch == epochs or self.early_stopping.is_over)
             if request:
                 return averages if request.kind == "finish" else None
-        return averages or self._evaluate(validation, epochs)  # it was stopped after its last epoch
+        return averages or self._evaluate(validation, self.epoch)  # it was stopped after its last epoch
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here; the model is not in it. Called on every rank."""
@@ -147,6 +153,7 @@ class Trainer:
             "seconds": self.stopwatch.seconds,
             "block_rates": self.block_rates,
             "unfinished": self._unfinished_state() if self._unfinished else {},
+            "early_stopping": self.early_stopping.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
@@ -154,7 +161,7 @@ class Trainer:
 
         Args:
             state: of the trainer that is continued.
-            same_run: whether this is the same run, whose times go on, too.
+            same_run: whether this is the same run, whose times and early stopping go on, too.
 
         Raises:
             ValueError: where the state is that of another optimizer or network.
@@ -173,6 +180,7 @@ class Trainer:
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
             self.block_rates = list(state["block_rates"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
         if unfinished := state["unfinished"]:
             watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
             block_seconds = unfinished["block_seconds"] if same_run else 0.0

@@ -25,6 +25,7 @@ from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
 from cifar_exp.control import Control
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
 from cifar_exp.distributed import World
+from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import (
     CifarExpError,
     ConfigError,
@@ -35,14 +36,17 @@ from cifar_exp.errors import (
 )
 from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
+from cifar_exp.metrics import Averages
 from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
 from cifar_exp.residency import Source, fetch, opened
 from cifar_exp.schema import Checkpoint as CheckpointSettings
+from cifar_exp.schema import EarlyStopping as EarlyStoppingSettings
 from cifar_exp.schema import Train
 from cifar_exp.train import Mirrored, Trainer, evaluate
+from cifar_exp.validation import divided
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 TRACE_FILE = "trace.json.gz"
@@ -63,6 +67,7 @@ class Job:
         plan: batches, steps and learning rates.
         train: the training loop's settings.
         checkpoint: how often the state is saved, and how much of it stays.
+        early_stopping: when training ends before its last epoch, and which epoch is the best.
         data: the images on disk.
         augmentation: of training images.
         make_model: called with ``num_classes``.
@@ -81,6 +86,7 @@ class Job:
     plan: Plan
     train: Train
     checkpoint: CheckpointSettings
+    early_stopping: EarlyStoppingSettings
     data: DatasetFiles
     augmentation: Augmentation
     make_model: ModelFactory
@@ -186,10 +192,12 @@ def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
 def train(job: Job, world: World, control: Control) -> None:
     """Build everything on this rank's device, train, and write down how it went."""
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        _train(job, world, control, train_images, test_images)
+        _train(job, world, control, *divided(train_images, job.data), test_images)
 
 
-def _train(job: Job, world: World, control: Control, train_images: Source, test_images: Source) -> None:
+def _train(
+    job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
+) -> None:
     writer = JournalWriter(job.run_dir) if world.is_first else None
 
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
@@ -216,6 +224,7 @@ def _train(job: Job, world: World, control: Control, train_images: Source, test_
         communication=communication,
         control=control,
         averaging=job.train.weight_averaging,
+        early_stopping=EarlyStopping(job.early_stopping),
     )
     if saved:
         _go_on(trainer, saved, job)
@@ -229,14 +238,18 @@ def _train(job: Job, world: World, control: Control, train_images: Source, test_
         job.plan.per_device_batch_size,
         job.plan.image_scales,
     )
-    validation = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    test = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    validation = test if kept_apart is None else replace(test, source=kept_apart)
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
         saver = closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)) if world.is_first else None
 
         def save(must: bool) -> None:
-            if not must and trainer.epoch % job.checkpoint.every:
+            progress = trainer.early_stopping
+            # The test set chooses nothing: where no images are kept apart there is no best checkpoint.
+            best_step, best = (progress.best_step, progress.best) if kept_apart is not None else (None, None)
+            if not (must or trainer.epoch % job.checkpoint.every == 0 or best_step == trainer.step):
                 return
             training = trainer.state_dict()  # for which all ranks are needed
             if saver:
@@ -252,6 +265,8 @@ def _train(job: Job, world: World, control: Control, train_images: Source, test_
                     data_hash=job.data.content_hash,
                     config_hash=job.config_hash,
                     seconds=time.time() - job.started,
+                    best_step=best_step,
+                    best_value=best,
                 )
                 assert writer
                 writer.sync()  # a checkpoint must not outlive the journal of its steps
@@ -260,18 +275,54 @@ def _train(job: Job, world: World, control: Control, train_images: Source, test_
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
         _prepare_steps(trainer, batches, job.train.compile, world)
-        final = trainer.fit(batches, validation, job.plan.epochs, save)
+        validated = trainer.fit(batches, validation, job.plan.epochs, save)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
                 saver.wait()
-        if final is None:
-            return
-        if job.train.mirrored_evaluation:
-            with trainer.stopwatch.span("evaluation"):
-                mirrored = evaluate(Mirrored(trainer.evaluated), validation, trainer.precision)
-            report(trainer.step, job.plan.epochs, {"test/accuracy_mirrored": mirrored.accuracy})
-    counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
+    if validated is None:
+        return
+    with trainer.stopwatch.span("evaluation"):
+        tested = _tested(trainer, test, validated, job)
+    counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
+    times = _times(trainer, job.plan.global_batch_size)
+    report(trainer.step, trainer.epoch, tested | counts | _epochs(trainer, job) | times)
+
+
+def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job) -> dict[str, float]:
+    """What the test set says of the last network and, where images are kept apart, of the best epoch's.
+
+    Args:
+        trainer: after its last step; its network is the best epoch's in the end.
+        test: the test set.
+        validated: the last validation, which was on the test set where no images are kept apart.
+        job: the whole run.
+    """
+    final = evaluate(trainer.evaluated, test, trainer.precision) if job.data.validation_count else validated
+    figures = final.named("test") | {"test/count": final.count}
+    if job.train.mirrored_evaluation:
+        mirrored = evaluate(Mirrored(trainer.evaluated), test, trainer.precision)
+        figures["test/accuracy_mirrored"] = mirrored.accuracy
+    if job.data.validation_count:
+        best = final
+        if trainer.early_stopping.best_step != trainer.step:
+            distributed.wait_for_all()  # the first rank has it on disk
+            saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
+            assert saved
+            trainer.evaluated.load_state_dict(saved.model)
+            best = evaluate(trainer.evaluated, test, trainer.precision)
+        figures |= {f"{name}_best": value for name, value in best.named("test").items()}
+    return figures
+
+
+def _epochs(trainer: Trainer, job: Job) -> dict[str, float]:
+    """The best epoch where one is looked for, and the last one where that was not the plan's."""
+    progress = trainer.early_stopping
+    epochs: dict[str, float] = {}
+    if job.data.validation_count or job.early_stopping.patience:
+        epochs["best_epoch"] = progress.best_epoch
+    if progress.is_over and trainer.epoch < job.plan.epochs:
+        epochs["stopped_epoch"] = trainer.epoch
+    return epochs
 
 
 def profiler(path: Path) -> torch.profiler.profile:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import mlflow_server  # noqa: F401
+
 REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
 TINY = [

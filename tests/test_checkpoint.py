@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,55 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
         save(tmp_path, trained(step), origin(step), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 100) for kind in ("json", "pt")]
     assert_equal(newest(tmp_path, silent), trained(100))
+
+
+def best_at(step: int, best_step: int) -> Origin:
+    return replace(origin(step), best_step=best_step, best_value=best_step / 1000)
+
+
+def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
+    for step, best_step in ((10, 10), (20, 20), (30, 20), (40, 20)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=1)
+    assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 40) for kind in ("json", "pt")]
+    found = checkpoint.best(tmp_path, silent)
+    assert found is not None
+    assert_equal(found, trained(20))
+    assert_equal(newest(tmp_path, silent), trained(40))
+    save(tmp_path, trained(50), best_at(50, 50), keep=1)
+    assert files(tmp_path) == ["step-00000050.json", "step-00000050.pt"]
+    found = checkpoint.best(tmp_path, silent)
+    assert found is not None
+    assert_equal(found, trained(50))
+
+
+def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -> None:
+    for step, best_step in ((10, 10), (20, 10), (30, 30)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=2)
+    (tmp_path / FOLDER / "step-00000030.pt").write_bytes(b"")
+    told: list[str] = []
+    found = checkpoint.best(tmp_path, told.append)
+    assert found is not None
+    assert_equal(found, trained(10))
+    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is passed over"]
+    save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
+    found = checkpoint.best(tmp_path, told.append)
+    assert found is not None
+    assert_equal(found, trained(25))
+
+
+def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_path: Path) -> None:
+    assert checkpoint.best(tmp_path, silent) is None
+    save(tmp_path, trained(10), origin(10), keep=1)
+    assert checkpoint.best(tmp_path, silent) is None
+    for step, best_step in ((20, 20), (30, 20)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=1)
+    path = tmp_path / FOLDER / "step-00000020.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+        checkpoint.best(tmp_path, lambda _: None)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+        checkpoint.best(tmp_path, lambda _: None)
 
 
 def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
