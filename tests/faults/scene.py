@@ -26,6 +26,7 @@ from tests.faults.injected import ANNOUNCED, PLAN
 MARK = "CIFAR_EXP_FAULT_SCENE"
 OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set where the suite has a mount namespace, and shared memory, of its own
 ORPHAN_SECONDS = 10.0
+SHARED = ("torch_", "sem.", "psm_", "mp-")  # what Python and torch name theirs; MLflow's server has others
 KEPT_CACHE = "torchinductor_"  # torch's own cache, which it keeps for later runs
 LIMIT = 240.0  # seconds, after which a command counts as hanging; generous, since other work may share the cores
 
@@ -196,7 +197,7 @@ class Scene:
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
         assert not left, f"left in TMPDIR: {left}"
         if OWN_MOUNTS in os.environ:  # else others have files there, too
-            shared = sorted(path.name for path in Path("/dev/shm").iterdir())
+            shared = sorted(path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(SHARED))
             assert not shared, f"left in shared memory: {shared}"
 
     def check_files(self) -> None:
