@@ -32,9 +32,14 @@ def chain(
         running = scene.start(*run, *HERE, plan=PACE)
         running.until_training(scene.journal(), lines=1 + scene.random.randrange(EPOCHS_A_TRY * 3))
         strike(running)
-        says(running.wait(), code, *words)
+        ended = running.wait()
+        says(ended, code, *words)
         found = statuses(scene)
-        assert found == [status] or (status == "RUNNING" and not found), found  # killed before it was recorded
+        if status == "RUNNING" and not found:  # killed before it was recorded
+            found = [status]
+        if found == ["RUNNING"] and "cifar-exp-sync" in ended.err:  # the store was too slow, and the user was told
+            found = [status]
+        assert found == [status], (found, ended.err)
         scene.handled(fault, GOES_ON)
     says(scene.run(*run, *HERE), 0)
     assert statuses(scene) == ["FINISHED"]

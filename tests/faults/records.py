@@ -98,7 +98,7 @@ def until_recorded(scene: Scene, running: Running, count: int, database: str) ->
 
     def enough() -> bool:
         with suppress(sqlite3.Error):
-            return bool(rows(scene, "SELECT count(*) FROM metrics", database)[0][0] >= count)
+            return len(rows(scene, "SELECT key FROM metrics", database)) >= count
         return False
 
     running.until(lambda: (scene.folder / database).exists() and enough(), f"the record of {count} points")

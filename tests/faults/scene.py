@@ -141,6 +141,7 @@ class Scene:
         self.count: Counter[str] = Counter()
         self.next_start: dict[str, str] = {}
         self._commands: list[Running] = []
+        self._shared = shared_memory()
 
     def start(
         self,
@@ -197,7 +198,7 @@ class Scene:
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
         assert not left, f"left in TMPDIR: {left}"
         if OWN_MOUNTS in os.environ:  # else others have files there, too
-            shared = sorted(path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(SHARED))
+            shared = sorted(shared_memory() - self._shared)
             assert not shared, f"left in shared memory: {shared}"
 
     def check_files(self) -> None:
@@ -246,6 +247,11 @@ def says(ended: Ended, code: int, *words: str, traceback: bool = False) -> None:
     for word in words:
         assert word in ended.err, f"no {word!r} in: {told}"
     assert traceback or "Traceback" not in ended.err, told
+
+
+def shared_memory() -> set[str]:
+    """Names of what Python and torch keep there."""
+    return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(SHARED)}
 
 
 def marked(mark: str) -> list[int]:
