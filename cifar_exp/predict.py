@@ -66,7 +66,7 @@ class Classifier:
         saved = saved or checkpoint.newest(run_dir, warn)
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
-        config["trusted_modules"] = list(trusted)
+        OmegaConf.update(config, "trusted_modules", list(trusted))
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
         model.load_state_dict(saved.model)
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
