@@ -19,6 +19,7 @@ import psutil
 STOP_FILE = "stop"  # in the run's folder: made by a user who wants training to end here
 LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher, for a signal
 _AGREED_FILE = "agreed"
+ABSENCE = 15.0  # seconds without any rank; those that are replaced are away for a shorter time
 _BEAT = struct.Struct("qqq")  # process id, steps trained, signs of life
 
 
@@ -84,6 +85,11 @@ class Control:
         found = _agreed(self.exchange) if self.exchange else None
         return found[1] if found and moment >= found[0] else None
 
+    def done(self) -> None:
+        """Say that this rank has done its work: from now on its process may end."""
+        if self.exchange:
+            (self.exchange / f"done-{os.getpid()}").touch()
+
     def is_leaving(self) -> bool:
         """Whether the launcher waits for the ranks to end; what they compute now that is not training is in vain."""
         return self.exchange is not None and (self.exchange / LEAVE_FILE).exists()
@@ -116,7 +122,7 @@ def _agreed(exchange: Path) -> tuple[int, Request] | None:
 
 @dataclass
 class Watchdog:
-    """In the launcher: ends ranks that have given no sign of life for ``timeout`` seconds.
+    """In the launcher: ends ranks that have given no sign of life for ``timeout`` seconds, and misses those that left.
 
     When one rank hangs, the others wait for it and give none either: ended is who is stopped, else who has got least
     far.
@@ -130,6 +136,7 @@ class Watchdog:
     exchange: Path
     ranks: int
     timeout: float
+    vanished: dict[int, str] = field(default_factory=dict)  # ranks that ended without a word, with what to say of each
     _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # rank -> process, what to say of it
     _closed: threading.Event = field(default_factory=threading.Event)
 
@@ -147,12 +154,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(1.0, self.timeout / 10)
-        quiet, before = 0.0, self._beats()
+        quiet, absent, before = 0.0, 0.0, self._beats()
         while not self._closed.wait(interval):
             now = self._beats()
             # Counted by looks, not by the clock: the launcher may have been suspended together with its ranks.
             quiet = quiet + interval if now == before and now else 0.0
+            absent = absent + interval if self._is_nobody_there(now) and now == before else 0.0
             before = now
+            if absent >= ABSENCE:
+                os.kill(os.getpid(), signal.SIGHUP)  # elastic would wait for ever
+                return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank][0] != process]:
                 del self._ended[rank]  # another process has its place
             if quiet >= self.timeout:
@@ -169,6 +180,23 @@ class Watchdog:
                 continue
         return found
 
+    def _is_nobody_there(self, beats: dict[int, tuple[int, int, int]]) -> bool:
+        """Note ranks that have left without having done their work; whether no rank is left.
+
+        For elastic a process that ends with exit code 0 has done it. Its peers fail, and would be blamed; where it has
+        none, elastic waits for its result.
+        """
+        missing = {
+            rank: step
+            for rank, (process, step, _) in beats.items()
+            if not _is_alive(process) and not (self.exchange / f"done-{process}").exists()
+        }
+        if any(list(self.exchange.glob(f"failure-*-{rank}.json")) for rank in missing):
+            return False  # elastic knows, and is ending the others
+        told = "ended without a word after step {}, as os._exit(0) does"
+        self.vanished = {rank: f"rank {rank} {told.format(step)}" for rank, step in missing.items()}
+        return bool(missing) and len(missing) == len(beats)
+
     def _end(self, beats: dict[int, tuple[int, int, int]]) -> None:
         stopped = [rank for rank, (process, _, _) in beats.items() if _is_stopped(process)]
         least = min(signs for _, _, signs in beats.values())
@@ -181,6 +209,13 @@ class Watchdog:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _is_stopped(process: int) -> bool:

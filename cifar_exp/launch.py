@@ -152,8 +152,10 @@ class ElasticLauncher:
                 with Watchdog(exchange, job.plan.world_size, self.timeout) as watchdog, _stopping_in_order(exchange):
                     elastic_launch(config, function)(job, exchange)
             except ChildFailedError as error:
-                raise _first_failure(error, exchange, watchdog.hung, self.max_restarts) from None
+                raise _first_failure(error, exchange, watchdog, self.max_restarts) from None
             except SignalException as error:
+                if watchdog.vanished:
+                    raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
             finally:
                 _end_ranks()
@@ -219,18 +221,25 @@ def _end_ranks() -> None:
         rank.join()
 
 
-def _first_failure(error: ChildFailedError, exchange: Path, hung: dict[int, str], max_restarts: int) -> CifarExpError:
+def _vanished(watchdog: Watchdog) -> WorkerError:
+    told = watchdog.vanished[min(watchdog.vanished)]
+    return WorkerError(f"{told}; the other ranks were ended. {AFTER_A_DEATH}")
+
+
+def _first_failure(error: ChildFailedError, exchange: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
     """The cause: a rank that was killed leaves no word, so it counts before those that told why they failed."""
     records = RankFailure.of_attempt(exchange, max_restarts)
     told = {record.rank for record in records}
     for rank, failure in error.failures.items():
         if rank not in told:
-            if rank in hung:
-                return WorkerError(f"{hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
+            if rank in watchdog.hung:
+                return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
             how = f"exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 how = f"killed by {signal.Signals(-failure.exitcode).name}"
             return WorkerError(f"rank {rank} died without a word ({how}); the other ranks were ended. {AFTER_A_DEATH}")
+    if watchdog.vanished.keys() - told:  # the others' failures are its echo
+        return _vanished(watchdog)
     first = min(records, key=lambda record: record.time)
     try:
         first.raise_if_lasting()

@@ -1,5 +1,6 @@
 """What this process arranges with the system before anything starts."""
 
+import logging
 import os
 import resource
 import sys
@@ -30,8 +31,9 @@ def allow_open_files() -> None:
 def outlive_terminal() -> None:
     """From now on what cannot be printed is dropped: a run must not end because nobody reads it any more.
 
-    That is the case behind ``| head``, on a terminal that was closed and on a full disk.
+    That is the case behind ``| head``, on a terminal that was closed and on a full disk, where the log ends, too.
     """
+    logging.raiseExceptions = False  # else it would print a traceback for each line
     for stream in (sys.stdout, sys.stderr):
         stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
         stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]

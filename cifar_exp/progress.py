@@ -81,7 +81,7 @@ class Display:
     def _draw_page(self, status: str) -> None:
         began = time.monotonic()
         facts = RunFacts(**{**vars(self._facts), "status": status})
-        figures.write_progress_page(self._run_dir, self._entries, facts, time.time() - self._started)
+        figures.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
         self._next_page = began + max(2.0, cost / PAGE_SHARE)
 

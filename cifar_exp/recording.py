@@ -201,7 +201,7 @@ class Recording:
 
     Attributes:
         run_dir: the run's folder.
-        started: when the run began, seconds since the epoch.
+        started: when the run began, on the monotonic clock; time between its sessions left out.
         tracker: records it; None where nothing does.
     """
 
@@ -267,19 +267,20 @@ class Recording:
                 problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
             elif follower.error:
                 told = f"{well}its page or figure could not be written: {shortened(follower.error)}"
-                problems.append(StorageError(f"{self.run_dir}: {told}. {FREE_SPACE}"))
+                advice = "" if FREE_SPACE in told else f". {FREE_SPACE}"
+                problems.append(StorageError(f"{self.run_dir}: {told}{advice}"))
         return problems
 
     def _write_last_entry(self, deadline: float) -> None:
         """The ranks have ended: add the total, and what of it none of them could know."""
-        ranks_ended = time.time()
+        ranks_ended = time.monotonic()
         for follower in self._followers:
             follower.flush(max(0.0, deadline - time.monotonic()))
         entries = read(self.run_dir)
         if not entries:
             return
         last = entries[-1]
-        now = time.time()
+        now = time.monotonic()
         total, tracking = now - self.started, now - ranks_ended
         split = sum(value for name, value in last.metrics.items() if name.startswith("time_split/"))
         metrics = {

@@ -47,7 +47,7 @@ def run(config: Config, parts: Parts) -> float:
         CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
     """
     single = HydraConfig.get().mode == RunMode.RUN
-    began = _process_start() if single else time.time()
+    age = _process_age() if single else 0.0
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
@@ -60,8 +60,8 @@ def run(config: Config, parts: Parts) -> float:
         run_dir = _continued_folder(resumed.run_dir, run_dir)
     else:
         check_scaling(config, devices.count)
-    new = _run_info(config, devices, run_dir, began, resumed)
-    started = began - (resumed.elapsed if resumed else 0.0)
+    new = _run_info(config, devices, run_dir, time.time() - age, resumed)
+    started = time.monotonic() - age - (resumed.elapsed if resumed else 0.0)
     with _claimed(new, config, resumed) as info, Recording(run_dir, started, parts.tracker.sink(info)) as recording:
         data = keep_apart(parts.dataset(), config.validation)
         if config.early_stopping.patience and not data.validation_count:
@@ -131,13 +131,12 @@ def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)
 
 
-def _process_start() -> float:
-    """When the command began, seconds since the epoch. psutil's own figure counts from a boot time in whole seconds."""
+def _process_age() -> float:
+    """Seconds since the command began. psutil's own figure counts from a boot time in whole seconds."""
     process = psutil.Process()
     if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
-        return process.create_time()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
-    return time.time() - age
+        return time.time() - process.create_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:

@@ -59,7 +59,7 @@ class Job:
 
     Attributes:
         run_dir: the run's folder, where rank 0 writes.
-        started: when the run began, seconds since the epoch; time between its sessions left out.
+        started: when the run began, on the monotonic clock, which nobody sets; time between its sessions left out.
         elapsed: seconds the run took in earlier sessions; 0 in a new run.
         config_hash: of the settings that bear on the result.
         resume_from: folder of the run and its checkpoint to go on from; None starts from initial values.
@@ -148,6 +148,7 @@ def run_rank(job: Job, exchange: Path) -> None:
         # Longer than the launcher's patience, which knows better who is to blame.
         with distributed.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
             train(job, world, control)
+        control.done()
     except Exception as error:
         code = error.exit_code if isinstance(error, CifarExpError) else None
         failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -165,7 +166,7 @@ def _steps_between_waits(job: Job) -> int:
 
 def _seconds_left(job: Job) -> float | None:
     limit = job.train.max_seconds
-    return None if limit is None else limit - (time.time() - job.started)
+    return None if limit is None else limit - (time.monotonic() - job.started)
 
 
 def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
@@ -201,7 +202,7 @@ def _train(
 
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
         if writer:
-            writer.write(Entry(step, epoch, time.time() - job.started, metrics))
+            writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
 
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
@@ -263,7 +264,7 @@ def _train(
                     world_size=world.size,
                     data_hash=job.data.content_hash,
                     config_hash=job.config_hash,
-                    seconds=time.time() - job.started,
+                    seconds=time.monotonic() - job.started,
                     best_step=best_step,
                     best_value=best,
                 )
@@ -272,7 +273,7 @@ def _train(
                 saver.save(state, origin)
 
         seconds = trainer.stopwatch.seconds
-        seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
+        seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
         _prepare_steps(trainer, batches, job.train.compile, world)
         validated = trainer.fit(batches, validation, job.plan.epochs, save)
         with trainer.stopwatch.span("checkpoint"):

@@ -123,7 +123,7 @@ def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest
 def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
     sink = Unreliable(lambda _: ConnectionError("refused"))
     display = Unreliable(lambda _: None)
-    record = Recording(tmp_path, time.time() - 100, sink)
+    record = Recording(tmp_path, time.monotonic() - 100, sink)
     began = time.monotonic()
 
     def train() -> None:
@@ -145,12 +145,12 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
 
 
 def test_how_a_run_ended_is_on_disk_for_whoever_comes_later(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Recording(tmp_path, time.time(), None):
+    with pytest.raises(RuntimeError), Recording(tmp_path, time.monotonic(), None):
         raise RuntimeError
     failed = Outcome.of(tmp_path)
     assert failed is not None
     assert failed.status == "FAILED"
-    going_on = Recording(tmp_path, time.time(), None).__enter__()
+    going_on = Recording(tmp_path, time.monotonic(), None).__enter__()
     assert Outcome.of(tmp_path) is None
     with pytest.raises(KeyboardInterrupt), going_on:
         raise KeyboardInterrupt

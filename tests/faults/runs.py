@@ -11,7 +11,7 @@ import torch
 from cifar_exp import checkpoint, journal
 from cifar_exp.journal import Entry
 from tests.conftest import TINY
-from tests.faults.scene import Scene, says
+from tests.faults.scene import Ended, Scene, says
 
 # Two ranks of a tiny network, float32 and deterministic: six steps an epoch, a checkpoint after each.
 SETTINGS = (
@@ -72,6 +72,19 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def statuses(scene: Scene, database: str = "outputs/mlflow.db") -> list[str]:
     """The status of every MLflow run, in the order of their starts."""
     return [status for (status,) in rows(scene, "SELECT status FROM runs ORDER BY start_time", database)]
+
+
+def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:
+    """Check a tracked command's exit code, message and status.
+
+    On a machine that is very busy the store may be too slow for the patience of a run's end. That is told, with what to
+    type, which is then typed here.
+    """
+    undelivered = f"cifar-exp-sync run{chr(10)}" in ended.err
+    says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
+    if undelivered:
+        says(scene.run("run", module="cifar_exp.sync"), 0)
+    assert statuses(scene) == [status], (statuses(scene), ended.err)
 
 
 def assert_recorded_once(scene: Scene, run_dir: str = "run", database: str = "outputs/mlflow.db") -> None:

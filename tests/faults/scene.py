@@ -26,6 +26,7 @@ from tests.faults.injected import ANNOUNCED, PLAN
 MARK = "CIFAR_EXP_FAULT_SCENE"
 OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set where the suite has a mount namespace, and shared memory, of its own
 ORPHAN_SECONDS = 10.0
+SHARED = ("torch_", "sem.", "psm_", "mp-")  # what Python and torch name theirs; MLflow's server has others
 KEPT_CACHE = "torchinductor_"  # torch's own cache, which it keeps for later runs
 LIMIT = 240.0  # seconds, after which a command counts as hanging; generous, since other work may share the cores
 
@@ -140,6 +141,7 @@ class Scene:
         self.count: Counter[str] = Counter()
         self.next_start: dict[str, str] = {}
         self._commands: list[Running] = []
+        self._shared = shared_memory()
 
     def start(
         self,
@@ -196,7 +198,7 @@ class Scene:
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
         assert not left, f"left in TMPDIR: {left}"
         if OWN_MOUNTS in os.environ:  # else others have files there, too
-            shared = sorted(path.name for path in Path("/dev/shm").iterdir())
+            shared = sorted(shared_memory() - self._shared)
             assert not shared, f"left in shared memory: {shared}"
 
     def check_files(self) -> None:
@@ -245,6 +247,11 @@ def says(ended: Ended, code: int, *words: str, traceback: bool = False) -> None:
     for word in words:
         assert word in ended.err, f"no {word!r} in: {told}"
     assert traceback or "Traceback" not in ended.err, told
+
+
+def shared_memory() -> set[str]:
+    """Names of what Python and torch keep there."""
+    return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(SHARED)}
 
 
 def marked(mark: str) -> list[int]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.registry import case
-from tests.faults.runs import HERE, UNTRACKED, assert_same_as_uninterrupted, settings, statuses
+from tests.faults.runs import HERE, UNTRACKED, assert_same_as_uninterrupted, ends, settings, statuses
 from tests.faults.scene import Scene, says
 
 LARGE = "model.width=32"  # a checkpoint of some 1.2 MB
@@ -92,10 +92,9 @@ def read_only_data(scene: Scene) -> None:
     run = settings(4)
     with tmpfs(scene.folder / "data", "64m") as data:
         remount(data, "ro")
-        says(scene.run(*run, *HERE), 8, "data.root", "Read-only file system")
-        assert statuses(scene) == ["FAILED"]
+        ends(scene, scene.run(*run, *HERE), 8, "FAILED", "data.root", "Read-only file system")
         remount(data, "rw")
-        says(scene.run(*run, *HERE), 0)
+        ends(scene, scene.run(*run, *HERE), 0, "FINISHED")
         assert_same_as_uninterrupted(scene, run)
     scene.handled("a read-only mount under data", "trains once it may write")
 
@@ -104,7 +103,7 @@ def read_only_data(scene: Scene) -> None:
 def no_space_for_images(scene: Scene) -> None:
     run = settings(4)
     with tmpfs(scene.folder / "data", "200k") as data:
-        says(scene.run(*run, *HERE, *UNTRACKED), 8, "data.root", "No space left")
+        says(scene.run(*run, *HERE, *UNTRACKED), 8, "data.root", "cannot be written", "Make room")
         assert not list(data.rglob("unfinished-*")), "half of the images is left"
         remount(data, "size=64m")
         says(scene.run(*run, *HERE, *UNTRACKED), 0)
