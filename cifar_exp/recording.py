@@ -154,7 +154,10 @@ class Follower(threading.Thread):
                     self._tell(f"tracker unreachable, training goes on, trying again: {shortened(error)}")
                 self._pause(failures)
             else:
-                self._reached = True
+                if not self._reached:
+                    self._reached = True
+                    if self._status is not None:  # it has taken its time to open, and must still get what there is
+                        self._deadline = max(self._deadline, time.monotonic() + LAST_TRY)
                 self._note(None)
                 if self._told:
                     self._told = False

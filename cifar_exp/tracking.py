@@ -123,7 +123,9 @@ class MLflowTracker:
         database = self.address().partition("sqlite:///")[2]
         # A server is its own guard, and one that does not answer must not hold up other runs.
         with owner.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
-            client = MlflowClient(self.address())  # makes a missing SQLite store
+            if database and not Path(database).exists():
+                _make_store(Path(database))
+            client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
                 # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
@@ -197,6 +199,16 @@ class MLflowTracker:
     def _note(self, run: RunInfo, identity: str) -> str:
         (run.run_dir / RUN_ID_FILE).write_text(f"{identity}\n")
         return identity
+
+
+def _make_store(path: Path) -> None:
+    """Make an SQLite store whole or not at all: MLflow takes seconds for it, and cannot go on with a half-made one."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    SqlAlchemyStore(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
+    unfinished.replace(path)
 
 
 class MLflowRun:

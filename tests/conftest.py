@@ -89,7 +89,7 @@ def command(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
-    sys.path.insert(0, "")
+    sys.path[:0] = ["", *variables.get("PYTHONPATH", "").split(os.pathsep)]
     sys.argv = [module, *arguments]
     try:
         sys.exit(importlib.import_module(module).main())

@@ -266,7 +266,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     brought = cifar_exp(str(folder), address, module="cifar_exp.sync")
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are there now, 4 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
     again = cifar_exp("outputs", module="cifar_exp.sync")
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
