@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cifar_exp import owner
 from cifar_exp.errors import ConfigError, TrackingError
@@ -207,7 +207,8 @@ def _make_store(path: Path) -> None:
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
-    SqlAlchemyStore(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
+    make: Any = SqlAlchemyStore
+    make(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
     unfinished.replace(path)
 
 

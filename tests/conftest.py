@@ -40,7 +40,9 @@ def cifar_exp(workplace: Path) -> Command:
     def run(*arguments: str, module: str = "cifar_exp.main", timeout: float = 180) -> subprocess.CompletedProcess[str]:
         output, errors = workplace / ".stdout", workplace / ".stderr"
         process = FORKS.Process(target=command, args=(module, arguments, workplace, environment(), output, errors))
-        process.start()
+        with pytest.MonkeyPatch.context() as patch:  # for the process that commands are forked from
+            patch.setenv("PYTHONPATH", str(REPO))
+            process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

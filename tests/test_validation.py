@@ -365,7 +365,8 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
 
     Image.new("RGB", (32, 32)).save(workplace / "black.png")
     for words, saved in (([], best), (["checkpoint=last"], newest)):
-        predicted = cifar_exp("run=outputs/whole", *words, "trusted_modules=[bias]", "--json", "black.png", module="cifar_exp.predict")
+        trusted = "trusted_modules=[bias]"
+        predicted = cifar_exp("run=outputs/whole", *words, trusted, "--json", "black.png", module="cifar_exp.predict")
         assert predicted.returncode == 0, predicted.stderr
         expected = float(saved.model["bias"].softmax(0).max())
         assert json.loads(predicted.stdout)["probability"] == pytest.approx(expected, abs=1e-4)
