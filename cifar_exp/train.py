@@ -320,11 +320,9 @@ class Trainer:
                 seconds = sum(watch.seconds.values()) - progress.block_seconds
                 progress.block_seconds += seconds
                 self.block_rates.append(averages.count / seconds)
-                self.report(
-                    self.step,
-                    epoch,
-                    averages.named("step") | {"step/images_per_second": averages.count / seconds, "lr": lr},
-                )
+                metrics = averages.named("step") | {"step/images_per_second": averages.count / seconds}
+                # The epoch has its rate in its own metrics: nothing is reported twice for one step.
+                self.report(self.step, epoch, metrics if self.step == last else metrics | {"lr": lr})
             if self.step % self.control.every == 0 and (request := self.control.agreed(2 * self.step)):
                 if request.kind == "leave":
                     self._count_communication(watch)

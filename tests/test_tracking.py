@@ -280,7 +280,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert record.data.tags["devices"] == "1"
     assert points(store, identity, folder) == written(folder)
     kept = {artifact.path for artifact in store.list_artifacts(identity)}
-    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl"}
+    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl", "model.safetensors"}
     saved = json.loads((folder / "run.json").read_text())
     assert record.info.start_time == round(saved["started"] * 1000)
     assert abs(record.info.end_time / 1000 - saved["started"]) < 120
