@@ -308,6 +308,7 @@ def uv_prefix() -> str:
 
 
 def shortened(error: Exception) -> str:
-    """What an error says in a line: HTTP libraries tell the whole chain of their calls."""
-    text = masked_text(str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says in a line: libraries tell the whole chain of their calls."""
+    lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
+    text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
