@@ -24,9 +24,9 @@ from cifar_exp.privacy import masked_text
 from cifar_exp.record import Outcome, Status
 
 BATCH = 500  # entries that are read, and held, at a time
-PATIENCE = 30.0  # seconds that the end of a run waits for a tracker, in all
+PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
 STOPPED_PATIENCE = 8.0  # the same where a signal has stopped the run
-OPENING = 120.0  # the same for opening alone, where nothing has failed: it imports and makes a store on a busy machine
+LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in its imports
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
 SHORTEST_PAUSE = 1.0
@@ -72,6 +72,7 @@ class Follower(threading.Thread):
         self._journal, self._interval = JournalFollower(run_dir), interval
         self._status: Status | None = None
         self._began, self._ended, self._deadline = time.monotonic(), math.inf, math.inf
+        self._patience = math.inf
         self._reached = self._told = self._left = False
         self._wanted = self._passed = 0  # looks asked for and done
         self._changed = threading.Condition()
@@ -97,10 +98,10 @@ class Follower(threading.Thread):
             self._changed.wait_for(lambda: self._passed >= wanted or self.error, timeout)
 
     def finish(self, status: Status, patience: float) -> None:
-        """Pass on what is left and close the sink; wait some ``patience`` seconds for both, then leave it alone."""
+        """Pass on what is left and close the sink; one that takes nothing for ``patience`` seconds is left alone."""
         with self._changed:
             self._ended = time.monotonic()
-            self._deadline = self._ended + patience
+            self._patience, self._deadline = patience, self._ended + patience
             self._status = status
             self._wanted += 1
             self._changed.notify_all()
@@ -117,7 +118,7 @@ class Follower(threading.Thread):
             return self._deadline
         if self.error:
             return max(self._ended + LAST_TRY, min(self._deadline, self._began + PATIENCE))
-        return max(self._deadline, self._began + OPENING)
+        return max(self._deadline, self._began + LONGEST)
 
     def _look(self) -> bool:
         """Wait for the next look, pass on what is new; whether it was the last look."""
@@ -140,7 +141,7 @@ class Follower(threading.Thread):
         """
         failures = 0
         while True:
-            if time.monotonic() > self._limit():
+            if self._left or time.monotonic() > self._limit():
                 raise _GivenUpError("there was no time left")
             try:
                 action()
@@ -154,10 +155,8 @@ class Follower(threading.Thread):
                     self._tell(f"tracker unreachable, training goes on, trying again: {shortened(error)}")
                 self._pause(failures)
             else:
-                if not self._reached:
-                    self._reached = True
-                    if self._status is not None:  # it has taken its time to open, and must still get what there is
-                        self._deadline = max(self._deadline, time.monotonic() + LAST_TRY)
+                self._reached = True
+                self._deadline = min(time.monotonic() + self._patience, self._ended + LONGEST)
                 self._note(None)
                 if self._told:
                     self._told = False
@@ -312,6 +311,7 @@ def uv_prefix() -> str:
 
 
 def shortened(error: Exception) -> str:
-    """What an error says in a line: HTTP libraries tell the whole chain of their calls."""
-    text = masked_text(str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says in a line: libraries tell the whole chain of their calls."""
+    lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
+    text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
