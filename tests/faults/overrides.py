@@ -96,7 +96,7 @@ def check(typed: list[str], counts: dict[bool, int]) -> None:
     assert message.strip(), f"{typed}: an empty message"
     assert "Traceback" not in message
     names = [key(word) for word in typed]
-    named = any(name and name.rpartition(".")[2] in message for name in names)
+    named = any(part and part in message for name in names for part in name.split("."))
     assert named or any(word in message for word in typed), f"{typed}: the message names no key of it: {message}"
 
 
