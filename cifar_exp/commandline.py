@@ -20,6 +20,11 @@ from cifar_exp.process import allow_open_files, outlive_terminal
 from cifar_exp.record import make_private
 
 Job = Callable[[DictConfig], Any]
+# What it raises for what cannot be composed; only some of it is meant to be read, as for data=[[]].
+HYDRAS_ERRORS = (
+    *(HydraException, OmegaConfBaseException, OSError),
+    *(ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError),
+)
 
 
 def run_hydra(job: Job) -> int:
@@ -49,7 +54,7 @@ def run_hydra(job: Job) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except CifarExpError as error:
         failures.append(error)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except HYDRAS_ERRORS as error:
         if begun:
             raise
         failures.append(explained(error, sys.argv[1:]))

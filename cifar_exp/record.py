@@ -170,5 +170,10 @@ def make_private(folder: Path) -> None:
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees the whole of it or what was there before."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

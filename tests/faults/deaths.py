@@ -173,7 +173,7 @@ def rank_without_memory(scene: Scene) -> None:
     once(scene, "memory error in a rank", at(scene, "memory"), 7, "rank 1", "MemoryError", traceback=True)
 
 
-@case("NaN at step k", quick=True)
+@case("NaN at step k")
 def not_a_number(scene: Scene) -> None:
     once(scene, "NaN at step k", at(scene, "nan"), 6, "the loss is nan by step", "optimizer.lr")
 
@@ -307,7 +307,7 @@ def interrupted_in_evaluation(scene: Scene) -> None:
     interrupt_at(scene, "Ctrl-C in evaluation", Running.until_announced, plan)
 
 
-@case("Ctrl-C in a save", racy=True, quick=True)
+@case("Ctrl-C in a save", racy=True)
 def interrupted_in_save(scene: Scene) -> None:
     plan: dict[str, object] = {"point": "fsync", "file": "*.pt.tmp", "rank": 0, "number": 2, "do": "announce"}
     interrupt_at(scene, "Ctrl-C in a save", Running.until_announced, plan)
