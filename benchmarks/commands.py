@@ -1,17 +1,19 @@
 """Runs of the real command, as a user types it, in a folder of their own."""
 
+import ctypes
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_exp import journal
 
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -78,6 +80,7 @@ class Workplace:
 @contextmanager
 def workplace() -> Iterator[Workplace]:
     """A fresh one, removed at the end."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory(prefix="cifar-exp-benchmark-") as folder:
         yield Workplace(Path(folder))
 
@@ -95,5 +98,8 @@ def finish(process: "subprocess.Popen[str]") -> None:
         RuntimeError: it failed, with what it printed.
     """
     output, _ = process.communicate()
+    with suppress(ChildProcessError):  # what the command left to die: else its CPU seconds would pass for others'
+        while True:
+            os.waitpid(-1, 0)
     if process.returncode:
         raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{output}")

@@ -71,6 +71,7 @@ def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
 
     def epoch() -> None:
         loop.train_one_epoch(1, batches)
+        loop.close_epoch(1, batches)
 
     return epoch
 

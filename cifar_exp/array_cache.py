@@ -84,14 +84,15 @@ class DatasetFiles:
     Attributes:
         folder: where the arrays lie, absolute.
         classes: names by label, sorted.
-        train_count: training images.
+        train_count: training images, without those kept apart.
         test_count: test images.
         image_size: height and width in pixels.
-        mean: of the training set's channels, 0 to 255.
-        std: of the training set's channels, 0 to 255, over all pixels (population).
+        mean: of the training set's channels, 0 to 255; images that are kept apart included.
+        std: of the same, 0 to 255, over all pixels (population).
         content_hash: sha256 in hex of what the arrays were made from.
         residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
             chooses between these two by the device's free memory; ``loader`` is for ``ImageFiles`` (``loader.py``).
+        validation_count: images of the training set that are kept apart to validate on (``validation.py``).
     """
 
     folder: Path
@@ -103,19 +104,33 @@ class DatasetFiles:
     std: tuple[float, float, float]
     content_hash: str
     residency: Residency = "auto"
+    validation_count: int = 0
 
     def load(self, split: SplitName) -> Split:
-        """One split, mapped and not copied: processes that load it share the page cache.
+        """One split whole, mapped and not copied: processes that load it share the page cache.
 
         Raises:
             StorageError: the cache is gone or cannot be read.
         """
+        images_name, _ = _array_names(split)
+        return Split(torch.from_numpy(self._mapped(images_name)).permute(0, 3, 1, 2), self.labels(split))
+
+    def labels(self, split: SplitName) -> Tensor:
+        """Labels of one split whole, (N,) int64, mapped and not copied; no image is read.
+
+        Raises:
+            StorageError: the cache is gone or cannot be read.
+        """
+        _, labels_name = _array_names(split)
+        return torch.from_numpy(self._mapped(labels_name))
+
+    def _mapped(self, name: str) -> NDArray[Any]:
         try:
-            # Copy-on-write: torch accepts the arrays as writable, and nobody can change the file.
-            images, labels = (np.load(self.folder / name, mmap_mode="c") for name in _array_names(split))
+            # Copy-on-write: torch accepts the array as writable, and nobody can change the file.
+            array: NDArray[Any] = np.load(self.folder / name, mmap_mode="c")
         except (OSError, ValueError) as error:
             raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
-        return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+        return array
 
 
 def prepare(

@@ -56,12 +56,17 @@ class Manifest:
         file: its name, in the same folder.
         bytes: its size.
         sha256: of its content, in hex.
-        epoch: epochs trained.
+        epoch: whole epochs trained.
         step: steps trained.
         global_batch_size: images a step over all ranks.
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
+        config_hash: sha256 of the settings that bear on the result, in hex.
+        seconds: the run had taken, over all its sessions.
         torch: the version that wrote it.
+        best_step: steps of the checkpoint of the best epoch so far, which stays whatever newer ones there are; None
+            where no images are kept apart to choose it by.
+        best_value: what that epoch was measured at: ``early_stopping.metric``.
     """
 
     file: str
@@ -72,7 +77,11 @@ class Manifest:
     global_batch_size: int
     world_size: int
     data_hash: str
+    config_hash: str
+    seconds: float
     torch: str
+    best_step: int | None = None
+    best_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,14 @@ class Origin:
     global_batch_size: int
     world_size: int
     data_hash: str
+    config_hash: str
+    seconds: float
+    best_step: int | None = None
+    best_value: float | None = None
 
 
 class Saver:
-    """Saves checkpoints away from the training thread, one at a time, and keeps the newest ones."""
+    """Saves checkpoints away from the training thread, one at a time, and keeps the newest ones and the best."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         """``keep``: how many checkpoints stay; older ones are deleted once a newer one is on disk."""
@@ -129,13 +142,13 @@ class Saver:
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> None:
-    """Write a checkpoint, then delete all but the ``keep`` newest.
+    """Write a checkpoint, then delete all but the ``keep`` newest and the best that each of these knows.
 
     Raises:
         StorageError: where the file system refuses; what was there before stays.
     """
     folder = run_dir / FOLDER
-    path = folder / f"step-{origin.step:08}.pt"
+    path = _path(run_dir, origin.step)
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
@@ -147,8 +160,11 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
             leftover.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
         _write(path, content)
-        _write(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=1).encode())
-        for old in sorted(folder.glob("*.json"))[:-keep]:
+        _write(path.with_suffix(".json"), sealed(manifest))
+        manifests = sorted(folder.glob("*.json"))
+        # This one is not the newest where a run has gone on from one before a damaged one.
+        newest = {*manifests[-keep:], path.with_suffix(".json")}
+        for old in set(manifests) - newest - set(map(_best_named_by, newest)):
             old.unlink()  # first: without it the file beside it counts for nothing
             old.with_suffix(".pt").unlink(missing_ok=True)
     except OSError as error:
@@ -167,21 +183,49 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
     """
     paths = sorted((run_dir / FOLDER).glob("*.json"), reverse=True)
     for path in paths:
-        try:
-            manifest = Manifest(**json.loads(path.read_text()))
-            content = path.with_name(manifest.file).read_bytes()
-        except (OSError, ValueError, TypeError) as error:
-            warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
-            continue
-        if len(content) == manifest.bytes and hashlib.sha256(content).hexdigest() == manifest.sha256:
+        if manifest := _verified(path, warn):
             return manifest
-        warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is passed over")
     if paths:
         raise StorageError(
             f"{run_dir / FOLDER}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or type "
             f"resume=never to start again from the beginning"
         )
     return None
+
+
+def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
+    """The manifest at ``path`` where the checkpoint's content is what it says."""
+    try:
+        manifest = _unsealed(path.read_bytes())
+        content = path.with_name(manifest.file).read_bytes()
+    except (OSError, ValueError, TypeError) as error:
+        warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
+        return None
+    if len(content) == manifest.bytes and hashlib.sha256(content).hexdigest() == manifest.sha256:
+        return manifest
+    warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is passed over")
+    return None
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """The content of a manifest's file, with a hash of its own: a step or a batch size that was altered is noticed."""
+    fields = asdict(manifest)
+    seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return json.dumps(fields | {"seal": seal}, indent=1).encode()
+
+
+def _unsealed(content: bytes) -> Manifest:
+    """The manifest that was written as ``content``.
+
+    Raises:
+        ValueError: where it was not written so. TypeError: where it lacks a field.
+    """
+    fields = json.loads(content)
+    fields.pop("seal", None)
+    manifest = Manifest(**fields)
+    if sealed(manifest) != content:
+        raise ValueError("it is not as it was written")
+    return manifest
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
@@ -208,6 +252,39 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     if manifest is None:
         raise StorageError(f"{run_dir / FOLDER}: there is no saved network. Name a run that has finished an epoch")
     return load(run_dir, manifest)
+
+
+def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of a run's best epoch, as its newest sound one names it; None where no best one is kept.
+
+    Raises:
+        StorageError: where it is damaged or gone.
+    """
+    manifest = sound(run_dir, warn)
+    if manifest is None or manifest.best_step is None:
+        return None
+    path = _path(run_dir, manifest.best_step)
+    if manifest.best_step != manifest.step:
+        manifest = _verified(path.with_suffix(".json"), warn)
+    if manifest is None:
+        raise StorageError(
+            f"{path}: the checkpoint of the best epoch is damaged or gone. Restore it from a backup; the newest one is "
+            f"what cifar-exp-predict checkpoint=last takes"
+        )
+    return load(run_dir, manifest)
+
+
+def _path(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step-{step:08}.pt"
+
+
+def _best_named_by(manifest: Path) -> Path:
+    """The manifest of the best checkpoint that the one at ``manifest`` names; itself where it names none."""
+    try:
+        step = json.loads(manifest.read_text())["best_step"]
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, or written before there was such a field
+        return manifest
+    return manifest if step is None else _path(manifest.parents[1], step).with_suffix(".json")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,20 +2,29 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar_exp.config import conf_dir, nearest, register_resolvers, unknown_setting
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.privacy import masked, masked_text
+from cifar_exp.process import allow_open_files, outlive_terminal
+from cifar_exp.record import make_private
 
 Job = Callable[[DictConfig], Any]
+# What it raises for what cannot be composed; only some of it is meant to be read, as for data=[[]].
+HYDRAS_ERRORS = (
+    *(HydraException, OmegaConfBaseException, OSError),
+    *(ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError),
+)
 
 
 def run_hydra(job: Job) -> int:
@@ -24,6 +33,7 @@ def run_hydra(job: Job) -> int:
     Returns:
         The exit code. Errors that a user can mend are printed as one message.
     """
+    outlive_terminal()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
     failures: list[CifarExpError] = []
@@ -31,6 +41,7 @@ def run_hydra(job: Job) -> int:
 
     def guarded(composed: DictConfig) -> Any:
         begun.append(True)
+        _keep_private(Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().output_subdir)
         try:
             return job(composed)
         except CifarExpError as error:
@@ -39,21 +50,35 @@ def run_hydra(job: Job) -> int:
             failures.append(error)
 
     try:
+        allow_open_files()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except CifarExpError as error:
         failures.append(error)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except HYDRAS_ERRORS as error:
         if begun:
             raise
-        failures.append(explained(error))
+        failures.append(explained(error, sys.argv[1:]))
     for failure in failures:
         if str(failure):
-            print(f"cifar-exp: {failure}", file=sys.stderr)
+            print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
 
 
-def explained(error: Exception) -> CifarExpError:
-    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice."""
+def _keep_private(folder: Path, subfolder: str | None) -> None:
+    """Close the job's folder to others, and take the secrets out of what Hydra has put there, where it was asked to."""
+    make_private(folder)
+    for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        OmegaConf.save(OmegaConf.create(masked(content)), path)
+
+
+def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:
+    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice.
+
+    Args:
+        error: what Hydra raised.
+        typed: the overrides, which are named where the error names none of them.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = [str(option) for option in error.options or []]
@@ -67,4 +92,6 @@ def explained(error: Exception) -> CifarExpError:
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
         )
+    if not any(word.lstrip("+~").partition("=")[0] in str(error) for word in typed):
+        error = ValueError(f"{' '.join(typed)}: {error}")
     return ConfigError(f"{error}. Type group=choice or key=value, as in model=convnet train.epochs=5; see --help")

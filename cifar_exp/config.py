@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 
 from cifar_exp.errors import ConfigError
-from cifar_exp.schema import COMMON, Config
+from cifar_exp.schema import COMMON, KEPT, Config
 
 if TYPE_CHECKING:  # these import torch, which a wrong setting should not have to wait for
     from cifar_exp.array_cache import DatasetFiles
@@ -277,7 +277,7 @@ def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
 def _bind(name: str, section: Mapping[str, Any], trusted: Iterable[str]) -> "partial[Any]":
     """The section's `_target_` with its keywords, checked against its signature."""
     target = _imported(section["_target_"], f"{name}._target_", trusted)
-    keywords = {key: value for key, value in section.items() if key != "_target_"}
+    keywords = {key: value for key, value in section.items() if key not in {"_target_", *KEPT.get(name, ())}}
     signature = inspect.signature(target, eval_str=True)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     passed = PASSED.get(name, set())

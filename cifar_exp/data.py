@@ -96,20 +96,25 @@ class TrainBatches:
         """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
         return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
 
-    def draws(self, epoch: int) -> Iterator[Draw]:
-        """What each step of an epoch (counted from 1) trains on; the last partial global batch is dropped."""
-        return self._draws(epoch, len(self.source) // (self.batch_size * self.world_size))
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch; the last partial global batch is dropped."""
+        return len(self.source) // (self.batch_size * self.world_size)
+
+    def draws(self, epoch: int, done: int = 0) -> Iterator[Draw]:
+        """What each step of an epoch (counted from 1) trains on, after the first ``done`` ones."""
+        return self._draws(epoch, range(done, self.steps))
 
     def example(self) -> Draw:
         """The first draw, and nothing is fetched beyond it: a GPU that is being captured must not be copied to."""
-        (draw,) = self._draws(1, 1)
+        (draw,) = self._draws(1, range(1))
         return draw
 
-    def _draws(self, epoch: int, steps: int) -> Iterator[Draw]:
+    def _draws(self, epoch: int, steps: range) -> Iterator[Draw]:
         order = epoch_order(len(self.source), self.seed, epoch)
         # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
         parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
-        starts = [(step * self.world_size + self.rank) * self.batch_size for step in range(steps)]
+        starts = [(step * self.world_size + self.rank) * self.batch_size for step in steps]
         mine = [slice(start, start + self.batch_size) for start in starts]
         for part, draw in zip(mine, self.source.draws(order, mine), strict=True):
             yield *draw, parameters[part]

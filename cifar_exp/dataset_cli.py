@@ -18,6 +18,7 @@ from cifar_exp.array_cache import SPLITS, DatasetFiles
 from cifar_exp.datasets import cifar10
 from cifar_exp.download import Progress
 from cifar_exp.errors import CifarExpError, DataError, storage_errors
+from cifar_exp.privacy import masked_text
 
 Counts = Counter[tuple[str, str, str]]
 """(split, class, ``written`` or ``skipped``) -> images."""
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = cifar10(settings.root, mirror=settings.mirror, archive=settings.archive)
         counts = export(files, settings.to)
     except CifarExpError as error:
-        print(error, file=sys.stderr)
+        print(masked_text(str(error)), file=sys.stderr)
         if isinstance(error, DataError):
             print("For cifar-exp-data, these are --root, --archive and --mirror.", file=sys.stderr)
         return error.exit_code

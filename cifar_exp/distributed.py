@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Element-wise sum over all ranks, in place."""
     dist.all_reduce(values)
     return values
+
+
+def gathered(value: T) -> list[T]:
+    """Each rank's value, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return when all ranks have come here."""
+    dist.barrier()
 
 
 def average_buffers(model: nn.Module) -> None:

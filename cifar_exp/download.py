@@ -6,6 +6,7 @@ and the pickles are read by an unpickler that knows arrays and nothing else.
 Source: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import base64
 import hashlib
 import http.client
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -183,15 +185,28 @@ def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> No
 
 def _request(address: str, begun: int) -> Any:
     """The open answer of the server; the whole file where it has nothing from ``begun`` on."""
-    headers = {"User-Agent": "cifar-exp", "Accept-Encoding": "identity"}
     if not begun:
-        return urlopen(Request(address, headers=headers), timeout=_TIMEOUT)
+        return _open(address, {})
     try:
-        return urlopen(Request(address, headers=headers | {"Range": f"bytes={begun}-"}), timeout=_TIMEOUT)
+        return _open(address, {"Range": f"bytes={begun}-"})
     except HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        return _request(address, 0)
+        return _open(address, {})
+
+
+def _open(address: str, headers: dict[str, str]) -> Any:
+    """The answer to one request. A user's name and password in the address, which urllib does not know, are sent."""
+    parts = urlsplit(address)
+    user_info, _, host = parts.netloc.rpartition("@")
+    request = Request(
+        urlunsplit(parts._replace(netloc=host)),
+        headers={"User-Agent": "cifar-exp", "Accept-Encoding": "identity", **headers},
+    )
+    if user_info:
+        login = base64.b64encode(unquote(user_info).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {login}")  # for this server alone
+    return urlopen(request, timeout=_TIMEOUT)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_exp.errors import FREE_SPACE, storage_errors
+from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
 
 FILE_NAME = "metrics.jsonl"
 
@@ -71,9 +71,11 @@ class JournalWriter:
         """Force what was written to disk, so that it outlives the machine.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: where the file system refuses, or somebody has deleted the file.
         """
         with storage_errors(Path(self._file.name), FREE_SPACE):
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise StorageError(f"{self._file.name} was deleted while the run was training. Start the run again")
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -1,15 +1,17 @@
 """Devices -> N ranks of one function on torch elastic; failures, signals, nothing left behind."""
 
-import json
 import logging
 import multiprocessing
 import os
 import signal
-import tempfile
+import sys
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -18,18 +20,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cifar_exp import nursery
-from cifar_exp.errors import (
-    CifarExpError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-    MachineError,
-    Stopped,
-    StorageError,
-    WorkerError,
-)
+from cifar_exp.control import LEAVE_FILE, Request, Watchdog, ended_by
+from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
 from cifar_exp.schema import Devices
+from cifar_exp.temporary import private_folder
 from cifar_exp.worker import Job, RankFailure
+
+AFTER_A_DEATH = (
+    "Type resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
+)
+STOP_PATIENCE = 7.0  # seconds that ranks have to end their step and save after a signal
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Launcher(Protocol):
 
     timeout: float
 
-    def launch(self, function: Callable[[Job, Path], None], job: Job) -> None:
-        """Run ``function`` on every rank and return when all have ended well."""
+    def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
+        """Run ``function`` on every rank and return when all have ended well; why it was early, where it was."""
         ...
 
 
@@ -108,23 +108,29 @@ class ElasticLauncher:
     """Ranks as processes of this machine, on torch elastic.
 
     Attributes:
-        timeout: seconds a collective operation may wait for the slowest rank.
+        timeout: seconds without a sign of life, from a step or a batch that is evaluated, after which a rank hangs.
+        max_restarts: how many times ranks that died or hung are replaced; training goes on from the last checkpoint.
     """
 
     timeout: float = 600.0
+    max_restarts: int = 0
 
-    def launch(self, function: Callable[[Job, Path], None], job: Job) -> None:
+    def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.
 
+        SIGINT and SIGTERM let the ranks end their step and save; a second one, or ``STOP_PATIENCE``, ends them at once.
+
+        Returns:
+            Why training ended before its last step; None where it did not.
+
         Raises:
-            WorkerError: where a rank raised or died, with the first failing rank's traceback.
+            WorkerError: where a rank raised, died or hung once too often, with the first failing rank's traceback.
             CifarExpError: the one that a rank raised for the user to mend.
             Stopped: on SIGINT and SIGTERM, after all ranks have ended.
         """
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
-        with tempfile.TemporaryDirectory(prefix="cifar-exp-") as folder:
-            exchange = Path(folder)
+        with private_folder() as exchange:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
             _log_to_the_runs_file()
             config = LaunchConfig(
@@ -135,7 +141,7 @@ class ElasticLauncher:
                 rdzv_backend="c10d",
                 rdzv_endpoint=str(exchange / "rendezvous"),
                 rdzv_configs={"store_type": "file"},
-                max_restarts=0,
+                max_restarts=self.max_restarts,
                 local_addr="127.0.0.1",
                 start_method=nursery.START_METHOD,
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
@@ -143,13 +149,59 @@ class ElasticLauncher:
                 signals_to_handle="SIGHUP,SIGQUIT",
             )
             try:
-                elastic_launch(config, function)(job, exchange)
+                with Watchdog(exchange, job.plan.world_size, self.timeout) as watchdog, _stopping_in_order(exchange):
+                    elastic_launch(config, function)(job, exchange)
             except ChildFailedError as error:
-                raise _first_failure(error, exchange) from None
+                raise _first_failure(error, exchange, watchdog, self.max_restarts) from None
             except SignalException as error:
+                if watchdog.vanished:
+                    raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
             finally:
                 _end_ranks()
+            return ended_by(exchange)
+
+
+@contextmanager
+def _stopping_in_order(exchange: Path) -> Iterator[None]:
+    """Pass the first SIGINT or SIGTERM on to the ranks and raise it when they have ended, or take too long.
+
+    The second one is answered as before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(number)
+        restore()
+        (exchange / LEAVE_FILE).touch()
+        print("cifar-exp: the ranks end their step and save; once more ends them at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGALRM, lambda _number, _frame: _raise(Stopped(number)))
+        signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        yield
+    except (ChildFailedError, SignalException):
+        if received:  # ranks that were to end and failed
+            raise Stopped(received[0]) from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        restore()
+    if received:
+        raise Stopped(received[0])
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _log_to_the_runs_file() -> None:
@@ -169,18 +221,28 @@ def _end_ranks() -> None:
         rank.join()
 
 
-def _first_failure(error: ChildFailedError, exchange: Path) -> CifarExpError:
+def _vanished(watchdog: Watchdog) -> WorkerError:
+    told = watchdog.vanished[min(watchdog.vanished)]
+    return WorkerError(f"{told}; the other ranks were ended. {AFTER_A_DEATH}")
+
+
+def _first_failure(error: ChildFailedError, exchange: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
     """The cause: a rank that was killed leaves no word, so it counts before those that told why they failed."""
-    records = [RankFailure(**json.loads(path.read_text())) for path in exchange.glob("failure-*.json")]
+    records = RankFailure.of_attempt(exchange, max_restarts)
     told = {record.rank for record in records}
     for rank, failure in error.failures.items():
         if rank not in told:
+            if rank in watchdog.hung:
+                return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
             how = f"exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 how = f"killed by {signal.Signals(-failure.exitcode).name}"
-            return WorkerError(f"rank {rank} died without a word ({how}); the other ranks were ended")
+            return WorkerError(f"rank {rank} died without a word ({how}); the other ranks were ended. {AFTER_A_DEATH}")
+    if watchdog.vanished.keys() - told:  # the others' failures are its echo
+        return _vanished(watchdog)
     first = min(records, key=lambda record: record.time)
-    for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
-        if first.exit_code == kind.exit_code:
-            return kind(first.message.partition(": ")[2])
+    try:
+        first.raise_if_lasting()
+    except CifarExpError as lasting:
+        return lasting
     return WorkerError(f"rank {first.rank} failed; the other ranks were ended\n{first.traceback}".rstrip())

@@ -34,7 +34,7 @@ from cifar_exp.array_cache import (
     value_counts,
 )
 from cifar_exp.download import Progress
-from cifar_exp.errors import DataError, MachineError, StorageError, storage_errors
+from cifar_exp.errors import DataError, MachineError, storage_errors
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.rng import keyed_generator
 
@@ -110,11 +110,11 @@ class ImageFiles(DatasetFiles):
         Raises:
             StorageError: the list is gone or cannot be read.
         """
-        try:
-            paths, labels = (np.load(self.folder / name, mmap_mode="c") for name in _list_names(split))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
+        paths, labels = map(self._mapped, _list_names(split))
         return paths, torch.from_numpy(labels)
+
+    def labels(self, split: SplitName) -> Tensor:
+        return self.listed(split)[1]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Sums, counts and stopwatches. No I/O."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class Averages:
     def of(cls, sums: Tensor) -> "Averages":
         """Divide once, after all sums have been reduced. ``sums``: (3,) as kept by :class:`Totals`."""
         loss, correct, count = sums.tolist()
+        if not count:
+            return cls(math.nan, math.nan, 0)  # no images, as where an evaluation was left at once
         return cls(loss / count, correct / count, int(count))
 
     def named(self, prefix: str) -> dict[str, float]:

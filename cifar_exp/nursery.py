@@ -18,7 +18,9 @@ def warm_up() -> None:
     """Start the nursery, once a process; it ends with its parent."""
     forkserver.set_forkserver_preload(["cifar_exp.nursery_modules"])
     # Ctrl-C is the parent's to answer, also while the nursery's interpreter starts: it is born with the signal blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # So is the end of the terminal, for good: the nursery and Python's resource tracker, which is started here as well
+    # and loses count when it is killed, end with their parent.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         forkserver.ensure_running()
     finally:

@@ -16,9 +16,12 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
 from cifar_exp.plan import Plan
+from cifar_exp.schema import EarlyStopping
 
 
-def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module) -> dict[str, str]:
+def describe_plan(
+    plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module, stopping: EarlyStopping
+) -> dict[str, str]:
     """The plan as names and texts, for the table and the run's page."""
     rates = ", ".join(
         f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
@@ -27,12 +30,13 @@ def describe_plan(plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.
     return {
         "devices": str(devices),
         "batch": f"{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
-        "training images": f"{data.train_count:,} in {len(data.classes)} classes",
+        "training images": f"{data.train_count:,} in {len(data.classes)} classes{_kept_apart(data)}",
         "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
         "learning rate": rates,
         **_image_sizes(plan, data),
-        "validation": f"{data.test_count:,} test images after each epoch, {_validation_steps(plan, data)}",
+        **_validation(plan, data),
+        **_early_stopping(stopping),
         "parameters": f"{parameter_count(model):,}",
     }
 
@@ -90,6 +94,26 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         console.print(f"DISTURBED: {text.format(share)}", highlight=False)
 
 
+def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStopping) -> list[str]:
+    """What came of early stopping and of the best epoch, in lines; none where neither was asked for.
+
+    Args:
+        metrics: the last values of the run's.
+        epochs: planned.
+        settings: what better means.
+    """
+    lines = []
+    if "stopped_epoch" in metrics:
+        ended = f"after epoch {metrics['stopped_epoch']:.0f} of {epochs}"
+        lines.append(f"early stopping: training ended {ended}: {_no_better(settings)}")
+    if "test/accuracy_best" in metrics:
+        lines.append(
+            f"best {settings.metric} after epoch {metrics['best_epoch']:.0f}: test accuracy "
+            f"{metrics['test/accuracy_best']:.4f} with that network, which model.safetensors holds"
+        )
+    return lines
+
+
 def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     """Height and width by epoch, where they are not the images' own throughout."""
     if set(plan.image_scales) == {1.0}:
@@ -99,8 +123,34 @@ def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     return {"image sizes": f"{text} by epoch; the last also in evaluation"}
 
 
-def _validation_steps(plan: Plan, data: DatasetFiles) -> str:
-    steps = math.ceil(len(shard(data.test_count, plan.world_size - 1, plan.world_size)) / EVALUATION_BATCH)
+def _kept_apart(data: DatasetFiles) -> str:
+    return f" ({data.validation_count:,} more kept apart)" if data.validation_count else ""
+
+
+def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
+    if not data.validation_count:
+        return {"validation": f"{data.test_count:,} test images after each epoch, {_steps(data.test_count, plan)}"}
+    count = data.validation_count
+    return {
+        "validation": f"{count:,} training images after each epoch, {_steps(count, plan)}",
+        "test": f"{data.test_count:,} images at the end, {_steps(data.test_count, plan)}",
+    }
+
+
+def _early_stopping(settings: EarlyStopping) -> dict[str, str]:
+    return {"early stopping": f"after {_no_better(settings)}"} if settings.patience else {}
+
+
+def _no_better(settings: EarlyStopping) -> str:
+    """As in ``3 epochs in a row without a lower val/loss``."""
+    epochs = f"{settings.patience} epoch{'s'[: settings.patience != 1]} in a row"
+    better = "lower" if settings.metric == "val/loss" else "higher"
+    margin = f" (by more than {settings.min_delta:g})" if settings.min_delta else ""
+    return f"{epochs} without a {better} {settings.metric}{margin}"
+
+
+def _steps(count: int, plan: Plan) -> str:
+    steps = math.ceil(len(shard(count, plan.world_size - 1, plan.world_size)) / EVALUATION_BATCH)
     return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} a rank"
 
 

@@ -10,6 +10,7 @@ from cifar_exp.schema import Config
 
 REFERENCE_BATCH = 256  # images of global batch that `optimizer.lr` is stated for
 WARMUP_EPOCHS = 5  # of train.lr_scaling=linear_warmup
+MOST_STEPS = 10**7  # of a run: the rate of each is known beforehand
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def check_scaling(config: Config, world_size: int) -> None:
 def make_plan(
     config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
 ) -> Plan:
-    """The plan for ``world_size`` ranks and ``train_count`` training images.
+    """The plan for ``world_size`` ranks and ``train_count`` training images, those kept apart not among them.
 
     Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The learning
     rate follows the global batch by ``train.lr_scaling``: see :func:`scaled_rates`. A run that goes on from a
@@ -96,11 +97,20 @@ def make_plan(
         share = train_count // world_size
         fits = share * world_size if config.train.scaling == "strong" else share
         advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
+        rest = ""
+        if config.validation:
+            rest = f" without those of data.validation={config.validation}"
+            advice += ", or a smaller data.validation"
         raise ConfigError(
             f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
-            f"training set has {train_count}. Type {advice}"
+            f"training set has {train_count}{rest}. Type {advice}"
         )
     steps_per_epoch = train_count // global_batch
+    if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: they are {steps:,} steps, and a run has {MOST_STEPS:,} at most. Type "
+            f"train.epochs={MOST_STEPS // steps_per_epoch} or less"
+        )
     rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
     return Plan(
         world_size=world_size,

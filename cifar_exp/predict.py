@@ -16,14 +16,18 @@ from cifar_exp import checkpoint
 from cifar_exp.config import build, read_config
 from cifar_exp.data import Normalization
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
-from cifar_exp.tracking import OUTPUTS, RUN_ID_FILE
+from cifar_exp.privacy import masked_text
+from cifar_exp.record import OUTPUTS, RUN_ID_FILE
 
-USAGE = """usage: cifar-exp-predict run=<run> [--json] <image or folder> ...
+USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
 
 Classify images with the network of a finished run.
 
-  run=<run>   latest, a run's folder under outputs/, or an MLflow run id
-  --json      one JSON object a line: image, label, probability
+  run=<run>           latest, a run's folder under outputs/, or an MLflow run id
+  checkpoint=<which>  best, of the epoch with the best validation, which runs with data.validation keep, or last;
+                      left out: best where there is one
+  --json              one JSON object a line: image, label, probability
+  trusted_modules=[<package>]  whose code may be run, where the run's network comes from a package of yours
 """
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -38,15 +42,31 @@ class Classifier:
     image_size: tuple[int, int]
 
     @classmethod
-    def of_run(cls, run_dir: Path) -> "Classifier":
+    def of_run(cls, run_dir: Path, which: str = "", trusted: Sequence[str] = ()) -> "Classifier":
         """The network of the run in ``run_dir``.
 
+        Args:
+            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
+            which: ``best``, ``last``, or neither for the best one where one is kept.
+            trusted: modules beside this package, torch and torchvision whose code may be run.
+
         Raises:
+            ConfigError: the best one is wanted and none is kept.
             StorageError: where it holds no readable checkpoint.
         """
-        saved = checkpoint.newest(run_dir, lambda line: print(f"cifar-exp-predict: {line}", file=sys.stderr))
+
+        def warn(line: str) -> None:
+            print(f"cifar-exp-predict: {line}", file=sys.stderr)
+
+        saved = None if which == "last" else checkpoint.best(run_dir, warn)
+        if saved is None and which == "best":
+            raise ConfigError(
+                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Type checkpoint=last"
+            )
+        saved = saved or checkpoint.newest(run_dir, warn)
         config = OmegaConf.load(run_dir / "config.yaml")
         assert not isinstance(config, list)
+        OmegaConf.update(config, "trusted_modules", list(trusted))
         model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
         model.load_state_dict(saved.model)
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
@@ -113,7 +133,9 @@ def main() -> None:
     words = sys.argv[1:]
     as_json = "--json" in words
     runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    paths = [word for word in words if not word.startswith(("run=", "-"))]
+    which = [word.removeprefix("checkpoint=") for word in words if word.startswith("checkpoint=")]
+    trusted = [word.removeprefix("trusted_modules=") for word in words if word.startswith("trusted_modules=")]
+    paths = [word for word in words if not word.startswith(("run=", "checkpoint=", "trusted_modules=", "-"))]
     if "-h" in words or "--help" in words:
         print(USAGE)
         return
@@ -122,9 +144,12 @@ def main() -> None:
             raise ConfigError(f"{unknown[0]}: there is no such option.\n\n{USAGE}")
         if len(runs) != 1 or not paths:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
+        if which and which[-1] not in ("best", "last"):
+            raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
         run_dir = find_run(runs[0])
         print(f"network of {run_dir}", file=sys.stderr)
-        classifier = Classifier.of_run(run_dir)
+        names = [name for word in trusted for name in word.strip("[]").split(",")]
+        classifier = Classifier.of_run(run_dir, "".join(which[-1:]), names)
         files = images_in(paths)
         broken: list[str] = []
         for start in range(0, len(files), 500):
@@ -132,7 +157,7 @@ def main() -> None:
         if broken:
             raise DataError("\n".join(broken))
     except CifarExpError as error:
-        print(f"cifar-exp-predict: {error}", file=sys.stderr)
+        print(f"cifar-exp-predict: {masked_text(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from cifar_exp import figures
 from cifar_exp.figures import RunFacts
 from cifar_exp.journal import Entry
-from cifar_exp.tracking import Status
+from cifar_exp.record import Status
 
 Mode = Literal["auto", "bar", "lines", "quiet"]
 PAGE_SHARE = 0.002  # of the time may go into drawing the page again
@@ -56,9 +57,19 @@ class Display:
         """The last state of the page, and the figure."""
         if self._bar:
             self._bar.stop()
-        self._draw_page({"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status])
+        ended = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status]
+        self._facts = replace(self._facts, status=ended)
+        if "stopped_epoch" in self._latest:  # nothing waits for the epochs that were left out
+            done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
+            told = {"epochs": f"{done} of {planned}: early stopping"}
+            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **told})
+        self._draw_page(ended)
         if self._entries:
             figures.draw_training(self._entries, self._facts, self._run_dir / "training.png")
+
+    def is_final(self, error: Exception) -> bool:  # noqa: ARG002
+        """Always: what was shown must not be shown again."""
+        return True
 
     def _state(self, epoch: int) -> str:
         loss, accuracy = self._latest.get("step/loss"), self._latest.get("step/accuracy")
@@ -70,7 +81,7 @@ class Display:
     def _draw_page(self, status: str) -> None:
         began = time.monotonic()
         facts = RunFacts(**{**vars(self._facts), "status": status})
-        figures.write_progress_page(self._run_dir, self._entries, facts, time.time() - self._started)
+        figures.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
         self._next_page = began + max(2.0, cost / PAGE_SHARE)
 

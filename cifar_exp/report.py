@@ -1,7 +1,6 @@
 """The command that makes a sweep's report again, or compares two sweeps, from their folders or from MLflow."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,11 @@ from rich.console import Console
 from cifar_exp import journal
 from cifar_exp.comparison import Comparison
 from cifar_exp.errors import CifarExpError, ConfigError
+from cifar_exp.privacy import masked_text
+from cifar_exp.record import RUN_FILE, RunInfo, run_id
 from cifar_exp.schema import Report
 from cifar_exp.study import SERIES, FinishedRun, Study
-from cifar_exp.tracking import RUN_FILE, MLflowTracker, run_id
+from cifar_exp.tracking import MLflowTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +47,7 @@ def main() -> None:
         arguments.to.mkdir(parents=True, exist_ok=True)
         print("\n".join(str(path) for path in made.write(arguments.to)))
     except CifarExpError as error:
-        print(f"cifar-exp-report: {error}", file=sys.stderr)
+        print(f"cifar-exp-report: {masked_text(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -107,8 +108,8 @@ def folder_run(run_dir: Path) -> FinishedRun | None:
         name: [(entry.step, entry.time, entry.metrics[name]) for entry in entries if name in entry.metrics]
         for name in SERIES
     }
-    record = json.loads((run_dir / RUN_FILE).read_text())
-    return FinishedRun(record["tags"], journal.last_values(run_dir), series, record["params"])
+    run = RunInfo.load(run_dir)
+    return FinishedRun(run.tags, journal.last_values(run_dir), series, run.params)
 
 
 def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -18,10 +17,19 @@ from cifar_exp import checkpoint, journal
 from cifar_exp.checkpoint import Manifest
 from cifar_exp.config import flattened, shown
 from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.privacy import masked
+from cifar_exp.record import (
+    CONFIG_FILE,
+    OUTPUTS,
+    RUN_FILE,
+    RUN_ID_FILE,
+    claim,
+    is_claimed,
+    is_finished,
+    make_private,
+)
 from cifar_exp.schema import Config
-from cifar_exp.tracking import OUTPUTS, RUN_FILE, RUN_ID_FILE, without_password
 
-CONFIG_FILE = "config.yaml"
 SWEEP_FILE = "sweep.json"
 # A run may go on with others of these: they do not bear on what is trained. Other devices share the same batches.
 INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher", "devices", "report")
@@ -80,8 +88,8 @@ class Resumption:
 
 
 def config_hash(config: Config) -> str:
-    """sha256 in hex of every setting that bears on the result."""
-    settings = {name: value for name, value in _settings(asdict(config)).items() if not _is_incidental(name)}
+    """sha256 in hex of every setting that bears on the result; another password makes no other run."""
+    settings = {name: value for name, value in _settings(masked(asdict(config))).items() if not _is_incidental(name)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,25 +135,6 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         ) from error
 
 
-def claim(run_dir: Path) -> FileLock:
-    """Hold a run's folder until this process ends, however it does.
-
-    Raises:
-        ConfigError: where another process is training in it.
-    """
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise ConfigError(f"{run_dir}: another process is training in this folder. Wait for its end") from error
-    return lock
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run in ``run_dir`` came to its end."""
-    return "time/total_seconds" in journal.last_values(run_dir)
-
-
 @contextmanager
 def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Iterator[Path]:
     """Hold the folder of the sweep that these arguments ask for: an interrupted one's, or ``sweep_dir`` for a new one.
@@ -158,10 +147,10 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
     Raises:
         ConfigError: where the folder is that of a sweep of other jobs, or another process is at it.
     """
-    arguments = [argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP]
+    arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
     for path in _sweeps(wanted):
         content = _sweep_content(path)
-        if content is None or (wanted == "auto" and (content["finished"] or _is_claimed(path.parent))):
+        if content is None or (wanted == "auto" and (content["finished"] or is_claimed(path.parent))):
             continue
         if content["arguments"] == arguments:
             with claim(path.parent):
@@ -176,6 +165,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
             f"or another folder"
         )
     sweep_dir.mkdir(parents=True, exist_ok=True)
+    make_private(sweep_dir)
     with claim(sweep_dir):
         _note_sweep(sweep_dir, arguments, finished=False)
         yield sweep_dir
@@ -201,14 +191,6 @@ def _sweep_content(path: Path) -> dict[str, Any] | None:
         return content if {"arguments", "finished"} <= content.keys() else None
     except UNREADABLE:
         return None
-
-
-def _is_claimed(folder: Path) -> bool:
-    try:
-        claim(folder).release()
-    except ConfigError:
-        return True
-    return False
 
 
 def _sweeps(wanted: str) -> list[Path]:
@@ -241,7 +223,8 @@ def _resumption(
             )
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
-    elapsed = entries[-1].time if entries and in_place else 0.0
+    times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
+    elapsed = max(times, default=0.0) if in_place else 0.0
     return Resumption(folder, manifest, elapsed, finished, changes, in_place)
 
 
@@ -252,6 +235,12 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
                 f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Type "
                 f"{name}={shown(then)}, or resume=never"
             )
+    if config.validation and "data.validation" in changes:
+        then = changes["data.validation"][0] or 0
+        raise ConfigError(
+            f"data.validation={config.validation}: the checkpoint was trained with {then}, so it knows images that "
+            f"would be kept apart now. Type data.validation={then}, or resume=never"
+        )
     if manifest.epoch >= config.train.epochs:
         raise ConfigError(
             f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Type "
@@ -279,7 +268,7 @@ def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
     for path in found:
         try:
             same = json.loads(path.read_text())["config_hash"] == wanted
-            if same and not is_finished(path.parent) and not _is_claimed(path.parent):
+            if same and not is_finished(path.parent) and not is_claimed(path.parent):
                 return path.parent
         except UNREADABLE as error:
             warn(f"{path.parent}: the run cannot be read and is passed over: {error}")
@@ -288,7 +277,7 @@ def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
 
 def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that bear on the result and differ from those of the run in ``folder``: (then, now)."""
-    before, now = _settings(_config_of(folder)), _settings(without_password(asdict(config)))
+    before, now = _settings(_config_of(folder)), _settings(masked(asdict(config)))
     return {
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())

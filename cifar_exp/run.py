@@ -16,21 +16,28 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
-from cifar_exp import journal, machine, overview, resume, tracking
+from cifar_exp import checkpoint, journal, machine, overview, publish, resume
 from cifar_exp.config import Parts, flattened
 from cifar_exp.data import scaled
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.figures import RunFacts
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
 from cifar_exp.plan import Plan, check_scaling, make_plan
+from cifar_exp.privacy import masked
 from cifar_exp.progress import Display
-from cifar_exp.resume import CONFIG_FILE, Resumption
+from cifar_exp.record import CONFIG_FILE, RUN_FILE, RunInfo, claim, run_id
+from cifar_exp.recording import Recording, uv_prefix
+from cifar_exp.resume import Resumption
 from cifar_exp.schema import Config
-from cifar_exp.tracking import Recording, RunInfo
+from cifar_exp.validation import keep_apart
 from cifar_exp.worker import TRACE_FILE, Job, run_rank
 
-ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE)
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, publish.FILE_NAME)
+TEST_SELECTS = (
+    "early_stopping.patience={}: no training images are kept apart, so the test set decides when training ends, and "
+    "its accuracy is then chosen: it reads higher than that of new images. Type data.validation=0.1"
+)
 
 
 def run(config: Config, parts: Parts) -> float:
@@ -40,7 +47,7 @@ def run(config: Config, parts: Parts) -> float:
         CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
     """
     single = HydraConfig.get().mode == RunMode.RUN
-    began = _process_start() if single else time.time()
+    age = _process_age() if single else 0.0
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
@@ -53,10 +60,12 @@ def run(config: Config, parts: Parts) -> float:
         run_dir = _continued_folder(resumed.run_dir, run_dir)
     else:
         check_scaling(config, devices.count)
-    info = _run_info(config, devices, run_dir, resumed)
-    started = began - (resumed.elapsed if resumed else 0.0)
-    with _claimed(info, config, resumed), Recording(run_dir, started, parts.tracker.sink(info)) as recording:
-        data = parts.dataset()
+    new = _run_info(config, devices, run_dir, time.time() - age, resumed)
+    started = time.monotonic() - age - (resumed.elapsed if resumed else 0.0)
+    with _claimed(new, config, resumed) as info, Recording(run_dir, started, parts.tracker.sink(info)) as recording:
+        data = keep_apart(parts.dataset(), config.validation)
+        if config.early_stopping.patience and not data.validation_count:
+            _warn(TEST_SELECTS.format(config.early_stopping.patience))
         plan = make_plan(
             config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
         )
@@ -66,7 +75,7 @@ def run(config: Config, parts: Parts) -> float:
         model = _model(config, parts, len(data.classes))
         for scale in sorted({*plan.image_scales} - {1.0}):  # a network may be too deep for small images
             overview.layer_shapes(model, scaled(data.image_size, scale))
-        details = overview.describe_plan(plan, devices, data, model)
+        details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
             overview.print_layers(console, model, data.image_size)
@@ -83,11 +92,13 @@ def run(config: Config, parts: Parts) -> float:
             run_dir=run_dir,
             started=started,
             elapsed=resumed.elapsed if resumed else 0.0,
+            config_hash=resume.config_hash(config),
             resume_from=(resumed.run_dir, resumed.manifest) if resumed and resumed.manifest else None,
             seed=config.seed,
             plan=plan,
             train=config.train,
             checkpoint=config.checkpoint,
+            early_stopping=config.early_stopping,
             data=data,
             augmentation=parts.augmentation,
             make_model=parts.make_model,
@@ -97,22 +108,37 @@ def run(config: Config, parts: Parts) -> float:
             timeout=parts.launcher.timeout,
         )
         with machine.Watch(devices.accelerator, devices.count) as watch:
-            parts.launcher.launch(run_rank, job)
+            try:
+                ended = parts.launcher.launch(run_rank, job)
+            except Stopped:
+                _tell_what_was_saved(console, run_dir)
+                raise
         recording.closing |= watch.metrics()
+        if ended:
+            console.print(f"training ended early: {ended.reason}", highlight=False)
+        publish.publish(run_dir, config.model, _warn)
     metrics = journal.last_values(run_dir)
     overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
+    for line in overview.selection(metrics, config.train.epochs, config.early_stopping):
+        console.print(line, highlight=False)
+        logging.getLogger(__name__).info(line)
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
 
 
-def _process_start() -> float:
-    """When the command began, seconds since the epoch. psutil's own figure counts from a boot time in whole seconds."""
+def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
+    if manifest := checkpoint.sound(run_dir, _warn):
+        how = f"the same command with resume={os.path.relpath(run_dir)} goes on"
+        console.print(f"saved after step {manifest.step}; {how}", highlight=False)
+
+
+def _process_age() -> float:
+    """Seconds since the command began. psutil's own figure counts from a boot time in whole seconds."""
     process = psutil.Process()
     if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
-        return process.create_time()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
-    return time.time() - age
+        return time.time() - process.create_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
@@ -124,18 +150,20 @@ def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
 
 
 @contextmanager
-def _claimed(info: RunInfo, config: Config, resumed: Resumption | None) -> Iterator[None]:
-    """Hold the run's folder; a new run's gets its name, tags and resolved configuration."""
-    with resume.claim(info.run_dir):
-        if not (resumed and resumed.in_place):
-            if (info.run_dir / tracking.RUN_FILE).exists():
-                raise ConfigError(
-                    f"hydra.run.dir={info.run_dir}: the folder holds a run already, and two runs must not share one. "
-                    f"Type resume=auto to go on with it, another folder, or leave hydra.run.dir out for a new one"
-                )
-            OmegaConf.save(OmegaConf.create(tracking.without_password(asdict(config))), info.run_dir / CONFIG_FILE)
-            info.save(resume.config_hash(config))  # last: whoever finds a run finds its configuration too
-        yield
+def _claimed(new: RunInfo, config: Config, resumed: Resumption | None) -> Iterator[RunInfo]:
+    """Hold the run's folder; a new run's gets its name, tags and resolved configuration. What goes on has its own."""
+    with claim(new.run_dir):
+        if resumed and resumed.in_place:
+            yield RunInfo.load(new.run_dir)
+            return
+        if (new.run_dir / RUN_FILE).exists():
+            raise ConfigError(
+                f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
+                f"Type resume=auto to go on with it, another folder, or leave hydra.run.dir out for a new one"
+            )
+        OmegaConf.save(OmegaConf.create(masked(asdict(config))), new.run_dir / CONFIG_FILE)
+        new.save(resume.config_hash(config))  # last: whoever finds a run finds its configuration too
+        yield new
 
 
 def _continued_folder(folder: Path, hydras: Path) -> Path:
@@ -158,23 +186,23 @@ def _continued_folder(folder: Path, hydras: Path) -> Path:
 
 def _warn(line: str) -> None:
     print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
+    logging.getLogger(__name__).warning(line)
 
 
-def _run_info(config: Config, devices: DeviceSet, run_dir: Path, resumed: Resumption | None) -> RunInfo:
+def _run_info(config: Config, devices: DeviceSet, run_dir: Path, began: float, resumed: Resumption | None) -> RunInfo:
     tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags |= machine.description(devices.accelerator, devices.count)
     hydra = HydraConfig.get()
-    tags["overrides"] = " ".join(override for override in hydra.overrides.task if not override.startswith("resume="))
+    overrides = masked([override for override in hydra.overrides.task if not override.startswith("resume=")])
+    tags["overrides"] = " ".join(overrides)
     if resumed and not resumed.in_place:
-        tags["resumed_from"] = tracking.run_id(resumed.run_dir) or resumed.run_dir.as_posix()
-    if hydra.mode == RunMode.MULTIRUN:
-        sweep_dir = Path(hydra.sweep.dir)
+        tags["resumed_from"] = run_id(resumed.run_dir) or resumed.run_dir.as_posix()
+    sweep_dir = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    if sweep_dir:
         tags["sweep"] = sweep_dir.as_posix()
-        if parent := tracking.run_id(sweep_dir):
-            tags["mlflow.parentRunId"] = parent
     name = f"{_title(config)}, {devices.count} x {devices.accelerator}"
-    return RunInfo(name, run_dir, flattened(asdict(config)), tags, ARTIFACTS)
+    return RunInfo(name, run_dir, flattened(masked(asdict(config))), tags, began, ARTIFACTS, sweep_dir)
 
 
 def _title(config: Config) -> str:
@@ -199,7 +227,7 @@ def _print_next_steps(console: Console, run_dir: Path, hint: str) -> None:
     console.print(f"\nrun folder: {os.path.relpath(run_dir)}", highlight=False)
     console.print(f"page:       {os.path.relpath(run_dir / 'progress.html')}", highlight=False)
     console.print(f"figure:     {os.path.relpath(run_dir / 'training.png')}", highlight=False)
-    uv = tracking.uv_prefix()
+    uv = uv_prefix()
     if hint:
         console.print(f"compare:    {hint}", highlight=False)
     console.print(f"try next:   {uv}cifar-exp-predict run=latest <images>", highlight=False)

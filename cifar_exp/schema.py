@@ -3,9 +3,10 @@
 A leaf that everything may import: plain dataclasses, no third-party import but the range markers. ``config.py`` turns
 composed YAML into these classes and reports what does not fit.
 
-``train``, ``devices`` and ``checkpoint`` are closed: they have these keys and no others. The other sections are open:
-each belongs to its ``_target_``, whose signature says what it takes; the classes of ``COMMON`` hold the settings that
-this package's own choices share, so that a wrong one is reported before anything heavy is imported.
+``train``, ``devices``, ``checkpoint`` and ``early_stopping`` are closed: they have these keys and no others. The other
+sections are open: each belongs to its ``_target_``, whose signature says what it takes; the classes of ``COMMON`` hold
+the settings that this package's own choices share, so that a wrong one is reported before anything heavy is imported.
+``KEPT`` are settings of open sections that the framework answers itself: their targets do not see them.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 Count = Annotated[int, Ge(1)]
+NonNegativeCount = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
@@ -45,6 +47,7 @@ class Train:
     mirrored_evaluation: bool = False  # a second test accuracy, of each image's and its mirror image's mean logits
     log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
     profile: bool = False  # write a trace of a few steps
+    max_seconds: PositiveFloat | None = None  # of the run, after which training finishes where it is
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ class Checkpoint:
     __pydantic_config__: ClassVar = _CLOSED
     every: Count = 1  # epochs
     keep: Count = 2  # the newest ones
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """When training ends before its last epoch, and which epoch is the best."""
+
+    __pydantic_config__: ClassVar = _CLOSED
+    patience: Count | None = None  # epochs in a row without a better value; None: all epochs are trained
+    metric: Literal["val/loss", "val/accuracy"] = "val/loss"
+    min_delta: NonNegativeFloat = 0.0  # a value is better where it is so by more than this
 
 
 @dataclass(frozen=True)
@@ -91,16 +104,23 @@ class Config:
     train: Train = field(default_factory=Train)
     devices: Devices = field(default_factory=Devices)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     report: Report = field(default_factory=Report)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     resume: Name = "never"  # or auto, or the folder or MLflow id of a run
     progress: Literal["auto", "bar", "lines", "quiet"] = "auto"
     trusted_modules: tuple[Name, ...] = ()
 
+    @property
+    def validation(self) -> float:
+        """Share of the training images that is kept apart to validate on; 0 validates on the test set."""
+        return float(self.data.get("validation", 0.0))
+
 
 @dataclass(frozen=True)
 class _Data:
     root: Name | None = None
+    validation: BelowOne = 0.0  # share of the training images
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,7 @@ class _Schedule:
 @dataclass(frozen=True)
 class _Launcher:
     timeout: PositiveFloat | None = None  # seconds
+    max_restarts: NonNegativeCount | None = None
 
 
 @dataclass(frozen=True)
@@ -142,3 +163,5 @@ COMMON: dict[str, type] = {
     "launcher": _Launcher,
     "tracking": _Tracking,
 }
+
+KEPT: dict[str, set[str]] = {"data": {"validation"}}

@@ -1,10 +1,10 @@
 """Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
 
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,18 +16,20 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cifar_exp import journal
 from cifar_exp.config import build_tracker
-from cifar_exp.errors import CifarExpError, Stopped, TrackingError
+from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
+from cifar_exp.privacy import masked, masked_text
+from cifar_exp.record import MULTIRUN_FILE, SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.schema import Report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cifar_exp.record import Status
     from cifar_exp.study import FinishedRun
-    from cifar_exp.tracking import SweepRun
 
 
-MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 POWERS_OF_TWO = "powers_of_two"  # what a preset says for the device counts: up to what the machine has
 
 
@@ -92,7 +94,7 @@ class StudySweeper(BasicSweeper):
         assert self.config is not None
         from cifar_exp.report import folder_run
 
-        OmegaConf.save(self.config, sweep_dir / MULTIRUN_FILE)
+        OmegaConf.save(OmegaConf.create(masked(OmegaConf.to_container(self.config))), sweep_dir / MULTIRUN_FILE)
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
             returns = self._run(jobs)
@@ -100,7 +102,7 @@ class StudySweeper(BasicSweeper):
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
             settings = Report(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
             metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
-            parent.log(metrics, artifacts, _common_tags(list(finished.values())))
+            parent.log(metrics, [path.name for path in artifacts], _common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
@@ -148,24 +150,35 @@ class StudySweeper(BasicSweeper):
 
 
 class ParentRun:
-    """The sweep's parent run. A tracker that fails is told at the end: the jobs do not depend on it."""
+    """The sweep's parent run, a record on disk like any other run's.
+
+    The first job that opens in the tracker opens the parent there; the rest is passed on at the end, so that no job
+    ever waits for a tracker.
+    """
 
     def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
-        self._run: SweepRun | None = None
-        self._error: Exception | None = None
-        self.hint = ""  # what to type to look at the sweep
-        with self._noted():
-            tracker = build_tracker(config)
-            self._run = tracker.open_sweep(sweep_dir, tags)
-            self.hint = tracker.hint()
+        tracker = build_tracker(config)
+        self.hint = tracker.hint()  # what to type to look at the sweep
+        new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
+        self._info = RunInfo.load(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
+        self._info.save_sweep()
+        self._tracker = tracker
+        Outcome.forget(sweep_dir)
+        # The whole summary is written again when a sweep goes on.
+        (sweep_dir / journal.FILE_NAME).unlink(missing_ok=True)
 
-    def log(
-        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
-    ) -> None:
-        """Metrics as (name, value, step), files, and tags."""
-        if self._run:
-            with self._noted():
-                self._run.log(metrics, artifacts, tags)
+    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[str], tags: Mapping[str, str]) -> None:
+        """Metrics as (name, value, step), files of the sweep's folder, and tags."""
+        self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
+        self._info.save_sweep()
+        if not metrics:
+            return
+        writer = journal.JournalWriter(self._info.run_dir)
+        elapsed = time.time() - self._info.started
+        for step in sorted({step for _, _, step in metrics}):
+            values = {name: value for name, value, there in metrics if there == step}
+            writer.write(journal.Entry(step, 0, elapsed, values))
+        writer.close()
 
     def __enter__(self) -> "ParentRun":
         return self
@@ -178,27 +191,27 @@ class ParentRun:
         Raises:
             TrackingError: where all jobs went well, but the tracker did not get everything.
         """
-        if self._run:
-            with self._noted():
-                self._run.close("FINISHED" if kind is None else "KILLED" if issubclass(kind, Stopped) else "FAILED")
-        if self._error and error is None:
-            from cifar_exp.tracking import shortened
+        from cifar_exp.recording import PATIENCE, STOPPED_PATIENCE, Follower, lacking
 
-            raise TrackingError(
-                f"tracking.uri: all jobs finished and nothing is lost, but the parent run could not be recorded: "
-                f"{type(self._error).__name__}: {shortened(self._error)}"
-            ) from self._error
-
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
+        stopped = kind is not None and issubclass(kind, Stopped)
+        status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         try:
-            yield
-        except CifarExpError:
-            raise
-        except Exception as error:  # MLflow raises whatever its store does
-            if self._error is None:
-                print(f"cifar-exp: the sweep cannot be recorded, its jobs go on: {error}"[:300], file=sys.stderr)
-            self._error = self._error or error
+            with storage_errors(self._info.run_dir, FREE_SPACE):
+                Outcome(status, time.time()).save(self._info.run_dir)
+        except StorageError:
+            if error is None:
+                raise
+        sink = self._tracker.sink(self._info)
+        if sink is None:
+            return
+        follower = Follower(self._info.run_dir, sink, interval=PATIENCE)
+        follower.start()
+        follower.finish(status, STOPPED_PATIENCE if stopped else PATIENCE)
+        if follower.error:
+            told = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
+            if error is None:
+                raise TrackingError(told)
+            print(f"cifar-exp: {told}", file=sys.stderr, flush=True)
 
 
 def _device_counts(config: DictConfig) -> list[int]:
@@ -222,21 +235,22 @@ def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
 
     hydra = HydraConfig.get()
     if composed.progress != "quiet":
-        print(f"\n== job {hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
+        print(f"\n== job {hydra.job.num}: {' '.join(masked(list(hydra.overrides.task)))}", flush=True)
     try:
         return task_function(composed)
     except CifarExpError as error:
-        print(f"cifar-exp: job {hydra.job.num} failed: {error}", file=sys.stderr, flush=True)
+        print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {error}"), file=sys.stderr, flush=True)
         raise
     except Exception:
-        print(f"cifar-exp: job {hydra.job.num} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        told = masked_text(traceback.format_exc())
+        print(f"cifar-exp: job {hydra.job.num} failed:\n{told}", file=sys.stderr, flush=True)
         raise
 
 
 def _row(number: int, job: JobReturn) -> JobRow:
     assert job.hydra_cfg is not None
     failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
-    return JobRow(number, list(job.overrides or []), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)
+    return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)
 
 
 def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
@@ -277,7 +291,7 @@ def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int,
     for row in rows:
         overrides = " ".join(override for override in row.overrides if override not in common)
         if not row.is_finished:
-            reason = str(row.failure).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+            reason = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
             table.add_row(str(row.number), overrides, f"failed ({row.exit_code}): {reason}")
             continue
         metrics = finished[row.number].metrics if row.number in finished else {}

@@ -1,107 +1,59 @@
-"""In the parent process: follows the journal and feeds trackers in batches, away from the training.
+"""Trackers: what takes the record of runs. MLflow is reached from the parent process alone, never from a rank."""
 
-The journal on disk is the truth; a tracker that cannot be reached costs the training nothing.
-"""
-
-import json
 import logging
 import os
 import re
 import shlex
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock
-
-from cifar_exp.errors import ConfigError, StorageError, TrackingError
-from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
+from cifar_exp import owner
+from cifar_exp.errors import ConfigError, TrackingError
+from cifar_exp.journal import Entry
+from cifar_exp.privacy import masked, masked_text
+from cifar_exp.record import OUTPUTS, RUN_ID_FILE, SWEEP_RUN_FILE, Outcome, RunInfo, Status, make_private, run_id
+from cifar_exp.recording import Sink, uv_prefix
+from cifar_exp.stale import close_dead_runs, is_dead, owner_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-OUTPUTS = Path("outputs")
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
-    # A dead server would hold the end of a run for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it holds the address as it is
+    # Whoever calls tries again. MLflow itself would make a run twice where only the answer to the first try was lost.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without a byte
 }
-NOT_IN_NAMES = r"[^\w\-. :/]"  # what MLflow refuses in the name of a metric
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-RUN_FILE = "run.json"
-RUN_ID_FILE = "mlflow_run_id"
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a tracker is told of a run when it opens.
-
-    Attributes:
-        name: shown in lists of runs.
-        run_dir: the run's folder; what ``artifacts`` name lies in it.
-        params: the resolved configuration, flattened.
-        tags: device count, accelerator, sweep.
-        artifacts: files of the run's folder to keep with the run at its end, where they exist.
-    """
-
-    name: str
-    run_dir: Path
-    params: Mapping[str, Any]
-    tags: Mapping[str, str]
-    artifacts: Sequence[str] = ()
-
-    def save(self, config_hash: str) -> None:
-        """Leave name, tags and params in the run's folder, where reports and later tools find them."""
-        params = without_password(self.params)
-        content = {"name": self.name, "config_hash": config_hash, "tags": dict(self.tags), "params": params}
-        temporary = self.run_dir / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.run_dir / RUN_FILE)
-
-
-class Sink(Protocol):
-    """Something that takes a run's journal while it grows. All calls come from one thread."""
-
-    def open(self) -> None: ...
-
-    def write(self, entries: Sequence[Entry]) -> None: ...
-
-    def close(self, status: Status) -> None: ...
+LOCK_TIMEOUT = 60.0  # seconds: eight starts at once wait for the first one, which makes the store
+KEY_TAG = "run_key"
+PARENT_TAG = "mlflow.parentRunId"
+# What stores say where trying again is of no use.
+FINAL = (
+    "file is not a database",
+    "database disk image is malformed",
+    "out-of-date database schema",
+    "Can't locate revision",
+    "error code 401",
+    "error code 403",
+)
 
 
 class Tracker(Protocol):
     """What `_target_` of ``conf/tracking`` is: opens a sink for a run."""
 
-    def sink(self, run: RunInfo) -> Sink | None: ...
-
-    def open_sweep(self, sweep_dir: Path, tags: Mapping[str, str]) -> "SweepRun | None":
-        """Start the parent run of a sweep."""
+    def sink(self, run: RunInfo) -> Sink | None:
+        """What takes the journal of ``run``, or of the parent run of a sweep."""
         ...
 
     def hint(self) -> str:
         """What to type to look at the runs."""
         ...
-
-
-class SweepRun(Protocol):
-    """The parent run of a sweep."""
-
-    def log(
-        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
-    ) -> None:
-        """Metrics as (name, value, step), files, and tags."""
-        ...
-
-    def close(self, status: Status) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -111,9 +63,6 @@ class NoTracker:
     experiment: str | None = None
 
     def sink(self, run: RunInfo) -> None:  # noqa: ARG002
-        return None
-
-    def open_sweep(self, sweep_dir: Path, tags: Mapping[str, str]) -> None:  # noqa: ARG002
         return None
 
     def hint(self) -> str:
@@ -143,17 +92,12 @@ class MLflowTracker:
     def sink(self, run: RunInfo) -> "MLflowRun":
         return MLflowRun(self, run)
 
-    def open_sweep(self, sweep_dir: Path, tags: Mapping[str, str]) -> "MLflowSweep":
-        client = self.client()
-        identity = self.create_run(client, f"sweep {sweep_dir.name}", tags, sweep_dir)
-        return MLflowSweep(client, identity)
-
     def address(self) -> str:
         """The tracking address in full."""
         return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
 
     def hint(self) -> str:
-        address = without_password(self.address())
+        address = masked_text(self.address())
         if address.startswith("http"):
             return f"open {address} in a browser"
         return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
@@ -162,291 +106,197 @@ class MLflowTracker:
         """A client of the store, which is made first where it is missing.
 
         A fresh SQLite store is set up under a lock: several processes that do it at once fail.
+
+        Raises:
+            TrackingError: where the experiment was deleted.
+            Exception: whatever MLflow raises where the store cannot be had.
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # they tell at length how they make a store
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("mlflow", "alembic"):  # they tell at length what they raise as well
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             OUTPUTS.mkdir(exist_ok=True)
+            make_private(OUTPUTS)
         database = self.address().partition("sqlite:///")[2]
         # A server is its own guard, and one that does not answer must not hold up other runs.
-        with FileLock(f"{database}.lock") if database else nullcontext():
-            client = MlflowClient(self.address())  # makes a missing SQLite store
-            if client.get_experiment_by_name(self.experiment) is None:
+        with owner.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
+            if database and not Path(database).exists():
+                _make_store(Path(database))
+            client = MlflowClient(self.address())
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is None:
                 # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
                 location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
+            elif experiment.lifecycle_stage == "deleted":
+                raise TrackingError(
+                    f"tracking.experiment={self.experiment}: it was deleted. Restore it in MLflow, or type another name"
+                )
         return client
 
-    def create_run(self, client: "MlflowClient", name: str, tags: Mapping[str, str], folder: Path) -> str:
-        """Start the run of ``folder`` in the experiment, or go on with the one that it has; the run's id."""
+    def experiment_id(self, client: "MlflowClient") -> str:
+        """MLflow's id of the experiment, which :meth:`client` has made."""
+        experiment = client.get_experiment_by_name(self.experiment)
+        assert experiment is not None
+        return str(experiment.experiment_id)
+
+    def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
+        """Start a run in the experiment, or go on with the one that an earlier call has started; its id."""
+        from mlflow.entities import RunTag
+
+        tags = {**run.tags, **tags, **owner_tags(run.run_dir)}
+        identity = self.find_run(client, run)
+        if identity is None:
+            identity = self._create_run(client, run, tags)
+        else:
+            # First the tags: whatever is running tells whose it is.
+            client.log_batch(identity, tags=[RunTag(name, value) for name, value in tags.items()])
+            client.update_run(identity, status="RUNNING")
+        return identity
+
+    def open_parent(self, client: "MlflowClient", folder: Path) -> str | None:
+        """The parent run of the sweep in ``folder``, started by whichever of its jobs is the first to come here."""
+        if not (folder / SWEEP_RUN_FILE).exists():
+            return None
+        with owner.held(folder / ".mlflow.lock", LOCK_TIMEOUT):
+            run = RunInfo.load(folder)
+            identity = self.find_run(client, run)
+            goes_on = Outcome.of(folder) is None  # it may have been closed when an earlier session had died
+            if identity is None or (goes_on and is_dead(client.get_run(identity).data.tags)):
+                return self.open_run(client, run, {})
+            return identity
+
+    def find_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
+        """The id of the run in this store, by what its folder says or by its key; None where it has none."""
         from mlflow.exceptions import MlflowException
 
-        if identity := run_id(folder):
+        if identity := run_id(run.run_dir):
             try:
-                client.update_run(identity, status="RUNNING")
-                return identity
+                return str(client.get_run(identity).info.run_id)
             except MlflowException as error:
                 # Another store gets a run of its own, with everything.
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        experiment = client.get_experiment_by_name(self.experiment)
-        assert experiment is not None
-        identity = str(client.create_run(experiment.experiment_id, tags=dict(tags), run_name=name).info.run_id)
-        (folder / RUN_ID_FILE).write_text(identity + "\n")
+        if not run.key:
+            return None
+        found = client.search_runs([self.experiment_id(client)], f"tags.{KEY_TAG} = '{run.key}'", max_results=1)
+        if not found:
+            return None
+        return self._note(run, found[0].info.run_id)
+
+    def _create_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
+        created = client.create_run(
+            self.experiment_id(client),
+            start_time=round(run.started * 1000),
+            tags={**tags, KEY_TAG: run.key} if run.key else dict(tags),
+            run_name=run.name,
+        )
+        return self._note(run, created.info.run_id)
+
+    def _note(self, run: RunInfo, identity: str) -> str:
+        (run.run_dir / RUN_ID_FILE).write_text(f"{identity}\n")
         return identity
 
 
+def _make_store(path: Path) -> None:
+    """Make an SQLite store whole or not at all: MLflow takes seconds for it, and cannot go on with a half-made one."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
+    make: Any = SqlAlchemyStore
+    make(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
+    unfinished.replace(path)
+
+
 class MLflowRun:
-    """One run in MLflow, opened, fed and closed by the parent."""
+    """One run in MLflow: opened, fed and closed by the parent. Whatever is passed again changes nothing."""
 
     def __init__(self, tracker: MLflowTracker, run: RunInfo) -> None:
         self._tracker, self._run = tracker, run
         self.run_id: str | None = None
 
     def open(self) -> None:
-        """Import mlflow (seconds), make the store where needed, start the run, log its params."""
+        """Import mlflow (seconds), make the store where needed, start the run, log its params.
+
+        Runs that a dead process of this host has left open are closed.
+        """
         self._client = self._tracker.client()
         from mlflow.entities import Param
 
-        self.run_id = self._tracker.create_run(self._client, self._run.name, self._run.tags, self._run.run_dir)
-        there = self._client.get_run(self.run_id).data.params  # of a run that goes on: MLflow lets none be changed
-        new = {name: value for name, value in self._run.params.items() if name not in there}
-        params = [Param(name, str(without_password(value))) for name, value in new.items()]
+        parent = self._tracker.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
+        tags = {PARENT_TAG: parent} if parent else {}
+        self.run_id = self._tracker.open_run(self._client, self._run, tags)
+        stored = self._client.get_run(self.run_id)
+        self._began = stored.info.start_time
+        # Of a run that goes on: MLflow lets no param be changed.
+        new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
+        params = [Param(name, str(value)) for name, value in new.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
             self._client.log_batch(self.run_id, params=params[start : start + 100])
+        close_dead_runs(self._client, self._tracker.experiment_id(self._client))
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
 
-        A run that goes on passes its whole journal again: the store keeps equal points (name, step, time, value) once.
+        What is passed again is kept once: MLflow's stores know equal points (name, step, time, value), and the time is
+        made of the run's start and the journal alone.
         """
         from mlflow.entities import Metric
 
         assert self.run_id
-        began = self._client.get_run(self.run_id).info.start_time
         metrics = [
-            Metric(name, value, began + round(entry.time * 1000), entry.step)
+            Metric(_allowed(name), value, self._timestamp(entry), entry.step)
             for entry in entries
             for name, value in entry.metrics.items()
         ]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 
+    def missing(self, entries: Sequence[Entry]) -> list[Entry]:
+        """What of ``entries`` the store does not hold."""
+        assert self.run_id
+        names = {name for entry in entries for name in entry.metrics}
+        there = {name: self._points(name) for name in names}
+        rest = (replace(entry, metrics=self._without(entry, there)) for entry in entries)
+        return [entry for entry in rest if entry.metrics]
+
+    def _points(self, name: str) -> set[tuple[int, int]]:
+        """Step and time in milliseconds of what the store holds of a metric."""
+        assert self.run_id
+        history = self._client.get_metric_history(self.run_id, _allowed(name))
+        return {(point.step, point.timestamp) for point in history}
+
+    def _without(self, entry: Entry, there: Mapping[str, set[tuple[int, int]]]) -> dict[str, float]:
+        point = (entry.step, self._timestamp(entry))
+        return {name: value for name, value in entry.metrics.items() if point not in there[name]}
+
+    def _timestamp(self, entry: Entry) -> int:
+        """Milliseconds since the epoch."""
+        return int(self._began + round(entry.time * 1000))
+
+    def artifacts(self) -> list[Path]:
+        """The files of the run's folder that are kept with it, as far as they exist."""
+        paths = [self._run.run_dir / name for name in self._run.artifacts]
+        return [path for path in paths if path.exists()]
+
     def close(self, status: Status) -> None:
         """Keep the artifacts and close the run with its true status."""
         assert self.run_id
+        outcome = Outcome.of(self._run.run_dir)
         try:
-            for name in self._run.artifacts:
-                if (self._run.run_dir / name).exists():
-                    self._client.log_artifact(self.run_id, str(self._run.run_dir / name))
+            for path in self.artifacts():
+                self._client.log_artifact(self.run_id, str(path))
         finally:
-            self._client.set_terminated(self.run_id, status)
+            self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
+
+    def is_final(self, error: Exception) -> bool:
+        return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL)
 
 
-@dataclass(frozen=True)
-class MLflowSweep:
-    """The parent run of a sweep in MLflow; its children carry MLflow's parent tag."""
-
-    client: "MlflowClient"
-    run_id: str
-
-    def log(
-        self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[Path], tags: Mapping[str, str]
-    ) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        for path in artifacts:
-            self.client.log_artifact(self.run_id, str(path))
-        now = round(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id,
-            metrics=[Metric(re.sub(NOT_IN_NAMES, "_", name), value, now, step) for name, value, step in metrics],
-            tags=[RunTag(name, value) for name, value in tags.items()],
-        )
-
-    def close(self, status: Status) -> None:
-        self.client.set_terminated(self.run_id, status)
-
-
-def uv_prefix() -> str:
-    """What to type before a command of the environment: uv sets this variable for what it runs."""
-    return "uv run " if "UV" in os.environ else ""
-
-
-def run_id(folder: Path) -> str | None:
-    """The id of the run or sweep in ``folder``; None where it was not tracked."""
-    path = folder / RUN_ID_FILE
-    return path.read_text().strip() if path.exists() else None
-
-
-def without_password(value: Any) -> Any:
-    """Addresses without the user's name and password, in a text or however deep in a mapping; all else as it is."""
-    if isinstance(value, Mapping):
-        return {name: without_password(item) for name, item in value.items()}
-    return re.sub(r"://[^/\s]*@", "://", value) if isinstance(value, str) else value
-
-
-def shortened(error: Exception) -> str:
-    """What an error says in a line: HTTP libraries tell the whole chain of their calls."""
-    text = str(without_password(str(error))).splitlines()[0] if str(error) else ""
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
-
-
-class Follower(threading.Thread):
-    """Passes the journal on to one sink from a thread of its own, until told how the run ended."""
-
-    def __init__(self, run_dir: Path, sink: Sink, interval: float) -> None:
-        """``interval``: seconds between two looks at the journal."""
-        super().__init__(name=f"follower of {type(sink).__name__}", daemon=True)
-        self.error: Exception | None = None
-        self.sink = sink
-        self._journal, self._interval = JournalFollower(run_dir), interval
-        self._status: Status | None = None
-        self._wanted = self._passed = 0  # looks asked for and done
-        self._changed = threading.Condition()
-
-    def run(self) -> None:
-        try:
-            self.sink.open()
-            while not self._look():
-                pass
-        except Exception as error:
-            self._fail(error)
-        try:
-            assert self._status
-            self.sink.close(self._status)
-        except Exception as error:
-            self.error = self.error or error
-
-    def flush(self) -> None:
-        """Wait until everything that the journal holds now was passed on, or the sink has failed."""
-        with self._changed:
-            self._wanted += 1
-            wanted = self._wanted
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._passed >= wanted or self.error)
-
-    def finish(self, status: Status) -> None:
-        """Pass on what is left, close the sink, and wait for both."""
-        with self._changed:
-            self._status = status
-            self._wanted += 1
-            self._changed.notify_all()
-        self.join()
-
-    def _look(self) -> bool:
-        """Wait for the next look, pass on what is new; whether it was the last look."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._wanted > self._passed, timeout=self._interval)
-            wanted, last = self._wanted, self._status is not None
-        entries = list(self._journal.new_entries())
-        if entries:
-            self.sink.write(entries)
-        with self._changed:
-            self._passed = wanted
-            self._changed.notify_all()
-        return last
-
-    def _fail(self, error: Exception) -> None:
-        told = f"cifar-exp: {type(self.sink).__name__} failed, training goes on: {shortened(error)}"
-        print(told, file=sys.stderr, flush=True)
-        with self._changed:
-            self.error = error
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._status is not None)
-
-
-@dataclass
-class Recording:
-    """Follows one run's journal with a display and a tracker, from ``with`` to its end.
-
-    The run is closed as FINISHED, FAILED (an exception) or KILLED (a signal).
-
-    Attributes:
-        run_dir: the run's folder.
-        started: when the run began, seconds since the epoch.
-        tracker: records it; None where nothing does.
-        closing: metrics of the parent's own, for the last entry.
-    """
-
-    run_dir: Path
-    started: float
-    tracker: Sink | None
-    closing: dict[str, float] = field(default_factory=dict)
-    _followers: list[Follower] = field(default_factory=list)
-
-    def __enter__(self) -> "Recording":
-        return self
-
-    def start(self, display: Sink) -> None:
-        """Follow the journal from now on: show it to a person, and record it."""
-        # The page first: it is among the files that the tracker keeps at the end.
-        self._followers.append(Follower(self.run_dir, display, interval=0.5))
-        self._start_tracker()
-        self._followers[0].start()
-
-    def _start_tracker(self) -> None:
-        if self.tracker:
-            self._followers.append(Follower(self.run_dir, self.tracker, interval=2.0))
-            self._followers[-1].start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close everything; a tracker that failed is the run's error where there is no worse one.
-
-        Raises:
-            TrackingError: where training went well but the tracker did not get everything.
-        """
-        if not self._followers:  # the run failed before it could start, which is recorded too
-            self._start_tracker()
-        status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        try:
-            if error is None:
-                self._write_last_entry()
-        except BaseException:
-            status = "FAILED"
-            raise
-        finally:
-            for follower in self._followers:
-                follower.finish(status)
-        if error is not None:
-            return
-        for follower in self._followers:
-            if follower.error and follower.sink is not self.tracker:
-                raise StorageError(
-                    f"{self.run_dir}: training finished, but its page or figure could not be written: "
-                    f"{shortened(follower.error)}"
-                ) from follower.error
-            if follower.error:
-                raise TrackingError(
-                    f"tracking.uri: training finished and nothing is lost, but the tracker failed: "
-                    f"{type(follower.error).__name__}: {shortened(follower.error)}. "
-                    f"All metrics are in {self.run_dir / FILE_NAME}"
-                ) from follower.error
-
-    def _write_last_entry(self) -> None:
-        """The ranks have ended: add the total, and what of it none of them could know."""
-        ranks_ended = time.time()
-        for follower in self._followers:
-            follower.flush()
-        entries = read(self.run_dir)
-        if not entries:
-            return
-        last = entries[-1]
-        now = time.time()
-        total, tracking = now - self.started, now - ranks_ended
-        split = sum(value for name, value in last.metrics.items() if name.startswith("time_split/"))
-        metrics = {
-            "time/total_seconds": total,
-            "time_split/tracking": tracking,
-            "time_split/other": total - tracking - split,
-            **self.closing,
-        }
-        writer = JournalWriter(self.run_dir)
-        writer.write(Entry(last.step, last.epoch, total, metrics))
-        writer.close()
+def _allowed(name: str) -> str:
+    """A metric's name without what MLflow refuses in one."""
+    return re.sub(r"[^\w\-. :/]", "_", name)

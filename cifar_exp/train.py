@@ -13,13 +13,34 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
-from cifar_exp.distributed import ExposedCommunication, average_buffers, sum_over_ranks
+from cifar_exp.distributed import ExposedCommunication, average_buffers, gathered, sum_over_ranks
+from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
 
 Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
+Save = Callable[[bool], None]  # called with whether the state must be kept
+
+
+@dataclass
+class Unfinished:
+    """An epoch in the midst.
+
+    Attributes:
+        sums: loss, correct predictions and images so far over all ranks, (3,) float64 on the device; what ranks have
+            added since they last read them is not in it.
+        steps: of the epoch that are done.
+        watch: the epoch's time so far.
+        block_seconds: of it, up to when the sums were last read.
+    """
+
+    sums: Tensor
+    steps: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    block_seconds: float = 0.0
 
 
 @dataclass
@@ -35,8 +56,10 @@ class Trainer:
         log_every: steps between two reads of the loss.
         report: takes metrics as they come; called on every rank.
         communication: what DDP's waiting is counted in.
+        control: says whether training should end before its last step.
         averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
             themselves.
+        early_stopping: told of each epoch's validation, ends training.
         after_step: called after each step, for a profiler.
         stopwatch: what all time is counted in.
         epoch: epochs done.
@@ -52,7 +75,9 @@ class Trainer:
     log_every: int
     report: Report
     communication: ExposedCommunication
+    control: Control = field(default_factory=Control)
     averaging: float = 0.0
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0
@@ -65,6 +90,8 @@ class Trainer:
         self._block = Totals(self.device)
         self._captured: dict[float, CapturedStep] = {}  # by the scale of the images
         self._gradients: dict[float, list[Tensor | None]] = {}
+        self._unfinished: Unfinished | None = None
+        self._ranks: list[dict[str, Any]] = []  # what each had of its own in the midst of the epoch that goes on
         self._averaged: AveragedModel | None = None
         if self.averaging:
             mean = get_ema_multi_avg_fn(self.averaging)
@@ -87,21 +114,36 @@ class Trainer:
         batches: TrainBatches,
         validation: EvaluationBatches,
         epochs: int,
-        after_epoch: Callable[[int], None] = lambda _epoch: None,
-    ) -> Averages:
-        """Train up to ``epochs`` passes, validating after each; the last validation's figures are returned."""
+        save: Save = lambda _must: None,
+    ) -> Averages | None:
+        """Train up to ``epochs`` passes, validating after each, or until early stopping ends it.
+
+        Returns:
+            The last validation's figures; None where training was left to go on another time.
+        """
         averages: Averages | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
+            if self.early_stopping.is_over:
+                break
             trained = self.train_one_epoch(epoch, batches)
-            averages = self._evaluate(validation, epoch)
-            self.epoch = epoch
+            request = self.control.agreed(2 * self.step)
+            is_leaving = request is not None and request.kind == "leave"
+            averages = None if is_leaving else self._evaluate(validation, epoch)
+            if averages is None:
+                save(True)
+                return None
+            request = request or self.control.agreed(2 * self.step + 1)
+            self.early_stopping.update(averages, epoch, self.step)
+            self.close_epoch(epoch, batches)
             self.report(self.step, epoch, trained | averages.named("val"))
             with self.stopwatch.span("checkpoint"):
-                after_epoch(epoch)
-        return averages or self._evaluate(validation, epochs)  # it was stopped after its last epoch
+                save(request is not None or epoch == epochs or self.early_stopping.is_over)
+            if request:
+                return averages if request.kind == "finish" else None
+        return averages or self._evaluate(validation, self.epoch)  # it was stopped after its last epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on after the last whole epoch; the model is not in it."""
+        """What :meth:`load_state_dict` needs to go on from here; the model is not in it. Called on every rank."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -110,6 +152,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.stopwatch.seconds,
             "block_rates": self.block_rates,
+            "unfinished": self._unfinished_state() if self._unfinished else {},
+            "early_stopping": self.early_stopping.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
@@ -117,7 +161,7 @@ class Trainer:
 
         Args:
             state: of the trainer that is continued.
-            same_run: whether this is the same run, whose times go on, too.
+            same_run: whether this is the same run, whose times and early stopping go on, too.
 
         Raises:
             ValueError: where the state is that of another optimizer or network.
@@ -136,6 +180,56 @@ class Trainer:
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
             self.block_rates = list(state["block_rates"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
+        if unfinished := state["unfinished"]:
+            watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
+            block_seconds = unfinished["block_seconds"] if same_run else 0.0
+            self._unfinished = Unfinished(unfinished["sums"].to(self.device), unfinished["steps"], watch, block_seconds)
+            self._ranks = unfinished["ranks"]
+
+    def share_epoch_anew(self, steps_per_epoch: int, share: float) -> None:
+        """Go on with batches of another size: ``share`` is the size that they had over the one that they have now."""
+        steps = 0
+        if self._unfinished:
+            steps = self._unfinished.steps = min(int(self._unfinished.steps * share), steps_per_epoch)
+        self.step = self.epoch * steps_per_epoch + steps
+
+    def _unfinished_state(self) -> dict[str, Any]:
+        assert self._unfinished
+        buffers = [buffer.cpu() for buffer in self._buffers()]
+        mine: dict[str, Any] = {"random": torch.get_rng_state(), "buffers": buffers, "sums": self._block.sums.cpu()}
+        if self.device.type == "cuda":
+            mine["device_random"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "sums": self._unfinished.sums,
+            "steps": self._unfinished.steps,
+            "seconds": self._unfinished.watch.seconds,
+            "block_seconds": self._unfinished.block_seconds,
+            "ranks": gathered(mine),
+        }
+
+    def _buffers(self) -> list[Tensor]:
+        """What each rank has of its own until the next evaluation: statistics of batch norms."""
+        averaged = self._averaged.module.buffers() if self._averaged else ()
+        return [*self._network.buffers(), *averaged]
+
+    def _take_up_epoch(self, epoch: int, batches: TrainBatches) -> None:
+        """Give this rank what it had of its own. Other ranks than then share it: sums by the first, means by all."""
+        ranks, self._ranks = self._ranks, []
+        same = len(ranks) == batches.world_size
+        if same:
+            torch.set_rng_state(ranks[batches.rank]["random"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(ranks[batches.rank]["device_random"], self.device)
+        else:
+            torch.manual_seed(batches.noise_seed(epoch))
+        if not ranks:
+            return
+        mine = ranks[batches.rank : batches.rank + 1] if same else ranks
+        for buffer, *values in zip(self._buffers(), *(rank["buffers"] for rank in mine), strict=True):
+            buffer.copy_(torch.stack(values).double().mean(0) if len(values) > 1 else values[0])
+        if same or batches.rank == 0:
+            self._block.sums.copy_(torch.stack([rank["sums"] for rank in mine]).sum(0))
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """A step that changes nothing: compilation and DDP's choice of buckets come before the first real one.
@@ -197,45 +291,64 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
-        """One pass over the training set; its metrics, over all ranks."""
+        """One pass over the training set, or what is left of it; the epoch's metrics, over all ranks.
+
+        Nothing where training is left in the midst.
+        """
         self.model.train()
-        torch.manual_seed(batches.noise_seed(epoch))
-        epoch_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        watch = Stopwatch()
-        block_seconds = 0.0
-        lr = 0.0
-        for draw in _timed(batches.draws(epoch), watch):
+        if self._unfinished is None:
+            self._unfinished = Unfinished(torch.zeros(3, dtype=torch.float64, device=self.device))
+        progress = self._unfinished
+        watch = progress.watch
+        self._take_up_epoch(epoch, batches)
+        last = self.step + batches.steps - progress.steps
+        for draw in _timed(batches.draws(epoch, progress.steps), watch):
             lr = self.learning_rates[self.step]
+            if (self.step + 1) % self.control.every == 0 or self.step + 1 == last:
+                self.control.ask(2 * (self.step + 1))
             self._take_step(batches, draw, batches.scale(epoch), lr, watch)
             with watch.span("step"):
                 self.step += 1
+                progress.steps += 1
                 if self.step % self.log_every == 0:
                     sums = sum_over_ranks(self._block.take())
                     averages = Averages.of(sums)
                     self._check(averages, epoch)
-                    epoch_sums += sums
+                    progress.sums += sums
             self.after_step()
             if self.step % self.log_every == 0:
-                seconds = sum(watch.seconds.values()) - block_seconds
-                block_seconds += seconds
+                seconds = sum(watch.seconds.values()) - progress.block_seconds
+                progress.block_seconds += seconds
                 self.block_rates.append(averages.count / seconds)
-                self.report(
-                    self.step,
-                    epoch,
-                    averages.named("step") | {"step/images_per_second": averages.count / seconds, "lr": lr},
-                )
+                metrics = averages.named("step") | {"step/images_per_second": averages.count / seconds}
+                # The epoch has its rate in its own metrics: nothing is reported twice for one step.
+                self.report(self.step, epoch, metrics if self.step == last else metrics | {"lr": lr})
+            if self.step % self.control.every == 0 and (request := self.control.agreed(2 * self.step)):
+                if request.kind == "leave":
+                    self._count_communication(watch)
+                    return {}
+                break
         with watch.span("step"):
-            epoch_sums += sum_over_ranks(self._block.take())
-            averages = Averages.of(epoch_sums)
+            progress.sums += sum_over_ranks(self._block.take())
+            averages = Averages.of(progress.sums)
             self._check(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
-        self._count(watch)
+        self._count_communication(watch)
         return averages.named("train") | {
-            "lr": lr,
+            "lr": self.learning_rates[self.step - 1],
             "epoch": epoch,
             "images_per_second": averages.count / epoch_seconds,
             "time/epoch_seconds": epoch_seconds,
         }
+
+    def close_epoch(self, epoch: int, batches: TrainBatches) -> None:
+        """Add the epoch's times to the run's; one that was trained to its end is done."""
+        assert self._unfinished
+        for name, seconds in self._unfinished.watch.seconds.items():
+            self.stopwatch.seconds[name] = self.stopwatch.seconds.get(name, 0.0) + seconds
+        self._unfinished.watch, self._unfinished.block_seconds = Stopwatch(), 0.0
+        if self._unfinished.steps == batches.steps:
+            self.epoch, self._unfinished = epoch, None
 
     def _take_step(self, batches: TrainBatches, draw: Draw, scale: float, lr: float, watch: Stopwatch) -> None:
         if self._captured:
@@ -283,11 +396,19 @@ class Trainer:
             logits = self.model(images)
             return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
 
-    def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages:
+    def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages | None:
+        """The figures; None where training was left before all images were evaluated."""
+
+        def go_on() -> bool:
+            self.control.ask(2 * self.step + 1)
+            return not self.control.is_leaving()
+
         with self.stopwatch.span("evaluation"):
-            averages = evaluate(self.evaluated, validation, self.precision)
+            averages = evaluate(self.evaluated, validation, self.precision, go_on)
             if self._averaged:  # what is saved must be what every rank goes on with
                 average_buffers(self._network)
+        if averages.count < len(validation.source):
+            return None
         self._check(averages, epoch)
         return averages
 
@@ -299,21 +420,26 @@ class Trainer:
                 f"Type a smaller optimizer.lr, or train.precision=fp32"
             )
 
-    def _count(self, epoch: Stopwatch) -> None:
-        """Add one epoch's times; what DDP waited for inside the steps is communication."""
-        for name, seconds in epoch.seconds.items():
-            self.stopwatch.seconds[name] = self.stopwatch.seconds.get(name, 0.0) + seconds
-        self.stopwatch.move(self.communication.seconds, "step", "communication")
+    def _count_communication(self, watch: Stopwatch) -> None:
+        """What DDP waited for inside the steps is communication."""
+        watch.move(self.communication.seconds, "step", "communication")
         self.communication.seconds = 0.0
 
 
-def evaluate(model: nn.Module, batches: EvaluationBatches, precision: torch.dtype) -> Averages:
-    """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced."""
+def evaluate(
+    model: nn.Module, batches: EvaluationBatches, precision: torch.dtype, go_on: Callable[[], bool] = lambda: True
+) -> Averages:
+    """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced.
+
+    ``go_on`` is asked before each batch; a rank that is told not to leaves the rest of its shard out.
+    """
     average_buffers(model)
     model.eval()
     totals = Totals(batches.source.device)
     with torch.inference_mode(), autocast(batches.source.device, precision):
         for images, labels in batches:
+            if not go_on():
+                break
             logits = model(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
     return Averages.of(sum_over_ranks(totals.take()))

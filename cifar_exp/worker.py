@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,19 +22,31 @@ from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.augment import Augmentation
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
+from cifar_exp.control import Control
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
 from cifar_exp.distributed import World
-from cifar_exp.errors import CifarExpError, ConfigError, MachineError
+from cifar_exp.early_stopping import EarlyStopping
+from cifar_exp.errors import (
+    CifarExpError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    MachineError,
+    StorageError,
+)
 from cifar_exp.graph import cuda_graph
 from cifar_exp.journal import Entry, JournalWriter
+from cifar_exp.metrics import Averages
 from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
 from cifar_exp.residency import Source, fetch, opened
 from cifar_exp.schema import Checkpoint as CheckpointSettings
+from cifar_exp.schema import EarlyStopping as EarlyStoppingSettings
 from cifar_exp.schema import Train
 from cifar_exp.train import Mirrored, Trainer, evaluate
+from cifar_exp.validation import divided
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 TRACE_FILE = "trace.json.gz"
@@ -47,30 +59,34 @@ class Job:
 
     Attributes:
         run_dir: the run's folder, where rank 0 writes.
-        started: when the run began, seconds since the epoch; time between its sessions left out.
+        started: when the run began, on the monotonic clock, which nobody sets; time between its sessions left out.
         elapsed: seconds the run took in earlier sessions; 0 in a new run.
+        config_hash: of the settings that bear on the result.
         resume_from: folder of the run and its checkpoint to go on from; None starts from initial values.
         seed: of initial values, order and augmentation.
         plan: batches, steps and learning rates.
         train: the training loop's settings.
         checkpoint: how often the state is saved, and how much of it stays.
+        early_stopping: when training ends before its last epoch, and which epoch is the best.
         data: the images on disk.
         augmentation: of training images.
         make_model: called with ``num_classes``.
         make_optimizer: called with the parameters and ``lr``.
         accelerator: ``cpu`` or ``gpu``.
         threads: CPU threads of this rank.
-        timeout: seconds a collective operation may take.
+        timeout: seconds without a sign of life after which the launcher takes a rank for hung.
     """
 
     run_dir: Path
     started: float
     elapsed: float
+    config_hash: str
     resume_from: tuple[Path, Manifest] | None
     seed: int
     plan: Plan
     train: Train
     checkpoint: CheckpointSettings
+    early_stopping: EarlyStoppingSettings
     data: DatasetFiles
     augmentation: Augmentation
     make_model: ModelFactory
@@ -98,26 +114,45 @@ class RankFailure:
     message: str
     traceback: str
 
+    def save(self, exchange: Path, attempt: int) -> None:
+        (exchange / f"failure-{attempt}-{self.rank}.json").write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":
+        """Those of the ranks' ``attempt``-th start, counted from 0, that had the time to tell."""
+        return [cls(**json.loads(path.read_text())) for path in exchange.glob(f"failure-{attempt}-*.json")]
+
+    def raise_if_lasting(self) -> None:
+        """Raise again what would come again: an error that is the user's to mend."""
+        for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
+            if self.exit_code == kind.exit_code:
+                raise kind(self.message.partition(": ")[2])
+
 
 def run_rank(job: Job, exchange: Path) -> None:
     """What each started process runs.
 
     Args:
         job: what to do.
-        exchange: a private folder in which ranks find each other and leave word of a failure.
+        exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
     """
     end_with_parent()
-    # A signal means now, and without a traceback: the parent tells the user.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    rank = int(os.environ["RANK"])
+    # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
+        control = Control(exchange, job.run_dir, rank, _steps_between_waits(job), _seconds_left(job))
+        if attempt:
+            job = _restarted(job, exchange, rank, attempt)
         _prepare_process(job)
-        with distributed.joined_world(job.accelerator, exchange, job.timeout) as world:
-            train(job, world)
+        # Longer than the launcher's patience, which knows better who is to blame.
+        with distributed.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
+            train(job, world, control)
+        control.done()
     except Exception as error:
         code = error.exit_code if isinstance(error, CifarExpError) else None
         failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
-        (exchange / f"failure-{rank}.json").write_text(json.dumps(vars(failure)))
+        failure.save(exchange, attempt)
         if code is None and int(os.environ["WORLD_SIZE"]) > 1:
             # It may only be the echo of a peer that was killed and could leave no word: let the launcher see that
             # one first. It ends this rank as soon as it does.
@@ -125,18 +160,49 @@ def run_rank(job: Job, exchange: Path) -> None:
         sys.exit(1 if code is None else code)
 
 
-def train(job: Job, world: World) -> None:
+def _steps_between_waits(job: Job) -> int:
+    return 1 if job.accelerator == "cpu" else job.train.log_every
+
+
+def _seconds_left(job: Job) -> float | None:
+    limit = job.train.max_seconds
+    return None if limit is None else limit - (time.monotonic() - job.started)
+
+
+def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
+    """The job after a rank died: it goes on from the newest checkpoint that is sound.
+
+    Raises:
+        CifarExpError: the one that ended the attempt before, where it would come again.
+    """
+    for failure in RankFailure.of_attempt(exchange, attempt - 1):
+        failure.raise_if_lasting()
+
+    def tell(line: str) -> None:
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    manifest = checkpoint.sound(job.run_dir, tell)
+    after = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
+    tell(f"cifar-exp: a rank died or hung; restart {attempt}: training goes on from {after}")
+    # What was trained since is trained again: that time is start-up.
+    return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
+
+
+def train(job: Job, world: World, control: Control) -> None:
     """Build everything on this rank's device, train, and write down how it went."""
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        _train(job, world, train_images, test_images)
+        _train(job, world, control, *divided(train_images, job.data), test_images)
 
 
-def _train(job: Job, world: World, train_images: Source, test_images: Source) -> None:
+def _train(
+    job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
+) -> None:
     writer = JournalWriter(job.run_dir) if world.is_first else None
 
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
         if writer:
-            writer.write(Entry(step, epoch, time.time() - job.started, metrics))
+            writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
 
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
@@ -156,7 +222,9 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
         log_every=job.train.log_every,
         report=report,
         communication=communication,
+        control=control,
         averaging=job.train.weight_averaging,
+        early_stopping=EarlyStopping(job.early_stopping),
     )
     if saved:
         _go_on(trainer, saved, job)
@@ -170,36 +238,91 @@ def _train(job: Job, world: World, train_images: Source, test_images: Source) ->
         job.plan.per_device_batch_size,
         job.plan.image_scales,
     )
-    validation = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    test = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    validation = test if kept_apart is None else replace(test, source=kept_apart)
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
         saver = closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)) if world.is_first else None
 
-        def after_epoch(epoch: int) -> None:
-            if saver and (epoch % job.checkpoint.every == 0 or epoch == job.plan.epochs):
+        def save(must: bool) -> None:
+            progress = trainer.early_stopping
+            # The test set chooses nothing: where no images are kept apart there is no best checkpoint.
+            best_step, best = (progress.best_step, progress.best) if kept_apart is not None else (None, None)
+            if not (must or trainer.epoch % job.checkpoint.every == 0 or best_step == trainer.step):
+                return
+            training = trainer.state_dict()  # for which all ranks are needed
+            if saver:
                 shift, scale = normalization.shift, normalization.scale
                 classes, size = job.data.classes, scaled(job.data.image_size, validation.scale)
                 used = trainer.evaluated.state_dict()
-                state = Checkpoint(used, model.state_dict(), trainer.state_dict(), classes, shift, scale, size)
-                batch, images = job.plan.global_batch_size, job.data.content_hash
+                state = Checkpoint(used, model.state_dict(), training, classes, shift, scale, size)
+                origin = Origin(
+                    epoch=trainer.epoch,
+                    step=trainer.step,
+                    global_batch_size=job.plan.global_batch_size,
+                    world_size=world.size,
+                    data_hash=job.data.content_hash,
+                    config_hash=job.config_hash,
+                    seconds=time.monotonic() - job.started,
+                    best_step=best_step,
+                    best_value=best,
+                )
                 assert writer
                 writer.sync()  # a checkpoint must not outlive the journal of its steps
-                saver.save(state, Origin(epoch, trainer.step, batch, world.size, images))
+                saver.save(state, origin)
 
         seconds = trainer.stopwatch.seconds
-        seconds["startup"] = seconds.get("startup", 0.0) + time.time() - job.started - job.elapsed
+        seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
         _prepare_steps(trainer, batches, job.train.compile, world)
-        final = trainer.fit(batches, validation, job.plan.epochs, after_epoch)
+        validated = trainer.fit(batches, validation, job.plan.epochs, save)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
                 saver.wait()
-        if job.train.mirrored_evaluation:
-            with trainer.stopwatch.span("evaluation"):
-                mirrored = evaluate(Mirrored(trainer.evaluated), validation, trainer.precision)
-            report(trainer.step, job.plan.epochs, {"test/accuracy_mirrored": mirrored.accuracy})
-    counts = {"test/count": final.count, "devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    report(trainer.step, job.plan.epochs, final.named("test") | counts | _times(trainer, job.plan.global_batch_size))
+    if validated is None:
+        return
+    with trainer.stopwatch.span("evaluation"):
+        tested = _tested(trainer, test, validated, job)
+    counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
+    times = _times(trainer, job.plan.global_batch_size)
+    report(trainer.step, trainer.epoch, tested | counts | _epochs(trainer, job) | times)
+
+
+def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job) -> dict[str, float]:
+    """What the test set says of the last network and, where images are kept apart, of the best epoch's.
+
+    Args:
+        trainer: after its last step; its network is the best epoch's in the end.
+        test: the test set.
+        validated: the last validation, which was on the test set where no images are kept apart.
+        job: the whole run.
+    """
+    final = evaluate(trainer.evaluated, test, trainer.precision) if job.data.validation_count else validated
+    figures = final.named("test") | {"test/count": final.count}
+    if job.train.mirrored_evaluation:
+        mirrored = evaluate(Mirrored(trainer.evaluated), test, trainer.precision)
+        figures["test/accuracy_mirrored"] = mirrored.accuracy
+    if job.data.validation_count:
+        best = final
+        if trainer.early_stopping.best_step != trainer.step:
+            distributed.wait_for_all()  # the first rank has it on disk
+            saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
+            assert saved
+            trainer.evaluated.load_state_dict(saved.model)
+            best = evaluate(trainer.evaluated, test, trainer.precision)
+        figures |= {f"{name}_best": value for name, value in best.named("test").items()}
+    return figures
+
+
+def _epochs(trainer: Trainer, job: Job) -> dict[str, float]:
+    """The best epoch where one is looked for, and the last one where that was not the plan's."""
+    progress = trainer.early_stopping
+    epochs: dict[str, float] = {}
+    if job.data.validation_count or job.early_stopping.patience:
+        epochs["best_epoch"] = progress.best_epoch
+    if progress.is_over and trainer.epoch < job.plan.epochs:
+        epochs["stopped_epoch"] = trainer.epoch
+    return epochs
 
 
 def profiler(path: Path) -> torch.profiler.profile:
@@ -216,11 +339,13 @@ def profiler(path: Path) -> torch.profiler.profile:
 
 
 def _go_on(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
+    assert job.resume_from
+    folder, manifest = job.resume_from
     try:
-        trainer.load_state_dict(saved.training, same_run=job.elapsed > 0)
+        trainer.load_state_dict(saved.training, same_run=folder == job.run_dir)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"optimizer: the checkpoint's state is another one's: {error}") from error
-    trainer.step = trainer.epoch * job.plan.steps_per_epoch  # another batch makes other steps of the same epochs
+    trainer.share_epoch_anew(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)
 
 
 def _load(model: nn.Module, saved: Checkpoint) -> None:

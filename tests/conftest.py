@@ -1,5 +1,8 @@
 """What several tests need: a tiny run, a place to run it in, and the command line as a real process."""
 
+import atexit
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.servers import mlflow_server  # noqa: F401
 
 REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
@@ -16,6 +21,9 @@ TINY = [
     *("devices=cpu", "devices.count=1"),
 ]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+# Commands are forked from a process that has imported what they need: importing it costs each more than its work.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.command_modules"])
 
 
 @pytest.fixture
@@ -30,15 +38,20 @@ def cifar_exp(workplace: Path) -> Command:
     """``cifar_exp("train.epochs=1", ...)``: the command in ``workplace``, its output captured."""
 
     def run(*arguments: str, module: str = "cifar_exp.main", timeout: float = 180) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", f"import sys; from {module} import main; sys.exit(main())", *arguments],
-            cwd=workplace,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        output, errors = workplace / ".stdout", workplace / ".stderr"
+        process = FORKS.Process(target=command, args=(module, arguments, workplace, environment(), output, errors))
+        with pytest.MonkeyPatch.context() as patch:  # for the process that commands are forked from
+            patch.setenv("PYTHONPATH", str(REPO))
+            process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout, output.read_bytes(), errors.read_bytes())
+        texts = [path.read_text() for path in (output, errors)]
+        for path in (output, errors):
+            path.unlink()
+        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
     return run
 
@@ -65,6 +78,27 @@ def started(workplace: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def command(
+    module: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str], output: Path, errors: Path
+) -> None:
+    """``module``'s ``main`` as the whole of this process, as if it had been typed in ``folder``."""
+    for path, number in ((output, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    # Not multiprocessing's, which are not at the beginning of a line and take no notice of a file
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = ["", *variables.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv = [module, *arguments]
+    try:
+        sys.exit(importlib.import_module(module).main())
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def environment() -> dict[str, str]:

@@ -1,10 +1,12 @@
 """A checkpoint comes back bit for bit, or in one message that says which file; nothing in a file is executed."""
 
+import hashlib
 import json
 import os
 import pickle
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FOLDER, Checkpoint, Origin, Saver, load, newest, save, sound
+from cifar_exp.checkpoint import FOLDER, Checkpoint, Manifest, Origin, Saver, load, newest, save, sealed, sound
 from cifar_exp.errors import StorageError
 from cifar_exp.models import convnet
 
@@ -35,7 +37,7 @@ def trained(seed: int = 0) -> Checkpoint:
 
 
 def origin(step: int) -> Origin:
-    return Origin(epoch=step // 10, step=step, global_batch_size=64, world_size=2, data_hash="ab" * 32)
+    return Origin(step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5)
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -87,6 +89,55 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
         save(tmp_path, trained(step), origin(step), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 100) for kind in ("json", "pt")]
     assert_equal(newest(tmp_path, silent), trained(100))
+
+
+def best_at(step: int, best_step: int) -> Origin:
+    return replace(origin(step), best_step=best_step, best_value=best_step / 1000)
+
+
+def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
+    for step, best_step in ((10, 10), (20, 20), (30, 20), (40, 20)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=1)
+    assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 40) for kind in ("json", "pt")]
+    found = checkpoint.best(tmp_path, silent)
+    assert found is not None
+    assert_equal(found, trained(20))
+    assert_equal(newest(tmp_path, silent), trained(40))
+    save(tmp_path, trained(50), best_at(50, 50), keep=1)
+    assert files(tmp_path) == ["step-00000050.json", "step-00000050.pt"]
+    found = checkpoint.best(tmp_path, silent)
+    assert found is not None
+    assert_equal(found, trained(50))
+
+
+def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -> None:
+    for step, best_step in ((10, 10), (20, 10), (30, 30)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=2)
+    (tmp_path / FOLDER / "step-00000030.pt").write_bytes(b"")
+    told: list[str] = []
+    found = checkpoint.best(tmp_path, told.append)
+    assert found is not None
+    assert_equal(found, trained(10))
+    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is passed over"]
+    save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
+    found = checkpoint.best(tmp_path, told.append)
+    assert found is not None
+    assert_equal(found, trained(25))
+
+
+def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_path: Path) -> None:
+    assert checkpoint.best(tmp_path, silent) is None
+    save(tmp_path, trained(10), origin(10), keep=1)
+    assert checkpoint.best(tmp_path, silent) is None
+    for step, best_step in ((20, 20), (30, 20)):
+        save(tmp_path, trained(step), best_at(step, best_step), keep=1)
+    path = tmp_path / FOLDER / "step-00000020.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+        checkpoint.best(tmp_path, lambda _: None)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+        checkpoint.best(tmp_path, lambda _: None)
 
 
 def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
@@ -175,6 +226,25 @@ def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Pa
     assert refusal.value.exit_code == 8
 
 
+def reseal(path: Path, **changes: Any) -> None:
+    """Write a manifest again with other fields, as only who means to can: its own hash holds."""
+    fields = json.loads(path.read_text())
+    del fields["seal"]
+    path.write_bytes(sealed(Manifest(**fields | changes)))
+
+
+def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, trained(step), origin(step), keep=2)
+    path = tmp_path / FOLDER / "step-00000020.json"
+    path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
+    told: list[str] = []
+    manifest = sound(tmp_path, told.append)
+    assert manifest is not None
+    assert manifest.step == 10
+    assert told == [f"{path}: the checkpoint cannot be read and is passed over: it is not as it was written"]
+
+
 class Malicious:
     """Makes a folder when it is unpickled."""
 
@@ -194,11 +264,8 @@ def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path
     path = tmp_path / FOLDER / "step-00000010.pt"
     content = dict(vars(trained())) | {"classes": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    manifest = path.with_suffix(".json")
-    fields = json.loads(manifest.read_text())
-    fields["bytes"] = path.stat().st_size
-    fields["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest.write_text(json.dumps(fields))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
     with pytest.raises(StorageError, match=r"step-00000010\.pt: the checkpoint cannot be read"):
         newest(tmp_path, silent)
     assert not marker.exists()

@@ -40,6 +40,7 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
     bare = Config(**{name: plain[name] for name in GROUPS if name not in ("devices", "experiment")})
     assert (bare.train, bare.devices, bare.checkpoint) == (config.train, config.devices, config.checkpoint)
     assert bare.report == config.report
+    assert (bare.early_stopping, bare.validation) == (config.early_stopping, 0)
     assert (bare.seed, bare.progress, bare.trusted_modules) == (config.seed, config.progress, config.trusted_modules)
 
 

@@ -225,6 +225,7 @@ def absent(server: Server) -> None:
         (web_page, "begins with b'<!DOCTYPE html>"),
         (absent, "the server answered 404 Not Found"),
     ],
+    ids=["truncated", "changed", "web page", "absent"],  # the archive's hash is another one in each process
 )
 def test_a_wrong_download_is_refused_and_not_kept(
     tmp_path: Path, server: Server, spoil: Callable[[Server], None], found: str

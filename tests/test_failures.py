@@ -171,7 +171,7 @@ def test_a_second_signal_does_not_leave_the_run_open(started: Start, workplace: 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "being closed" in errors
+    assert "once more ends them at once" in errors
     assert "Traceback" not in errors
     (run,) = all_runs(client())
     assert run.info.status == "KILLED"

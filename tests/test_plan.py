@@ -13,8 +13,11 @@ from cifar_exp.schema import Config, Train
 REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 
 
-def plan(devices: int, count: int = 50_000, *, lr: float = 0.1, schedule: Any = REFERENCE, **train: Any) -> Plan:
+def plan(
+    devices: int, count: int = 50_000, *, lr: float = 0.1, schedule: Any = REFERENCE, apart: float = 0.0, **train: Any
+) -> Plan:
     sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
+    sections["data"] = {"validation": apart}
     return make_plan(Config(**sections, optimizer={"lr": lr}, train=Train(**train)), devices, count, schedule)
 
 
@@ -110,6 +113,17 @@ def test_a_batch_that_cannot_be_is_refused_with_one_that_can(case: str) -> None:
     for part in (*parts, f"Type train.batch_size={valid}"):
         assert part in str(refusal.value)
     assert plan(devices, count, **train | {"batch_size": valid}).steps_per_epoch >= 1
+
+
+def test_what_images_kept_apart_leave_too_few_of_is_said() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan(2, 40, batch_size=32, apart=0.6)
+    for part in (
+        "train.batch_size=32",
+        "has 40 without those of data.validation=0.6",
+        "Type train.batch_size=20 or less",
+    ):
+        assert part in str(refusal.value)
 
 
 def test_weak_scaling_asks_for_no_divisibility() -> None:

@@ -1,6 +1,5 @@
 """A run that was killed goes on as if nothing had happened: the same losses and weights, each point once."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from cifar_exp import checkpoint, journal
 from cifar_exp.journal import Entry
 from tests.conftest import TINY, Command
+from tests.test_checkpoint import reseal
 from tests.test_failures import wait_for
 from tests.test_run import all_runs, client
 
@@ -157,7 +157,7 @@ def test_other_images_are_refused(cifar_exp: Command, started: Start, workplace:
     killed_after(started, workplace / "outputs" / "cut", 1, *run)
     (manifest,) = list(workplace.rglob("checkpoints/*.json"))[:1]
     for path in workplace.rglob("checkpoints/*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_hash": "0" * 64}))
+        reseal(path, data_hash="0" * 64)
     refused = cifar_exp(*run, "resume=auto")
     assert refused.returncode == 3
     assert "the images are not those" in refused.stderr

@@ -1,0 +1,54 @@
+"""What this process arranges with the system before anything starts."""
+
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from cifar_exp.errors import MachineError
+
+OPEN_FILES = 256  # several times what a parent with MLflow has open
+
+
+def allow_open_files() -> None:
+    """See to it that this process and its ranks may open as many files as they need.
+
+    Raises:
+        MachineError: where the limit is too low and must not be raised.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:  # -1 is no limit
+        if 0 <= hard < OPEN_FILES:
+            raise MachineError(
+                f"ulimit -n: a process may have {hard} open files here, and a run takes up to {OPEN_FILES}. Type "
+                f"ulimit -n {OPEN_FILES} first, where you may, or ask who administrates the machine"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
+
+
+def outlive_terminal() -> None:
+    """From now on what cannot be printed is dropped: a run must not end because nobody reads it any more.
+
+    That is the case behind ``| head``, on a terminal that was closed and on a full disk, where the log ends, too.
+    """
+    logging.raiseExceptions = False  # else it would print a traceback for each line
+    for stream in (sys.stdout, sys.stderr):
+        stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
+        stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
+
+
+def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
+    """``act`` of the stream, which goes nowhere from the first failure on."""
+
+    def acting(*arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return act(*arguments)
+
+    return acting

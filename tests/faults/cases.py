@@ -1,0 +1,6 @@
+"""All cases, in the order of the table: importing a module registers its own."""
+
+from tests.faults import deaths, harm, images, overrides, records, saving, starts, storage, sweeps
+from tests.faults.registry import CASES
+
+__all__ = ["CASES", "deaths", "harm", "images", "overrides", "records", "saving", "starts", "storage", "sweeps"]

@@ -1,0 +1,101 @@
+"""Whoever means harm: in files that a run reads, in names that it is given, over the network."""
+
+import http.client
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from tests.faults.images import picture
+from tests.faults.records import free_port
+from tests.faults.registry import case
+from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, settings
+from tests.faults.saving import copied
+from tests.faults.scene import LIMIT, Scene, says
+
+EXECUTES = "train: !!python/object/apply:os.mkdir [executed]\n"
+
+
+@case("code in a run's config.yaml")
+def malicious_yaml(scene: Scene) -> None:
+    run = settings(EPOCHS_A_TRY)
+    folder = copied(scene, run, "run")
+    (folder / "config.yaml").write_text(EXECUTES)
+    says(scene.run(*run, *HERE, *UNTRACKED), 8, "config.yaml")
+    assert not (scene.folder / "executed").exists(), "code in config.yaml was run"
+    scene.handled("code in a run's config.yaml", "the same")
+
+
+@case("a target in a run's config.yaml")
+def malicious_target(scene: Scene) -> None:
+    """Prediction with somebody else's run runs only what its user trusts, whatever the run says of trust."""
+    folder = copied(scene, settings(EPOCHS_A_TRY), "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["augment"] = {"_target_": "os.mkdir", "path": "executed"}
+    config["trusted_modules"] = ["os", "posix", "tests"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    picture().save(scene.folder / "picture.png")
+    ended = scene.run("run=run", "trusted_modules=[tests]", "picture.png", module="cifar_exp.predict")
+    says(ended, 2, "augment._target_=os.mkdir")
+    assert not (scene.folder / "executed").exists(), "code that a run's folder names was run"
+    scene.handled("a target in a run's config.yaml", "the same")
+
+
+@case("a password in the tracker's address")
+def password(scene: Scene) -> None:
+    """It is in no file of the run and in nothing that is printed."""
+    address = f"http://somebody:hunter2@127.0.0.1:{free_port()}"
+    ended = scene.run(*settings(1), *HERE, f"tracking.uri={address}", env={"no_proxy": "127.0.0.1"})
+    says(ended, 5)
+    assert "hunter2" not in ended.out + ended.err
+    told = [str(path) for path in scene.folder.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert not told, f"the password is in {told}"
+    scene.handled("a password in the tracker's address", "the same")
+
+
+@case("another Host header", "another machine's request to the UI", "the UI's port is taken", needs=("ui", "linux"))
+def host_header(scene: Scene) -> None:
+    """A page elsewhere that rebinds its name to this machine gets nothing, and nobody else can connect at all."""
+    says(scene.run(*settings(1), *HERE), 0)
+    port = free_port()
+    running = scene.start("--port", str(port), module="cifar_exp.ui")
+    deadline = time.monotonic() + LIMIT
+    while (answer := status(port, f"127.0.0.1:{port}")) is None:
+        assert time.monotonic() < deadline, running.err
+        assert running.process.poll() is None, running.err
+        time.sleep(0.5)
+    assert answer == 200
+    refused = status(port, "evil.example")
+    assert refused is not None
+    assert 400 <= refused < 500, f"a request for evil.example is answered {refused}"
+    scene.handled("another Host header", f"answered {refused}")
+    process = psutil.Process(running.process.pid)
+    family = [process, *process.children(recursive=True)]
+    listening = {c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}, listening
+    scene.handled("another machine's request to the UI", "it listens on 127.0.0.1 alone")
+    second = scene.run("--port", str(port), module="cifar_exp.ui", tmp=_folder(scene))
+    assert second.code not in (0, 1), second
+    says(second, second.code, str(port))
+    scene.handled("the UI's port is taken", "the same")
+    running.signal(15, group=True)
+    running.process.wait(60)
+
+
+def _folder(scene: Scene) -> Path:
+    folder = scene.base / "tmp-second"
+    folder.mkdir()
+    return folder
+
+
+def status(port: int, host: str) -> int | None:
+    """What the server at ``port`` answers to a request for ``host``; None where it does not."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", "/", headers={"Host": host})
+        return connection.getresponse().status
+    except OSError:
+        return None
+    finally:
+        connection.close()

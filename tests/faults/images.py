@@ -1,0 +1,326 @@
+"""Images and archives that are missing, broken, of other kinds, or meant to do harm."""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from tests.faults.registry import case
+from tests.faults.runs import UNTRACKED, statuses
+from tests.faults.scene import Ended, Scene, says
+from tests.test_checkpoint import Malicious
+from tests.test_download import ARCHIVE, FOLDER, make_archive, make_batch, make_members, release_pickle
+
+SMALL = (
+    *("train.batch_size=2", "train.epochs=1", "model.width=4", "model.depth=1", "train.precision=fp32"),
+    *("devices=cpu", "devices.count=1", "progress=quiet"),
+)
+
+
+def picture(mode: str = "RGB", size: int = 32) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def tree(root: Path) -> Path:
+    """Class folders of sound images."""
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture().save(root / split / name / f"{number}.png")
+    return root
+
+
+def truncated(root: Path) -> None:
+    path = root / "train/bee/1.png"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def bomb(root: Path) -> None:
+    """A header that claims 60,000 x 60,000 pixels."""
+    path = root / "train/ant/0.png"
+    content = bytearray(path.read_bytes())
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def without(folder: str) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        for path in sorted((root / folder).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+
+    return spoil
+
+
+def remove(folder: str) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        without(folder)(root)
+        (root / folder).rmdir()
+
+    return spoil
+
+
+def extra(folder: str) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        (root / folder).mkdir()
+        picture().save(root / folder / "0.png")
+
+    return spoil
+
+
+def save(name: str, image: Image.Image) -> Callable[[Path], None]:
+    return lambda root: image.save(root / name)
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        (root / name).write_bytes(content)
+
+    return spoil
+
+
+TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
+    "a truncated image": (truncated, 3, ("train/bee/1.png", "Replace or delete")),
+    "an empty image file": (write("test/ant/1.png", b""), 3, ("test/ant/1.png", "is empty")),
+    "text named .png": (write("train/ant/2.png", b"<html>404</html>"), 3, ("train/ant/2.png", "no image")),
+    "an image that claims billions of pixels": (bomb, 3, ("train/ant/0.png", "60000")),
+    "an image of another size": (save("train/ant/3.png", picture(size=31)), 3, ("3.png", "31 x 31", "Resize")),
+    "a 16-bit image": (save("train/ant/3.png", Image.new("I;16", (32, 32))), 3, ("train/ant/3.png", "8 bits")),
+    "no such folder": (lambda root: root.rename(root.with_name("elsewhere")), 3, ("there is no folder",)),
+    "no training folder": (remove("train"), 3, ("there is no folder", "train")),
+    "a missing class folder": (remove("test/bee"), 3, ("Missing", "test/bee")),
+    "an extra class folder": (extra("test/cow"), 3, ("Missing", "train/cow")),
+    "an empty class folder": (without("train/bee"), 3, ("train/bee", "has no images")),
+    "no class folders": (lambda root: [without(split)(root) for split in ("train", "test")], 3, ("class folders",)),
+    "a link that leads nowhere": (lambda root: (root / "train/ant/9.png").symlink_to("nowhere"), 0, ()),
+    "a CMYK image": (lambda root: [picture("CMYK").save(root / "train/ant/9.jpg")], 0, ()),
+    "a class folder named in no alphabet": (
+        lambda root: [os.rename(os.fsencode(root / split / "bee"), os.fsencode(root / split) + b"/b\xffe")  # noqa: PTH104
+                      for split in ("train", "test")], 0, ()),
+}  # fmt: skip
+
+
+@case(*TREES)
+def broken_trees(scene: Scene) -> None:
+    """A sweep over all of them: each job says what is wrong with its own; once mended, all are trained."""
+    for number, (spoil, _, _) in enumerate(TREES.values()):
+        spoil(tree(scene.folder / f"tree-{number}"))
+    roots = ",".join(f"tree-{number}" for number in range(len(TREES)))
+    sweep = ("-m", *SMALL, "data=folders", f"data.root={roots}")
+    ended = scene.run(*sweep)
+    says(ended, 3)
+    check_jobs(ended, [(code, words) for _, code, words in TREES.values()])
+    codes = [code for _, code, _ in TREES.values()]
+    assert sorted(statuses(scene)) == sorted(["FAILED"] + ["FAILED" if code else "FINISHED" for code in codes])
+    for number, code in enumerate(codes):
+        if code:
+            root = scene.folder / f"tree-{number}"
+            if root.exists():
+                root.rename(root.with_name(f"broken-{number}"))
+            tree(root)
+    again = scene.run(*sweep, "resume=auto")
+    says(again, 0)
+    assert statuses(scene) == ["FINISHED"] * (len(TREES) + 1), statuses(scene)
+    for fault, (_, code, _) in TREES.items():
+        scene.handled(fault, "trains once it is mended" if code else "none needed: it trains")
+
+
+def check_jobs(ended: Ended, expected: list[tuple[int, tuple[str, ...]]]) -> None:
+    """Each job of a sweep failed as it should, with its own message, or did not."""
+    told = dict(re.findall(r"cifar-exp: job (\d+) failed: (.*?)(?=cifar-exp: job|\Z)", ended.err, re.DOTALL))
+    for number, (code, words) in enumerate(expected):
+        message = told.get(str(number), "")
+        assert bool(message) == bool(code), f"job {number} says {message!r}"
+        for word in words:
+            assert word in message, f"no {word!r} in what job {number} says: {message}"
+
+
+def malicious_member(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    return member
+
+
+def with_batch(content: bytes) -> bytes:
+    return make_archive(make_members() | {f"{FOLDER}/data_batch_3": content})
+
+
+def without_batch() -> bytes:
+    members = make_members()
+    del members[f"{FOLDER}/data_batch_4"]
+    return make_archive(members)
+
+
+def swollen() -> bytes:
+    """A member whose header claims 10 GB."""
+    member = tarfile.TarInfo(f"{FOLDER}/data_batch_9")
+    member.size = 10 * 2**30
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.addfile(member)
+    return file.getvalue()
+
+
+def wrong_labels() -> bytes:
+    data, _ = make_batch(3)
+    return with_batch(release_pickle({b"labels": [99] * 20, b"data": data}))
+
+
+def archives(marker: Path) -> dict[str, tuple[bytes, bool, tuple[str, ...]]]:
+    """Content, whether it is taken for the release by its hash, and what must be said of it."""
+    flipped = ARCHIVE[:1000] + bytes([ARCHIVE[1000] ^ 1]) + ARCHIVE[1001:]
+    escape = malicious_member("../../escaped", tarfile.REGTYPE)
+    link = malicious_member(f"{FOLDER}/test_batch", tarfile.SYMTYPE, "/etc/passwd")
+    device = malicious_member(f"{FOLDER}/data_batch_1", tarfile.CHRTYPE)
+    return {
+        "a truncated archive": (ARCHIVE[: len(ARCHIVE) // 2], False, ("bytes where",)),
+        "a wrong archive": (flipped, False, ("sha256",)),
+        "a web page in place of the archive": (b"<!doctype html><title>Log in</title>", False, ("bytes where",)),
+        "no archive at all": (b"", False, ("bytes where",)),
+        "an archive that is no .tar.gz": (b"PK\3\4" * 100, True, ("cannot be read as a .tar.gz",)),
+        "a member that climbs out of the archive": (make_archive(make_members(), escape), True, ("../../escaped",)),
+        "a link in the archive": (make_archive(make_members(), link), True, ("a link to /etc/passwd",)),
+        "a device in the archive": (make_archive(make_members(), device), True, ("data_batch_1",)),
+        "a member of 10 GB": (swollen(), True, ("10,737,418,240 bytes",)),
+        "a missing batch": (without_batch(), True, ("lacks data_batch_4",)),
+        "a malicious pickle in the archive": (with_batch(pickled(marker)), True, ("posix.mkdir", "not run")),
+        "a damaged pickle in the archive": (with_batch(b"\x80\x02}q"), True, ("damaged batch",)),
+        "labels out of range": (wrong_labels(), True, ("labels must be",)),
+    }
+
+
+def pickled(marker: Path) -> bytes:
+    return pickle.dumps(Malicious(marker))
+
+
+ARCHIVES = archives(Path("executed"))
+
+
+@case(*ARCHIVES)
+def broken_archives(scene: Scene) -> None:
+    """A sweep over all of them; nothing in one is written or run, and the sound one trains."""
+    marker = scene.folder / "executed"
+    choices = scene.folder / "mine" / "data"
+    choices.mkdir(parents=True)
+    cases = archives(marker)
+    for number, (content, taken, _) in enumerate(cases.values()):
+        path = scene.folder / f"{number}.tar.gz"
+        path.write_bytes(content)
+        release = content if taken else ARCHIVE
+        (choices / f"archive{number}.yaml").write_text(yaml.safe_dump(choice(release, archive=path.name)))
+    (scene.folder / "sound.tar.gz").write_bytes(ARCHIVE)
+    (choices / "sound.yaml").write_text(yaml.safe_dump(choice(ARCHIVE, archive="sound.tar.gz")))
+    names = ",".join([*(f"archive{number}" for number in range(len(cases))), "sound"])
+    ended = scene.run("-m", "--config-dir", "mine", f"data={names}", *SMALL)
+    says(ended, 3)
+    check_jobs(ended, [*((3, words) for _, _, words in cases.values()), (0, ())])
+    assert sorted(statuses(scene)) == ["FAILED"] * (len(cases) + 1) + ["FINISHED"]
+    assert not marker.exists(), "code in an archive was run"
+    escaped = [path for path in (scene.folder / "escaped", scene.base / "escaped") if path.exists()]
+    assert not escaped, "a member climbed out of the archive"
+    for fault in cases:
+        scene.handled(fault, "the same; a sound archive trains")
+
+
+def choice(release: bytes, **settings: Any) -> dict[str, Any]:
+    """A data YAML for which ``release`` is the archive as it was released."""
+    known = {"size": len(release), "sha256": hashlib.sha256(release).hexdigest()}
+    root = f"cifar-{hashlib.sha256(repr((settings, known)).encode()).hexdigest()[:8]}"
+    return {"_target_": "cifar_exp.datasets.cifar10", "root": root, **known, **settings}
+
+
+@contextmanager
+def web_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """A server on loopback that answers every request so; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def send(handler: BaseHTTPRequestHandler, content: bytes, status: int = 200, cut: int | None = None) -> None:
+    start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+    handler.send_response(206 if start else status)
+    if start:
+        handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+    handler.send_header("Content-Length", str(len(content) - start))
+    handler.end_headers()
+    handler.wfile.write(content[start:][:cut])
+
+
+SERVERS = ("a login page from the mirror", "a mirror that answers 404", "a mirror that ends in the middle",
+           "a mirror that is not there")  # fmt: skip
+
+
+@case(*SERVERS)
+def broken_mirrors(scene: Scene) -> None:
+    release = [f"data.size={len(ARCHIVE)}", f"data.sha256={hashlib.sha256(ARCHIVE).hexdigest()}"]
+    base = (*SMALL, *release, *UNTRACKED)
+    env = {"no_proxy": "127.0.0.1"}
+
+    def train(address: str) -> Ended:
+        return scene.run(*base, f"data.mirror={address}", env=env)
+
+    with web_server(lambda handler: send(handler, b"<html>Log in</html>")) as address:
+        says(train(address), 3, "a web page for logging in", "data.mirror=<address>")
+    scene.handled(SERVERS[0], "the same")
+    with web_server(lambda handler: handler.send_error(404)) as address:
+        says(train(address), 3, "404", "data.mirror=<address>")
+    scene.handled(SERVERS[1], "the same")
+    says(train(address), 3, "cannot be downloaded", "data.archive=<file>")
+    scene.handled(SERVERS[3], "the same")
+    with web_server(lambda handler: send(handler, ARCHIVE, cut=len(ARCHIVE) // 2)) as address:
+        says(train(address), 3, f"ended after {len(ARCHIVE) // 2:,} of {len(ARCHIVE):,} bytes", "start again")
+    with web_server(lambda handler: send(handler, ARCHIVE)) as address:
+        says(train(address), 0)
+    scene.handled(SERVERS[2], "fetches the rest and trains")
+
+
+@case("SIGKILL while images are decoded", racy=True, needs=("linux",))
+def killed_while_decoding(scene: Scene) -> None:
+    """Half a cache is never taken for a whole one, and is cleared away."""
+    root = scene.folder / "pictures"
+    for split, count in (("train", 300), ("test", 20)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                picture().save(root / split / name / f"{number}.png")
+    sweep = (*SMALL, *UNTRACKED, "data=folders", "data.root=pictures", "train.batch_size=64")
+    for number in range(scene.times):
+        cache = f"cache-{number}"
+        running = scene.start(*sweep, f"data.cache={cache}")
+        running.until((scene.folder / cache / ".lock").exists, "the decoding")
+        time.sleep(scene.random.uniform(0, 0.3))
+        running.process.kill()
+        running.wait()
+        says(scene.run(*sweep, f"data.cache={cache}"), 0)
+        assert not list((scene.folder / cache).glob("unfinished-*"))
+        scene.handled("SIGKILL while images are decoded", "decodes them anew")

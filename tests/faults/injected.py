@@ -1,0 +1,125 @@
+"""Faults that have to come from inside a process: `_target_`s for the suite's runs, and nothing of the package's.
+
+What happens, where, is told by an environment variable and not by the configuration, so that a run that goes on has
+the settings, and their hash, of the one that was hit:
+
+``{"point": ..., "rank": 0, "number": 3, "do": ...}`` and, for all ranks, ``{"pace": seconds a step}``.
+
+Points: ``train`` and ``evaluation``, the number-th forward pass of that kind; ``load``, before the images are made;
+``fsync``, ``replace`` and ``unlink``, the number-th such call for a file that matches ``file`` while a checkpoint is
+saved.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+PLAN = "CIFAR_EXP_FAULT_PLAN"
+ANNOUNCED = "announced"  # made in the current folder when the planned point is reached
+HURRY = "hurry"  # the pace is given up once a file of this name is there
+PAUSE = 3.0  # seconds that a process stays there
+SAVING = ("fsync", "replace", "unlink")
+
+Act = Callable[[Any], Any]  # gets what passes the point, and may return something else in its place
+
+
+def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
+    """The reference network, with the planned fault in it."""
+    from torch import nn
+
+    from cifar_exp.models import convnet
+
+    network = convnet(num_classes=num_classes, width=width, depth=depth)
+    plan = _plan()
+    rank = os.environ.get("RANK")
+    if rank is None:  # the parent only looks at it
+        return network
+    if pace := plan.get("pace"):
+
+        def slow(module: nn.Module, _images: Any) -> None:
+            if module.training and not Path(HURRY).exists():
+                time.sleep(pace)
+
+        network.register_forward_pre_hook(slow)
+    if plan.get("rank", 0) != int(rank):
+        return network
+    if plan.get("point") in SAVING:
+        _during_saves(plan)
+    elif plan.get("point") in ("train", "evaluation"):
+        counted, act = itertools.count(1), _action(plan)
+
+        def strike(module: nn.Module, _images: Any, logits: Any) -> Any:
+            wanted = module.training == (plan["point"] == "train")
+            return act(logits) if wanted and next(counted) == plan["number"] else None
+
+        network.register_forward_hook(strike)
+    return network
+
+
+def synthetic(root: str, **settings: Any) -> Any:
+    """The synthetic images, with the planned fault before them."""
+    from cifar_exp import datasets
+
+    plan = _plan()
+    if plan.get("point") == "load":
+        _action(plan)(None)
+    return datasets.synthetic(root, **settings)
+
+
+def _plan() -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads(os.environ.get(PLAN, "{}"))
+    return plan
+
+
+def _action(plan: dict[str, Any]) -> Act:
+    return {
+        "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+        "exit": lambda _: os._exit(0),
+        "segfault": lambda _: ctypes.string_at(0),
+        "abort": lambda _: os.abort(),
+        "raise": _raise,
+        "memory": lambda _: bytearray(1 << 62),
+        "nan": lambda logits: logits * float("nan"),
+        "inf": lambda logits: logits + float("inf"),
+        "hang": lambda _: time.sleep(10_000),
+        "announce": _announce,
+        "cut": _cut_and_kill,
+    }[plan["do"]]
+
+
+def _raise(_: Any) -> None:
+    raise RuntimeError("the flux capacitor is empty")
+
+
+def _announce(_: Any) -> None:
+    Path(ANNOUNCED).touch()
+    time.sleep(PAUSE)
+
+
+def _cut_and_kill(descriptor: int) -> None:
+    """As if the process had been killed when half of the file was written."""
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _during_saves(plan: dict[str, Any]) -> None:
+    """Let the planned call of the thread that saves do the planned thing first."""
+    call, counted, act = plan["point"], itertools.count(1), _action(plan)
+    original = getattr(os, call)
+
+    def patched(what: Any, *others: Any, **named: Any) -> Any:
+        path = Path(f"/proc/self/fd/{what}").readlink() if call == "fsync" else Path(what)
+        saving = threading.current_thread().name.startswith("checkpoint")
+        if saving and path.exists() and fnmatch(path.name, plan["file"]) and next(counted) == plan["number"]:
+            act(what)
+        return original(what, *others, **named)
+
+    setattr(os, call, patched)

@@ -1,0 +1,99 @@
+"""The list of faults: which case injects them, how often, and what it takes."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar_exp.config import default_settings
+
+if TYPE_CHECKING:
+    from tests.faults.scene import Scene
+
+Function = Callable[["Scene"], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function that injects faults and checks what follows.
+
+    Attributes:
+        function: called with a fresh scene; it raises where a fault is not handled.
+        faults: what it injects, each a row of the table; ``Scene.handled`` counts it.
+        racy: whether the outcome depends on the moment, so that it is tried many times.
+        quick: whether it belongs to the subset that runs with the other tests.
+        slow: whether it takes minutes.
+        needs: names in ``NEEDS``.
+    """
+
+    function: Function
+    faults: tuple[str, ...]
+    racy: bool
+    quick: bool
+    slow: bool
+    needs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def not_run(self) -> str | None:
+        """Why it cannot be tried here; None where it can."""
+        return next((reason for need in self.needs if (reason := NEEDS[need]())), None)
+
+
+CASES: list[Case] = []
+
+
+def case(
+    *faults: str, racy: bool = False, quick: bool = False, slow: bool = False, needs: tuple[str, ...] = ()
+) -> Callable[[Function], Function]:
+    """Add the function below to the list."""
+
+    def register(function: Function) -> Function:
+        CASES.append(Case(function, faults, racy, quick, slow, needs))
+        return function
+
+    return register
+
+
+@cache
+def _mounts() -> str | None:
+    if os.geteuid() != 0:
+        return "mounting takes root"
+    if shutil.which("unshare") is None:
+        return "there is no unshare"
+    done = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True, check=False)
+    return None if done.returncode == 0 else "this container may not mount"
+
+
+def faketime() -> Path | None:
+    """The library that lies about the time, where it is installed (Debian's libfaketime)."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def _setting(name: str) -> Callable[[], str | None]:
+    return lambda: None if name in default_settings() else f"there is no setting {name}"
+
+
+def _module(name: str) -> Callable[[], str | None]:
+    return lambda: None if find_spec(name) else f"there is no {name}"
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "linux": lambda: None if Path("/proc/self/environ").exists() else "there is no /proc",
+    "no gpu": lambda: "there is a GPU" if Path("/dev/nvidia0").exists() else None,
+    "mounts": _mounts,
+    "faketime": lambda: None if faketime() else "libfaketime is not installed",
+    "restarts": _setting("launcher.max_restarts"),
+    "watchdog": _setting("launcher.max_restarts"),
+    "stopping": _setting("train.max_seconds"),
+    "sync": _module("cifar_exp.sync"),
+    "stale": _module("cifar_exp.stale"),
+    "ui": _module("cifar_exp.ui"),
+}

@@ -1,0 +1,113 @@
+"""The run that faults are injected into, and what it must have left: its journal, its weights, its record."""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_exp import checkpoint, journal
+from cifar_exp.journal import Entry
+from tests.conftest import TINY
+from tests.faults.scene import Ended, Scene, says
+
+# Two ranks of a tiny network, float32 and deterministic: six steps an epoch, a checkpoint after each.
+SETTINGS = (
+    *TINY,
+    *("model._target_=tests.faults.injected.model", "data._target_=tests.faults.injected.synthetic"),
+    *("trusted_modules=[tests]", "train.deterministic=true", "train.precision=fp32", "train.batch_size=8"),
+    *("devices.count=2", "devices.oversubscribe=true", "progress=quiet", "checkpoint.keep=3"),
+)
+HERE = ("hydra.run.dir=run", "resume=auto")  # one folder; every start goes on with what is in it
+UNTRACKED = ("tracking=none",)
+EPOCHS_A_TRY = 8  # that an interrupted run is given between two faults
+
+
+def settings(epochs: int, *changes: str) -> tuple[str, ...]:
+    """The run's settings with so many epochs."""
+    return (*SETTINGS, f"train.epochs={epochs}", *changes)
+
+
+def reference(scene: Scene, run: Sequence[str]) -> Path:
+    """The folder of the same run, uninterrupted; trained once for all cases that ask for it."""
+    key = tuple(run)
+    if key not in scene.suite.references:
+        where = Scene(scene.suite.base / f"reference-{next(scene.suite.numbers)}", scene.suite, "reference", 1)
+        says(where.run(*run, *UNTRACKED, "hydra.run.dir=run"), 0)
+        scene.suite.references[key] = where.folder / "run"
+    return scene.suite.references[key]
+
+
+def assert_same_as_uninterrupted(scene: Scene, run: Sequence[str], run_dir: str = "run") -> None:
+    """The same losses and accuracies at the same steps, each once, and the same weights: a difference of 0.0."""
+    whole, mine = reference(scene, run), scene.folder / run_dir
+    entries = journal.read(mine)
+    assert curve(entries) == curve(journal.read(whole)), "the curve differs from the uninterrupted run's"
+    expected, found = weights(whole), weights(mine)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not different, f"weights differ from the uninterrupted run's: {different}"
+
+
+def curve(entries: Sequence[Entry]) -> list[tuple[int, str, float]]:
+    """Everything in a journal that time has no part in."""
+    return [
+        (entry.step, name, value)
+        for entry in entries
+        for name, value in entry.metrics.items()
+        if not name.startswith("time") and "per_second" not in name
+    ]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's network, which must be sound."""
+    told: list[str] = []
+    saved = checkpoint.newest(run_dir, told.append)
+    assert not told, told
+    return dict(saved.model)
+
+
+def statuses(scene: Scene, database: str = "outputs/mlflow.db") -> list[str]:
+    """The status of every MLflow run, in the order of their starts."""
+    return [status for (status,) in rows(scene, "SELECT status FROM runs ORDER BY start_time", database)]
+
+
+def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:
+    """Check a tracked command's exit code, message and status.
+
+    On a machine that is very busy the store may be too slow for the patience of a run's end. That is told, with what to
+    type, which is then typed here.
+    """
+    undelivered = f"cifar-exp-sync run{chr(10)}" in ended.err
+    says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
+    if undelivered:
+        says(scene.run("run", module="cifar_exp.sync"), 0)
+    assert statuses(scene) == [status], (statuses(scene), ended.err)
+
+
+def assert_recorded_once(scene: Scene, run_dir: str = "run", database: str = "outputs/mlflow.db") -> None:
+    """MLflow has every point of the run's journal, each once, and no other."""
+    identity = (scene.folder / run_dir / "mlflow_run_id").read_text().strip()
+    found = Counter(rows(scene, f"SELECT key, step FROM metrics WHERE run_uuid = '{identity}'", database))
+    entries = journal.read(scene.folder / run_dir)
+    expected = Counter((name, entry.step) for entry in entries for name in entry.metrics)
+    lost, more = (expected - found).total(), (found - expected).total()
+    assert found == expected, f"of {expected.total()} points {lost} are lost, and {more} are there that none wrote"
+
+
+def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[Any]:
+    """What an SQLite store says."""
+    path = scene.folder / database
+    if not path.exists():
+        return []
+    connection = sqlite3.connect(path, timeout=60)
+    try:
+        return list(connection.execute(query))
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+        return []  # the store is being made
+    finally:
+        connection.close()

@@ -1,0 +1,79 @@
+"""Ranks end at the same moment, whoever looks first; what hangs is ended and named."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar_exp.control import LEAVE_FILE, STOP_FILE, Control, Request, Watchdog, ended_by
+
+
+def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
+    first, second = (Control(tmp_path, tmp_path, rank) for rank in (0, 1))
+    (tmp_path / LEAVE_FILE).touch()
+    second.ask(2)  # only the first one looks
+    assert second.agreed(2) is None
+    first.ask(4)
+    assert [rank.agreed(3) for rank in (first, second)] == [None, None]
+    request = Request("leave", "a signal")
+    assert [rank.agreed(4) for rank in (first, second)] == [request, request]
+    first.ask(6)  # what was agreed stays
+    assert second.agreed(5) == ended_by(tmp_path) == request
+
+
+def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
+    exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
+    exchange.mkdir()
+    run_dir.mkdir()
+    control = Control(exchange, run_dir)
+    control.ask(2)
+    assert control.agreed(2) is None
+    (run_dir / STOP_FILE).touch()
+    control.ask(4)
+    assert control.agreed(4) == Request("finish", "the file stop in the run's folder")
+    assert not (run_dir / STOP_FILE).exists()
+
+
+def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    over, endless = Control(tmp_path / "a", seconds=0.0), Control(tmp_path / "b", seconds=86400.0)
+    for control in (over, endless):
+        control.ask(2)
+    assert over.agreed(2) == Request("finish", "train.max_seconds")
+    assert endless.agreed(2) is None
+
+
+def rank_process(exchange: Path, rank: int, steps: int) -> "subprocess.Popen[bytes]":
+    """A rank that trains ``steps`` steps and then waits for ever."""
+    code = (
+        "import time; from pathlib import Path; from cifar_exp.control import Control\n"
+        f"control = Control(Path({str(exchange)!r}), rank={rank})\n"
+        f"for step in range({steps}): control.beat(step + 1)\n"
+        "time.sleep(600)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize("stopped", [None, 0])
+def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path: Path, stopped: int | None) -> None:
+    ranks = [rank_process(tmp_path, rank, steps) for rank, steps in enumerate((9, 4))]
+    blamed = 1 if stopped is None else stopped
+    try:
+        watchdog = Watchdog(tmp_path, 2, timeout=2.0)
+        while {step for _, step, _ in watchdog._beats().values()} != {9, 4}:
+            time.sleep(0.05)
+        if stopped is not None:
+            ranks[stopped].send_signal(signal.SIGSTOP)
+        with watchdog:
+            assert ranks[blamed].wait(60) == -signal.SIGKILL
+        assert ranks[1 - blamed].poll() is None
+        assert list(watchdog.hung) == [blamed]
+        assert f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for 2 s" in watchdog.hung[blamed]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

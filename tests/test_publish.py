@@ -1,0 +1,85 @@
+"""`model.safetensors` is the network of the run, and the README's lines are all that it takes to use it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cifar_exp import checkpoint
+from cifar_exp.errors import StorageError
+from cifar_exp.predict import Classifier
+from cifar_exp.publish import publish
+from tests.conftest import TINY, Command
+from tests.test_checkpoint import origin, silent, trained
+from tests.test_readme import README, folders
+
+
+def in_plain_pytorch(run_dir: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the README's lines leave, run in the run's folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {"images": images}
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.chdir(run_dir)
+        exec(code, names)
+    return names
+
+
+def test_the_readmes_lines_give_the_logits_of_the_trained_network(
+    cifar_exp: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders(workplace / "pictures")
+    small = [word for word in TINY if not word.startswith(("data", "train.batch_size"))]
+    options = ["train.batch_size=16", "train.normalization=zscore", "data.validation=0.2", "checkpoint.every=5"]
+    done = cifar_exp(*small, "data=folders", "data.root=pictures", *options, "tracking=none", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = in_plain_pytorch(workplace / "run", images, monkeypatch)
+    about = plain["about"]
+    assert about["classes"] == ["ant", "bee", "cow"]
+    assert about["image_size"] == [32, 32]
+    assert (plain["settings"], plain["function"]) == ({"width": 4, "depth": 1}, "convnet")
+
+    classifier = Classifier.of_run(workplace / "run", "best")
+    assert list(classifier.normalization.shift) == about["shift"]
+    for name, value in classifier.model.state_dict().items():
+        assert torch.equal(value, plain["weights"][name]), name
+    with torch.inference_mode():
+        same_input = (images - plain["shift"]) * plain["scale"]
+        assert torch.equal(plain["logits"], classifier.model(same_input))
+        torch.testing.assert_close(plain["logits"], classifier.model(classifier.normalization(images)))
+    assert plain["logits"].std() > 0.001
+    assert not list((workplace / "run").glob("*.tmp"))
+
+    best = checkpoint.best(workplace / "run", pytest.fail)
+    assert best is not None
+    assert about["epoch"] == best.training["epoch"]
+
+
+def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Path) -> None:
+    saved = trained()
+    weights = {name: value for name, value in saved.model.items() if value.ndim == 4}
+    name, kernel = next(iter(weights.items()))
+    model = dict(saved.model) | {name: kernel.to(memory_format=torch.channels_last), "tied": kernel}
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(**{**vars(saved), "model": model}), origin(10), keep=1)
+    settings = {"_target_": "cifar_exp.models.convnet", "width": 4, "list": [1, None, "żaba"]}
+    with safe_open(publish(tmp_path, settings, silent), "pt") as file:
+        about = {key: json.loads(text) for key, text in file.metadata().items()}
+        assert about["model"] == settings
+        assert about["classes"] == list(saved.classes)
+        assert (about["shift"], about["scale"]) == (list(saved.shift), list(saved.scale))
+        assert about["epoch"] == 7
+        assert set(file.keys()) == set(model)
+        for key, value in model.items():
+            assert torch.equal(file.get_tensor(key), value)
+
+
+def test_a_network_that_cannot_be_published_is_a_storage_error(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, trained(), origin(10), keep=1)
+    (tmp_path / "model.safetensors" / "in the way").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"model\.safetensors cannot be written: .*Free space"):
+        publish(tmp_path, {"_target_": "x"}, silent)
+    assert not list(tmp_path.glob("*.tmp"))

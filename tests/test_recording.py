@@ -1,0 +1,159 @@
+"""What a follower does with a sink that fails, hangs and comes back; sinks made for it, so that it is quick."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from cifar_exp import recording
+from cifar_exp.errors import TrackingError
+from cifar_exp.journal import Entry, JournalWriter
+from cifar_exp.record import Outcome, Status
+from cifar_exp.recording import Follower, Recording
+
+
+class Unreliable:
+    """Takes entries, but raises what ``refuses`` returns."""
+
+    def __init__(self, refuses: Callable[[str], Exception | None]) -> None:
+        self._refuses = refuses
+        self.taken: list[Entry] = []
+        self.sizes: list[int] = []
+        self.closed: list[str] = []
+        self.calls = 0
+
+    def _call(self, name: str) -> None:
+        self.calls += 1
+        if error := self._refuses(name):
+            raise error
+
+    def open(self) -> None:
+        self._call("open")
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        self._call("write")
+        self.sizes.append(len(entries))
+        self.taken += entries
+
+    def close(self, status: Status) -> None:
+        self._call("close")
+        self.closed.append(status)
+
+    def is_final(self, error: Exception) -> bool:
+        return isinstance(error, ValueError)
+
+
+def journal(run_dir: Path, count: int) -> list[Entry]:
+    entries = [Entry(step, 1, step / 10, {"loss": 1 / step}) for step in range(1, count + 1)]
+    writer = JournalWriter(run_dir)
+    for entry in entries:
+        writer.write(entry)
+    writer.close()
+    return entries
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHORTEST_PAUSE", 0.01)
+    monkeypatch.setattr(recording, "LAST_TRY", 0.3)
+
+
+def test_what_is_refused_is_delivered_later_once_and_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = journal(tmp_path, 1200)
+    calls = iter(range(10**6))
+    sink = Unreliable(lambda _: ConnectionError("http://me:pw@host is away") if next(calls) % 7 < 4 else None)
+    follower = Follower(tmp_path, sink, interval=0.01)
+    follower.start()
+    follower.flush(timeout=60)
+    follower.finish("FINISHED", patience=60)
+    assert follower.error is None
+    assert sink.taken == entries
+    assert sink.sizes == [500, 500, 200]  # never more in memory
+    assert sink.closed == ["FINISHED"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "cifar-exp: tracker unreachable, training goes on, trying again: http://host is away"
+    assert told[1] == "cifar-exp: the tracker is back and gets what it has missed"
+    assert told == told[:2] * (len(told) // 2)
+
+
+def test_a_single_failure_is_nobodys_business(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal(tmp_path, 3)
+    failures = [ConnectionError("closed")]
+    sink = Unreliable(lambda name: failures.pop() if name == "write" and failures else None)
+    follower = Follower(tmp_path, sink, interval=0.01)
+    follower.start()
+    follower.finish("FINISHED", patience=60)
+    assert (follower.error, len(sink.taken)) == (None, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
+    journal(tmp_path, 3)
+    answer = threading.Event()
+    sink = Unreliable(lambda name: None if name != "write" else answer.wait() and None)
+    follower = Follower(tmp_path, sink, interval=0.01)
+    follower.start()
+    began = time.monotonic()
+    follower.flush(timeout=0.3)
+    follower.finish("FINISHED", patience=0.5)
+    assert time.monotonic() - began < 10
+    assert "no answer" in str(follower.error)
+    answer.set()
+    follower.join(10)
+    assert sink.closed == []  # the user was told that it was not delivered: nothing is said or done behind their back
+    assert "no answer" in str(follower.error)
+
+
+def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal(tmp_path, 3)
+    sink = Unreliable(lambda name: ValueError("file is not a database") if name == "open" else None)
+    follower = Follower(tmp_path, sink, interval=0.01)
+    follower.start()
+    follower.finish("FINISHED", patience=60)
+    assert sink.calls == 2  # open, and word of the end
+    assert isinstance(follower.error, ValueError)
+    assert "Unreliable failed, training goes on: file is not a database" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
+    sink = Unreliable(lambda _: ConnectionError("refused"))
+    display = Unreliable(lambda _: None)
+    record = Recording(tmp_path, time.monotonic() - 100, sink)
+    began = time.monotonic()
+
+    def train() -> None:
+        with record:
+            record.start(display)
+            for follower in record._followers:
+                follower._began -= 100  # it has refused for longer than anyone would wait
+            journal(tmp_path, 3)
+
+    with pytest.raises(TrackingError) as caught:
+        train()
+    assert time.monotonic() - began < 20
+    assert str(caught.value).splitlines()[-1].endswith(f"cifar-exp-sync {os.path.relpath(tmp_path)}")
+    assert display.closed == ["FINISHED"]
+    assert len(display.taken) == 4  # three and the last line
+    outcome = Outcome.of(tmp_path)
+    assert outcome is not None
+    assert outcome.status == "FINISHED"
+
+
+def test_how_a_run_ended_is_on_disk_for_whoever_comes_later(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Recording(tmp_path, time.monotonic(), None):
+        raise RuntimeError
+    failed = Outcome.of(tmp_path)
+    assert failed is not None
+    assert failed.status == "FAILED"
+    going_on = Recording(tmp_path, time.monotonic(), None).__enter__()
+    assert Outcome.of(tmp_path) is None
+    with pytest.raises(KeyboardInterrupt), going_on:
+        raise KeyboardInterrupt
+    stopped = Outcome.of(tmp_path)
+    assert stopped is not None
+    assert stopped.status == "KILLED"

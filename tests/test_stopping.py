@@ -1,0 +1,172 @@
+"""A run that is told to end does so between two steps with everything saved; ranks that die are replaced."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_exp import checkpoint, journal
+from cifar_exp.control import LEAVE_FILE, Control
+from tests.conftest import TINY, Command
+from tests.test_distributed import train_batches, trainer, validation
+from tests.test_failures import Start, training_ranks, wait_for
+from tests.test_graph import ALONE
+from tests.test_resume import REPEATABLE, curve, weights
+from tests.test_run import all_runs, client
+
+# 60 steps an epoch, read every 7: whatever ends it ends it in the midst of an epoch and of a block.
+STEPS = [*REPEATABLE, "train.batch_size=8", "train.log_every=7", "train.epochs=6", "devices.oversubscribe=true"]
+
+
+def manifest(run_dir: Path) -> checkpoint.Manifest:
+    found = checkpoint.sound(run_dir, pytest.fail)
+    assert found
+    return found
+
+
+def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit(
+    cifar_exp: Command, started: Start, workplace: Path
+) -> None:
+    run = [*STEPS, "devices.count=2", "train.weight_averaging=0.9"]
+    assert cifar_exp(*run, "hydra.run.dir=whole", "tracking=none").returncode == 0
+    cut, cuts = workplace / "cut", []
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = started(*run, "hydra.run.dir=cut", "resume=auto")
+        before = len(journal.read(cut))
+        wait_for(lambda before=before: len(journal.read(cut)) > before + 5, process)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
+        cuts.append(manifest(cut).step)
+        assert f"saved after step {cuts[-1]}; the same command with resume=cut goes on" in output
+        # MLflow has but a few seconds to take that in, on a busy machine too.
+        assert [run.info.status for run in all_runs(client())] == ["KILLED"] or "cifar-exp-sync" in errors
+    assert any(step % 60 for step in cuts), "by chance all cuts lay between two epochs"
+    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+    for name, value in weights(workplace / "whole").items():
+        assert torch.equal(value, weights(cut)[name]), name
+    last = journal.last_values(cut)
+    split = [value for name, value in last.items() if name.startswith("time_split/")]
+    assert sum(split) == pytest.approx(last["time/total_seconds"], abs=1e-3)
+    (record,) = all_runs(client())
+    assert record.info.status == "FINISHED"
+
+
+def test_a_run_that_was_cut_on_four_ranks_goes_on_on_two(cifar_exp: Command, started: Start, workplace: Path) -> None:
+    """Statistics of batch norms are then the mean of the ranks', and every image counts once."""
+    run = [*STEPS, "tracking=none", "train.scaling=strong"]
+    process = started(*run, "devices.count=4", "hydra.run.dir=cut")
+    wait_for(lambda: len(journal.read(workplace / "cut")) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    again = cifar_exp(*run, "devices.count=2", "resume=cut")
+    assert again.returncode == 0, again.stderr
+    assert "4 device(s) then, 2 now: 8 images a step in the same order, 4 a device" in again.stdout
+    entries = journal.read(workplace / "cut")
+    steps = [entry.step for entry in entries if "step/loss" in entry.metrics]
+    assert steps == list(range(7, 361, 7))
+    assert journal.last_values(workplace / "cut")["test/count"] == 33
+
+
+@pytest.mark.parametrize("how", ["file", "time"])
+def test_training_that_is_ended_early_is_finished(
+    cifar_exp: Command, started: Start, workplace: Path, how: str
+) -> None:
+    run = [*STEPS, "train.epochs=100000", "hydra.run.dir=run"]
+    folder = workplace / "run"
+    process = started(*run, *(["train.max_seconds=6"] if how == "time" else []))
+    if how == "file":
+        wait_for(lambda: len(journal.read(folder)) > 5, process)
+        (folder / "stop").touch()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    reason = "train.max_seconds" if how == "time" else "the file stop in the run's folder"
+    assert f"training ended early: {reason}" in output
+    assert not (folder / "stop").exists()
+    last = journal.last_values(folder)
+    assert last["test/count"] == 33
+    assert manifest(folder).step == journal.read(folder)[-1].step
+    assert sum(v for name, v in last.items() if name.startswith("time_split/")) == pytest.approx(
+        last["time/total_seconds"], abs=1e-3
+    )
+    assert [run.info.status for run in all_runs(client())] == ["FINISHED"]
+    if how == "file":
+        again = cifar_exp(*run, "resume=auto")
+        assert "finished before" in again.stdout
+
+
+DYING = """
+import os, signal
+from torch import nn
+class Dying(nn.Linear):
+    steps = 0
+    def forward(self, images):
+        Dying.steps += self.training
+        if os.environ.get("RANK") == "1" and self.training and Dying.steps == 130 and not os.path.exists("died"):
+            open("died", "w").close()
+            {how}
+        return super().forward(images.flatten(1))
+def model(*, num_classes, width, depth):
+    return Dying(3072, num_classes)
+"""
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "raise RuntimeError('boom')"])
+def test_ranks_that_die_are_replaced_and_training_goes_on(cifar_exp: Command, workplace: Path, how: str) -> None:
+    (workplace / "dying.py").write_text(DYING.format(how=how))
+    model = ("model._target_=dying.model", "trusted_modules=[dying]", "tracking=none", "devices.count=2")
+    done = cifar_exp(*STEPS, *model, "launcher.max_restarts=1", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "died").exists()
+    assert "a rank died or hung; restart 1: training goes on from step 120" in done.stderr
+    assert "Traceback" not in done.stderr
+    whole = cifar_exp(*STEPS, *model, "hydra.run.dir=whole")  # it has died
+    assert whole.returncode == 0, whole.stderr
+    assert curve(journal.read(workplace / "run")) == curve(journal.read(workplace / "whole"))
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Path) -> None:
+    process = started(*TINY, "train.epochs=100000", "devices.count=2", "launcher.timeout=3", "tracking=none")
+    ranks = training_ranks(process, workplace)
+    ranks[1].send_signal(signal.SIGSTOP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 7
+    assert "rank 1 hung after step " in errors
+    assert "(no sign of life for 3 s, it is stopped)" in errors
+    assert "Traceback" not in errors
+
+
+def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each_figure_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
+    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+    monkeypatch.setattr("cifar_exp.train.gathered", lambda value: [value])
+    whole, model, expected = trainer(ALONE)
+    whole.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    cut, half_trained, reported = trainer(ALONE)
+    cut.control = Control(tmp_path)
+    (tmp_path / LEAVE_FILE).touch()
+    monkeypatch.setattr(Control, "agreed", lambda _self, _moment: None)  # it is noticed in the evaluation alone
+    saved: list[bool] = []
+    assert cut.fit(train_batches(ALONE), validation(ALONE), epochs=1, save=saved.append) is None
+    assert saved == [True]
+    again, other_model, rest = trainer(ALONE)
+    other_model.load_state_dict(half_trained.state_dict())
+    again.load_state_dict(cut.state_dict(), same_run=True)
+    final = again.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    assert final is not None
+    assert final.count == 9
+
+    def figures(reports: list[tuple[int, int, dict[str, float]]]) -> list[tuple[int, str, float]]:
+        return [(step, name, v) for step, _, values in reports for name, v in values.items() if "second" not in name]
+
+    assert figures(reported + rest) == figures(expected)
+    assert len({(step, name) for step, name, _ in figures(expected)}) == len(figures(expected))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other_model.state_dict()[name]), name

@@ -1,0 +1,37 @@
+"""Temporary folders: private, removed at the end, and after a kill by whoever comes next; never one that is in use."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_exp.temporary import private_folder
+from tests.conftest import environment
+
+HOLD = """
+import time
+from cifar_exp.temporary import private_folder
+with private_folder() as folder:
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        other = Path(process.stdout.readline().strip())
+        with private_folder() as mine:
+            assert {path.name for path in tmp_path.iterdir()} == {mine.name, other.name}
+            assert mine.stat().st_mode & 0o777 == 0o700
+        assert list(tmp_path.iterdir()) == [other]
+        process.kill()
+    assert list(tmp_path.iterdir()) == [other]
+    with private_folder() as mine:
+        assert list(tmp_path.iterdir()) == [mine]
+    assert list(tmp_path.iterdir()) == []

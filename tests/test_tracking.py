@@ -1,0 +1,316 @@
+"""MLflow gets every point once, whatever becomes of its server; runs of the dead are closed, of the living never."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from cifar_exp import journal
+from cifar_exp.journal import Entry
+from cifar_exp.owner import Owner
+from cifar_exp.record import RUN_ID_FILE, Outcome, RunInfo
+from cifar_exp.recording import Follower
+from cifar_exp.stale import owner_tags
+from cifar_exp.tracking import MLflowTracker
+from tests.conftest import TINY, Command, environment, the_run
+from tests.servers import Relay, relay  # noqa: F401
+from tests.test_failures import wait_for
+from tests.test_run import all_runs, client
+
+Start = Callable[..., "subprocess.Popen[str]"]
+ENDLESS = [*TINY, "data.train_count=960", "train.log_every=10", "train.epochs=100000"]
+
+
+def info(run_dir: Path, **more: Any) -> RunInfo:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    made = RunInfo("a run", run_dir, {"lr": 0.1}, {"devices": "1"}, time.time(), **more)
+    made.save("hash")
+    return made
+
+
+def points(store: MlflowClient, run_id: str, run_dir: Path) -> Counter[tuple[str, int, str]]:
+    """Name, step and value of every point that the store holds of the metrics in a run's journal."""
+    names = journal.last_values(run_dir)
+    return Counter(
+        (name, point.step, repr(point.value)) for name in names for point in store.get_metric_history(run_id, name)
+    )
+
+
+def written(run_dir: Path) -> Counter[tuple[str, int, str]]:
+    """The same of the journal."""
+    return Counter(
+        (name, entry.step, repr(value)) for entry in journal.read(run_dir) for name, value in entry.metrics.items()
+    )
+
+
+def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> None:
+    tracker = MLflowTracker(f"sqlite:///{workplace / 'runs.db'}")
+    run = info(workplace / "run")
+    entries = [
+        Entry(1, 1, 0.5, {"loss": 1.0, "odd (name)": 2.0, "bad": math.nan}),
+        Entry(2, 1, 0.75, {"loss": 1.0, "bad": math.nan, "up": math.inf}),
+    ]
+    for _ in range(3):  # params, which cannot be changed, and tags too
+        sink = tracker.sink(run)
+        sink.open()
+        sink.write(entries[:1])
+        sink.write(entries)
+        sink.close("FINISHED")
+    store = tracker.client()
+    (record,) = all_runs(store)
+    assert record.info.status == "FINISHED"
+    assert record.data.params == {"lr": "0.1"}
+    history = {name: store.get_metric_history(record.info.run_id, name) for name in ("loss", "odd _name_", "bad", "up")}
+    assert {name: [point.step for point in found] for name, found in history.items()} == {
+        "loss": [1, 2],
+        "odd _name_": [1],
+        "bad": [1, 2],
+        "up": [2],
+    }
+    assert [point.timestamp - record.info.start_time for point in history["loss"]] == [500, 750]
+    assert all(math.isnan(point.value) for point in history["bad"])
+    assert sink.missing(entries) == []
+    assert sink.missing([*entries, Entry(3, 1, 0.9, {"loss": 2.0})]) == [Entry(3, 1, 0.9, {"loss": 2.0})]
+
+
+def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MLflowTracker(f"sqlite:///{workplace / 'made.db'}").client()
+    shutil.copy(workplace / "made.db", workplace / "runs.db")  # MLflow keeps open what it has opened
+    uri = f"sqlite:///{workplace / 'runs.db'}"
+    run = info(workplace / "run")
+    writer = journal.JournalWriter(run.run_dir)
+    writer.write(Entry(1, 1, 0.5, {"loss": 1.0}))
+    writer.close()
+    held = sqlite3.connect(workplace / "runs.db", isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    follower = Follower(run.run_dir, MLflowTracker(uri).sink(run), interval=0.1)
+    follower.start()
+    deadline = time.monotonic() + 120
+    told = ""
+    while "trying again" not in told:
+        told += capsys.readouterr().err
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "database is locked" in told
+    held.execute("ROLLBACK")
+    held.close()
+    follower.finish("FINISHED", patience=100)
+    assert follower.error is None
+    told += capsys.readouterr().err
+    assert told.count("trying again") == told.count("is back") == told.count("\n") / 2 == 1
+    store = MLflowTracker(uri).client()
+    (record,) = all_runs(store)
+    assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
+
+
+def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Relay, mlflow_server: int) -> None:  # noqa: F811
+    run = info(workplace / "run")
+    tracker = MLflowTracker(relay.address, "lost answers")
+    sink = tracker.sink(run)
+    create = MlflowClient.create_run
+
+    def deaf(*arguments: Any, **more: Any) -> Any:
+        relay.turn("deaf")
+        return create(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "create_run", deaf)
+        with pytest.raises(Exception, match="API request"):
+            sink.open()
+    relay.turn("pass")
+    assert not (run.run_dir / RUN_ID_FILE).exists()
+    sink.open()
+    store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
+    experiment = store.get_experiment_by_name("lost answers")
+    assert experiment is not None
+    assert len(store.search_runs([experiment.experiment_id])) == 1
+    assert (run.run_dir / RUN_ID_FILE).read_text().strip() == sink.run_id
+
+
+def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_elses(
+    cifar_exp: Command,
+    workplace: Path,
+    relay: Relay,  # noqa: F811
+    mlflow_server: int,
+) -> None:
+    run = [*ENDLESS, f"tracking.uri={relay.address}", "tracking.experiment=outage", "hydra.run.dir=run"]
+    store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
+    with (workplace / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cifar_exp", *run, "progress=quiet"],
+            cwd=workplace,
+            env=environment(),
+            stderr=errors,
+            text=True,
+        )
+    try:
+        wait_for(lambda: (workplace / "run" / RUN_ID_FILE).exists(), process)
+        identity = (workplace / "run" / RUN_ID_FILE).read_text().strip()
+        wait_for(lambda: "step/loss" in store.get_run(identity).data.metrics, process)
+        for mode in ("cut", "hang"):
+            told = (workplace / "errors").read_text().count("trying again")
+            relay.turn(mode)
+            wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
+            relay.turn("pass")
+            wait_for(lambda told=told: (workplace / "errors").read_text().count("is back") > told, process)
+        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("run", module="cifar_exp.sync")):
+            assert refused.returncode == 2
+            assert f"(process {process.pid} on " in refused.stderr
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        listening = {c.laddr.ip for one in family for c in one.net_connections() if c.status == psutil.CONN_LISTEN}
+        assert listening <= {"127.0.0.1"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    assert (workplace / "errors").read_text().count("\n") <= 6  # two outages, and the end
+    done = cifar_exp("run", module="cifar_exp.sync")  # what there was no time for
+    assert done.returncode == 0, done.stderr
+    record = store.get_run(identity)
+    assert record.info.status == "KILLED"
+    assert points(store, identity, workplace / "run") == written(workplace / "run")
+    assert len(store.search_runs([record.info.experiment_id])) == 1
+
+
+def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are_not(
+    cifar_exp: Command, started: Start, workplace: Path
+) -> None:
+    sweep = started("-m", *ENDLESS, "seed=1,2")
+    wait_for(lambda: list((workplace / "outputs").glob(f"multirun/*/*/0/{RUN_ID_FILE}")), sweep)
+    wait_for(lambda: [run.info.status for run in all_runs(client())] == ["RUNNING"] * 2, sweep)
+    other = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
+    assert other.returncode == 0, other.stderr
+    assert sorted(run.info.status for run in all_runs(client())) == ["FINISHED", "RUNNING", "RUNNING"]
+    sweep.kill()
+    sweep.wait()
+    store = client()
+    experiment = all_runs(store)[0].info.experiment_id
+
+    def planted(name: str, **changes: str) -> str:
+        folder = workplace / "outputs" / name
+        folder.mkdir()
+        tags = {f"process.{key}": value for key, value in changes.items()}
+        identity = store.create_run(experiment, tags=owner_tags(folder) | tags, run_name=name).info.run_id
+        (folder / RUN_ID_FILE).write_text(identity)
+        return str(identity)
+
+    living = planted("living")
+    elsewhere = planted("elsewhere", host="another", boot_id="x")
+    container = planted("container", pid_namespace="pid:[1]", pid="1")
+    reused = planted("reused", pid_started="1")
+    rebooted = planted("rebooted", boot_id="an earlier one")
+    finished = planted("finished", boot_id="an earlier one")
+    Outcome("FINISHED", 1_700_000_000.5).save(workplace / "outputs" / "finished")
+    next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
+    assert next_start.returncode == 0, next_start.stderr
+    status = {run.info.run_id: run.info.status for run in all_runs(store)}
+    expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
+    expected |= {reused: "KILLED", rebooted: "KILLED", finished: "FINISHED"}
+    assert {identity: status.pop(identity) for identity in expected} == expected
+    assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job
+    assert store.get_run(finished).info.end_time == 1_700_000_000_500
+
+
+def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
+    here = Owner.here()
+    assert not here.is_gone()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    theirs = Owner(here.host, here.boot_id, here.pid_namespace, child.pid, fields[19])
+    assert not theirs.is_gone()
+    child.kill()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert theirs.is_gone()  # dead, and not yet waited for
+    child.wait()
+    assert theirs.is_gone()
+    assert str(theirs).startswith(f"process {child.pid} on {os.uname().nodename}")
+
+
+def test_a_run_that_was_never_heard_of_is_brought_later_whole(
+    cifar_exp: Command,
+    workplace: Path,
+    relay: Relay,  # noqa: F811
+    mlflow_server: int,
+) -> None:
+    """A server that takes requests and never answers, from the first to the last."""
+    relay.turn("hang")
+    address = f"tracking.uri={relay.address.replace('//', '//me:secret-word@')}"
+    began = time.monotonic()
+    done = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3")
+    assert time.monotonic() - began < 120
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+    folder = the_run(workplace)
+    assert done.stderr.splitlines()[-1].endswith(f"cifar-exp-sync {folder.relative_to(workplace)}")
+    assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
+    assert not (folder / RUN_ID_FILE).exists()
+
+    refused = cifar_exp(str(folder), module="cifar_exp.sync")
+    assert refused.returncode == 5
+    assert "Nothing is lost" in refused.stderr
+    relay.turn("pass")
+    brought = cifar_exp(str(folder), address, module="cifar_exp.sync")
+    assert brought.returncode == 0, brought.stderr
+    count = sum(written(folder).values())
+    assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
+    again = cifar_exp("outputs", module="cifar_exp.sync")
+    assert again.returncode == 0, again.stderr
+    assert f" 0 of {count} points" in again.stdout
+    assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout
+
+    store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
+    identity = (folder / RUN_ID_FILE).read_text().strip()
+    record = store.get_run(identity)
+    assert record.info.status == "FINISHED"
+    assert record.data.params["seed"] == "3"
+    assert record.data.tags["devices"] == "1"
+    assert points(store, identity, folder) == written(folder)
+    kept = {artifact.path for artifact in store.list_artifacts(identity)}
+    assert kept == {"config.yaml", "progress.html", "training.png", "metrics.jsonl", "model.safetensors"}
+    saved = json.loads((folder / "run.json").read_text())
+    assert record.info.start_time == round(saved["started"] * 1000)
+    assert abs(record.info.end_time / 1000 - saved["started"]) < 120
+
+
+def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp("-m", *TINY, "devices.count=1,2", "devices.oversubscribe=false", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (workplace / "outputs").glob("multirun/*/*")
+    shutil.move(workplace / "outputs" / "mlflow.db", workplace / "lost.db")
+    other = f"sqlite:///{workplace / 'other.db'}"
+    brought = cifar_exp(str(folder / "1"), f"tracking.uri={other}", module="cifar_exp.sync")
+    assert brought.returncode == 0, brought.stderr
+    assert len(brought.stdout.splitlines()) == 2  # the job, and the sweep that it belongs to
+    brought = cifar_exp(str(folder), f"tracking.uri={other}", module="cifar_exp.sync")
+    assert brought.returncode == 0, brought.stderr
+    store = MlflowClient(other)
+    runs = all_runs(store)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert [run.data.tags.get("mlflow.parentRunId") for run in runs].count(parent.info.run_id) == 2
+    speedup = store.get_metric_history(parent.info.run_id, "speedup")
+    assert sorted(point.step for point in speedup) == [1, 2]
+    assert {file.path for file in store.list_artifacts(parent.info.run_id)} == {"speedup.csv", "speedup.png"}
+    assert parent.data.tags["devices"] == "1,2"
+    for wrong, message in {
+        ("nowhere",): "there is no run in this folder",
+        (str(folder), "tracking.url=x"): "tracking.uri=<address> or tracking.experiment=<name>",
+        (str(folder), "tracking.uri=ftp://x"): "it must begin with one of",
+    }.items():
+        refused = cifar_exp(*wrong, module="cifar_exp.sync")
+        assert refused.returncode == 2
+        assert message in refused.stderr
