@@ -79,8 +79,9 @@ class TrainBatches:
         seed: of order and augmentation.
         rank: this rank.
         world_size: number of ranks.
-        batch_size: images of this rank a step.
+        batch_size: images of this rank and micro-batch.
         scales: side of the images in each epoch, as a share of their own; none: full size.
+        accumulate: micro-batches of this rank a step. They are those that as many ranks would have.
     """
 
     source: Source
@@ -91,6 +92,7 @@ class TrainBatches:
     world_size: int
     batch_size: int
     scales: tuple[float, ...] = ()
+    accumulate: int = 1
 
     def noise_seed(self, epoch: int) -> int:
         """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
@@ -99,10 +101,10 @@ class TrainBatches:
     @property
     def steps(self) -> int:
         """Steps of an epoch; the last partial global batch is dropped."""
-        return len(self.source) // (self.batch_size * self.world_size)
+        return len(self.source) // (self.batch_size * self.world_size * self.accumulate)
 
     def draws(self, epoch: int, done: int = 0) -> Iterator[Draw]:
-        """What each step of an epoch (counted from 1) trains on, after the first ``done`` ones."""
+        """What each micro-batch of an epoch (counted from 1) trains on, after those of the first ``done`` steps."""
         return self._draws(epoch, range(done, self.steps))
 
     def example(self) -> Draw:
@@ -114,7 +116,9 @@ class TrainBatches:
         order = epoch_order(len(self.source), self.seed, epoch)
         # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
         parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
-        starts = [(step * self.world_size + self.rank) * self.batch_size for step in steps]
+        ranks = self.world_size * self.accumulate  # that would share a step without accumulation
+        places = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+        starts = [(step * ranks + rank) * self.batch_size for step in steps for rank in places]
         mine = [slice(start, start + self.batch_size) for start in starts]
         for part, draw in zip(mine, self.source.draws(order, mine), strict=True):
             yield *draw, parameters[part]

@@ -27,9 +27,10 @@ def describe_plan(
         f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
         for first, last, low, high in _shortened(plan.learning_rate_ranges())
     )
+    each = f"{plan.accumulate} micro-batches of " if plan.accumulate > 1 else ""
     return {
         "devices": str(devices),
-        "batch": f"{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
+        "batch": f"{each}{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
         "training images": f"{data.train_count:,} in {len(data.classes)} classes{_kept_apart(data)}",
         "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",

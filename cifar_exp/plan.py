@@ -19,7 +19,8 @@ class Plan:
 
     Attributes:
         world_size: number of ranks.
-        per_device_batch_size: images a rank and step.
+        per_device_batch_size: images a rank and micro-batch.
+        accumulate: micro-batches a rank and step.
         global_batch_size: images a step over all ranks.
         epochs: passes over the training set.
         steps_per_epoch: whole global batches in the training set.
@@ -31,6 +32,7 @@ class Plan:
 
     world_size: int
     per_device_batch_size: int
+    accumulate: int
     global_batch_size: int
     epochs: int
     steps_per_epoch: int
@@ -62,13 +64,18 @@ def check_scaling(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: under strong scaling, where ``train.batch_size`` is not divisible by the number of ranks.
     """
-    batch_size = config.train.batch_size
-    if config.train.scaling == "strong" and batch_size % world_size:
-        nearest = max(world_size, round(batch_size / world_size) * world_size)
+    batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
+    if config.train.scaling == "strong" and batch_size % parts:
+        nearest = max(parts, round(batch_size / parts) * parts)
         raise ConfigError(
-            f"train.batch_size={batch_size}: under train.scaling=strong it is shared by {world_size} devices and must "
-            f"be divisible by {world_size}. Type train.batch_size={nearest}"
+            f"train.batch_size={batch_size}: under train.scaling=strong it is shared by {_sharers(config, world_size)} "
+            f"and must be divisible by {parts}. Type train.batch_size={nearest}"
         )
+
+
+def _sharers(config: Config, world_size: int) -> str:
+    accumulate = config.train.accumulate
+    return f"{world_size} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
 
 
 def make_plan(
@@ -76,26 +83,27 @@ def make_plan(
 ) -> Plan:
     """The plan for ``world_size`` ranks and ``train_count`` training images, those kept apart not among them.
 
-    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch. The learning
+    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch; with
+    ``train.accumulate`` each device stands for as many, one after the other. The learning
     rate follows the global batch by ``train.lr_scaling``: see :func:`scaled_rates`. A run that goes on from a
     checkpoint keeps that one's global batch, ``resumed_batch``, whatever the number of ranks.
 
     Raises:
         ConfigError: where the batch is larger than the training set or not divisible by the ranks.
     """
-    batch_size = config.train.batch_size
-    if resumed_batch is not None and resumed_batch % world_size:
+    batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
+    if resumed_batch is not None and resumed_batch % parts:
         raise ConfigError(
             f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images a step, which "
-            f"{world_size} devices cannot share evenly. Type a device count that divides {resumed_batch}"
+            f"{_sharers(config, world_size)} cannot share evenly. Type a device count that divides {resumed_batch}"
         )
     if resumed_batch is None:
         check_scaling(config, world_size)
-    global_batch = batch_size * world_size if config.train.scaling == "weak" else batch_size
+    global_batch = batch_size * parts if config.train.scaling == "weak" else batch_size
     global_batch = resumed_batch or global_batch
     if global_batch > train_count:
-        share = train_count // world_size
-        fits = share * world_size if config.train.scaling == "strong" else share
+        share = train_count // parts
+        fits = share * parts if config.train.scaling == "strong" else share
         advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
         rest = ""
         if config.validation:
@@ -114,7 +122,8 @@ def make_plan(
     rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
     return Plan(
         world_size=world_size,
-        per_device_batch_size=global_batch // world_size,
+        per_device_batch_size=global_batch // parts,
+        accumulate=config.train.accumulate,
         global_batch_size=global_batch,
         epochs=config.train.epochs,
         steps_per_epoch=steps_per_epoch,

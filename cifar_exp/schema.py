@@ -36,6 +36,7 @@ class Train:
     epochs: Count = 60
     batch_size: Count = 256  # images: a device's under weak scaling, the global batch under strong scaling
     scaling: Literal["weak", "strong"] = "weak"
+    accumulate: Count = 1  # micro-batches a device and step: the gradients of as many devices, one after the other
     lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"] = "linear"  # of the rate with the global batch
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "never", "always"] = "auto"

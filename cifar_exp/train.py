@@ -1,10 +1,11 @@
 """The training loop: fit, train_one_epoch, evaluate. Pure torch; it knows no configuration system and no tracker."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -253,6 +254,8 @@ class Trainer:
             RuntimeError: where the step cannot be captured, as in float16, whose scaler asks the host; steps are then
                 taken one by one as before.
         """
+        if batches.accumulate > 1:
+            raise RuntimeError(f"train.accumulate={batches.accumulate} makes several passes of each")
         if self._scaler.is_enabled():
             raise RuntimeError("float16 scales the loss by what the host reads of each step")
         fused = all(group.get("fused") and group.get("capturable", True) for group in self.optimizer.param_groups)
@@ -302,11 +305,12 @@ class Trainer:
         watch = progress.watch
         self._take_up_epoch(epoch, batches)
         last = self.step + batches.steps - progress.steps
-        for draw in _timed(batches.draws(epoch, progress.steps), watch):
+        micro_batches = _timed(batches.draws(epoch, progress.steps), watch)
+        while draws := tuple(islice(micro_batches, batches.accumulate)):
             lr = self.learning_rates[self.step]
             if (self.step + 1) % self.control.every == 0 or self.step + 1 == last:
                 self.control.ask(2 * (self.step + 1))
-            self._take_step(batches, draw, batches.scale(epoch), lr, watch)
+            self._take_step(batches, draws, batches.scale(epoch), lr, watch)
             with watch.span("step"):
                 self.step += 1
                 progress.steps += 1
@@ -350,32 +354,38 @@ class Trainer:
         if self._unfinished.steps == batches.steps:
             self.epoch, self._unfinished = epoch, None
 
-    def _take_step(self, batches: TrainBatches, draw: Draw, scale: float, lr: float, watch: Stopwatch) -> None:
-        if self._captured:
-            with watch.span("step"):
-                self._set_lr(lr)
+    def _take_step(
+        self, batches: TrainBatches, draws: Sequence[Draw], scale: float, lr: float, watch: Stopwatch
+    ) -> None:
+        with watch.span("step"):
+            self._set_lr(lr)
+            if self._captured:
+                (draw,) = draws
                 self._captured[scale](*draw)
                 if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
                     for parameter, gradient in zip(self.model.parameters(), self._gradients[scale], strict=True):
                         parameter.grad = gradient
                     self._update()
-        else:
-            with watch.span("data"):
-                images, labels = batches.make(*draw, scale=scale)
-            with watch.span("step"):
-                self.train_step(images, labels, lr)
-        if self._averaged:
-            with watch.span("step"):
+            else:
+                for number, draw in enumerate(draws, 1):
+                    with watch.span("data"):
+                        images, labels = batches.make(*draw, scale=scale)
+                    self._add_gradients(images, labels, len(draws), is_last=number == len(draws))
+                self._update()
+                self.optimizer.zero_grad(set_to_none=True)
+            if self._averaged:
                 self._averaged.update_parameters(self._network)
 
-    def train_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
-        """Forward, backward, update. ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64."""
-        self._set_lr(lr)
-        loss, logits = self._loss(images, labels)
-        self._scaler.scale(loss).backward()
+    def _add_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
+        """Forward and backward; ranks average their gradients in the last of a step's micro-batches.
+
+        ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64.
+        """
+        parallel = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
+        with nullcontext() if is_last or parallel is None else parallel.no_sync():
+            loss, logits = self._loss(images, labels)
+            self._scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
         self.communication.backward_done()
-        self._update()
-        self.optimizer.zero_grad(set_to_none=True)
         self._block.add(loss.detach(), logits.detach(), labels)
 
     def _update(self) -> None:

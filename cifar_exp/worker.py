@@ -237,6 +237,7 @@ def _train(
         *share,
         job.plan.per_device_batch_size,
         job.plan.image_scales,
+        job.plan.accumulate,
     )
     test = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
     validation = test if kept_apart is None else replace(test, source=kept_apart)

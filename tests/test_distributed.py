@@ -125,19 +125,23 @@ def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[
     return made, model, reports
 
 
-def train_batches(world: World, normalization: Normalization = NORMALIZATION) -> TrainBatches:
-    """Three steps of global batch 16, two images left out."""
-    return TrainBatches(images(50, seed=7), Crop(), normalization, 3, world.rank, world.size, 16 // world.size)
+def train_batches(
+    world: World, normalization: Normalization = NORMALIZATION, accumulate: int = 1, batch: int = 16
+) -> TrainBatches:
+    """Steps of global batch 16, of three of them two images left out."""
+    share = batch // world.size // accumulate
+    position = (world.rank, world.size, share)
+    return TrainBatches(images(50, seed=7), Crop(), normalization, 3, *position, accumulate=accumulate)
 
 
 def validation(world: World) -> EvaluationBatches:
     return EvaluationBatches(images(9, seed=8), NORMALIZATION, world.rank, world.size)
 
 
-def trained(world: World) -> Results:
+def trained(world: World, accumulate: int = 1) -> Results:
     """One epoch of three steps."""
     made, model, reports = trainer(world)
-    final = made.fit(train_batches(world), validation(world), epochs=1)
+    final = made.fit(train_batches(world, accumulate=accumulate), validation(world), epochs=1)
     return {
         "parameters": vector(model.parameters()),
         "buffers": vector(floating_buffers(model)),
@@ -186,6 +190,7 @@ def all_results(world: World) -> Results:
         "fewer_images_than_ranks": vars(evaluated(world, 1)),
         "averaged": averaged(world),
         "trained": trained(world),
+        "accumulated": {parts: trained(world, parts) for parts in (2, 4)},
         "plain_loop": plain_loop(world.size),
         "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
     }
@@ -303,6 +308,23 @@ def test_training_is_that_of_a_plain_loop_and_its_loss_that_of_all_ranks(pair: l
         assert metrics["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
         correct = 16 * sum(point["step/accuracy"] for _, _, point in steps)
         assert metrics["train/accuracy"] * 48 == pytest.approx(correct)
+
+
+def test_accumulation_is_as_many_devices(pair: list[Results], alone: Results) -> None:
+    """Two micro-batches on one rank, two ranks; four on one, two on each of two: the same images, losses and steps."""
+    start = vector(tiny_model().parameters())
+    for one, several in (
+        (alone["accumulated"][2], pair[0]["trained"]),
+        (alone["accumulated"][4], pair[0]["accumulated"][2]),
+    ):
+        way = (several["parameters"] - start).norm()
+        assert (one["parameters"] - several["parameters"]).norm() < 1e-5 * way
+        assert one["steps"] == several["steps"] == 3
+        for name in ("step/loss", "step/accuracy"):
+            mine, theirs = ([m[name] for _, _, m in result["reports"][:3]] for result in (one, several))
+            assert mine == pytest.approx(theirs, rel=1e-5)
+    # Not what one rank makes of the whole batch: batch norm sees the micro-batch.
+    assert (alone["trained"]["parameters"] - alone["accumulated"][2]["parameters"]).norm() > 1e-3 * way
 
 
 def test_what_an_epoch_reports(pair: list[Results], alone: Results) -> None:

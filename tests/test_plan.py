@@ -47,6 +47,19 @@ def test_strong_scaling_keeps_the_global_batch_the_steps_and_the_rate(devices: i
     assert made.learning_rates == plan(1).learning_rates
 
 
+@pytest.mark.parametrize("scaling", ["weak", "strong"])
+def test_accumulation_plans_what_as_many_devices_would(scaling: str) -> None:
+    one, several = plan(2, accumulate=4, scaling=scaling), plan(8, scaling=scaling)
+    for name in ("per_device_batch_size", "global_batch_size", "steps_per_epoch", "dropped_images", "learning_rates"):
+        assert getattr(one, name) == getattr(several, name), name
+    assert (one.world_size, one.accumulate) == (2, 4)
+
+
+def test_micro_batches_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"2 devices x 3 micro-batches and must be divisible by 6\. Type .*=258"):
+        plan(2, accumulate=3, scaling="strong")
+
+
 def test_the_rate_grows_with_the_batch_and_not_with_the_devices() -> None:
     """It is stated for 256 images: 512 on one device have the rate of 2 x 256."""
     assert plan(1, batch_size=512).learning_rates == plan(2).learning_rates
