@@ -278,7 +278,13 @@ def _bind(name: str, section: Mapping[str, Any], trusted: Iterable[str]) -> "par
     """The section's `_target_` with its keywords, checked against its signature."""
     target = _imported(section["_target_"], f"{name}._target_", trusted)
     keywords = {key: value for key, value in section.items() if key not in {"_target_", *KEPT.get(name, ())}}
-    signature = inspect.signature(target, eval_str=True)
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (TypeError, ValueError) as error:  # as that of a built-in class
+        raise ConfigError(
+            f"{name}._target_={section['_target_']}: it does not say what it is called with. Type that of a function "
+            f"or class which does"
+        ) from error
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     passed = PASSED.get(name, set())
     valid = set(signature.parameters) - passed

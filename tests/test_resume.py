@@ -42,7 +42,7 @@ def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) ->
     process.communicate()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 4])  # two: tests/test_stopping.py and the fault suite
 def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, workplace: Path, ranks: int) -> None:
     run = [*REPEATABLE, f"devices.count={ranks}", "devices.oversubscribe=true", "train.batch_size=8"]
     whole = cifar_exp(*run, "hydra.run.dir=whole", "tracking=none")
@@ -133,7 +133,7 @@ def test_another_number_of_devices_keeps_the_global_batch(cifar_exp: Command, wo
     assert "optimizer.lr: 0.1 then, 0.01 now" in one.stdout
     entries = journal.read(workplace / "one")  # a run of its own
     assert [entry.step for entry in entries if "val/accuracy" in entry.metrics] == [3]
-    assert entries[0].metrics["lr"] == pytest.approx(0.01 * 64 / 256)
+    assert journal.last_values(workplace / "one")["lr"] == pytest.approx(0.01 * 64 / 256)
 
 
 def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path) -> None:

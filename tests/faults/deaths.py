@@ -49,7 +49,7 @@ def rank_0_killed(scene: Scene) -> None:
     chain(scene, "SIGKILL of rank 0", lambda run: run.ranks()[0].kill(), 7, "rank 0", "SIGKILL")
 
 
-@case("SIGKILL of rank 1", racy=True, quick=True, needs=("linux",))
+@case("SIGKILL of rank 1", racy=True, needs=("linux",))
 def rank_1_killed(scene: Scene) -> None:
     chain(scene, "SIGKILL of rank 1", lambda run: run.ranks()[1].kill(), 7, "rank 1", "SIGKILL")
 

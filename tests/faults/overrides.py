@@ -105,7 +105,7 @@ def key(word: str) -> str:
 @case("random overrides", quick=True)
 def random_overrides(scene: Scene) -> None:
     counts = {True: 0, False: 0}
-    count = 300 if scene.suite.repeat == 1 else scene.suite.examples
+    count = 100 if scene.suite.repeat == 1 else scene.suite.examples
 
     @seed(scene.suite.seed)
     @hypothesis_settings(
