@@ -21,12 +21,12 @@ REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.determini
 
 
 def curve(entries: list[Entry]) -> list[tuple[int, str, float]]:
-    """Everything in a journal that time has no part in."""
+    """Everything in a journal that time and the machine have no part in."""
     return [
         (entry.step, name, value)
         for entry in entries
         for name, value in entry.metrics.items()
-        if not name.startswith("time") and "per_second" not in name
+        if not name.startswith(("time", "machine/")) and "per_second" not in name
     ]
 
 

@@ -304,7 +304,8 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     assert [run.data.tags.get("mlflow.parentRunId") for run in runs].count(parent.info.run_id) == 2
     speedup = store.get_metric_history(parent.info.run_id, "speedup")
     assert sorted(point.step for point in speedup) == [1, 2]
-    assert {file.path for file in store.list_artifacts(parent.info.run_id)} == {"speedup.csv", "speedup.png"}
+    files = {file.path for file in store.list_artifacts(parent.info.run_id)}
+    assert files == {"speedup.csv", "speedup.png", "speedup.html"}
     assert parent.data.tags["devices"] == "1,2"
     for wrong, message in {
         ("nowhere",): "there is no run in this folder",

@@ -52,12 +52,12 @@ def assert_same_as_uninterrupted(scene: Scene, run: Sequence[str], run_dir: str 
 
 
 def curve(entries: Sequence[Entry]) -> list[tuple[int, str, float]]:
-    """Everything in a journal that time has no part in."""
+    """Everything in a journal that time and the machine have no part in."""
     return [
         (entry.step, name, value)
         for entry in entries
         for name, value in entry.metrics.items()
-        if not name.startswith("time") and "per_second" not in name
+        if not name.startswith(("time", "machine/")) and "per_second" not in name
     ]
 
 
