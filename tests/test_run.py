@@ -157,7 +157,7 @@ def test_mlflow_is_the_version_that_the_contract_names() -> None:
 
 @pytest.mark.skipif(not (REAL_IMAGES / "train").is_dir(), reason=f"no images in {REAL_IMAGES} (set CIFAR_EXP_IMAGES)")
 def test_a_small_network_learns_the_real_images_in_an_epoch(cifar_exp: Command, workplace: Path) -> None:
-    small = ["model.width=8", "model.depth=1", "train.epochs=1", "devices=cpu", "tracking=none"]
+    small = ["model.width=8", "model.depth=1", "train.epochs=1", "devices=cpu", "devices.count=1", "tracking=none"]
     done = cifar_exp("data=folders", f"data.root={REAL_IMAGES}", *small)  # decoded once, as for a user
     assert done.returncode == 0, done.stderr
     assert "50,000 in 10 classes" in done.stdout
