@@ -10,24 +10,14 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint, journal
-from cifar_exp.journal import Entry
 from tests.conftest import TINY, Command
+from tests.faults.runs import curve
 from tests.test_checkpoint import reseal
 from tests.test_failures import wait_for
 from tests.test_run import all_runs, client
 
 Start = Callable[..., "subprocess.Popen[str]"]
 REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
-
-
-def curve(entries: list[Entry]) -> list[tuple[int, str, float]]:
-    """Everything in a journal that time and the machine have no part in."""
-    return [
-        (entry.step, name, value)
-        for entry in entries
-        for name, value in entry.metrics.items()
-        if not name.startswith(("time", "machine/")) and "per_second" not in name
-    ]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
