@@ -159,8 +159,8 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
         for leftover in folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
-        _write(path, content)
-        _write(path.with_suffix(".json"), sealed(manifest))
+        write_whole(path, content)
+        write_whole(path.with_suffix(".json"), sealed(manifest))
         manifests = sorted(folder.glob("*.json"))
         # This one is not the newest where a run has gone on from one before a damaged one.
         newest = {*manifests[-keep:], path.with_suffix(".json")}
@@ -287,8 +287,12 @@ def _best_named_by(manifest: Path) -> Path:
     return manifest if step is None else _path(manifest.parents[1], step).with_suffix(".json")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Make a file that is whole whenever it is there under its name."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Make a file that is whole, and on disk, whenever it is there under its name.
+
+    Raises:
+        OSError: where the file system refuses; nothing is left behind.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

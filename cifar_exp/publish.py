@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 
 from cifar_exp import checkpoint
-from cifar_exp.array_cache import durable
 from cifar_exp.checkpoint import Checkpoint
 from cifar_exp.errors import FREE_SPACE, storage_errors
 
@@ -32,16 +30,8 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
     """
     saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
     path = run_dir / FILE_NAME
-    temporary = path.with_name(f"{FILE_NAME}.tmp")
-    content = _content(saved, model)
-    try:
-        with storage_errors(path, FREE_SPACE):
-            with durable(temporary) as file:
-                file.write(content)
-            temporary.replace(path)
-    finally:
-        with suppress(OSError):  # of the same cause
-            temporary.unlink(missing_ok=True)
+    with storage_errors(path, FREE_SPACE):
+        checkpoint.write_whole(path, _content(saved, model))
     return path
 
 

@@ -65,7 +65,7 @@ class RunInfo:
         if self.sweep_dir:
             content["sweep_dir"] = os.path.relpath(self.sweep_dir, self.run_dir)
         content |= {"artifacts": list(self.artifacts), "params": masked(self.params), **more}
-        _replace(self.run_dir / name, content)
+        write_json(self.run_dir / name, content)
 
     @classmethod
     def load(cls, folder: Path) -> "RunInfo":
@@ -100,7 +100,7 @@ class Outcome:
 
     def save(self, folder: Path) -> None:
         """Leave it in the run's folder."""
-        _replace(folder / OUTCOME_FILE, vars(self))
+        write_json(folder / OUTCOME_FILE, vars(self))
 
     @classmethod
     def of(cls, folder: Path) -> "Outcome | None":
@@ -167,7 +167,7 @@ def make_private(folder: Path) -> None:
             folder.chmod(0o700)
 
 
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees the whole of it or what was there before."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:

@@ -27,6 +27,7 @@ from cifar_exp.record import (
     is_claimed,
     is_finished,
     make_private,
+    write_json,
 )
 from cifar_exp.schema import Config
 
@@ -178,10 +179,7 @@ def end_sweep(sweep_dir: Path) -> None:
 
 
 def _note_sweep(sweep_dir: Path, arguments: Sequence[str], finished: bool) -> None:
-    content = {"arguments": list(arguments), "finished": finished}
-    temporary = sweep_dir / f"{SWEEP_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(sweep_dir / SWEEP_FILE)
+    write_json(sweep_dir / SWEEP_FILE, {"arguments": list(arguments), "finished": finished})
 
 
 def _sweep_content(path: Path) -> dict[str, Any] | None:

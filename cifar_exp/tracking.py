@@ -123,7 +123,8 @@ class MLflowTracker:
         database = self.address().partition("sqlite:///")[2]
         # A server is its own guard, and one that does not answer must not hold up other runs.
         with owner.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
-            if database and not Path(database).exists():
+            # An address that says more than a file's name, or is in memory, is left to MLflow.
+            if database and not {"?", ":"} & {*database} and not Path(database).exists():
                 _make_store(Path(database))
             client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)

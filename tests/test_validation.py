@@ -143,7 +143,7 @@ def test_every_dataset_takes_the_setting_and_none_of_their_functions_sees_it(cho
 
 
 def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workplace: Path) -> None:
-    (workplace / "my_data.py").write_text("def mine(root): raise NotImplementedError\n")
+    (workplace / "my_data.py").write_text("def mine(root): return root\n")
     (workplace / "conf" / "data").mkdir(parents=True)
     (workplace / "conf" / "data" / "mine.yaml").write_text("_target_: my_data.mine\nroot: here\n")
     (workplace / "conf" / "data" / "apart.yaml").write_text("_target_: my_data.mine\nroot: here\nvalidation: 0.3\n")

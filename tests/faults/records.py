@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from tests.conftest import environment
@@ -119,49 +119,47 @@ def deliver(scene: Scene, *arguments: str, database: str = "outputs/mlflow.db") 
 
 @case("the MLflow server is killed and restarted", racy=True, slow=True, needs=("sync",))
 def server_restarts(scene: Scene) -> None:
+    def outage(server: Server) -> None:
+        time.sleep(scene.random.uniform(0, 3))
+        server.kill()
+        time.sleep(scene.random.uniform(0, 3))
+        server.start()
+
+    survives(scene, "the MLflow server is killed and restarted", outage)
+
+
+@case("the MLflow server hangs for a while (SIGSTOP)", racy=True, needs=("sync", "linux"))
+def server_hangs(scene: Scene) -> None:
+    def outage(server: Server) -> None:
+        time.sleep(scene.random.uniform(0, 2))
+        server.signal(signal.SIGSTOP)
+        time.sleep(scene.random.uniform(0, 6))
+        server.signal(signal.SIGCONT)
+
+    survives(scene, "the MLflow server hangs for a while (SIGSTOP)", outage)
+
+
+def survives(scene: Scene, fault: str, outage: Callable[[Server], None]) -> None:
     """One run over all outages; it ends with 0, and the store has every point once."""
     run = settings(100)
     with mlflow_server(scene) as server:
         running = scene.start(*served(run, server.address), plan={"pace": 2.0}, env={"no_proxy": "127.0.0.1"})
         until_recorded(scene, running, 20, SERVED)
         for _ in range(scene.times):
-            time.sleep(scene.random.uniform(0, 3))
-            server.kill()
-            time.sleep(scene.random.uniform(0, 3))
-            server.start()
+            outage(server)
         (scene.folder / HURRY).touch()
         says_back(running.wait())
     assert statuses(scene, SERVED) == ["FINISHED"]
     assert_recorded_once(scene, database=SERVED)
     assert_same_as_uninterrupted(scene, run)
     for _ in range(scene.times):
-        scene.handled("the MLflow server is killed and restarted", "none needed: every point is there once")
+        scene.handled(fault, "none needed: every point is there once")
 
 
 def says_back(ended: Ended) -> None:
     """Trained and recorded; what it says of the tracker meanwhile is its own matter."""
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err, ended.err
-
-
-@case("the MLflow server hangs for a while (SIGSTOP)", racy=True, needs=("sync", "linux"))
-def server_hangs(scene: Scene) -> None:
-    run = settings(100)
-    with mlflow_server(scene) as server:
-        running = scene.start(*served(run, server.address), plan={"pace": 2.0}, env={"no_proxy": "127.0.0.1"})
-        until_recorded(scene, running, 20, SERVED)
-        for _ in range(scene.times):
-            time.sleep(scene.random.uniform(0, 2))
-            server.signal(signal.SIGSTOP)
-            time.sleep(scene.random.uniform(0, 6))
-            server.signal(signal.SIGCONT)
-        (scene.folder / HURRY).touch()
-        says_back(running.wait())
-    assert statuses(scene, SERVED) == ["FINISHED"]
-    assert_recorded_once(scene, database=SERVED)
-    assert_same_as_uninterrupted(scene, run)
-    for _ in range(scene.times):
-        scene.handled("the MLflow server hangs for a while (SIGSTOP)", "none needed: every point is there once")
 
 
 @case("there is no MLflow server", needs=("sync",))
