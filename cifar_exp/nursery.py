@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing.forkserver as forkserver
 import signal
 import sys
+from multiprocessing import resource_tracker
 
 START_METHOD = "forkserver"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -20,8 +21,11 @@ def warm_up() -> None:
     # Ctrl-C is the parent's to answer, also while the nursery's interpreter starts: it is born with the signal blocked.
     # So is the end of the terminal, for good: the nursery and Python's resource tracker, which is started here as well
     # and loses count when it is killed, end with their parent.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
+        resource_tracker.ensure_running()  # it unblocks SIGINT once it has started, so it comes first
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

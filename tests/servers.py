@@ -1,6 +1,7 @@
 """A real MLflow server, and a relay before it that is cut, hangs, or loses answers when told to."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -94,13 +95,18 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         _wait_until_up(process, port)
         yield port
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for a connection that a test has left hanging
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait_until_up(process: "subprocess.Popen[bytes]", port: int) -> None:
