@@ -6,7 +6,7 @@ Gradients, sums and counts are combined here; nobody else asks for the rank or t
 import inspect
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,15 +100,46 @@ def wait_for_all() -> None:
     dist.barrier()
 
 
+def rows_of_ranks(row: Tensor) -> Tensor:
+    """Each rank's ``row``, by rank: (K,) -> (ranks, K). Gradients flow back to the rank that a row came from."""
+    rows = [row if rank == dist.get_rank() else torch.zeros_like(row) for rank in range(dist.get_world_size())]
+    gathered_rows: Tensor = _DifferentiableSum.apply(torch.stack(rows))
+    return gathered_rows
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """The sum over ranks. Each rank's loss depends on it, so that the gradients are added up over ranks as well."""
+
+    @staticmethod
+    def forward(_context: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values.clone())
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0].contiguous().clone())
+
+
+def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's mean over ranks, in one collective; all are of one type and on one device."""
+    if not values or dist.get_world_size() == 1:
+        return [value.clone() for value in values]
+    mean = sum_over_ranks(torch.cat([value.flatten() for value in values])) / dist.get_world_size()
+    parts = mean.split([value.numel() for value in values])
+    return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+
+
 def average_buffers(model: nn.Module) -> None:
-    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, in one collective."""
+    """Replace floating-point buffers by their mean over ranks."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if dist.get_world_size() == 1 or not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    flat = sum_over_ranks(flat) / dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    for buffer, mean in zip(buffers, mean_over_ranks(buffers), strict=True):
+        buffer.copy_(mean)
+
+
+def share_first_ranks_buffers(model: nn.Module) -> None:
+    """Replace floating-point buffers by those of the first rank."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, src=0)
 
 
 @dataclass

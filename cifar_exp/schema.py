@@ -23,6 +23,7 @@ BelowOne = Annotated[float, Ge(0), Lt(1)]
 Scale = Annotated[float, Gt(0), Le(1)]
 Name = Annotated[str, MinLen(1)]
 Auto = Literal["auto"]
+BatchNorm = Literal["averaged", "local", "synchronized", "population"]
 Section = dict[str, Any]  # an open section: `_target_` and the keywords it is called with
 
 _CLOSED: dict[str, Any] = {"extra": "forbid"}
@@ -42,6 +43,7 @@ class Train:
     compile: Literal["auto", "never", "always"] = "auto"
     deterministic: bool = False
     normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
+    batch_norm: BatchNorm = "averaged"  # whose statistics layers normalise by, and what is evaluated with
     label_smoothing: BelowOne = 0.0
     image_scales: tuple[Scale, ...] = ()  # sides of images, over the epochs; none: all at full size
     weight_averaging: BelowOne = 0.0  # decay a step of the running mean of the weights that is evaluated; 0: none

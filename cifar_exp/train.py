@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cifar_exp import batch_norm
 from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
-from cifar_exp.distributed import ExposedCommunication, average_buffers, gathered, sum_over_ranks
+from cifar_exp.distributed import ExposedCommunication, gathered, sum_over_ranks
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
+from cifar_exp.schema import BatchNorm
 
 Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
 Save = Callable[[bool], None]  # called with whether the state must be kept
@@ -58,6 +60,7 @@ class Trainer:
         report: takes metrics as they come; called on every rank.
         communication: what DDP's waiting is counted in.
         control: says whether training should end before its last step.
+        batch_norm: what batch norms are evaluated with; whose statistics they normalise by is the network's own.
         averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
             themselves.
         early_stopping: told of each epoch's validation, ends training.
@@ -77,6 +80,7 @@ class Trainer:
     report: Report
     communication: ExposedCommunication
     control: Control = field(default_factory=Control)
+    batch_norm: BatchNorm = "averaged"
     averaging: float = 0.0
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     after_step: Callable[[], None] = lambda: None
@@ -129,7 +133,7 @@ class Trainer:
             trained = self.train_one_epoch(epoch, batches)
             request = self.control.agreed(2 * self.step)
             is_leaving = request is not None and request.kind == "leave"
-            averages = None if is_leaving else self._evaluate(validation, epoch)
+            averages = None if is_leaving else self._evaluate(validation, epoch, batches)
             if averages is None:
                 save(True)
                 return None
@@ -141,7 +145,7 @@ class Trainer:
                 save(request is not None or epoch == epochs or self.early_stopping.is_over)
             if request:
                 return averages if request.kind == "finish" else None
-        return averages or self._evaluate(validation, self.epoch)  # it was stopped after its last epoch
+        return averages or self._evaluate(validation, self.epoch, batches)  # it was stopped after its last epoch
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here; the model is not in it. Called on every rank."""
@@ -406,7 +410,7 @@ class Trainer:
             logits = self.model(images)
             return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
 
-    def _evaluate(self, validation: EvaluationBatches, epoch: int) -> Averages | None:
+    def _evaluate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> Averages | None:
         """The figures; None where training was left before all images were evaluated."""
 
         def go_on() -> bool:
@@ -414,9 +418,14 @@ class Trainer:
             return not self.control.is_leaving()
 
         with self.stopwatch.span("evaluation"):
+            batch_norm.settle(self._network, self.batch_norm)  # what is saved must be what every rank goes on with
+            if self._averaged:
+                batch_norm.settle(self.evaluated, self.batch_norm)
+            if self.batch_norm == "population":
+                again = (batches.make(*draw, scale=validation.scale)[0] for draw in batches.draws(epoch))
+                with autocast(self.device, self.precision):
+                    batch_norm.recompute(self.evaluated, takewhile(lambda _images: go_on(), again))
             averages = evaluate(self.evaluated, validation, self.precision, go_on)
-            if self._averaged:  # what is saved must be what every rank goes on with
-                average_buffers(self._network)
         if averages.count < len(validation.source):
             return None
         self._check(averages, epoch)
@@ -443,7 +452,6 @@ def evaluate(
 
     ``go_on`` is asked before each batch; a rank that is told not to leaves the rest of its shard out.
     """
-    average_buffers(model)
     model.eval()
     totals = Totals(batches.source.device)
     with torch.inference_mode(), autocast(batches.source.device, precision):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.augment import Augmentation
+from cifar_exp.batch_norm import synchronized
 from cifar_exp.checkpoint import Checkpoint, Manifest, Origin, Saver
 from cifar_exp.control import Control
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, scaled
@@ -212,6 +213,8 @@ def _train(
         _load(model, saved)
     elif any(isinstance(module, InitializedFromImages) for module in model.modules()):
         initialize_from_images(model, normalization(_sample(train_images)))
+    if job.train.batch_norm == "synchronized" and world.size > 1:
+        model = synchronized(model, world.device)
     parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
     trainer = Trainer(
         model=parallel,
@@ -223,6 +226,7 @@ def _train(
         report=report,
         communication=communication,
         control=control,
+        batch_norm=job.train.batch_norm,
         averaging=job.train.weight_averaging,
         early_stopping=EarlyStopping(job.early_stopping),
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cifar_exp.distributed import World
 from tests.servers import mlflow_server  # noqa: F401
+from tests.worlds import world_of_one
 
 REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
@@ -24,6 +26,13 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 # Commands are forked from a process that has imported what they need: importing it costs each more than its work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.command_modules"])
+
+
+@pytest.fixture
+def only_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A real group that the test is the only rank of."""
+    with world_of_one(tmp_path_factory.mktemp("group")) as world:
+        yield world
 
 
 @pytest.fixture

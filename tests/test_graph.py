@@ -11,8 +11,6 @@ from cifar_exp.distributed import World
 from cifar_exp.graph import Capture, Function, cuda_graph
 from tests.test_distributed import train_batches, trainer, validation
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
-
 
 def on_its_own_memory(parameters: list[Tensor]) -> Capture:
     """What a CUDA graph does to the outside: steps to warm up, then the same call on the same memory, gradients too."""
@@ -36,62 +34,58 @@ def on_its_own_memory(parameters: list[Tensor]) -> Capture:
     return capture
 
 
-def trained(captured: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[Tensor], list[object]]:
-    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
-    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
-    made, model, reports = trainer(ALONE)
+def trained(captured: bool, world: World, **settings: Any) -> tuple[list[Tensor], list[object]]:
+    made, model, reports = trainer(world)
     made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, **settings)
-    batches = train_batches(ALONE)
+    batches = train_batches(world)
     if captured:
         made.capture(batches, on_its_own_memory(list(model.parameters())))
-    made.fit(batches, validation(ALONE), epochs=1)
+    made.fit(batches, validation(world), epochs=1)
     figures = [
         (step, name, value) for step, _, metrics in reports for name, value in metrics.items() if "second" not in name
     ]
     return [*model.parameters(), *model.buffers()], figures
 
 
-def test_steps_of_several_sizes_have_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
-    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
+def test_steps_of_several_sizes_have_gradients_of_their_own(only_rank: World) -> None:
     networks = []
     for captured in (False, True):
-        made, model, _ = trainer(ALONE)
+        made, model, _ = trainer(only_rank)
         made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=False)
-        batches = replace(train_batches(ALONE), scales=(0.5, 1.0))
+        batches = replace(train_batches(only_rank), scales=(0.5, 1.0))
         made.learning_rates = (0.1,) * 6
         if captured:
             made.capture(batches, on_its_own_memory(list(model.parameters())))
-        made.fit(batches, validation(ALONE), epochs=2)
+        made.fit(batches, validation(only_rank), epochs=2)
         networks.append([*model.parameters(), *model.buffers()])
     for ours, theirs in zip(*networks, strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_replayed_steps_train_the_same_network(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
-    one_by_one, expected = trained(False, monkeypatch, fused=fused)
-    replays, figures = trained(True, monkeypatch, fused=fused)
+def test_replayed_steps_train_the_same_network(only_rank: World, fused: bool) -> None:
+    one_by_one, expected = trained(False, only_rank, fused=fused)
+    replays, figures = trained(True, only_rank, fused=fused)
     assert figures == expected
     assert len(figures) > 10
     for ours, theirs in zip(replays, one_by_one, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: World) -> None:
     def refusing(function: Function) -> Function:
         function()
         raise ValueError("not this one")
 
-    expected, _ = trained(False, monkeypatch)
-    made, model, _ = trainer(ALONE)
+    expected, _ = trained(False, only_rank)
+    made, model, _ = trainer(only_rank)
     before = [value.clone() for value in model.state_dict().values()]
     made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, fused=True)
     with pytest.raises(RuntimeError, match="not this one"):
-        made.capture(train_batches(ALONE), refusing)
+        made.capture(train_batches(only_rank), refusing)
     for value, old in zip(model.state_dict().values(), before, strict=True):
         assert torch.equal(value, old)
-    made.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    made.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     for ours, theirs in zip([*model.parameters(), *model.buffers()], expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -110,15 +104,13 @@ def test_a_cuda_graph_replays_on_the_same_memory() -> None:
     assert values.tolist() == [5, 5, 5]
 
 
-def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
-    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
-    made, model, _ = trainer(ALONE)
+def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(only_rank: World) -> None:
+    made, model, _ = trainer(only_rank)
     made = replace(made, averaging=0.75)
     seen: list[Tensor] = []
     weight = next(model.parameters())
     made.after_step = lambda: seen.append(weight.detach().clone())
-    made.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    made.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     assert len(seen) == 3
     expected = seen[0]
     for value in seen[1:]:
@@ -128,6 +120,6 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(monkeypat
     assert not torch.equal(averaged, weight)
 
     state = made.state_dict()
-    again = replace(trainer(ALONE)[0], averaging=0.75)
+    again = replace(trainer(only_rank)[0], averaging=0.75)
     again.load_state_dict(state, same_run=True)
     assert torch.equal(next(again.evaluated.parameters()), averaged)

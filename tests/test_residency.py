@@ -25,6 +25,7 @@ from cifar_exp.augment import Shift
 from cifar_exp.config import build, read_config
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, epoch_order
 from cifar_exp.datasets import cifar10, folders, synthetic
+from cifar_exp.distributed import World
 from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
 from cifar_exp.graph import CapturedStep
 from cifar_exp.loader import ImageFiles
@@ -141,10 +142,8 @@ def test_every_image_is_evaluated_once_wherever_it_lies(
     sources: Callable[..., tuple[Source, Source]],
     choice: str,
     world_size: int,
-    monkeypatch: pytest.MonkeyPatch,
+    only_rank: World,  # noqa: ARG001
 ) -> None:
-    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
-    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda sums: sums)
     _, test = sources(choice)
     seen: list[Tensor] = []
 

@@ -8,10 +8,10 @@ import torch
 
 from cifar_exp import checkpoint, journal
 from cifar_exp.control import LEAVE_FILE, Control
+from cifar_exp.distributed import World
 from tests.conftest import TINY, Command
 from tests.test_distributed import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
-from tests.test_graph import ALONE
 from tests.test_resume import REPEATABLE, curve, weights
 from tests.test_run import all_runs, client
 
@@ -142,24 +142,21 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
 
 
 def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each_figure_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, only_rank: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_exp.train.sum_over_ranks", lambda values: values)
-    monkeypatch.setattr("cifar_exp.train.average_buffers", lambda _model: None)
-    monkeypatch.setattr("cifar_exp.train.gathered", lambda value: [value])
-    whole, model, expected = trainer(ALONE)
-    whole.fit(train_batches(ALONE), validation(ALONE), epochs=1)
-    cut, half_trained, reported = trainer(ALONE)
+    whole, model, expected = trainer(only_rank)
+    whole.fit(train_batches(only_rank), validation(only_rank), epochs=1)
+    cut, half_trained, reported = trainer(only_rank)
     cut.control = Control(tmp_path)
     (tmp_path / LEAVE_FILE).touch()
     monkeypatch.setattr(Control, "agreed", lambda _self, _moment: None)  # it is noticed in the evaluation alone
     saved: list[bool] = []
-    assert cut.fit(train_batches(ALONE), validation(ALONE), epochs=1, save=saved.append) is None
+    assert cut.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append) is None
     assert saved == [True]
-    again, other_model, rest = trainer(ALONE)
+    again, other_model, rest = trainer(only_rank)
     other_model.load_state_dict(half_trained.state_dict())
     again.load_state_dict(cut.state_dict(), same_run=True)
-    final = again.fit(train_batches(ALONE), validation(ALONE), epochs=1)
+    final = again.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     assert final is not None
     assert final.count == 9
 

@@ -1,0 +1,222 @@
+"""Batch-norm statistics are those of all ranks' images, whatever train.batch_norm chooses. Real gloo processes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar_exp import batch_norm, journal
+from cifar_exp.batch_norm import SynchronizedBatchNorm2d
+from cifar_exp.distributed import World, data_parallel
+from cifar_exp.schema import BatchNorm
+from tests.conftest import TINY, Command
+from tests.test_distributed import (
+    floating_buffers,
+    gradient_of,
+    tiny_model,
+    train_batches,
+    trainer,
+    validation,
+    vector,
+)
+from tests.worlds import results_of_ranks, world_of_one
+
+Results = dict[str, Any]
+RANKS = 2
+
+
+def rank_images(rank: int) -> Tensor:
+    """Each rank's are brighter than the last one's, so that the ranks' means are far apart."""
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(rank)) * (1 + rank) + 5 * rank
+
+
+def after_one_batch(images: Tensor) -> nn.BatchNorm2d:
+    """A layer whose running statistics are the batch's."""
+    layer = nn.BatchNorm2d(3, momentum=1.0)
+    layer(images)
+    return layer
+
+
+def settled(world: World, choice: BatchNorm) -> Tensor:
+    layer = after_one_batch(rank_images(world.rank))
+    batch_norm.settle(layer, choice)
+    return vector(floating_buffers(layer))
+
+
+def one_layer(layer: nn.Module, images: Tensor, rank: int | None) -> Results:
+    """Output, and the gradients of a loss that is the mean over ranks, of ``rank``'s images or all of them."""
+    inputs = images.clone().requires_grad_()
+    outputs = layer(inputs)
+    weights = torch.arange(RANKS * 4.0).view(-1, 1, 1, 1)  # of the images, or normalising would hide the gradient
+    mine = weights if rank is None else weights[4 * rank : 4 * rank + 4]
+    (outputs.square() * mine).mean().backward()
+    share = 1 if rank is None else 1 / RANKS  # the loss over all ranks is the mean of theirs
+    assert inputs.grad is not None
+    return {
+        "outputs": outputs.detach(),
+        "inputs": inputs.grad * share,
+        "parameters": gradient_of(layer),
+        "running": vector(floating_buffers(layer)),
+    }
+
+
+def scaled_layer() -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        layer.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    return layer
+
+
+def synchronized_network(world: World) -> Results:
+    """A step of the whole network under DDP, synchronised."""
+    model = batch_norm.synchronized(tiny_model(), world.device)
+    kinds = [type(layer).__name__ for layer in batch_norm.batch_norms(model)]
+    parallel, _ = data_parallel(model, world)
+    (images, labels), *_ = train_batches(world).epoch(1)
+    F.cross_entropy(parallel(images), labels).backward()
+    return {"gradients": gradient_of(model), "kinds": kinds, "names": list(model.state_dict())}
+
+
+def population(world: World, parts: int = 1) -> Results:
+    """Statistics recomputed over an epoch's batches, and what is left of the network's modes."""
+    model = tiny_model()
+    before = [layer.momentum for layer in batch_norm.batch_norms(model)]
+    batches = train_batches(world, accumulate=parts)
+    model.train()
+    batch_norm.recompute(model, (images for images, _ in batches.epoch(1)))
+    assert [layer.momentum for layer in batch_norm.batch_norms(model)] == before
+    assert all(module.training for module in model.modules())
+    assert not any(layer._forward_pre_hooks for layer in batch_norm.batch_norms(model))
+    return {"buffers": vector(floating_buffers(model)), "parameters": vector(model.parameters())}
+
+
+def trained(world: World, choice: BatchNorm, parts: int = 1) -> Results:
+    """An epoch of three steps."""
+    made, model, _ = trainer(world)
+    made = replace(made, batch_norm=choice)
+    final = made.fit(train_batches(world, accumulate=parts), validation(world), epochs=1)
+    assert final
+    return {"buffers": vector(floating_buffers(model)), "loss": final.loss}
+
+
+def all_results(world: World) -> Results:
+    return {
+        "settled": {choice: settled(world, choice) for choice in ("averaged", "local")},
+        "layer": one_layer(SynchronizedBatchNorm2d.of(scaled_layer()), rank_images(world.rank), world.rank),
+        "network": synchronized_network(world),
+        "population": population(world, RANKS // world.size),
+        "trained": {
+            choice: trained(world, choice, RANKS // world.size) for choice in ("averaged", "local", "population")
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return results_of_ranks(all_results, RANKS, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One rank that takes both ranks' micro-batches."""
+    with world_of_one(tmp_path_factory.mktemp("alone")) as world:
+        return all_results(world)
+
+
+def test_averaged_statistics_are_those_of_one_rank_that_sees_all_images(pair: list[Results]) -> None:
+    """Mean and variance alike; an average of the variances alone would be four times too small here."""
+    whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
+    for rank in pair:
+        torch.testing.assert_close(rank["settled"]["averaged"], whole, rtol=1 / (4 * 36), atol=1e-5)
+    variances = [after_one_batch(rank_images(rank)).running_var for rank in range(RANKS)]
+    assert (whole[3:] / torch.stack([v for v in variances if v is not None]).mean(0)).min() > 2
+
+
+def test_local_statistics_are_the_first_ranks(pair: list[Results], alone: Results) -> None:
+    expected = vector(floating_buffers(after_one_batch(rank_images(0))))
+    for rank in (*pair, alone):
+        assert torch.equal(rank["settled"]["local"], expected)
+
+
+def test_a_synchronized_layer_computes_what_one_rank_computes_of_all_images(pair: list[Results]) -> None:
+    """Outputs, gradients of inputs and parameters, and running statistics."""
+    whole = one_layer(scaled_layer(), torch.cat([rank_images(rank) for rank in range(RANKS)]), None)
+    for name in ("outputs", "inputs"):
+        torch.testing.assert_close(torch.cat([rank["layer"][name] for rank in pair]), whole[name], rtol=1e-4, atol=1e-5)
+    mean = torch.stack([rank["layer"]["parameters"] for rank in pair]).mean(0)  # as DDP averages them
+    torch.testing.assert_close(mean, whole["parameters"], rtol=1e-5, atol=1e-5)
+    for rank in pair:
+        torch.testing.assert_close(rank["layer"]["running"], whole["running"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_synchronized_network_has_the_gradients_of_one_rank_with_the_whole_batch(
+    pair: list[Results], alone: Results
+) -> None:
+    expected = alone["network"]["gradients"]
+    assert expected.norm() > 0.1
+    for rank in pair:
+        assert (rank["network"]["gradients"] - expected).norm() / expected.norm() < 1e-5
+        assert set(rank["network"]["kinds"]) == {"SynchronizedBatchNorm2d"}
+        assert rank["network"]["names"] == list(tiny_model().state_dict())
+
+
+def test_population_statistics_are_those_of_all_training_images_on_any_number_of_ranks(
+    pair: list[Results], alone: Results
+) -> None:
+    ours = alone["population"]["buffers"]
+    for rank in pair:
+        torch.testing.assert_close(rank["population"]["buffers"], ours, rtol=1e-5, atol=1e-5)
+    assert torch.equal(alone["population"]["parameters"], vector(tiny_model().parameters()))
+    # The first layer's inputs do not depend on other statistics, so that they can be put together and looked at.
+    model = tiny_model()
+    batches = train_batches(World(0, 0, 1, torch.device("cpu"))).epoch(1)
+    inputs = model[0](torch.cat([images for images, _ in batches])).double()
+    variance, mean = torch.var_mean(inputs, (0, 2, 3))
+    torch.testing.assert_close(ours[: len(mean)].double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[len(mean) : 2 * len(mean)].double(), variance, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_batch_the_statistics_stay(only_rank: World) -> None:  # noqa: ARG001
+    layer = after_one_batch(rank_images(1))
+    before = vector(floating_buffers(layer)).clone()
+    batch_norm.recompute(nn.Sequential(layer), [])
+    assert torch.equal(vector(floating_buffers(layer)), before)
+
+
+def test_training_evaluates_with_the_chosen_statistics(pair: list[Results], alone: Results) -> None:
+    """The same on both ranks; recomputed ones are those of one rank, too; the choices differ."""
+    first, second = (rank["trained"] for rank in pair)
+    for choice in ("averaged", "local", "population"):
+        assert torch.equal(first[choice]["buffers"], second[choice]["buffers"])
+        assert first[choice]["loss"] == second[choice]["loss"]
+    assert len({first[choice]["loss"] for choice in first}) == 3
+    recomputed = alone["trained"]["population"]
+    torch.testing.assert_close(first["population"]["buffers"], recomputed["buffers"], rtol=1e-4, atol=1e-5)
+    assert first["population"]["loss"] == pytest.approx(recomputed["loss"], rel=1e-4)
+
+
+def test_synchronized_ranks_that_share_a_batch_train_as_one_rank(cifar_exp: Command, workplace: Path) -> None:
+    """The same loss at each of six steps, to rounding, and the same figures at the end."""
+    shared = (*TINY, "train.scaling=strong", "train.precision=fp32", "tracking=none", "progress=quiet")
+    two = ("devices.count=2", "devices.oversubscribe=true", "train.batch_norm=synchronized")
+    losses = []
+    for run, devices in (("one", ("devices.count=1",)), ("two", two)):
+        done = cifar_exp(*shared, *devices, f"hydra.run.dir={run}")
+        assert done.returncode == 0, done.stderr
+        entries = journal.read(workplace / run)
+        losses.append([entry.metrics["step/loss"] for entry in entries if "step/loss" in entry.metrics])
+        losses[-1].append(journal.last_values(workplace / run)["test/loss"])
+    assert len(losses[0]) == 7
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_choice_in_other_words_is_refused(cifar_exp: Callable[..., Any]) -> None:
+    refused = cifar_exp("train.batch_norm=synced")
+    assert refused.returncode == 2
+    assert "train.batch_norm=synced: it must be averaged, local, synchronized or population" in refused.stderr
