@@ -5,12 +5,14 @@ Gradients, sums and counts are combined here; nobody else asks for the rank or t
 
 import inspect
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -95,6 +97,14 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def rows(values: Sequence[float], device: torch.device) -> Tensor:
+    """Each rank's ``values``, by rank: (ranks, len(values)) float64, on every rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all, mine)
+    return torch.stack(of_all)
+
+
 def wait_for_all() -> None:
     """Return when all ranks have come here."""
     dist.barrier()
@@ -143,34 +153,73 @@ def share_first_ranks_buffers(model: nn.Module) -> None:
 
 
 @dataclass
-class ExposedCommunication:
-    """Seconds that backward passes waited for gradients to be averaged, with nothing left to compute meanwhile.
+class Communication:
+    """What averaging gradients over ranks takes. Measured on the host's clock, so on CPU ranks only.
 
-    Measured on the host's clock, so on CPU ranks only: from the moment the last bucket of gradients is complete to
-    the end of the backward pass.
+    Attributes:
+        exposed: for each step since they were last taken, the seconds from the moment at which the last bucket of
+            gradients was complete to the end of the backward pass, which had nothing left to compute meanwhile.
+        averaging: seconds since then in which some bucket was on its way, exposed or not.
     """
 
-    seconds: float = 0.0
+    exposed: list[float] = field(default_factory=list)
+    averaging: float = 0.0
     _last_bucket: float | None = field(default=None, repr=False)
+    _on_the_way: int = field(default=0, repr=False)
+    _since: float = field(default=0.0, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # averaged in a thread of gloo's
 
     def bucket_complete(self) -> None:
-        self._last_bucket = time.perf_counter()
+        with self._lock:
+            self._last_bucket = time.perf_counter()
+            self._since = self._since if self._on_the_way else self._last_bucket
+            self._on_the_way += 1
+
+    def bucket_averaged(self) -> None:
+        with self._lock:
+            self._on_the_way -= 1
+            if not self._on_the_way:
+                self.averaging += time.perf_counter() - self._since
 
     def backward_done(self) -> None:
         if self._last_bucket is not None:
-            self.seconds += time.perf_counter() - self._last_bucket
+            self.exposed.append(time.perf_counter() - self._last_bucket)
             self._last_bucket = None
 
+    def take(self) -> tuple[list[float], float]:
+        """The seconds exposed in each step, and those hidden behind backward passes in all; counting starts again."""
+        exposed, averaging = self.exposed, self.averaging
+        self.exposed, self.averaging = [], 0.0
+        return exposed, max(0.0, averaging - sum(exposed))
 
-def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, ExposedCommunication]:
+
+def sent_bytes(size: int, ranks: int) -> float:
+    """What each rank sends to sum ``size`` bytes over all in a ring: 2 (n - 1) / n of it (Patarasuk and Yuan 2009)."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+def link_bytes_per_second(size: int, device: torch.device) -> float:
+    """What each rank sends in a second while they average ``size`` bytes and do nothing else: the median of five."""
+    values, seconds = torch.zeros(max(1, size // 4), device=device), []
+    for _ in range(6):
+        dist.barrier()
+        begin = time.perf_counter()
+        sum_over_ranks(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return sent_bytes(size, dist.get_world_size()) / median(seconds[1:])
+
+
+def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:
     """The module to train: ``model`` itself on one rank, else DDP around it, which averages gradients over ranks.
 
     Buffers are not broadcast at each step, which would cost a collective; :func:`average_buffers` combines them before
     they are used.
     """
-    exposed = ExposedCommunication()
+    communication = Communication()
     if world.size == 1:
-        return model, exposed
+        return model, communication
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # torch 2.13 renamed the option.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -178,8 +227,8 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, ExposedCom
     with _side_stream(world.device):
         parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
     if world.device.type == "cpu":
-        parallel.register_comm_hook(exposed, _average_and_note)
-    return parallel, exposed
+        parallel.register_comm_hook(communication, _average_and_note)
+    return parallel, communication
 
 
 @contextmanager
@@ -195,8 +244,12 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(side)
 
 
-def _average_and_note(exposed: ExposedCommunication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    exposed.bucket_complete()
+def _average_and_note(communication: Communication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    communication.bucket_complete()
     gradients = bucket.buffer().div_(dist.get_world_size())
-    future = dist.all_reduce(gradients, async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+
+    def averaged(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        communication.bucket_averaged()
+        return done.value()[0]
+
+    return dist.all_reduce(gradients, async_op=True).get_future().then(averaged)

@@ -17,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_exp import batch_norm
 from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
-from cifar_exp.distributed import ExposedCommunication, gathered, sum_over_ranks
+from cifar_exp.distributed import Communication, gathered, rows, sum_over_ranks
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
+from cifar_exp.rank_times import MEASURED, RankTimes
 from cifar_exp.schema import BatchNorm
 
 Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
@@ -58,7 +59,7 @@ class Trainer:
         label_smoothing: share of the target that is spread over all classes.
         log_every: steps between two reads of the loss.
         report: takes metrics as they come; called on every rank.
-        communication: what DDP's waiting is counted in.
+        communication: what DDP's averaging of gradients is counted in.
         control: says whether training should end before its last step.
         batch_norm: what batch norms are evaluated with; whose statistics they normalise by is the network's own.
         averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
@@ -69,6 +70,7 @@ class Trainer:
         epoch: epochs done.
         step: steps done.
         block_rates: images/s of each block of ``log_every`` steps.
+        rank_times: where the time of each rank went, up to the last epoch's end or save.
     """
 
     model: nn.Module
@@ -78,7 +80,7 @@ class Trainer:
     label_smoothing: float
     log_every: int
     report: Report
-    communication: ExposedCommunication
+    communication: Communication
     control: Control = field(default_factory=Control)
     batch_norm: BatchNorm = "averaged"
     averaging: float = 0.0
@@ -88,6 +90,7 @@ class Trainer:
     epoch: int = 0
     step: int = 0
     block_rates: list[float] = field(default_factory=list)
+    rank_times: RankTimes = field(default_factory=RankTimes)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -97,6 +100,8 @@ class Trainer:
         self._gradients: dict[float, list[Tensor | None]] = {}
         self._unfinished: Unfinished | None = None
         self._ranks: list[dict[str, Any]] = []  # what each had of its own in the midst of the epoch that goes on
+        self._own = dict.fromkeys(MEASURED, 0.0)  # seconds of this rank that rank_times has not got yet
+        self._exposed: list[float] = []
         self._averaged: AveragedModel | None = None
         if self.averaging:
             mean = get_ema_multi_avg_fn(self.averaging)
@@ -149,6 +154,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here; the model is not in it. Called on every rank."""
+        self._gather_times()
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -157,6 +163,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.stopwatch.seconds,
             "block_rates": self.block_rates,
+            "rank_times": self.rank_times.state_dict(),
             "unfinished": self._unfinished_state() if self._unfinished else {},
             "early_stopping": self.early_stopping.state_dict(),
         }
@@ -185,6 +192,7 @@ class Trainer:
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
             self.block_rates = list(state["block_rates"])
+            self.rank_times.load_state_dict(state.get("rank_times", {}))  # runs of earlier versions have none
             self.early_stopping.load_state_dict(state["early_stopping"])
         if unfinished := state["unfinished"]:
             watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
@@ -248,7 +256,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.communication.seconds = 0.0
+        self.communication.take()
 
     def capture(self, batches: TrainBatches, capture: Capture) -> None:
         """Take every step from now on by replaying one that is captured: augmentation, forward, backward, and the
@@ -307,6 +315,7 @@ class Trainer:
             self._unfinished = Unfinished(torch.zeros(3, dtype=torch.float64, device=self.device))
         progress = self._unfinished
         watch = progress.watch
+        before = dict(watch.seconds)
         self._take_up_epoch(epoch, batches)
         last = self.step + batches.steps - progress.steps
         micro_batches = _timed(batches.draws(epoch, progress.steps), watch)
@@ -333,7 +342,7 @@ class Trainer:
                 self.report(self.step, epoch, metrics if self.step == last else metrics | {"lr": lr})
             if self.step % self.control.every == 0 and (request := self.control.agreed(2 * self.step)):
                 if request.kind == "leave":
-                    self._count_communication(watch)
+                    self._count_times(watch, before)
                     return {}
                 break
         with watch.span("step"):
@@ -341,7 +350,7 @@ class Trainer:
             averages = Averages.of(progress.sums)
             self._check(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
-        self._count_communication(watch)
+        self._count_times(watch, before)
         return averages.named("train") | {
             "lr": self.learning_rates[self.step - 1],
             "epoch": epoch,
@@ -355,6 +364,7 @@ class Trainer:
         for name, seconds in self._unfinished.watch.seconds.items():
             self.stopwatch.seconds[name] = self.stopwatch.seconds.get(name, 0.0) + seconds
         self._unfinished.watch, self._unfinished.block_seconds = Stopwatch(), 0.0
+        self._gather_times()
         if self._unfinished.steps == batches.steps:
             self.epoch, self._unfinished = epoch, None
 
@@ -417,6 +427,7 @@ class Trainer:
             self.control.ask(2 * self.step + 1)
             return not self.control.is_leaving()
 
+        before = self.stopwatch.seconds.get("evaluation", 0.0)
         with self.stopwatch.span("evaluation"):
             batch_norm.settle(self._network, self.batch_norm)  # what is saved must be what every rank goes on with
             if self._averaged:
@@ -426,6 +437,7 @@ class Trainer:
                 with autocast(self.device, self.precision):
                     batch_norm.recompute(self.evaluated, takewhile(lambda _images: go_on(), again))
             averages = evaluate(self.evaluated, validation, self.precision, go_on)
+        self._own["evaluation"] += self.stopwatch.seconds["evaluation"] - before
         if averages.count < len(validation.source):
             return None
         self._check(averages, epoch)
@@ -439,10 +451,18 @@ class Trainer:
                 f"Type a smaller optimizer.lr, or train.precision=fp32"
             )
 
-    def _count_communication(self, watch: Stopwatch) -> None:
-        """What DDP waited for inside the steps is communication."""
-        watch.move(self.communication.seconds, "step", "communication")
-        self.communication.seconds = 0.0
+    def _count_times(self, watch: Stopwatch, before: Mapping[str, float]) -> None:
+        """What DDP waited for inside the steps is communication; ``before``: the watch at their beginning."""
+        exposed, hidden = self.communication.take()
+        watch.move(sum(exposed), "step", "communication")
+        self._exposed += exposed
+        self._own["hidden_communication"] += hidden
+        for name, span in (("compute", "step"), ("data", "data")):
+            self._own[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
+
+    def _gather_times(self) -> None:
+        self.rank_times.add(rows([*self._own.values(), *self._exposed], self.device))
+        self._own, self._exposed = dict.fromkeys(MEASURED, 0.0), []
 
 
 def evaluate(

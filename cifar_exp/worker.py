@@ -289,8 +289,19 @@ def _train(
     with trainer.stopwatch.span("evaluation"):
         tested = _tested(trainer, test, validated, job)
     counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    times = _times(trainer, job.plan.global_batch_size)
+    times = _times(trainer, job.plan.global_batch_size) | _communication(trainer, model, world)
     report(trainer.step, trainer.epoch, tested | counts | _epochs(trainer, job) | times)
+
+
+def _communication(trainer: Trainer, model: nn.Module, world: World) -> dict[str, float]:
+    """Where the time of each of several ranks went, and what they sent beside what the link can carry."""
+    if world.size == 1:
+        return {}
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return trainer.rank_times.metrics() | {
+        "communication/bytes_per_step": distributed.sent_bytes(size, world.size),
+        "communication/link_bytes_per_second": distributed.link_bytes_per_second(size, world.device),
+    }
 
 
 def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job) -> dict[str, float]:

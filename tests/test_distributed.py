@@ -1,5 +1,6 @@
 """Ranks train as one: gradients, sums, statistics and failures are those of all of them. Real gloo processes."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Crop
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.distributed import World, average_buffers, data_parallel, sum_over_ranks
+from cifar_exp.distributed import World, average_buffers, data_parallel, link_bytes_per_second, sum_over_ranks
 from cifar_exp.errors import DivergenceError
 from cifar_exp.metrics import Averages
 from cifar_exp.models import convnet, seeded
+from cifar_exp.rank_times import RankTimes
 from cifar_exp.train import Trainer, evaluate
 from tests.worlds import results_of_ranks, world_of_one
 
@@ -80,7 +82,7 @@ def gradients(world: World) -> Results:
     return {
         "gradients": gradient_of(model),
         "accumulated_gradients": accumulated_gradients(world.size),
-        "exposed_seconds": exposed.seconds,
+        "exposed_seconds": exposed.take()[0],
         "wrapped": parallel is not model,
     }
 
@@ -150,6 +152,14 @@ def trained(world: World, accumulate: int = 1) -> Results:
     }
 
 
+def slowed_down(world: World) -> RankTimes:
+    """The same epoch, whose last rank pauses after each step."""
+    made, _, _ = trainer(world)
+    made.after_step = partial(time.sleep, 0.5 if world.rank == world.size - 1 else 0.0)
+    made.fit(train_batches(world), validation(world), epochs=1)
+    return made.rank_times
+
+
 def plain_loop(rank_count: int) -> tuple[Tensor, list[float]]:
     """The three steps in bare PyTorch, in one process: parameters, and each step's mean loss over the ranks."""
     model = tiny_model()
@@ -189,6 +199,8 @@ def all_results(world: World) -> Results:
         "averaged": averaged(world),
         "trained": trained(world),
         "accumulated": {parts: trained(world, parts) for parts in (2, 4)},
+        "slowed_down": vars(slowed_down(world)),
+        "link": link_bytes_per_second(1000, world.device),
         "plain_loop": plain_loop(world.size),
         "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
     }
@@ -229,10 +241,24 @@ def test_gradients_are_the_mean_of_the_ranks_micro_batches(pair: list[Results]) 
 
 
 def test_the_wait_for_gradients_is_measured(pair: list[Results], alone: Results) -> None:
-    assert all(0 < rank["exposed_seconds"] < 30 for rank in pair)
+    for rank in pair:
+        (seconds,) = rank["exposed_seconds"]
+        assert 0 < seconds < 30
     assert all(0 < rank["trained"]["seconds"]["communication"] < 30 for rank in pair)
-    assert alone["exposed_seconds"] == 0
+    assert alone["exposed_seconds"] == []
     assert alone["trained"]["seconds"]["communication"] == 0
+
+
+def test_the_rank_that_the_others_wait_for_is_known_by_all(pair: list[Results], alone: Results) -> None:
+    times = pair[0]["slowed_down"]
+    assert times == pair[1]["slowed_down"]
+    assert times["last"][1] >= 2  # the pauses are before the second and the third step
+    assert times["seconds"]["waiting"][0] > 0.2
+    assert times["seconds"]["waiting"][1] < 0.1
+    assert times["seconds"]["communication"][0] == times["seconds"]["communication"][1] > 0
+    assert all(value > 0 for name in ("compute", "data", "evaluation") for value in times["seconds"][name])
+    assert set(alone["slowed_down"]["seconds"]["waiting"]) == {0.0}
+    assert all(rank["link"] > 1e3 for rank in pair)
 
 
 @pytest.mark.parametrize(("key", "count"), [("evaluated", 33), ("fewer_images_than_ranks", 1)])

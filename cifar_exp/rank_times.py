@@ -1,0 +1,102 @@
+"""Where each rank's time went, and for whom the others waited: pure arithmetic.
+
+No clock is shared between ranks. In each step all of them wait until gradients are averaged; the last to come waits for
+the averaging alone, so what another rank waits beyond that, it waits for the last one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MEASURED = ("compute", "data", "evaluation", "hidden_communication")  # by each rank itself, in this order
+NAMES = (*MEASURED, "communication", "waiting")
+PREFIX = "rank_time/"
+OFTEN = 0.5  # of the steps: a rank that is the last one more often is a straggler
+NOTABLE = 0.02  # share of their time that the others wait for it
+
+
+@dataclass
+class RankTimes:
+    """Seconds of each rank, summed over epochs.
+
+    Attributes:
+        seconds: by ``NAMES`` and rank. ``compute`` is steps without data and waiting, ``hidden_communication`` the
+            averaging of gradients while a backward pass goes on, which is part of ``compute``'s time; ``communication``
+            is exposed averaging, ``waiting`` that for the slowest rank. The two are 0 where the host cannot see them.
+        last: steps in which each rank was the last to come.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    last: list[int] = field(default_factory=list)
+
+    def add(self, rows: Tensor) -> None:
+        """Add what the ranks have measured.
+
+        Args:
+            rows: (ranks, len(MEASURED) + steps) float64: seconds by ``MEASURED``, then what each step waited for
+                gradients.
+        """
+        measured, waits = rows.cpu().split([len(MEASURED), rows.shape[1] - len(MEASURED)], dim=1)
+        new = dict(zip(MEASURED, measured.T, strict=True))
+        averaging = waits.min(0).values if waits.shape[1] else waits.new_zeros(0)
+        new["communication"] = averaging.sum().expand(len(rows))
+        new["waiting"] = (waits - averaging).sum(1)
+        last = torch.bincount(waits.argmin(0), minlength=len(rows)) if waits.shape[1] else torch.zeros(len(rows))
+        if len(self.last) != len(rows):  # begun, or gone on with on another number of ranks
+            self.seconds, self.last = {name: [0.0] * len(rows) for name in NAMES}, [0] * len(rows)
+        for name, values in new.items():
+            self.seconds[name] = [a + b for a, b in zip(self.seconds[name], values.tolist(), strict=True)]
+        self.last = [a + int(b) for a, b in zip(self.last, last.tolist(), strict=True)]
+
+    def metrics(self) -> dict[str, float]:
+        """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the last one."""
+        steps = sum(self.last)
+        figures = {
+            f"{PREFIX}{rank}/{name}": value
+            for name, values in self.seconds.items()
+            for rank, value in enumerate(values)
+        }
+        return figures | {f"{PREFIX}{rank}/last_share": count / steps for rank, count in enumerate(self.last) if steps}
+
+    def state_dict(self) -> dict[str, object]:
+        """What :meth:`load_state_dict` takes."""
+        return {"seconds": self.seconds, "last": self.last}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from there."""
+        self.__dict__.update(state)
+
+
+def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:
+    """What :meth:`RankTimes.metrics` has told, a dictionary a rank; none for a lone rank."""
+    ranks: dict[int, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if name.startswith(PREFIX):
+            rank, _, figure = name.removeprefix(PREFIX).partition("/")
+            ranks.setdefault(int(rank), {})[figure] = value
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
+    """A sentence about the rank that the others wait for; None where there is none.
+
+    It is one that comes last in more than half of the steps, for which the others wait more than 2 % of their training.
+    """
+    if not ranks or "last_share" not in ranks[0]:
+        return None
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["last_share"])
+    others = [times for rank, times in enumerate(ranks) if rank != slowest]
+    share = sum(times["waiting"] for times in others) / sum(training_seconds(times) for times in others)
+    if ranks[slowest]["last_share"] <= OFTEN or share <= NOTABLE:
+        return None
+    return (
+        f"straggler: rank {slowest} came last in {ranks[slowest]['last_share']:.0%} of the steps; the others waited "
+        f"{share:.1%} of their training time for it"
+    )
+
+
+def training_seconds(times: Mapping[str, float]) -> float:
+    """Of a rank, evaluation excluded."""
+    return sum(times[name] for name in ("compute", "data", "communication", "waiting"))
