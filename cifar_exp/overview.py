@@ -16,6 +16,7 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet
 from cifar_exp.models import parameter_count
 from cifar_exp.plan import Plan
+from cifar_exp.rank_times import by_rank, straggler
 from cifar_exp.schema import EarlyStopping
 
 
@@ -91,6 +92,8 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
         highlight=False,
     )
+    if late := straggler(by_rank(metrics)):
+        console.print(late, highlight=False)
     for text, share in machine.disturbances(metrics).items():
         console.print(f"DISTURBED: {text.format(share)}", highlight=False)
 

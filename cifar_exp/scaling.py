@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 
+from cifar_exp.breakdown import PREFIXES, Breakdown
 from cifar_exp.intervals import (
     Array,
     Interval,
@@ -40,6 +41,8 @@ class RunResult:
         block_rates: images/s of each block of ``train.log_every`` steps but the first, the warm-up.
         progress: seconds since the start and validation accuracy, after each epoch.
         disturbances: what disturbed it: sentences with a place for how much, and how much.
+        steps: that it trained; None where not known.
+        times: the metrics that say where its time went.
     """
 
     devices: int
@@ -52,6 +55,8 @@ class RunResult:
     block_rates: Sequence[float] = ()
     progress: Sequence[tuple[float, float]] = ()
     disturbances: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -75,6 +80,8 @@ class RunResult:
             block_rates=tuple(rate for _, _, rate in blocks[1:]),
             progress=tuple((seconds, accuracy) for _, seconds, accuracy in epochs),
             disturbances=disturbances or {},
+            steps=epochs[-1][0] if epochs else None,
+            times={name: value for name, value in metrics.items() if name.startswith(PREFIXES)},
         )
 
     def seconds_to(self, accuracy: float) -> float | None:
@@ -148,11 +155,13 @@ class Group:
         fits: Amdahl's and Gustafson's law beside the rates; the one that is made for the group's way of scaling first.
             None with less than two counts.
         notes: what a reader has to know to believe the figures, in sentences.
+        breakdowns: where the time went, one a device count; those whose runs do not say are left out.
     """
 
     rows: Sequence[SpeedupRow]
     fits: Sequence[Fit]
     notes: Sequence[str]
+    breakdowns: Sequence[Breakdown] = ()
 
     @classmethod
     def of(cls, results: Sequence[RunResult], report: Report = NOTHING_MORE) -> "Group":
@@ -164,7 +173,13 @@ class Group:
         if len(rows) > 1:
             same_work = rows[0].global_batch_size == rows[-1].global_batch_size
             fits = [fitted(law, list(repeats), rates) for law in ("Amdahl", "Gustafson")][:: 1 if same_work else -1]
-        return cls(rows, fits, _notes(repeats, rates))
+        breakdowns = [
+            found
+            for count, runs in repeats.items()
+            if (found := Breakdown.of(count, [run.times for run in runs], runs[0].steps))
+        ]
+        notes = [*_notes(repeats, rates), *(note for breakdown in breakdowns for note in breakdown.notes)]
+        return cls(rows, fits, notes, breakdowns)
 
 
 def by_count(results: Sequence[RunResult]) -> dict[int, list[RunResult]]:

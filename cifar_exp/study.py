@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cifar_exp import figures, machine, study_page
+from cifar_exp.breakdown import PARTS, rank_table
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.intervals import Interval
 from cifar_exp.scaling import NOTHING_MORE, UNCERTAIN, Group, RunResult, Sample, SpeedupRow, grouped
 from cifar_exp.schema import Report
+from cifar_exp.study_page import Section
 
 SERIES = ("step/images_per_second", "val/accuracy")  # whose course a study needs, beside last values
 
@@ -89,15 +91,15 @@ class Study:
 
     def print(self, console: Console) -> None:
         """For each group one table, the fitted laws, and what has to be known to believe the figures."""
-        for name, group in self.groups.items():
-            table = Table(title=self._title(name), title_justify="left")
-            headings, *cells = self._cells(group.rows)
+        for title, cells, lines in self._sections():
+            table = Table(title=title, title_justify="left")
+            headings, *rows = cells
             for place, heading in enumerate(headings):
                 table.add_column(heading, justify="right" if place else "left")
-            for row in cells:
+            for row in rows:
                 table.add_row(*row)
             console.print(table)
-            for line in lines_below(group):
+            for line in lines:
                 console.print(line, highlight=False, markup=False)
         for line in self.machines:
             console.print(f"machine: {line}", highlight=False, markup=False)
@@ -121,8 +123,7 @@ class Study:
                 writer.writerows(rows)
             figures.draw_speedup(self.groups, figure, self.simulated)
             title = "Speedup by device count" + self._label()
-            sections = [(self._title(name), self._cells(g.rows), lines_below(g)) for name, g in self.groups.items()]
-            page.write_text(study_page.page_html(title, figure, sections, self.machines), encoding="utf-8")
+            page.write_text(study_page.page_html(title, figure, self._sections(), self.machines), encoding="utf-8")
         return [table, figure, page]
 
     def metrics(self) -> list[tuple[str, float, int]]:
@@ -140,8 +141,18 @@ class Study:
     def _title(self, group: str) -> str:
         return f"Speedup{self._label()}{f': {group}' if group else ''}"
 
-    def _cells(self, rows: Sequence[SpeedupRow]) -> list[list[str]]:
+    def _sections(self) -> list[Section]:
+        """For each group its figures, then where the time went by rank."""
+        sections: list[Section] = []
+        for name, group in self.groups.items():
+            sections.append((self._title(name), self._cells(group), lines_below(group)))
+            if by_rank := rank_table(group.breakdowns):
+                sections.append((f"Where the time went, by rank{f': {name}' if name else ''}", by_rank, ()))
+        return sections
+
+    def _cells(self, group: Group) -> list[list[str]]:
         """The device counts as headings, then a list of texts a figure; figures that say nothing are left out."""
+        rows = group.rows
         lines = {
             "runs": [str(row.repeats) for row in rows],
             "global batch": [str(row.global_batch_size) for row in rows],
@@ -161,6 +172,11 @@ class Study:
             lines[f"{target}: device s"] = [shown(row.device_seconds_to_accuracy, ",.1f") for row in rows]
             if self.report.price_per_hour is not None:
                 lines[f"{target}: price"] = [shown(row.price_to_accuracy, ",.4g") for row in rows]
+        shares = {breakdown.devices: breakdown.shares for breakdown in group.breakdowns}
+        for part in PARTS if shares else ():
+            lines[f"time: {part}"] = [
+                f"{shares[row.devices][part]:.1%}" if row.devices in shares else "" for row in rows
+            ]
         if any(row.disturbed for row in rows):
             lines["disturbed runs"] = [f"{row.disturbed} of {row.repeats}" if row.disturbed else "" for row in rows]
         headings = ["devices", *(str(row.devices) for row in rows)]

@@ -50,11 +50,12 @@ def _section(section: Section) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     items = "".join(f"<li{_look(line)}>{escape(line)}</li>" for line in lines)
+    below = f"<ul>{items}</ul>" if items else ""
     return f"""<section><h2>{escape(title)}</h2>
 <table class="figures"><tr>{head}</tr>{body}</table>
-<ul>{items}</ul></section>
+{below}</section>
 """
 
 
 def _look(line: str) -> str:
-    return ' class="warning"' if line.startswith(("warning", "DISTURBED")) else ""
+    return ' class="warning"' if line.startswith(("warning", "DISTURBED")) or "straggler" in line else ""

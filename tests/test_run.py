@@ -13,7 +13,9 @@ from mlflow.entities import Run
 
 from cifar_exp import journal
 from cifar_exp.data import resized
+from cifar_exp.models import convnet, parameter_count
 from cifar_exp.predict import Classifier
+from cifar_exp.rank_times import by_rank, training_seconds
 from cifar_exp.speednet import patches_of
 from cifar_exp.tracking import MLflowTracker
 from tests.conftest import TINY, Command, the_run
@@ -52,6 +54,13 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert set(split) == {f"time_split/{name}" for name in names}
     assert sum(split.values()) == pytest.approx(last["time/total_seconds"], abs=1e-3)
     assert min(split.values()) >= 0
+    ranks = by_rank(last)
+    assert [round(training_seconds(rank), 3) for rank in ranks[:1]] == [round(last["time/train_seconds"], 3)]
+    assert len(ranks) == 2
+    assert sum(rank["last_share"] for rank in ranks) == pytest.approx(1)
+    gradients = parameter_count(convnet(num_classes=10, width=4, depth=1))  # of 4 bytes; two ranks send each once
+    assert last["communication/bytes_per_step"] == 4 * gradients
+    assert last["communication/link_bytes_per_second"] > 0
     for name in ("config.yaml", "progress.html", "training.png", "checkpoints/step-00000006.pt"):
         assert (run_dir / name).stat().st_size > 0
 

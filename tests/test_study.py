@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_exp.breakdown import PARTS, Breakdown
 from cifar_exp.comparison import Comparison
 from cifar_exp.errors import ConfigError
 from cifar_exp.schema import Report
@@ -67,6 +68,54 @@ def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
         "DISTURBED: 1 of 2 runs on 2 devices: other processes took 30% of the cores at worst",
         "warning: two device counts only",
         "Gustafson&#x27;s law: serial fraction",
+    ):
+        assert part in page, part
+
+
+# 100 s of a run on two ranks, of which the second is the slow one.
+TIMES = {
+    **{"time_split/startup": 5.0, "time_split/step": 70.0, "time_split/data": 2.0, "time_split/communication": 8.0},
+    **{"time_split/evaluation": 14.0, "time_split/other": 1.0},
+    **{"rank_time/0/compute": 70.0, "rank_time/0/data": 2.0, "rank_time/0/evaluation": 14.0},
+    **{"rank_time/0/communication": 2.0, "rank_time/0/waiting": 6.0, "rank_time/0/hidden_communication": 4.0},
+    **{"rank_time/1/compute": 76.0, "rank_time/1/data": 2.0, "rank_time/1/evaluation": 14.0},
+    **{"rank_time/1/communication": 2.0, "rank_time/1/waiting": 0.0, "rank_time/1/hidden_communication": 4.0},
+    **{"rank_time/0/last_share": 0.1, "rank_time/1/last_share": 0.9},
+    **{"communication/bytes_per_step": 2.7e6, "communication/link_bytes_per_second": 1.35e9},
+}
+
+
+def test_where_the_time_went_adds_up_and_names_the_rank_that_others_wait_for() -> None:
+    breakdown = Breakdown.of(2, [TIMES, {"devices": 2.0}], steps=400)
+    assert breakdown is not None
+    assert tuple(breakdown.shares) == PARTS
+    assert sum(breakdown.shares.values()) == pytest.approx(1)
+    assert breakdown.shares["computing"] == pytest.approx(0.7)
+    # The first rank waited 8 s; of all that was waited, 4 of 10 parts were averaging.
+    assert breakdown.shares["averaging gradients"] == pytest.approx(0.08 * 0.4)
+    assert breakdown.shares["waiting for the slowest"] == pytest.approx(0.08 * 0.6)
+    assert breakdown.shares["start and rest"] == pytest.approx(0.06)
+    assert breakdown.notes == [
+        "on 2 devices: straggler: rank 1 came last in 90% of the steps; the others waited 7.5% of their training time "
+        "for it",
+        "on 2 devices: each rank sends 2.7 MB a step; the link carries 1.35 GB/s, which makes 2 ms; a step took 5 ms "
+        "exposed and 10 ms behind the backward pass",
+    ]
+    assert Breakdown.of(2, [{"devices": 2.0}], steps=400) is None
+
+
+def test_the_page_says_where_the_time_went_by_rank(tmp_path: Path) -> None:
+    runs = [finished(1, 0, 100), finished(2, 0, 190)]
+    runs[1] = FinishedRun(runs[1].tags, {**runs[1].metrics, **TIMES}, runs[1].series)
+    study = Study.of(runs)
+    assert study is not None
+    page = study.write(tmp_path)[2].read_text()
+    cells = "".join(f"<td>{text}</td>" for text in ("2", "1", "76.00", "4.00", "2.00", "0.00", "2.00", "14.00", "90%"))
+    for part in (
+        "Where the time went, by rank",
+        f"<tr>{cells}</tr>",
+        "<td>time: waiting for the slowest</td><td></td><td>4.8%</td>",
+        '<li class="warning">on 2 devices: straggler: rank 1',
     ):
         assert part in page, part
 

@@ -57,7 +57,7 @@ def curve(entries: Sequence[Entry]) -> list[tuple[int, str, float]]:
         (entry.step, name, value)
         for entry in entries
         for name, value in entry.metrics.items()
-        if not name.startswith(("time", "machine/")) and "per_second" not in name
+        if not name.startswith(("time", "rank_time/", "machine/")) and "per_second" not in name
     ]
 
 

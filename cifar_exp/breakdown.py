@@ -1,0 +1,111 @@
+"""Where the time of the runs at one device count went: in all, by rank, and for sending gradients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from cifar_exp.rank_times import NAMES, by_rank, straggler
+
+PREFIXES = ("time_split/", "rank_time/", "communication/")  # of the metrics that say where time went
+PARTS = ("computing", "data", "averaging gradients", "waiting for the slowest", "evaluation", "start and rest")
+RANK_HEADINGS = {
+    "compute": "computing, s",
+    "hidden_communication": "averaging meanwhile, s",
+    "communication": "averaging exposed, s",
+    "waiting": "waiting for the slowest, s",
+    "data": "data, s",
+    "evaluation": "evaluation, s",
+}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Medians over the runs at one device count.
+
+    Attributes:
+        devices: number of ranks.
+        shares: of a whole run's time by ``PARTS``, 0 to 1; they add up to about 1. Ranks' times are averaged.
+        ranks: seconds of each rank by ``rank_times.NAMES``, and ``last_share``; none for a lone rank.
+        notes: what a reader should know, in sentences.
+    """
+
+    devices: int
+    shares: Mapping[str, float]
+    ranks: Sequence[Mapping[str, float]]
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, devices: int, runs: Sequence[Mapping[str, float]], steps: int | None) -> "Breakdown | None":
+        """From the last values of the runs' metrics; None where they do not say where time went.
+
+        ``steps``: that a run trained, where it is known.
+        """
+        runs = [metrics for metrics in runs if any(name.startswith("time_split/") for name in metrics)]
+        if not runs:
+            return None
+        each = [_shares(metrics) for metrics in runs]
+        shares = {part: median(shares[part] for shares in each) for part in PARTS}
+        of_runs = [ranks for metrics in runs if (ranks := by_rank(metrics))]
+        ranks = [
+            {name: median(of_run[rank][name] for of_run in of_runs) for name in of_runs[0][rank]}
+            for rank in range(min(map(len, of_runs), default=0))
+        ]
+        late = straggler(ranks)
+        notes = [f"on {devices} devices: {late}"] if late else []
+        return cls(devices, shares, ranks, notes + _link_notes(devices, runs, ranks, steps))
+
+
+def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
+    """A row a rank of each device count, headings first; none where all ran on lone ranks."""
+    rows = [
+        [
+            str(breakdown.devices),
+            str(rank),
+            *(f"{times.get(name, 0.0):,.2f}" for name in RANK_HEADINGS),
+            f"{times['last_share']:.0%}" if "last_share" in times else "",
+        ]
+        for breakdown in breakdowns
+        for rank, times in enumerate(breakdown.ranks)
+    ]
+    return [["devices", "rank", *RANK_HEADINGS.values(), "last to come"], *rows] if rows else []
+
+
+def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    split = {name.removeprefix("time_split/"): value for name, value in metrics.items() if "time_split/" in name}
+    total = sum(split.values())
+    ranks = by_rank(metrics)
+    exposed = split.get("communication", 0.0)
+    seen = {name: fmean(times[name] for times in ranks) if ranks else 0.0 for name in NAMES}
+    waiting = seen["communication"] + seen["waiting"]
+    # The split is the first rank's. What it waited is divided as the ranks' waiting is on the average.
+    averaging = exposed * seen["communication"] / waiting if waiting else exposed
+    seconds = {
+        "computing": split.get("step", 0.0),
+        "data": split.get("data", 0.0),
+        "averaging gradients": averaging,
+        "waiting for the slowest": exposed - averaging,
+        "evaluation": split.get("evaluation", 0.0),
+    }
+    seconds["start and rest"] = total - sum(seconds.values())
+    return {part: value / total for part, value in seconds.items()}
+
+
+def _link_notes(
+    devices: int, runs: Sequence[Mapping[str, float]], ranks: Sequence[Mapping[str, float]], steps: int | None
+) -> list[str]:
+    """What a step sends beside what the link carries, and what it took."""
+    known = [metrics for metrics in runs if "communication/link_bytes_per_second" in metrics]
+    if not known or not known[0]["communication/bytes_per_step"]:
+        return []
+    sent = median(metrics["communication/bytes_per_step"] for metrics in known)
+    link = median(metrics["communication/link_bytes_per_second"] for metrics in known)
+    told = (
+        f"on {devices} devices: each rank sends {sent / 1e6:.3g} MB a step; the link carries {link / 1e9:.3g} GB/s, "
+        f"which makes {1000 * sent / link:.3g} ms"
+    )
+    if steps and ranks and "last_share" in ranks[0]:
+        exposed, hidden = (
+            1000 * fmean(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
+        )
+        told += f"; a step took {exposed:.3g} ms exposed and {hidden:.3g} ms behind the backward pass"
+    return [told]
