@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class ProcessArm:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that the processes were given: one for all ranks, or one each where they are independent."""
+        return [Path(folder.name) for folder in self._folders]
 
     def __call__(self) -> float:
         """One turn in all processes; its seconds."""

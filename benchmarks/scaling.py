@@ -4,22 +4,37 @@
     gradients costs. (b) the same global batch of 256 on two ranks of one thread and on one rank of two threads.
 (c) our loop under DDP against a bare DDP loop (DistributedDataParallel as it comes) on the same batches.
 Processes stay alive between turns; each makes its own batches (the package's data path, whole-pixel shifts).
+
+What (a) loses is told by cause, as shares of an independent process's time: waiting for the slower rank, averaging that
+nothing hides, what computing and data take longer than without DDP, and the rest, which the loop's clocks do not cover.
 """
 
+import json
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 
 from bare import bare_epoch
-from harness import Goal, arguments, compare, compare_all, publish
+from harness import Comparison, Figure, Goal, arguments, compare, compare_all, publish
 from processes import ProcessArm
 from torch.nn.parallel import DistributedDataParallel
 from workload import BATCH, alone, epoch_of, network, random_split, train_batches, trainer
 
 from cifar_exp.distributed import joined_world
+from cifar_exp.rank_times import RankTimes, by_rank
+from cifar_exp.train import Trainer
 
 RANKS = 2
+TURNS_FILE = "turns.jsonl"  # one line a turn: seconds of the whole and of its parts, means over the ranks
+CAUSES = {
+    "waiting": "waiting for the slower rank",
+    "communication": "averaging that nothing hides",
+    "compute": "computing takes longer",
+    "data": "data takes longer",
+}
 
 
 def main() -> None:
@@ -27,37 +42,79 @@ def main() -> None:
     count, weak = options.steps * BATCH, (options.steps * BATCH * RANKS, BATCH)
     with ExitStack() as stack:
         ddp = stack.enter_context(ProcessArm(our_ranks, *weak, ranks=RANKS, threads=1))
+        independent = stack.enter_context(ProcessArm(our_only_rank, count, ranks=RANKS, threads=1, independent=True))
         others = {
-            "(a) two ranks / two independent processes": stack.enter_context(
-                ProcessArm(our_only_rank, count, ranks=RANKS, threads=1, independent=True)
-            ),
+            "(a) two ranks / two independent processes": independent,
             "(c) our two ranks / two bare DDP ranks": stack.enter_context(
                 ProcessArm(bare_ranks, *weak, ranks=RANKS, threads=1)
             ),
         }
         goals = dict(zip(others, (Goal("<=", 1 / 0.97), Goal("<=", 1.0)), strict=True))
-        rows = compare_all(ddp, others, options.pairs, goals)
+        rows: list[Comparison | Figure] = [*compare_all(ddp, others, options.pairs, goals)]
+        causes = by_cause(turns_in(ddp), turns_in(independent))
     with ExitStack() as stack:
         processes = stack.enter_context(ProcessArm(our_ranks, count, BATCH // RANKS, ranks=RANKS, threads=1))
         threads = stack.enter_context(ProcessArm(our_only_rank, count, threads=RANKS))
         rows.append(compare("(b) 2 ranks x 1 thread / 1 rank x 2 threads", processes, threads, options.pairs))
-    images = {row.name: count if row.name.startswith("(b)") else weak[0] for row in rows}
-    rates = {row.name: [round(images[row.name] / seconds) for seconds in row.seconds] for row in rows}
-    publish("scaling", rows, {"images/s of each": rates})
+    rates = {
+        row.name: [round((count if row.name.startswith("(b)") else weak[0]) / seconds) for seconds in row.seconds]
+        for row in rows
+        if isinstance(row, Comparison)
+    }
+    publish("scaling", [*rows, *causes], {"images/s of each": rates})
+
+
+def by_cause(ranks: list[dict[str, float]], alone: list[dict[str, float]]) -> list[Figure]:
+    """What two ranks lose against two independent processes, turn by turn, the unmeasured one left out."""
+    losses: dict[str, list[float]] = {name: [] for name in ("(a) lost", *CAUSES.values(), "not accounted for")}
+    for ours, theirs in list(zip(ranks, alone, strict=True))[1:]:
+        whole = (ours["seconds"] - theirs["seconds"]) / theirs["seconds"]
+        parts = {told: (ours[name] - theirs[name]) / theirs["seconds"] for name, told in CAUSES.items()}
+        for name, value in {"(a) lost": whole, **parts, "not accounted for": whole - sum(parts.values())}.items():
+            losses[name].append(value)
+    goals = {"not accounted for": Goal("<=", 0.02)}
+    names = {name: name if name.startswith("(a)") else f"(a) of it {name}" for name in losses}
+    return [Figure.of(names[name], values, goal=goals.get(name)) for name, values in losses.items()]
+
+
+def turns_in(arm: ProcessArm) -> list[dict[str, float]]:
+    """What the processes of an arm have noted of each turn, means over them."""
+    noted = [[json.loads(line) for line in (folder / TURNS_FILE).read_text().splitlines()] for folder in arm.folders]
+    return [{name: fmean(turn[name] for turn in turns) for name in turns[0]} for turns in zip(*noted, strict=True)]
+
+
+def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Callable[[], None]:
+    """An epoch that notes its seconds and where they went, means over ranks, in a file of the first rank's."""
+
+    def run() -> None:
+        loop.rank_times = RankTimes()
+        begin = time.perf_counter()
+        epoch()
+        seconds = time.perf_counter() - begin
+        ranks = by_rank(loop.rank_times.metrics())
+        parts = {name: fmean(rank[name] for rank in ranks) for name in CAUSES}
+        with (folder / TURNS_FILE).open("a") as file:
+            file.write(json.dumps({"seconds": seconds, **parts}) + "\n")
+
+    return run
 
 
 def our_ranks(turns: Iterator[None], folder: str, images: int, batch: int) -> None:
     """Our loop under DDP: ``images`` a turn over all ranks."""
     with joined_world("cpu", Path(folder), 600) as world:
-        epoch = epoch_of(trainer(world), train_batches(random_split(images), world, batch=batch))
+        loop = trainer(world)
+        epoch = epoch_of(loop, train_batches(random_split(images), world, batch=batch))
+        if world.is_first:
+            epoch = noted_epoch(loop, epoch, Path(folder))
         for _ in turns:
             epoch()
 
 
-def our_only_rank(turns: Iterator[None], _folder: str, images: int) -> None:
+def our_only_rank(turns: Iterator[None], folder: str, images: int) -> None:
     """Our loop without DDP, in a world of its own."""
-    with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
-        epoch = epoch_of(trainer(world), train_batches(random_split(images), world))
+    with tempfile.TemporaryDirectory() as meeting, alone(Path(meeting)) as world:
+        loop = trainer(world)
+        epoch = noted_epoch(loop, epoch_of(loop, train_batches(random_split(images), world)), Path(folder))
         for _ in turns:
             epoch()
 
