@@ -5,7 +5,7 @@ of all ranks. What it uses in an evaluation are running statistics. Each rank ha
 used or saved :func:`settle` makes them the same on all ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar_exp.distributed import (
     average_buffers,
+    differentiable_rows,
     mean_over_ranks,
-    rows_of_ranks,
     share_first_ranks_buffers,
     sum_over_ranks,
 )
@@ -41,6 +41,21 @@ def settle(model: nn.Module, choice: BatchNorm) -> None:
     average_buffers(model)
 
 
+def take_over(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
+    """Give ``model`` the buffers of some ranks together, as :func:`settle` would have made them.
+
+    ``of_ranks``: for each rank what ``model.buffers()`` was there; those of one rank are taken as they are.
+    """
+    buffers = list(model.buffers())
+    for buffer, *values in zip(buffers, *of_ranks, strict=True):
+        buffer.copy_(torch.stack(values).double().mean(0) if len(values) > 1 else values[0])
+    places = {id(buffer): place for place, buffer in enumerate(buffers)}
+    for layer in batch_norms(model):
+        mean, variance = _statistics(layer)
+        means = torch.stack([values[places[id(mean)]] for values in of_ranks]).double()
+        variance.add_(means.var(0, correction=0).to(variance.device))
+
+
 def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics by those of ``batches`` on all ranks together, as ``trainNetwork`` does at its end
     (``BatchNormalizationStatistics="population"`` in MATLAB's ``trainingOptions``).
@@ -53,28 +68,30 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: this rank's, (B, C, H, W) each. Without any on all ranks the statistics stay.
     """
     layers = batch_norms(model)
-    moments = [torch.zeros(3, *_statistics(layer)[0].shape, dtype=torch.float64) for layer in layers]
+    moments = [_statistics(layer)[0].new_zeros((3, layer.num_features), dtype=torch.float64) for layer in layers]
     with _measuring(model, layers) as counts, torch.no_grad():
         for images in batches:
+            counts.clear()
             model(images)
             for layer, sums in zip(layers, moments, strict=True):
-                count = counts[layer]
-                mean, variance = (value.double().cpu() for value in _statistics(layer))
-                second = variance * (count - 1) / count + mean.square()
-                sums += count * torch.stack([torch.ones_like(mean), mean, second])
+                if count := counts.get(layer):  # else a layer that this batch has not come through
+                    mean, variance = (value.double() for value in _statistics(layer))
+                    second = variance * (count - 1) / count + mean.square()
+                    sums += count * torch.stack([torch.ones_like(mean), mean, second])
     for layer, sums in zip(layers, moments, strict=True):
-        running_mean, running_variance = _statistics(layer)
-        total, first, second = sum_over_ranks(sums.to(running_mean.device))
+        total, first, second = sum_over_ranks(sums)
         if total[0]:
+            running_mean, running_variance = _statistics(layer)
             mean = first / total
             running_mean.copy_(mean)
             running_variance.copy_((second / total - mean.square()) * total / (total - 1))
 
 
 @contextmanager
-def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[Mapping[nn.Module, int]]:
+def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[dict[nn.Module, int]]:
     """Running statistics are the last batch's alone meanwhile. Yields how many values of a channel each layer got."""
     was_training, momenta = model.training, [layer.momentum for layer in layers]
+    counters = [(layer.num_batches_tracked, int(layer.num_batches_tracked or 0)) for layer in layers]
     counts: dict[nn.Module, int] = {}
     hooks = [layer.register_forward_pre_hook(partial(_count, counts)) for layer in layers]
     model.eval()
@@ -84,56 +101,61 @@ def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[Mappi
     try:
         yield counts
     finally:
-        for layer, momentum, hook in zip(layers, momenta, hooks, strict=True):
+        for layer, momentum, hook, (counter, before) in zip(layers, momenta, hooks, counters, strict=True):
             layer.momentum = momentum
             hook.remove()
+            if counter is not None:
+                counter.fill_(before)
         model.train(was_training)
 
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     """``model`` with batch norms that normalise by the batches of all ranks; parameters and buffers stay the same ones.
 
-    On GPUs these are PyTorch's ``SyncBatchNorm``, which refuses CPU ranks; those get :class:`SynchronizedBatchNorm2d`.
+    On GPUs these are PyTorch's ``SyncBatchNorm``, which refuses CPU ranks; those get :class:`SynchronizedBatchNorm`.
     """
     if device.type != "cpu":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                setattr(module, name, SynchronizedBatchNorm2d.of(child))
+    if isinstance(model, _BatchNorm):
+        return SynchronizedBatchNorm.of(model)
+    for name, child in model.named_children():
+        setattr(model, name, synchronized(child, device))
     return model
 
 
-class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+class SynchronizedBatchNorm(_BatchNorm):
     """Batch norm by the mean and variance of all ranks' batches, whose gradients flow through all ranks.
 
     Two small collectives a layer and step, one forward and one backward. Ranks must have batches of one size.
     """
 
     @classmethod
-    def of(cls, layer: nn.BatchNorm2d) -> "SynchronizedBatchNorm2d":
+    def of(cls, layer: _BatchNorm) -> "SynchronizedBatchNorm":
         """The same layer, its parameters and buffers shared with ``layer``."""
         made = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(made, name, getattr(layer, name))
         return made.train(layer.training)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``images``: (N, C, H, W) -> the same shape and type."""
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Takes what ``BatchNorm1d``, ``2d`` and ``3d`` take."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``inputs``: (N, C, ...) -> the same shape and type."""
         if not self.training:
-            return super().forward(images)
-        inputs = images.float()
-        variance, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
-        means, variances = rows_of_ranks(torch.cat([mean, variance])).chunk(2, dim=1)  # (ranks, C) each
+            return super().forward(inputs)
+        values = inputs.float()
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        variance, mean = torch.var_mean(values, [0, *range(2, inputs.dim())], correction=0)
+        means, variances = differentiable_rows(torch.cat([mean, variance])).chunk(2, dim=1)  # (ranks, C) each
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        self._track(mean.detach(), variance.detach(), images.numel() // images.shape[1] * len(means))
+        self._track(mean.detach(), variance.detach(), inputs.numel() // inputs.shape[1] * len(means))
         scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight
-        shift = (self.bias if self.affine else 0) - mean * scale
-        return (inputs * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(images.dtype)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return (values * scale.view(shape) + shift.view(shape)).to(inputs.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Add to the running statistics. ``count``: values behind them, of each channel over all ranks."""

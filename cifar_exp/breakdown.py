@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from cifar_exp.rank_times import NAMES, by_rank, straggler
+from cifar_exp.rank_times import by_rank, straggler
 
 PREFIXES = ("time_split/", "rank_time/", "communication/")  # of the metrics that say where time went
 PARTS = ("computing", "data", "averaging gradients", "waiting for the slowest", "evaluation", "start and rest")
@@ -47,11 +47,14 @@ class Breakdown:
         shares = {part: median(shares[part] for shares in each) for part in PARTS}
         of_runs = [ranks for metrics in runs if (ranks := by_rank(metrics))]
         ranks = [
-            {name: median(of_run[rank][name] for of_run in of_runs) for name in of_runs[0][rank]}
+            {
+                name: median(of_run[rank][name] for of_run in of_runs)
+                for name in set.intersection(*(set(of_run[rank]) for of_run in of_runs))
+            }
             for rank in range(min(map(len, of_runs), default=0))
         ]
         late = straggler(ranks)
-        notes = [f"on {devices} devices: {late}"] if late else []
+        notes = [f"warning: on {devices} devices: {late}"] if late else []
         return cls(devices, shares, ranks, notes + _link_notes(devices, runs, ranks, steps))
 
 
@@ -71,20 +74,20 @@ def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
 
 
 def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
-    split = {name.removeprefix("time_split/"): value for name, value in metrics.items() if "time_split/" in name}
-    total = sum(split.values())
-    ranks = by_rank(metrics)
-    exposed = split.get("communication", 0.0)
-    seen = {name: fmean(times[name] for times in ranks) if ranks else 0.0 for name in NAMES}
-    waiting = seen["communication"] + seen["waiting"]
-    # The split is the first rank's. What it waited is divided as the ranks' waiting is on the average.
-    averaging = exposed * seen["communication"] / waiting if waiting else exposed
+    split = {
+        name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
+    }
+    total, ranks = sum(split.values()), by_rank(metrics)
+
+    def seconds_of(name: str, alone: str) -> float:
+        return fmean(times[name] for times in ranks) if ranks else split.get(alone, 0.0)
+
     seconds = {
-        "computing": split.get("step", 0.0),
-        "data": split.get("data", 0.0),
-        "averaging gradients": averaging,
-        "waiting for the slowest": exposed - averaging,
-        "evaluation": split.get("evaluation", 0.0),
+        "computing": seconds_of("compute", "step"),
+        "data": seconds_of("data", "data"),
+        "averaging gradients": seconds_of("communication", "communication"),
+        "waiting for the slowest": seconds_of("waiting", ""),
+        "evaluation": split.get("evaluation", 0.0),  # with the test at the end, which ranks do not measure
     }
     seconds["start and rest"] = total - sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
@@ -104,8 +107,9 @@ def _link_notes(
         f"which makes {1000 * sent / link:.3g} ms"
     )
     if steps and ranks and "last_share" in ranks[0]:
+        # Of the rank that waited least for others: a bucket that is on its way waits for the slowest one, too.
         exposed, hidden = (
-            1000 * fmean(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
+            1000 * min(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
         )
         told += f"; a step took {exposed:.3g} ms exposed and {hidden:.3g} ms behind the backward pass"
     return [told]

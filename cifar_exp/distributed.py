@@ -110,11 +110,11 @@ def wait_for_all() -> None:
     dist.barrier()
 
 
-def rows_of_ranks(row: Tensor) -> Tensor:
+def differentiable_rows(row: Tensor) -> Tensor:
     """Each rank's ``row``, by rank: (K,) -> (ranks, K). Gradients flow back to the rank that a row came from."""
-    rows = [row if rank == dist.get_rank() else torch.zeros_like(row) for rank in range(dist.get_world_size())]
-    gathered_rows: Tensor = _DifferentiableSum.apply(torch.stack(rows))
-    return gathered_rows
+    mine = [row if rank == dist.get_rank() else torch.zeros_like(row) for rank in range(dist.get_world_size())]
+    of_all: Tensor = _DifferentiableSum.apply(torch.stack(mine))
+    return of_all
 
 
 class _DifferentiableSum(torch.autograd.Function):
@@ -130,26 +130,42 @@ class _DifferentiableSum(torch.autograd.Function):
 
 
 def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's mean over ranks, in one collective; all are of one type and on one device."""
-    if not values or dist.get_world_size() == 1:
-        return [value.clone() for value in values]
-    mean = sum_over_ranks(torch.cat([value.flatten() for value in values])) / dist.get_world_size()
-    parts = mean.split([value.numel() for value in values])
-    return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+    """Each tensor's mean over ranks as float64, in one collective; all are on one device.
+
+    In float64 the mean of equal float32 values is that value, whatever the number of ranks.
+    """
+    if not values:
+        return []
+    mean = sum_over_ranks(torch.cat([value.flatten().double() for value in values])) / dist.get_world_size()
+    return _apart(mean, values)
 
 
 def average_buffers(model: nn.Module) -> None:
     """Replace floating-point buffers by their mean over ranks."""
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    buffers = _floating_buffers(model)
     for buffer, mean in zip(buffers, mean_over_ranks(buffers), strict=True):
         buffer.copy_(mean)
 
 
 def share_first_ranks_buffers(model: nn.Module) -> None:
-    """Replace floating-point buffers by those of the first rank."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            dist.broadcast(buffer, src=0)
+    """Replace floating-point buffers by those of the first rank, in one collective."""
+    buffers = _floating_buffers(model)
+    if not buffers:
+        return
+    together = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(together, src=0)
+    for buffer, first in zip(buffers, _apart(together, buffers), strict=True):
+        buffer.copy_(first)
+
+
+def _floating_buffers(model: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def _apart(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of what was flattened and put together, shaped as those in ``like``."""
+    parts = together.split([value.numel() for value in like])
+    return [part.view_as(value) for part, value in zip(parts, like, strict=True)]
 
 
 @dataclass
@@ -159,7 +175,8 @@ class Communication:
     Attributes:
         exposed: for each step since they were last taken, the seconds from the moment at which the last bucket of
             gradients was complete to the end of the backward pass, which had nothing left to compute meanwhile.
-        averaging: seconds since then in which some bucket was on its way, exposed or not.
+        averaging: seconds since then in which some bucket was on its way, exposed or not; a bucket waits for the
+            slowest rank, too.
     """
 
     exposed: list[float] = field(default_factory=list)
@@ -214,7 +231,7 @@ def link_bytes_per_second(size: int, device: torch.device) -> float:
 def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:
     """The module to train: ``model`` itself on one rank, else DDP around it, which averages gradients over ranks.
 
-    Buffers are not broadcast at each step, which would cost a collective; :func:`average_buffers` combines them before
+    Buffers are not broadcast at each step, which would cost a collective; ``batch_norm.settle`` combines them before
     they are used.
     """
     communication = Communication()

@@ -59,12 +59,18 @@ class Plan:
 
 
 def check_scaling(config: Config, world_size: int) -> None:
-    """Refuse a global batch that its ranks cannot share evenly.
+    """Refuse a global batch that its ranks cannot share evenly, or whose parts cannot be normalised together.
 
     Raises:
-        ConfigError: under strong scaling, where ``train.batch_size`` is not divisible by the number of ranks.
+        ConfigError: under strong scaling, where ``train.batch_size`` is not divisible by the number of ranks; where
+            batch norms are to see the whole batch and it comes in micro-batches.
     """
     batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
+    if config.train.batch_norm == "synchronized" and config.train.accumulate > 1:
+        raise ConfigError(
+            f"train.batch_norm=synchronized: a rank's micro-batches come one after the other, and train.accumulate="
+            f"{config.train.accumulate} makes several. Type train.accumulate=1, or train.batch_norm=averaged"
+        )
     if config.train.scaling == "strong" and batch_size % parts:
         nearest = max(parts, round(batch_size / parts) * parts)
         raise ConfigError(

@@ -5,10 +5,9 @@ the averaging alone, so what another rank waits beyond that, it waits for the la
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import Any
 
 MEASURED = ("compute", "data", "evaluation", "hidden_communication")  # by each rank itself, in this order
 NAMES = (*MEASURED, "communication", "waiting")
@@ -23,32 +22,31 @@ class RankTimes:
 
     Attributes:
         seconds: by ``NAMES`` and rank. ``compute`` is steps without data and waiting, ``hidden_communication`` the
-            averaging of gradients while a backward pass goes on, which is part of ``compute``'s time; ``communication``
-            is exposed averaging, ``waiting`` that for the slowest rank. The two are 0 where the host cannot see them.
+            averaging of gradients while a backward pass goes on (or waiting for a slower rank's), which is part of
+            ``compute``'s time; ``communication`` is exposed averaging, ``waiting`` that for the slowest rank. The two
+            are 0 where the host cannot see them. What synchronised batch norms wait is in ``compute``. ``evaluation``
+            is validation, with the wait for other ranks' shares.
         last: steps in which each rank was the last to come.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     last: list[int] = field(default_factory=list)
 
-    def add(self, rows: Tensor) -> None:
-        """Add what the ranks have measured.
-
-        Args:
-            rows: (ranks, len(MEASURED) + steps) float64: seconds by ``MEASURED``, then what each step waited for
-                gradients.
+    def add(self, rows: Sequence[Sequence[float]]) -> None:
+        """Add what the ranks have measured: a row each of seconds by ``MEASURED``, then what each step waited for
+        gradients.
         """
-        measured, waits = rows.cpu().split([len(MEASURED), rows.shape[1] - len(MEASURED)], dim=1)
-        new = dict(zip(MEASURED, measured.T, strict=True))
-        averaging = waits.min(0).values if waits.shape[1] else waits.new_zeros(0)
-        new["communication"] = averaging.sum().expand(len(rows))
-        new["waiting"] = (waits - averaging).sum(1)
-        last = torch.bincount(waits.argmin(0), minlength=len(rows)) if waits.shape[1] else torch.zeros(len(rows))
+        waits = list(zip(*(row[len(MEASURED) :] for row in rows), strict=True))  # (steps, ranks)
+        averaging = sum(min(step) for step in waits)
+        new = {name: [row[place] for row in rows] for place, name in enumerate(MEASURED)}
+        new["communication"] = [averaging] * len(rows)
+        new["waiting"] = [sum(step[rank] - min(step) for step in waits) for rank in range(len(rows))]
         if len(self.last) != len(rows):  # begun, or gone on with on another number of ranks
             self.seconds, self.last = {name: [0.0] * len(rows) for name in NAMES}, [0] * len(rows)
         for name, values in new.items():
-            self.seconds[name] = [a + b for a, b in zip(self.seconds[name], values.tolist(), strict=True)]
-        self.last = [a + int(b) for a, b in zip(self.last, last.tolist(), strict=True)]
+            self.seconds[name] = [before + more for before, more in zip(self.seconds[name], values, strict=True)]
+        for step in waits:
+            self.last[step.index(min(step))] += 1
 
     def metrics(self) -> dict[str, float]:
         """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the last one."""
@@ -60,13 +58,13 @@ class RankTimes:
         }
         return figures | {f"{PREFIX}{rank}/last_share": count / steps for rank, count in enumerate(self.last) if steps}
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes."""
-        return {"seconds": self.seconds, "last": self.last}
+        return deepcopy(vars(self))
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.__dict__.update(state)
+        self.__init__(**deepcopy(dict(state)))  # type: ignore[misc]
 
 
 def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:

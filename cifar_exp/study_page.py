@@ -58,4 +58,4 @@ def _section(section: Section) -> str:
 
 
 def _look(line: str) -> str:
-    return ' class="warning"' if line.startswith(("warning", "DISTURBED")) or "straggler" in line else ""
+    return ' class="warning"' if line.startswith(("warning", "DISTURBED")) else ""

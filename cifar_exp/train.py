@@ -192,7 +192,7 @@ class Trainer:
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
             self.block_rates = list(state["block_rates"])
-            self.rank_times.load_state_dict(state.get("rank_times", {}))  # runs of earlier versions have none
+            self.rank_times.load_state_dict(state["rank_times"])
             self.early_stopping.load_state_dict(state["early_stopping"])
         if unfinished := state["unfinished"]:
             watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
@@ -209,7 +209,7 @@ class Trainer:
 
     def _unfinished_state(self) -> dict[str, Any]:
         assert self._unfinished
-        buffers = [buffer.cpu() for buffer in self._buffers()]
+        buffers = [buffer.cpu() for buffer in self._networks().buffers()]
         mine: dict[str, Any] = {"random": torch.get_rng_state(), "buffers": buffers, "sums": self._block.sums.cpu()}
         if self.device.type == "cuda":
             mine["device_random"] = torch.cuda.get_rng_state(self.device)
@@ -221,13 +221,12 @@ class Trainer:
             "ranks": gathered(mine),
         }
 
-    def _buffers(self) -> list[Tensor]:
-        """What each rank has of its own until the next evaluation: statistics of batch norms."""
-        averaged = self._averaged.module.buffers() if self._averaged else ()
-        return [*self._network.buffers(), *averaged]
+    def _networks(self) -> nn.ModuleList:
+        """Those whose buffers, statistics of batch norms, are each rank's own until the next evaluation."""
+        return nn.ModuleList([self._network, *([self.evaluated] if self._averaged else [])])
 
     def _take_up_epoch(self, epoch: int, batches: TrainBatches) -> None:
-        """Give this rank what it had of its own. Other ranks than then share it: sums by the first, means by all."""
+        """Give this rank what it had of its own. Other ranks than then share it: the first has the sums."""
         ranks, self._ranks = self._ranks, []
         same = len(ranks) == batches.world_size
         if same:
@@ -239,8 +238,8 @@ class Trainer:
         if not ranks:
             return
         mine = ranks[batches.rank : batches.rank + 1] if same else ranks
-        for buffer, *values in zip(self._buffers(), *(rank["buffers"] for rank in mine), strict=True):
-            buffer.copy_(torch.stack(values).double().mean(0) if len(values) > 1 else values[0])
+        statistics = mine[:1] if self.batch_norm == "local" else mine
+        batch_norm.take_over(self._networks(), [rank["buffers"] for rank in statistics])
         if same or batches.rank == 0:
             self._block.sums.copy_(torch.stack([rank["sums"] for rank in mine]).sum(0))
 
@@ -256,6 +255,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
+        self.communication.backward_done()
         self.communication.take()
 
     def capture(self, batches: TrainBatches, capture: Capture) -> None:
@@ -461,7 +461,7 @@ class Trainer:
             self._own[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
 
     def _gather_times(self) -> None:
-        self.rank_times.add(rows([*self._own.values(), *self._exposed], self.device))
+        self.rank_times.add(rows([*self._own.values(), *self._exposed], self.device).tolist())
         self._own, self._exposed = dict.fromkeys(MEASURED, 0.0), []
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar_exp import batch_norm, journal
-from cifar_exp.batch_norm import SynchronizedBatchNorm2d
+from cifar_exp.batch_norm import SynchronizedBatchNorm
 from cifar_exp.distributed import World, data_parallel
 from cifar_exp.schema import BatchNorm
 from tests.conftest import TINY, Command
@@ -83,6 +83,11 @@ def synchronized_network(world: World) -> Results:
     return {"gradients": gradient_of(model), "kinds": kinds, "names": list(model.state_dict())}
 
 
+def counted(model: nn.Module) -> list[int]:
+    """Batches that the running statistics have seen."""
+    return [int(buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+
+
 def population(world: World, parts: int = 1) -> Results:
     """Statistics recomputed over an epoch's batches, and what is left of the network's modes."""
     model = tiny_model()
@@ -92,6 +97,7 @@ def population(world: World, parts: int = 1) -> Results:
     batch_norm.recompute(model, (images for images, _ in batches.epoch(1)))
     assert [layer.momentum for layer in batch_norm.batch_norms(model)] == before
     assert all(module.training for module in model.modules())
+    assert counted(model) == counted(tiny_model())
     assert not any(layer._forward_pre_hooks for layer in batch_norm.batch_norms(model))
     return {"buffers": vector(floating_buffers(model)), "parameters": vector(model.parameters())}
 
@@ -108,7 +114,7 @@ def trained(world: World, choice: BatchNorm, parts: int = 1) -> Results:
 def all_results(world: World) -> Results:
     return {
         "settled": {choice: settled(world, choice) for choice in ("averaged", "local")},
-        "layer": one_layer(SynchronizedBatchNorm2d.of(scaled_layer()), rank_images(world.rank), world.rank),
+        "layer": one_layer(SynchronizedBatchNorm.of(scaled_layer()), rank_images(world.rank), world.rank),
         "network": synchronized_network(world),
         "population": population(world, RANKS // world.size),
         "trained": {
@@ -138,6 +144,16 @@ def test_averaged_statistics_are_those_of_one_rank_that_sees_all_images(pair: li
     assert (whole[3:] / torch.stack([v for v in variances if v is not None]).mean(0)).min() > 2
 
 
+def test_what_several_ranks_had_is_taken_over_as_it_would_have_been_settled() -> None:
+    """In the midst of an epoch, on another number of ranks: pooled variances; one rank's own are left as they are."""
+    layers = [after_one_batch(rank_images(rank)) for rank in range(RANKS)]
+    whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
+    for ranks, expected in ((layers, whole), (layers[:1], vector(floating_buffers(layers[0])))):
+        network = nn.Sequential(nn.BatchNorm2d(3))
+        batch_norm.take_over(network, [list(layer.buffers()) for layer in ranks])
+        torch.testing.assert_close(vector(floating_buffers(network)), expected, rtol=1 / (4 * 36), atol=1e-5)
+
+
 def test_local_statistics_are_the_first_ranks(pair: list[Results], alone: Results) -> None:
     expected = vector(floating_buffers(after_one_batch(rank_images(0))))
     for rank in (*pair, alone):
@@ -162,7 +178,7 @@ def test_a_synchronized_network_has_the_gradients_of_one_rank_with_the_whole_bat
     assert expected.norm() > 0.1
     for rank in pair:
         assert (rank["network"]["gradients"] - expected).norm() / expected.norm() < 1e-5
-        assert set(rank["network"]["kinds"]) == {"SynchronizedBatchNorm2d"}
+        assert set(rank["network"]["kinds"]) == {"SynchronizedBatchNorm"}
         assert rank["network"]["names"] == list(tiny_model().state_dict())
 
 
@@ -180,6 +196,23 @@ def test_population_statistics_are_those_of_all_training_images_on_any_number_of
     variance, mean = torch.var_mean(inputs, (0, 2, 3))
     torch.testing.assert_close(ours[: len(mean)].double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[len(mean) : 2 * len(mean)].double(), variance, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_no_batch_comes_through_keeps_its_statistics(only_rank: World) -> None:  # noqa: ARG001
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = after_one_batch(rank_images(0)), after_one_batch(rank_images(0))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.used(images)
+
+    model = Half()
+    before = vector(floating_buffers(model.unused)).clone()
+    batch_norm.recompute(model, [rank_images(1)])
+    assert torch.equal(vector(floating_buffers(model.unused)), before)
+    expected = vector(floating_buffers(after_one_batch(rank_images(1))))
+    torch.testing.assert_close(vector(floating_buffers(model.used)), expected)
 
 
 def test_without_a_batch_the_statistics_stay(only_rank: World) -> None:  # noqa: ARG001
@@ -214,6 +247,31 @@ def test_synchronized_ranks_that_share_a_batch_train_as_one_rank(cifar_exp: Comm
         losses[-1].append(journal.last_values(workplace / run)["test/loss"])
     assert len(losses[0]) == 7
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("choice", ["local", "population"])
+def test_a_run_is_evaluated_with_the_chosen_statistics(cifar_exp: Command, workplace: Path, choice: str) -> None:
+    """The same weights, other statistics: no step depends on them."""
+    shared = (
+        *TINY,
+        "devices.count=2",
+        "devices.oversubscribe=true",
+        "train.precision=fp32",
+        "train.deterministic=true",
+    )
+    figures = []
+    for run in ("averaged", choice):
+        done = cifar_exp(*shared, f"train.batch_norm={run}", f"hydra.run.dir={run}", "tracking=none", "progress=quiet")
+        assert done.returncode == 0, done.stderr
+        figures.append(journal.last_values(workplace / run))
+    assert figures[0]["train/loss"] == figures[1]["train/loss"]
+    assert figures[0]["test/loss"] != figures[1]["test/loss"]
+
+
+def test_micro_batches_cannot_be_synchronized(cifar_exp: Command) -> None:
+    refused = cifar_exp(*TINY, "train.batch_norm=synchronized", "train.accumulate=2", "tracking=none")
+    assert refused.returncode == 2
+    assert "Type train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
 
 
 def test_a_choice_in_other_words_is_refused(cifar_exp: Callable[..., Any]) -> None:
