@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -70,6 +71,25 @@ def _keep_private(folder: Path, subfolder: str | None) -> None:
     for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
         content = OmegaConf.to_container(OmegaConf.load(path))
         OmegaConf.save(OmegaConf.create(masked(content)), path)
+
+
+def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
+    """The configuration, Hydra's own part included, for a command that Hydra does not run.
+
+    Args:
+        overrides: as typed, each ``group=choice`` or ``key=value``.
+        folder: of more configuration, as ``--config-dir``.
+
+    Raises:
+        ConfigError: where it cannot be composed, as :func:`explained`.
+    """
+    register_resolvers()
+    search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", [*search, *overrides], return_hydra_config=True)
+    except HYDRAS_ERRORS as error:
+        raise explained(error, overrides) from error
 
 
 def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:

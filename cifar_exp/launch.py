@@ -93,6 +93,17 @@ def find_devices(wanted: Devices) -> DeviceSet:
     return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
 
 
+def device_counts(wanted: Devices) -> list[int]:
+    """1, 2, 4, ... up to the devices that this machine has.
+
+    Raises:
+        MachineError: where it has none of the kind that was asked for.
+    """
+    found = find_devices(Devices(accelerator=wanted.accelerator))
+    threads = wanted.threads if found.accelerator == "cpu" and isinstance(wanted.threads, int) else 1
+    return [2**power for power in range((found.found // threads).bit_length())] or [1]
+
+
 class Launcher(Protocol):
     """What `_target_` of ``conf/launcher`` is."""
 

@@ -41,6 +41,15 @@ def description(accelerator: str, count: int) -> dict[str, str]:
     return tags | (_gpu_description(count) if accelerator == "gpu" else {})
 
 
+def in_one_line(tags: Mapping[str, str]) -> str:
+    """What :func:`description` says, among ``tags``; empty where they say nothing of a machine."""
+    told = {name.removeprefix("machine."): value for name, value in tags.items() if name.startswith("machine.")}
+    if "processor" not in told:
+        return ""
+    first = f"{told.pop('processor')}, {told.pop('cores', '?')} cores, {told.pop('memory_gib', '?')} GiB"
+    return "; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items())])
+
+
 def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
     """What made a run slower than the machine is, from its metrics; nothing where nothing did.
 

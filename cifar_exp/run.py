@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from cifar_exp import checkpoint, journal, machine, overview, publish, resume
+from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.config import Parts, flattened
 from cifar_exp.data import scaled
 from cifar_exp.errors import ConfigError, Stopped
@@ -72,7 +73,7 @@ def run(config: Config, parts: Parts) -> float:
         if resumed:
             resumed.check_images(data.content_hash)
             console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
-        model = _model(config, parts, len(data.classes))
+        model = checked_model(config, parts, len(data.classes))
         for scale in sorted({*plan.image_scales} - {1.0}):  # a network may be too deep for small images
             overview.layer_shapes(model, scaled(data.image_size, scale))
         details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
@@ -80,7 +81,7 @@ def run(config: Config, parts: Parts) -> float:
         if single:  # a sweep would print it for each of its jobs
             overview.print_layers(console, model, data.image_size)
         facts = RunFacts(
-            title=_title(config),
+            title=title(config),
             status="starting",
             epochs=plan.epochs,
             steps_per_epoch=plan.steps_per_epoch,
@@ -88,25 +89,10 @@ def run(config: Config, parts: Parts) -> float:
             details=details | {"folder": os.path.relpath(run_dir)},
         )
         recording.start(Display(run_dir, facts, config.progress, console, started))
-        job = Job(
-            run_dir=run_dir,
-            started=started,
-            elapsed=resumed.elapsed if resumed else 0.0,
-            config_hash=resume.config_hash(config),
-            resume_from=(resumed.run_dir, resumed.manifest) if resumed and resumed.manifest else None,
-            seed=config.seed,
-            plan=plan,
-            train=config.train,
-            checkpoint=config.checkpoint,
-            early_stopping=config.early_stopping,
-            data=data,
-            augmentation=parts.augmentation,
-            make_model=parts.make_model,
-            make_optimizer=parts.make_optimizer,
-            accelerator=devices.accelerator,
-            threads=devices.threads,
-            timeout=parts.launcher.timeout,
-        )
+        job = new_job(config, parts, devices, plan, data, run_dir, started)
+        if resumed:
+            origin = (resumed.run_dir, resumed.manifest) if resumed.manifest else None
+            job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
         with machine.Watch(devices.accelerator, devices.count) as watch:
             try:
                 ended = parts.launcher.launch(run_rank, job)
@@ -127,6 +113,31 @@ def run(config: Config, parts: Parts) -> float:
     return metrics["test/accuracy"]
 
 
+def new_job(
+    config: Config, parts: Parts, devices: DeviceSet, plan: Plan, data: DatasetFiles, run_dir: Path, started: float
+) -> Job:
+    """What the ranks of a new run are told. ``started``: on the monotonic clock."""
+    return Job(
+        run_dir=run_dir,
+        started=started,
+        elapsed=0.0,
+        config_hash=resume.config_hash(config),
+        resume_from=None,
+        seed=config.seed,
+        plan=plan,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        early_stopping=config.early_stopping,
+        data=data,
+        augmentation=parts.augmentation,
+        make_model=parts.make_model,
+        make_optimizer=parts.make_optimizer,
+        accelerator=devices.accelerator,
+        threads=devices.threads,
+        timeout=parts.launcher.timeout,
+    )
+
+
 def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
     if manifest := checkpoint.sound(run_dir, _warn):
         how = f"the same command with resume={os.path.relpath(run_dir)} goes on"
@@ -141,7 +152,7 @@ def _process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
-def _model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
+def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
     """The network, to look at before any rank builds it; what it refuses is the user's to mend."""
     try:
         return seeded(parts.make_model, num_classes, config.seed)
@@ -201,11 +212,11 @@ def _run_info(config: Config, devices: DeviceSet, run_dir: Path, began: float, r
     sweep_dir = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep_dir:
         tags["sweep"] = sweep_dir.as_posix()
-    name = f"{_title(config)}, {devices.count} x {devices.accelerator}"
+    name = f"{title(config)}, {devices.count} x {devices.accelerator}"
     return RunInfo(name, run_dir, flattened(masked(asdict(config))), tags, began, ARTIFACTS, sweep_dir)
 
 
-def _title(config: Config) -> str:
+def title(config: Config) -> str:
     """The network and the data in a few words, as in ``convnet 32x4 on cifar10``."""
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)

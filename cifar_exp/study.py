@@ -57,13 +57,8 @@ def is_simulated(runs: Sequence[FinishedRun]) -> bool:
 
 def machines(runs: Sequence[FinishedRun]) -> list[str]:
     """The machines of the runs, each in a line."""
-    lines = []
-    for run in runs:
-        told = {name.removeprefix("machine."): value for name, value in run.tags.items() if name.startswith("machine.")}
-        if "processor" in told:
-            first = f"{told.pop('processor')}, {told.pop('cores', '?')} cores, {told.pop('memory_gib', '?')} GiB"
-            lines.append("; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items())]))
-    return list(dict.fromkeys(lines))
+    lines = [machine.in_one_line(run.tags) for run in runs]
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class StudySweeper(BasicSweeper):
         preset = dict(self.params or {})
         if preset.get("devices.count") == POWERS_OF_TWO:
             typed = any(argument.partition("=")[0] == "devices.count" for argument in arguments)
-            preset["devices.count"] = "auto" if typed else ",".join(map(str, _device_counts(self.config)))
+            preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
         return [f"{name}={value}" for name, value in preset.items()]
 
     def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
@@ -214,19 +214,11 @@ class ParentRun:
             print(f"cifar-exp: {told}", file=sys.stderr, flush=True)
 
 
-def _device_counts(config: DictConfig) -> list[int]:
-    """1, 2, 4, ... up to the devices that this machine has.
-
-    Raises:
-        MachineError: where it has none of the kind that was asked for.
-    """
-    from cifar_exp.launch import find_devices
+def _counts(config: DictConfig) -> list[int]:
+    from cifar_exp.launch import device_counts
     from cifar_exp.schema import Devices
 
-    wanted = config.devices
-    found = find_devices(Devices(accelerator=wanted.accelerator))
-    threads = wanted.threads if found.accelerator == "cpu" and isinstance(wanted.threads, int) else 1
-    return [2**power for power in range((found.found // threads).bit_length())] or [1]
+    return device_counts(Devices(accelerator=config.devices.accelerator, threads=config.devices.threads))
 
 
 def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,7 +47,7 @@ from cifar_exp.residency import Source, fetch, opened
 from cifar_exp.schema import Checkpoint as CheckpointSettings
 from cifar_exp.schema import EarlyStopping as EarlyStoppingSettings
 from cifar_exp.schema import Train
-from cifar_exp.train import Mirrored, Trainer, evaluate
+from cifar_exp.train import Mirrored, Report, Trainer, evaluate
 from cifar_exp.validation import divided
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
@@ -131,11 +132,17 @@ class RankFailure:
 
 
 def run_rank(job: Job, exchange: Path) -> None:
-    """What each started process runs.
+    """What each process runs that trains: see :func:`live`."""
+    live(job, exchange, train)
+
+
+def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) -> None:
+    """The whole life of a started process.
 
     Args:
         job: what to do.
         exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
+        work: done once this rank has its device and knows the others.
     """
     end_with_parent()
     # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
@@ -148,7 +155,7 @@ def run_rank(job: Job, exchange: Path) -> None:
         _prepare_process(job)
         # Longer than the launcher's patience, which knows better who is to blame.
         with distributed.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
-            train(job, world, control)
+            work(job, world, control)
         control.done()
     except Exception as error:
         code = error.exit_code if isinstance(error, CifarExpError) else None
@@ -196,19 +203,36 @@ def train(job: Job, world: World, control: Control) -> None:
         _train(job, world, control, *divided(train_images, job.data), test_images)
 
 
-def _train(
-    job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
-) -> None:
-    writer = JournalWriter(job.run_dir) if world.is_first else None
+@dataclass(frozen=True)
+class Assembly:
+    """What one rank trains with.
 
-    def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
-        if writer:
-            writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
+    Attributes:
+        model: the network itself, without what averages its gradients over ranks.
+        trainer: of it.
+        batches: this rank's of the training images.
+        test: this rank's of the test images.
+    """
 
+    model: nn.Module
+    trainer: Trainer
+    batches: TrainBatches
+    test: EvaluationBatches
+
+
+def assembled(
+    job: Job,
+    world: World,
+    control: Control,
+    report: Report,
+    train_images: Source,
+    test_images: Source,
+    saved: Checkpoint | None = None,
+) -> Assembly:
+    """All parts on this rank's device; the network with its initial values, or those ``saved``."""
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    saved = checkpoint.load(*job.resume_from) if job.resume_from else None
     if saved:
         _load(model, saved)
     elif any(isinstance(module, InitializedFromImages) for module in model.modules()):
@@ -230,8 +254,6 @@ def _train(
         averaging=job.train.weight_averaging,
         early_stopping=EarlyStopping(job.early_stopping),
     )
-    if saved:
-        _go_on(trainer, saved, job)
     share = (world.rank, world.size)
     batches = TrainBatches(
         train_images,
@@ -244,6 +266,24 @@ def _train(
         job.plan.accumulate,
     )
     test = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    return Assembly(model, trainer, batches, test)
+
+
+def _train(
+    job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
+) -> None:
+    writer = JournalWriter(job.run_dir) if world.is_first else None
+
+    def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
+        if writer:
+            writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
+
+    saved = checkpoint.load(*job.resume_from) if job.resume_from else None
+    parts = assembled(job, world, control, report, train_images, test_images, saved)
+    model, trainer, batches, test = parts.model, parts.trainer, parts.batches, parts.test
+    normalization = batches.normalization
+    if saved:
+        _go_on(trainer, saved, job)
     validation = test if kept_apart is None else replace(test, source=kept_apart)
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
@@ -279,7 +319,9 @@ def _train(
 
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
-        _prepare_steps(trainer, batches, job.train.compile, world)
+        prepare_steps(trainer, batches, job.train.compile, world)
+        if world.device.type == "cuda" and job.train.compile != "never":
+            _capture_steps(trainer, batches, job.train.compile, world)
         validated = trainer.fit(batches, validation, job.plan.epochs, save)
         with trainer.stopwatch.span("checkpoint"):
             if saver:
@@ -371,11 +413,8 @@ def _load(model: nn.Module, saved: Checkpoint) -> None:
         raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
 
 
-def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Compile, capture, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare.
-
-    On a GPU ``auto`` replays each step as a CUDA graph, on CPUs it is eager: ``benchmarks/compiled.py`` compares.
-    """
+def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Compile, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare."""
     compiled = choice == "always"
     torch.manual_seed(batches.noise_seed(0))  # for what the network draws before its first epoch
     with trainer.stopwatch.span("compile" if compiled else "startup"):
@@ -389,19 +428,22 @@ def _prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: 
                 if type(error).__module__.startswith(COMPILER):
                     raise MachineError(f"train.compile=always: {error}. Type train.compile=auto") from error
                 raise
-    if world.device.type == "cuda" and choice != "never":
-        with trainer.stopwatch.span("compile"):
-            problem = ""
-            try:
-                trainer.capture(batches, cuda_graph)
-            except RuntimeError as error:
-                problem = str(error) or type(error).__name__
-            failures = distributed.sum_over_ranks(torch.tensor(float(bool(problem)), device=world.device))
-            if failures.item():  # on one rank alone, too: all of them take their steps in the same way
-                trainer.release()
-                if problem or world.is_first:
-                    why = problem or "another rank's cannot be captured"
-                    print(f"train.compile={choice}: steps are launched one by one, since {why}", flush=True)
+
+
+def _capture_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Replay each step as a CUDA graph from now on, where that can be: ``benchmarks/compiled.py`` compares."""
+    with trainer.stopwatch.span("compile"):
+        problem = ""
+        try:
+            trainer.capture(batches, cuda_graph)
+        except RuntimeError as error:
+            problem = str(error) or type(error).__name__
+        failures = distributed.sum_over_ranks(torch.tensor(float(bool(problem)), device=world.device))
+        if failures.item():  # on one rank alone, too: all of them take their steps in the same way
+            trainer.release()
+            if problem or world.is_first:
+                why = problem or "another rank's cannot be captured"
+                print(f"train.compile={choice}: steps are launched one by one, since {why}", flush=True)
 
 
 def _optimizer(job: Job, model: nn.Module) -> Optimizer:
