@@ -174,7 +174,7 @@ class Watchdog:
             absent = absent + interval if self._is_nobody_there(now) and now == before else 0.0
             before = now
             if absent >= ABSENCE:
-                os.kill(os.getpid(), signal.SIGHUP)  # elastic would wait for ever
+                os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait for ever
                 return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank][0] != process]:
                 del self._ended[rank]  # another process has its place
@@ -215,10 +215,12 @@ class Watchdog:
         ranks = stopped or [rank for rank, (_, moment, stage, _) in beats.items() if (moment, stage) == least]
         several = len(ranks) > 1
         who = f"rank{'s'[:several]} {' and '.join(map(str, ranks))}"
-        how = f", {'they are' if several else 'it is'} stopped" if stopped else ""
+        why = f"no sign of life for launcher.timeout={self.timeout:g} s"
+        if stopped:
+            why += f", {'they are' if several else 'it is'} stopped"
         for rank in ranks:
             process, moment, *_ = beats[rank]
-            told = f"{who} hung after step {_trained(moment)} (no sign of life for {self.timeout:g} s{how})"
+            told = f"{who} hung after step {_trained(moment)} ({why})"
             self._ended[rank] = process, told
             try:
                 os.kill(process, signal.SIGKILL)

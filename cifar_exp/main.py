@@ -8,6 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from cifar_exp.errors import Stopped
+from cifar_exp.signals import answer_once, signals_to_answer
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from omegaconf import DictConfig
@@ -42,11 +43,13 @@ def run_job(composed: "DictConfig") -> float:
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """The first signal ends the run in order; the second is answered, the third ends the process at once."""
     _answer_signals(_closing)
+    answer_once(number)
     raise Stopped(number)
 
 
 def _closing(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     _answer_signals(_end_now)
+    answer_once(number)
     print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
 
 
@@ -55,5 +58,5 @@ def _end_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 def _answer_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals_to_answer():
         signal.signal(number, handler)

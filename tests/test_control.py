@@ -80,7 +80,10 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
             assert ranks[blamed].wait(60) == -signal.SIGKILL
         assert ranks[1 - blamed].poll() is None
         assert list(watchdog.hung) == [blamed]
-        assert f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for 2 s" in watchdog.hung[blamed]
+        assert (
+            f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for launcher.timeout=2 s"
+            in watchdog.hung[blamed]
+        )
     finally:
         for rank in ranks:
             rank.kill()

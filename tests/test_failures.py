@@ -79,7 +79,7 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_parent_ends_everything(
     started: Start, workplace: Path, number: signal.Signals, code: int
 ) -> None:

@@ -100,6 +100,17 @@ def terminal_closed(scene: Scene) -> None:
     )
 
 
+@case("the terminal is closed under nohup", needs=("linux",))
+def terminal_closed_under_nohup(scene: Scene) -> None:
+    run = settings(EPOCHS_A_TRY)
+    running = scene.start(*run, *HERE, plan=PACE, before=["nohup"])
+    running.until_training(scene.journal(), lines=10)
+    running.signal(signal.SIGHUP, group=True)
+    ends(scene, running.wait(), 0, "FINISHED")
+    assert_same_as_uninterrupted(scene, run)
+    scene.handled("the terminal is closed under nohup", "none needed: it trains to the end")
+
+
 @case("SIGKILL of the parent", racy=True, needs=("linux",))
 def parent_killed(scene: Scene) -> None:
     """It can tell nobody: the run stays RUNNING until the next start, which goes on with it."""
