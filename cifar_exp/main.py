@@ -21,7 +21,9 @@ def main() -> None:
         from cifar_exp.commandline import run_hydra
 
         sys.exit(run_hydra(run_job))
-    except Stopped as stopped:
+    except (Stopped, Exception) as error:
+        if (stopped := Stopped.behind(error)) is None:
+            raise
         print(f"cifar-exp: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cifar_exp.errors import Stopped
 from tests.conftest import TINY, Command, environment, the_run
 from tests.test_run import all_runs, client
 
@@ -192,6 +193,19 @@ def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors == "cifar-exp: stopped by signal 2\n"
+
+
+def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise Stopped(signal.SIGINT)
+
+    with pytest.raises((Stopped, RuntimeError)) as raised:
+        type("Made", (), {"field": Field()})
+    stopped = Stopped.behind(raised.value)
+    assert stopped
+    assert stopped.exit_code == 130
+    assert Stopped.behind(ValueError()) is None
 
 
 def test_a_last_step_that_diverges_is_exit_code_6(cifar_exp: Command) -> None:
