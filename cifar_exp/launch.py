@@ -160,6 +160,9 @@ class ElasticLauncher:
                 if watchdog.vanished:
                     raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
+            except Stopped:
+                nursery.end_forked()
+                raise
             finally:
                 _end_ranks()
             return ended_by(exchange)

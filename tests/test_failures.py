@@ -208,6 +208,36 @@ def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
     assert Stopped.behind(ValueError()) is None
 
 
+FORGOTTEN = """
+import multiprocessing, signal, time
+from cifar_exp import nursery
+
+nursery.warm_up()
+process = multiprocessing.get_context(nursery.START_METHOD).Process(target=time.sleep, args=(600,))
+process.start()
+multiprocessing.process._children.discard(process)
+assert multiprocessing.active_children() == []
+nursery.end_forked()
+process.join(60)
+assert process.exitcode == -signal.SIGKILL, process.exitcode
+"""
+
+
+def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -> None:
+    subprocess.run([sys.executable, "-c", FORGOTTEN], env=environment(), check=True, timeout=120)
+
+
+def test_a_rank_that_finds_its_launcher_gone_ends_without_a_word(tmp_path: Path) -> None:
+    """Its failure would be written to files that nobody would clear away."""
+    gone = str(tmp_path / "gone")
+    code = f"from pathlib import Path; from cifar_exp.worker import run_rank; run_rank(None, Path({gone!r}))"
+    env = environment() | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
 def test_a_last_step_that_diverges_is_exit_code_6(cifar_exp: Command) -> None:
     """The loss of the only step is from before its update; the validation after it is not finite."""
     options = ["train.batch_size=96", "train.epochs=1", "optimizer.lr=1e30", "train.precision=fp32", "tracking=none"]
