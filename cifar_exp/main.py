@@ -20,7 +20,9 @@ def main() -> None:
     try:
         from cifar_exp.commandline import run_hydra
 
-        sys.exit(run_hydra(run_job))
+        code = run_hydra(run_job)
+        _answer_signals(signal.SIG_IGN)  # everything is closed: the exit code stands
+        sys.exit(code)
     except (Stopped, Exception) as error:
         if (stopped := Stopped.behind(error)) is None:
             raise
@@ -59,6 +61,6 @@ def _end_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     os._exit(128 + number)
 
 
-def _answer_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+def _answer_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in signals_to_answer():
         signal.signal(number, handler)

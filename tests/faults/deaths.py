@@ -14,6 +14,7 @@ from tests.faults.runs import (
     ends,
     settings,
     statuses,
+    trains,
 )
 from tests.faults.scene import Running, Scene, says
 
@@ -337,7 +338,7 @@ def interrupted_at_the_end(scene: Scene) -> None:
         if running.process.poll() is None:
             running.signal(signal.SIGINT, group=True)
         ended = running.wait()
-        says(ended, ended.code if ended.code == 0 else 130)
+        trains(scene, ended, 130 if ended.code == 130 else 0, run_dir=f"run-{number}")
         says(scene.run(*run, *here), 0)
         assert statuses(scene) == ["FINISHED"] * (number + 1)
         assert_same_as_uninterrupted(scene, run, f"run-{number}")
