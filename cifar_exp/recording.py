@@ -338,7 +338,7 @@ def uv_prefix() -> str:
 
 
 def shortened(error: Exception) -> str:
-    """What an error says in a line: libraries tell the whole chain of their calls."""
+    """What an error says in a line, not the whole chain of calls; MLflow's ``mlflow db upgrade`` is within 180."""
     lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
     text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
+    return text if len(text) <= 260 else f"{text[:180]} ... {text[-75:]}"
