@@ -1,6 +1,24 @@
-"""Which signals end a run in order. Imported before anything else is, so that they are answered from the start."""
+"""Signals that end a run in order. Imported before anything else is, so that they are answered from the start."""
 
+import os
 import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from cifar_exp.errors import Stopped
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def answer_signals() -> None:
+    """The first signal is raised as ``Stopped``, the second is answered, the third ends the process at once."""
+    _answer(_stop)
+
+
+def ignore_signals() -> None:
+    """Everything is closed: the exit code stands."""
+    _answer(signal.SIG_IGN)
 
 
 def signals_to_answer() -> list[signal.Signals]:
@@ -13,3 +31,24 @@ def answer_once(number: int) -> None:
     """A terminal that is closed sends its signal twice, by the system and by the shell: that is no second wish."""
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _answer(handler: Handler | signal.Handlers) -> None:
+    for number in signals_to_answer():
+        signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    _answer(_closing)
+    answer_once(number)
+    raise Stopped(number)
+
+
+def _closing(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    _answer(_end_now)
+    answer_once(number)
+    print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    os._exit(128 + number)
