@@ -23,7 +23,7 @@ from cifar_exp import nursery
 from cifar_exp.control import LEAVE_FILE, Request, Watchdog, ended_by
 from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
 from cifar_exp.schema import Devices
-from cifar_exp.signals import answer_once, signals_to_answer
+from cifar_exp.signals import answer_once, raise_swallowed, signals_to_answer
 from cifar_exp.temporary import private_folder
 from cifar_exp.worker import Job, RankFailure
 
@@ -130,6 +130,7 @@ class ElasticLauncher:
             CifarExpError: the one that a rank raised for the user to mend.
             Stopped: on these signals, after all ranks have ended.
         """
+        raise_swallowed()
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
         with private_folder() as exchange:

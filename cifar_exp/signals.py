@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 from cifar_exp.errors import Stopped
@@ -14,6 +15,13 @@ Handler = Callable[[int, FrameType | None], None]
 def answer_signals() -> None:
     """The first signal is raised as ``Stopped``, the second is answered, the third ends the process at once."""
     _answer(_stop)
+
+
+def raise_swallowed() -> None:
+    """Raise again what libraries have made nothing of: some do so with all that comes while they are imported."""
+    answer = signal.getsignal(signal.SIGTERM)
+    if isinstance(answer, partial):
+        raise Stopped(answer.args[0])
 
 
 def ignore_signals() -> None:
@@ -39,16 +47,16 @@ def _answer(handler: Handler | signal.Handlers) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    _answer(_closing)
+    _answer(partial(_closing, number))
     answer_once(number)
     raise Stopped(number)
 
 
-def _closing(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    _answer(_end_now)
+def _closing(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    _answer(partial(_end_now, first))
     answer_once(number)
     print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
 
 
-def _end_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+def _end_now(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     os._exit(128 + number)

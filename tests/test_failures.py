@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cifar_exp.errors import Stopped
+from cifar_exp.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import TINY, Command, environment, the_run
 from tests.test_run import all_runs, client
 
@@ -206,6 +208,21 @@ def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
     assert stopped
     assert stopped.exit_code == 130
     assert Stopped.behind(ValueError()) is None
+
+
+def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_started() -> None:
+    before = {number: signal.getsignal(number) for number in signals_to_answer()}
+    try:
+        answer_signals()
+        raise_swallowed()  # there was none
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            raise_swallowed()
+        assert stopped.value.exit_code == 143
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 FORGOTTEN = """
