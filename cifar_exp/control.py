@@ -20,7 +20,7 @@ STOP_FILE = "stop"  # in the run's folder: made by a user who wants training to 
 LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher, for a signal
 _AGREED_FILE = "agreed"
 ABSENCE = 15.0  # seconds without any rank; those that are replaced are away for a shorter time
-_BEAT = struct.Struct("qqq")  # process id, steps trained, signs of life
+_BEAT = struct.Struct("qqqq")  # process id, the moment that it is on its way to, the stage of that, signs of life
 
 
 class Request(NamedTuple):
@@ -55,24 +55,36 @@ class Control:
     rank: int = 0
     every: int = 1
     seconds: float | None = None
-    _beats: int = 0
+    _moment: int = 0
+    _stage: int = 0
+    _signs: int = 0
     _file: int | None = None
     _began: float = field(default_factory=time.monotonic)  # not the wall clock, which may be set meanwhile
 
     def __post_init__(self) -> None:
         if self.exchange:
             self._file = os.open(self.exchange / f"beat-{self.rank}", os.O_WRONLY | os.O_CREAT, 0o600)
-            self.beat(0)
+            self._beat()
 
-    def beat(self, step: int) -> None:
-        """A sign of life: this rank has got on."""
+    def _beat(self) -> None:
+        """A sign of life, and how far this rank is."""
         if self._file is not None:
-            self._beats += 1
-            os.pwrite(self._file, _BEAT.pack(os.getpid(), step, self._beats), 0)
+            self._signs += 1
+            os.pwrite(self._file, _BEAT.pack(os.getpid(), self._moment, self._stage, self._signs), 0)
+
+    def got_on(self) -> None:
+        """Called before this rank may wait for others on its way to a moment: who hangs has not come to that stage.
+
+        All ranks have the same stages.
+        """
+        self._stage += 1
+        self._beat()
 
     def ask(self, moment: int) -> None:
         """Called before all ranks wait for each other at ``moment``: the first one looks whether to end there."""
-        self.beat(moment // 2)
+        if moment != self._moment:
+            self._moment, self._stage = moment, 0
+        self._beat()
         if self.rank == 0 and self.exchange and (request := self._look()):
             agreed = self.exchange / _AGREED_FILE
             if not agreed.exists():
@@ -125,7 +137,7 @@ class Watchdog:
     """In the launcher: ends ranks that have given no sign of life for ``timeout`` seconds, and misses those that left.
 
     When one rank hangs, the others wait for it and give none either: ended is who is stopped, else who has got least
-    far.
+    far. That is not told by the signs of life, of which a rank with a larger share of what is evaluated gives more.
 
     Attributes:
         exchange: the folder that ranks and launcher share.
@@ -162,7 +174,7 @@ class Watchdog:
             absent = absent + interval if self._is_nobody_there(now) and now == before else 0.0
             before = now
             if absent >= ABSENCE:
-                os.kill(os.getpid(), signal.SIGHUP)  # elastic would wait for ever
+                os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait for ever
                 return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank][0] != process]:
                 del self._ended[rank]  # another process has its place
@@ -170,8 +182,8 @@ class Watchdog:
                 self._end(now)
                 quiet = 0.0
 
-    def _beats(self) -> dict[int, tuple[int, int, int]]:
-        """Process id, step and signs of life of each rank that has given one."""
+    def _beats(self) -> dict[int, tuple[int, int, int, int]]:
+        """Process id, moment, stage and signs of life of each rank that has given one."""
         found = {}
         for rank in range(self.ranks):
             try:
@@ -180,15 +192,15 @@ class Watchdog:
                 continue
         return found
 
-    def _is_nobody_there(self, beats: dict[int, tuple[int, int, int]]) -> bool:
+    def _is_nobody_there(self, beats: dict[int, tuple[int, int, int, int]]) -> bool:
         """Note ranks that have left without having done their work; whether no rank is left.
 
         For elastic a process that ends with exit code 0 has done it. Its peers fail, and would be blamed; where it has
         none, elastic waits for its result.
         """
         missing = {
-            rank: step
-            for rank, (process, step, _) in beats.items()
+            rank: _trained(moment)
+            for rank, (process, moment, *_) in beats.items()
             if not _is_alive(process) and not (self.exchange / f"done-{process}").exists()
         }
         if any(list(self.exchange.glob(f"failure-*-{rank}.json")) for rank in missing):
@@ -197,18 +209,28 @@ class Watchdog:
         self.vanished = {rank: f"rank {rank} {told.format(step)}" for rank, step in missing.items()}
         return bool(missing) and len(missing) == len(beats)
 
-    def _end(self, beats: dict[int, tuple[int, int, int]]) -> None:
-        stopped = [rank for rank, (process, _, _) in beats.items() if _is_stopped(process)]
-        least = min(signs for _, _, signs in beats.values())
-        for rank in stopped or [rank for rank, (_, _, signs) in beats.items() if signs == least]:
-            process, step, _ = beats[rank]
-            how = ", it is stopped" if rank in stopped else ""
-            told = f"rank {rank} hung after step {step} (no sign of life for {self.timeout:g} s{how})"
+    def _end(self, beats: dict[int, tuple[int, int, int, int]]) -> None:
+        stopped = [rank for rank, (process, *_) in beats.items() if _is_stopped(process)]
+        least = min((moment, stage) for _, moment, stage, _ in beats.values())
+        ranks = stopped or [rank for rank, (_, moment, stage, _) in beats.items() if (moment, stage) == least]
+        several = len(ranks) > 1
+        who = f"rank{'s'[:several]} {' and '.join(map(str, ranks))}"
+        why = f"no sign of life for launcher.timeout={self.timeout:g} s"
+        if stopped:
+            why += f", {'they are' if several else 'it is'} stopped"
+        for rank in ranks:
+            process, moment, *_ = beats[rank]
+            told = f"{who} hung after step {_trained(moment)} ({why})"
             self._ended[rank] = process, told
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def _trained(moment: int) -> int:
+    """Steps trained by a rank on its way to a moment."""
+    return max(0, moment - 1) // 2
 
 
 def _is_alive(process: int) -> bool:

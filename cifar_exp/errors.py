@@ -64,6 +64,13 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
 
+    @classmethod
+    def behind(cls, error: BaseException | None) -> "Stopped | None":
+        """The signal that ``error`` comes from: Python 3.11 wraps what is raised while it makes a class, in imports."""
+        while error is not None and not isinstance(error, cls):
+            error = error.__cause__
+        return error
+
 
 FREE_SPACE = "Free space there and start again"
 

@@ -23,6 +23,7 @@ from cifar_exp import nursery
 from cifar_exp.control import LEAVE_FILE, Request, Watchdog, ended_by
 from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
 from cifar_exp.schema import Devices
+from cifar_exp.signals import answer_once, raise_swallowed, signals_to_answer
 from cifar_exp.temporary import private_folder
 from cifar_exp.worker import Job, RankFailure
 
@@ -129,7 +130,8 @@ class ElasticLauncher:
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.
 
-        SIGINT and SIGTERM let the ranks end their step and save; a second one, or ``STOP_PATIENCE``, ends them at once.
+        SIGINT, SIGTERM and SIGHUP let the ranks end their step and save; a second one, or ``STOP_PATIENCE``, ends them
+        at once.
 
         Returns:
             Why training ended before its last step; None where it did not.
@@ -137,8 +139,9 @@ class ElasticLauncher:
         Raises:
             WorkerError: where a rank raised, died or hung once too often, with the first failing rank's traceback.
             CifarExpError: the one that a rank raised for the user to mend.
-            Stopped: on SIGINT and SIGTERM, after all ranks have ended.
+            Stopped: on these signals, after all ranks have ended.
         """
+        raise_swallowed()
         # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
         # torch's TCP stores listen on all interfaces without authentication.
         with private_folder() as exchange:
@@ -156,8 +159,9 @@ class ElasticLauncher:
                 local_addr="127.0.0.1",
                 start_method=nursery.START_METHOD,
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
-                # Ctrl-C and SIGTERM stay ours: elastic raises an Exception for them, which parts of it swallow.
-                signals_to_handle="SIGHUP,SIGQUIT",
+                # The others stay ours: elastic raises an Exception for them, which parts of it swallow, and would
+                # end what runs under nohup.
+                signals_to_handle="SIGQUIT",
             )
             try:
                 with Watchdog(exchange, job.plan.world_size, self.timeout) as watchdog, _stopping_in_order(exchange):
@@ -168,6 +172,9 @@ class ElasticLauncher:
                 if watchdog.vanished:
                     raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
+            except Stopped:
+                nursery.end_forked()
+                raise
             finally:
                 _end_ranks()
             return ended_by(exchange)
@@ -175,7 +182,7 @@ class ElasticLauncher:
 
 @contextmanager
 def _stopping_in_order(exchange: Path) -> Iterator[None]:
-    """Pass the first SIGINT or SIGTERM on to the ranks and raise it when they have ended, or take too long.
+    """Pass the first signal to end on to the ranks and raise it when they have ended, or take too long.
 
     The second one is answered as before.
     """
@@ -187,16 +194,17 @@ def _stopping_in_order(exchange: Path) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         received.append(number)
         restore()
+        answer_once(number)
         (exchange / LEAVE_FILE).touch()
         print("cifar-exp: the ranks end their step and save; once more ends them at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGALRM, lambda _number, _frame: _raise(Stopped(number)))
         signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in signals_to_answer()}
 
     def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in signals_to_answer():
+            signal.signal(number, before[number])
 
     try:
         yield

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cifar_exp.errors import Stopped
-from cifar_exp.process import answer_signals
+from cifar_exp.signals import answer_signals, ignore_signals
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from omegaconf import DictConfig
@@ -16,8 +16,12 @@ def main() -> None:
     try:
         from cifar_exp.commandline import run_hydra
 
-        sys.exit(run_hydra(run_job))
-    except Stopped as stopped:
+        code = run_hydra(run_job)
+        ignore_signals()
+        sys.exit(code)
+    except (Stopped, Exception) as error:
+        if (stopped := Stopped.behind(error)) is None:
+            raise
         print(f"cifar-exp: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)
 

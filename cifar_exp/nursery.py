@@ -9,7 +9,10 @@ import ctypes
 import multiprocessing.forkserver as forkserver
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing import resource_tracker
+
+import psutil
 
 START_METHOD = "forkserver"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -29,6 +32,18 @@ def warm_up() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_forked() -> None:
+    """Kill all that it has forked, also what this process was interrupted before it could learn of."""
+    pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        forked = psutil.Process(pid).children()
+        for process in forked:
+            process.kill()
+        psutil.wait_procs(forked, timeout=5)
 
 
 def end_with_parent() -> None:

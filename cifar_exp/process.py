@@ -3,42 +3,13 @@
 import logging
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TextIO
 
-from cifar_exp.errors import MachineError, Stopped
+from cifar_exp.errors import MachineError
 
 OPEN_FILES = 256  # several times what a parent with MLflow has open
-
-
-def answer_signals() -> None:
-    """From now on the first SIGINT or SIGTERM raises :class:`Stopped`, which ends the work in order.
-
-    The second is answered, the third ends the process at once.
-    """
-    _answer_with(_stop)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    _answer_with(_closing)
-    raise Stopped(number)
-
-
-def _closing(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    _answer_with(_end_now)
-    print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
-
-
-def _end_now(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    os._exit(128 + number)
-
-
-def _answer_with(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
 
 
 def allow_open_files() -> None:

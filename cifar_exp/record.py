@@ -173,7 +173,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # signals raise, too
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

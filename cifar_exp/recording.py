@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from cifar_exp.errors import FREE_SPACE, CifarExpError, StorageError, TrackingError, storage_errors
+from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
 from cifar_exp.privacy import masked_text
 from cifar_exp.record import Outcome, Status
@@ -26,7 +26,7 @@ from cifar_exp.record import Outcome, Status
 BATCH = 500  # entries that are read, and held, at a time
 PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
 STOPPED_PATIENCE = 8.0  # the same where a signal has stopped the run
-LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in its imports
+LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in imports, for the page
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
 SHORTEST_PAUSE = 1.0
@@ -75,7 +75,7 @@ class Follower(threading.Thread):
         self._patience = math.inf
         self._reached = self._told = self._left = False
         self._wanted = self._passed = 0  # looks asked for and done
-        self._changed = threading.Condition()
+        self._changed, self._over = threading.Condition(), threading.Event()
 
     def run(self) -> None:
         try:
@@ -88,6 +88,8 @@ class Follower(threading.Thread):
             self._note(self.error or error)
         except Exception as error:
             self._fail(error)
+        finally:
+            self._over.set()
 
     def flush(self, timeout: float) -> None:
         """Wait until everything that the journal holds now was passed on, the sink has failed, or the time is over."""
@@ -105,10 +107,11 @@ class Follower(threading.Thread):
             self._status = status
             self._wanted += 1
             self._changed.notify_all()
-        while self.is_alive() and (left := self._limit() - time.monotonic()) > 0:
-            self.join(min(left, 0.2))  # the limit moves
+        # Not joined: where a signal raises in Thread.join, Python 3.11 takes the thread for one that has ended.
+        while not self._over.is_set() and (left := self._limit() - time.monotonic()) > 0:
+            self._over.wait(min(left, 0.2))  # the limit moves
         with self._changed:
-            if self.is_alive():
+            if not self._over.is_set():
                 self._left = True
                 self.error = self.error or _GivenUpError("no answer in time")
 
@@ -199,7 +202,8 @@ class Follower(threading.Thread):
 class Recording:
     """Follows one run's journal with a display and a tracker, from ``with`` to its end.
 
-    The run is closed as FINISHED, FAILED (an exception) or KILLED (a signal), on disk first.
+    The run is closed as FINISHED, FAILED (an exception) or KILLED (a signal), on disk first. A signal that comes when
+    training has ended is answered once the run is closed, which then takes less time.
 
     Attributes:
         run_dir: the run's folder.
@@ -213,6 +217,7 @@ class Recording:
     tracker: Sink | None
     closing: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
+    _stopped: Stopped | None = None
 
     def __enter__(self) -> "Recording":
         Outcome.forget(self.run_dir)
@@ -237,6 +242,7 @@ class Recording:
 
         Raises:
             TrackingError: where training went well but the tracker did not get everything.
+            Stopped: where a signal came meanwhile.
         """
         if not self._followers:  # the run failed before it could start, which is recorded too
             self._start_tracker()
@@ -244,42 +250,60 @@ class Recording:
         deadline = time.monotonic() + (STOPPED_PATIENCE if status == "KILLED" else PATIENCE)
         try:
             if error is None:
-                self._write_last_entry(deadline)
+                self._in_spite_of_a_signal(partial(self._write_last_entry, deadline))
         except BaseException:
             status = "FAILED"
             raise
         finally:
-            problems = self._close(status, deadline)
-            if status == "FINISHED" and problems:
+            problems = self._close(status, max(1.0, deadline - time.monotonic()))
+            if status == "FINISHED" and problems and not self._stopped:
                 raise problems[0]
+            if self._stopped and isinstance(error, CifarExpError):
+                problems.append(error)
             for problem in problems:  # the run has a worse one, which the user is told too
                 print(f"cifar-exp: {problem}", file=sys.stderr, flush=True)
+            if self._stopped:
+                raise self._stopped
 
-    def _close(self, status: Status, deadline: float) -> list[CifarExpError]:
+    def _in_spite_of_a_signal(self, action: Callable[[], None]) -> None:
+        """Do it, and do it again where a signal comes meanwhile. No later one raises anything."""
+        try:
+            action()
+        except Stopped as stopped:
+            self._stopped = stopped
+            print("cifar-exp: the run is being closed", file=sys.stderr, flush=True)
+            action()
+
+    def _close(self, status: Status, patience: float) -> list[CifarExpError]:
         """Write down how the run ended, on disk and then elsewhere; what could not be written."""
         problems: list[CifarExpError] = []
         try:
             with storage_errors(self.run_dir, FREE_SPACE):
-                Outcome(status, time.time()).save(self.run_dir)
+                self._in_spite_of_a_signal(lambda: Outcome(status, time.time()).save(self.run_dir))
         except StorageError as error:
             problems.append(error)
         well = "training finished and nothing is lost, but " if status == "FINISHED" else ""
         for follower in self._followers:
             is_tracker = follower.sink is self.tracker
-            follower.finish(status, max(1.0, deadline - time.monotonic()) if is_tracker else PATIENCE)
+            self._in_spite_of_a_signal(partial(self._finish, follower, status, patience))
             if follower.error and is_tracker:
                 problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
             elif follower.error:
                 told = f"{well}its page or figure could not be written: {shortened(follower.error)}"
-                advice = "" if FREE_SPACE in told else f". {FREE_SPACE}"
+                advice = "" if FREE_SPACE in told or isinstance(follower.error, _GivenUpError) else f". {FREE_SPACE}"
                 problems.append(StorageError(f"{self.run_dir}: {told}{advice}"))
         return problems
+
+    def _finish(self, follower: Follower, status: Status, patience: float) -> None:
+        limits = (patience, min(patience, STOPPED_PATIENCE)) if follower.sink is self.tracker else (LONGEST, PATIENCE)
+        follower.finish(status, limits[status == "KILLED" or self._stopped is not None])
 
     def _write_last_entry(self, deadline: float) -> None:
         """The ranks have ended: add the total, and what of it none of them could know."""
         ranks_ended = time.monotonic()
         for follower in self._followers:
-            follower.flush(max(0.0, deadline - time.monotonic()))
+            if not self._stopped:
+                follower.flush(max(0.0, deadline - time.monotonic()))
         entries = read(self.run_dir)
         if not entries:
             return
@@ -314,7 +338,7 @@ def uv_prefix() -> str:
 
 
 def shortened(error: Exception) -> str:
-    """What an error says in a line: libraries tell the whole chain of their calls."""
+    """What an error says in a line, not the whole chain of calls; MLflow's ``mlflow db upgrade`` is within 180."""
     lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
     text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
+    return text if len(text) <= 260 else f"{text[:180]} ... {text[-75:]}"

@@ -389,6 +389,7 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
             if self._averaged:
                 self._averaged.update_parameters(self._network)
+        self.control.got_on()
 
     def _add_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
         """Forward and backward; ranks average their gradients in the last of a step's micro-batches.
@@ -397,7 +398,9 @@ class Trainer:
         """
         parallel = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
         with nullcontext() if is_last or parallel is None else parallel.no_sync():
+            self.control.got_on()  # batch norms may wait for other ranks
             loss, logits = self._loss(images, labels)
+            self.control.got_on()
             self._scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
         self.communication.backward_done()
         self._block.add(loss.detach(), logits.detach(), labels)
@@ -436,7 +439,7 @@ class Trainer:
                 again = (batches.make(*draw, scale=validation.scale)[0] for draw in batches.draws(epoch))
                 with autocast(self.device, self.precision):
                     batch_norm.recompute(self.evaluated, takewhile(lambda _images: go_on(), again))
-            averages = evaluate(self.evaluated, validation, self.precision, go_on)
+            averages = evaluate(self.evaluated, validation, self.precision, go_on, self.control.got_on)
         self._own["evaluation"] += self.stopwatch.seconds["evaluation"] - before
         if averages.count < len(validation.source):
             return None
@@ -466,11 +469,16 @@ class Trainer:
 
 
 def evaluate(
-    model: nn.Module, batches: EvaluationBatches, precision: torch.dtype, go_on: Callable[[], bool] = lambda: True
+    model: nn.Module,
+    batches: EvaluationBatches,
+    precision: torch.dtype,
+    go_on: Callable[[], bool] = lambda: True,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Averages:
     """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced.
 
-    ``go_on`` is asked before each batch; a rank that is told not to leaves the rest of its shard out.
+    ``go_on`` is asked before each batch; a rank that is told not to leaves the rest of its shard out. ``waiting`` is
+    called when this rank is done with its shard and may have to wait for others.
     """
     model.eval()
     totals = Totals(batches.source.device)
@@ -480,6 +488,7 @@ def evaluate(
                 break
             logits = model(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
+    waiting()
     return Averages.of(sum_over_ranks(totals.take()))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, storage_errors
-from cifar_exp.process import allow_open_files, answer_signals, outlive_terminal
+from cifar_exp.process import allow_open_files, outlive_terminal
+from cifar_exp.signals import answer_signals
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from cifar_exp.schema import Config

@@ -158,6 +158,8 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
             work(job, world, control)
         control.done()
     except Exception as error:
+        if not exchange.exists():  # the launcher was stopped before it knew of this rank, and nobody is to hear of it
+            os._exit(1)
         code = error.exit_code if isinstance(error, CifarExpError) else None
         failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
         failure.save(exchange, attempt)

@@ -4,6 +4,7 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ TINY = [
     *("devices=cpu", "devices.count=1"),
 ]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; not so for commands, which get no handlers
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 # Commands are forked from a process that has imported what they need: importing it costs each more than its work.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.command_modules"])

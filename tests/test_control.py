@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,23 @@ def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
     assert endless.agreed(2) is None
 
 
-def rank_process(exchange: Path, rank: int, steps: int) -> "subprocess.Popen[bytes]":
-    """A rank that trains ``steps`` steps and then waits for ever."""
+def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
+    """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
         "import time; from pathlib import Path; from cifar_exp.control import Control\n"
         f"control = Control(Path({str(exchange)!r}), rank={rank})\n"
-        f"for step in range({steps}): control.beat(step + 1)\n"
+        f"for step in range({steps} + 1): control.ask(2 * (step + 1))\n"
+        f"{then}\n"
         "time.sleep(600)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code])
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("stopped", [None, 0])
@@ -64,16 +73,46 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
     blamed = 1 if stopped is None else stopped
     try:
         watchdog = Watchdog(tmp_path, 2, timeout=2.0)
-        while {step for _, step, _ in watchdog._beats().values()} != {9, 4}:
-            time.sleep(0.05)
+        until(lambda: {moment for _, moment, *_ in watchdog._beats().values()} == {20, 10})
         if stopped is not None:
             ranks[stopped].send_signal(signal.SIGSTOP)
         with watchdog:
             assert ranks[blamed].wait(60) == -signal.SIGKILL
         assert ranks[1 - blamed].poll() is None
         assert list(watchdog.hung) == [blamed]
-        assert f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for 2 s" in watchdog.hung[blamed]
+        assert (
+            f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for launcher.timeout=2 s"
+            in watchdog.hung[blamed]
+        )
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "blamed"),
+    [
+        ("control.got_on()", "", [1]),  # the first waits for the second's gradients
+        ("for _ in range(5): control.ask(19)", "control.ask(19); control.got_on()", [0]),  # whose shard is larger
+        ("", "", [0, 1]),
+    ],
+)
+def test_whoever_waits_for_another_rank_is_not_blamed(
+    tmp_path: Path, first: str, second: str, blamed: list[int]
+) -> None:
+    """Both are in their tenth step, or in the evaluation after the ninth."""
+    ranks = [rank_process(tmp_path, rank, 9, then) for rank, then in enumerate((first, second))]
+    try:
+        watchdog = Watchdog(tmp_path, 2, timeout=2.0)
+        until(lambda: len(watchdog._beats()) == 2)
+        with watchdog:
+            for rank in blamed:
+                assert ranks[rank].wait(60) == -signal.SIGKILL
+        assert list(watchdog.hung) == blamed
+        who = "ranks 0 and 1" if len(blamed) == 2 else f"rank {blamed[0]}"
+        assert watchdog.hung[blamed[0]].startswith(f"{who} hung after step 9 (no sign of life")
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cifar_exp.errors import Stopped
+from cifar_exp.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import TINY, Command, environment, the_run
 from tests.test_run import all_runs, client
 
@@ -79,7 +82,7 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_parent_ends_everything(
     started: Start, workplace: Path, number: signal.Signals, code: int
 ) -> None:
@@ -192,6 +195,64 @@ def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors == "cifar-exp: stopped by signal 2\n"
+
+
+def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise Stopped(signal.SIGINT)
+
+    with pytest.raises((Stopped, RuntimeError)) as raised:
+        type("Made", (), {"field": Field()})
+    stopped = Stopped.behind(raised.value)
+    assert stopped
+    assert stopped.exit_code == 130
+    assert Stopped.behind(ValueError()) is None
+
+
+def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_started() -> None:
+    before = {number: signal.getsignal(number) for number in signals_to_answer()}
+    try:
+        answer_signals()
+        raise_swallowed()  # there was none
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            raise_swallowed()
+        assert stopped.value.exit_code == 143
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+FORGOTTEN = """
+import multiprocessing, signal, time
+from cifar_exp import nursery
+
+nursery.warm_up()
+process = multiprocessing.get_context(nursery.START_METHOD).Process(target=time.sleep, args=(600,))
+process.start()
+multiprocessing.process._children.discard(process)
+assert multiprocessing.active_children() == []
+nursery.end_forked()
+process.join(60)
+assert process.exitcode == -signal.SIGKILL, process.exitcode
+"""
+
+
+def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -> None:
+    subprocess.run([sys.executable, "-c", FORGOTTEN], env=environment(), check=True, timeout=120)
+
+
+def test_a_rank_that_finds_its_launcher_gone_ends_without_a_word(tmp_path: Path) -> None:
+    """Its failure would be written to files that nobody would clear away."""
+    gone = str(tmp_path / "gone")
+    code = f"from pathlib import Path; from cifar_exp.worker import run_rank; run_rank(None, Path({gone!r}))"
+    env = environment() | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_a_last_step_that_diverges_is_exit_code_6(cifar_exp: Command) -> None:

@@ -1,6 +1,7 @@
 """What a follower does with a sink that fails, hangs and comes back; sinks made for it, so that it is quick."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar_exp import recording
-from cifar_exp.errors import TrackingError
+from cifar_exp.errors import Stopped, TrackingError
 from cifar_exp.journal import Entry, JournalWriter
 from cifar_exp.record import Outcome, Status
 from cifar_exp.recording import Follower, Recording
@@ -142,6 +143,39 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
     outcome = Outcome.of(tmp_path)
     assert outcome is not None
     assert outcome.status == "FINISHED"
+
+
+def test_a_signal_while_a_run_is_closed_is_answered_when_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_number: int, _frame: object) -> None:
+        raise Stopped(signal.SIGINT)
+
+    def strike(call: str) -> None:
+        if call == "close":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.5)
+
+    sink, display = Unreliable(strike), Unreliable(lambda _: None)
+    record = Recording(tmp_path, time.monotonic(), sink)
+
+    def train() -> None:
+        with record:
+            record.start(display)
+            journal(tmp_path, 3)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(Stopped):
+            train()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert display.closed == sink.closed == ["FINISHED"]
+    assert len(sink.taken) == 4  # three and the last line
+    outcome = Outcome.of(tmp_path)
+    assert outcome
+    assert outcome.status == "FINISHED"
+    assert capsys.readouterr().err == "cifar-exp: the run is being closed\n"
 
 
 def test_how_a_run_ended_is_on_disk_for_whoever_comes_later(tmp_path: Path) -> None:

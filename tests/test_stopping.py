@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
     assert "rank 1 hung after step " in errors
-    assert "(no sign of life for 3 s, it is stopped)" in errors
+    assert "(no sign of life for launcher.timeout=3 s, it is stopped)" in errors
     assert "Traceback" not in errors
 
 

@@ -14,6 +14,7 @@ from tests.faults.runs import (
     ends,
     settings,
     statuses,
+    trains,
 )
 from tests.faults.scene import Running, Scene, says
 
@@ -98,6 +99,17 @@ def terminal_closed(scene: Scene) -> None:
         129,
         status="KILLED",
     )
+
+
+@case("the terminal is closed under nohup", needs=("linux",))
+def terminal_closed_under_nohup(scene: Scene) -> None:
+    run = settings(EPOCHS_A_TRY)
+    running = scene.start(*run, *HERE, plan=PACE, before=["nohup"])
+    running.until_training(scene.journal(), lines=10)
+    running.signal(signal.SIGHUP, group=True)
+    ends(scene, running.wait(), 0, "FINISHED")
+    assert_same_as_uninterrupted(scene, run)
+    scene.handled("the terminal is closed under nohup", "none needed: it trains to the end")
 
 
 @case("SIGKILL of the parent", racy=True, needs=("linux",))
@@ -326,7 +338,7 @@ def interrupted_at_the_end(scene: Scene) -> None:
         if running.process.poll() is None:
             running.signal(signal.SIGINT, group=True)
         ended = running.wait()
-        says(ended, ended.code if ended.code == 0 else 130)
+        trains(scene, ended, 130 if ended.code == 130 else 0, run_dir=f"run-{number}")
         says(scene.run(*run, *here), 0)
         assert statuses(scene) == ["FINISHED"] * (number + 1)
         assert_same_as_uninterrupted(scene, run, f"run-{number}")

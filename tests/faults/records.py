@@ -47,9 +47,10 @@ class Server:
         artifacts = f"--artifacts-destination={self._scene.folder / 'server-artifacts'}"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, artifacts, *where]
+        env = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # five processes that are not needed
         with (self._scene.base / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=self._scene.base, env=environment(), stdout=log, stderr=log, process_group=0
+                command, cwd=self._scene.base, env=env, stdout=log, stderr=log, process_group=0
             )
         deadline = time.monotonic() + LIMIT
         while not self._is_up():

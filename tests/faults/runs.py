@@ -74,16 +74,21 @@ def statuses(scene: Scene, database: str = "outputs/mlflow.db") -> list[str]:
     return [status for (status,) in rows(scene, "SELECT status FROM runs ORDER BY start_time", database)]
 
 
-def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:
-    """Check a tracked command's exit code, message and status.
+def trains(scene: Scene, ended: Ended, code: int, *words: str, run_dir: str = "run", traceback: bool = False) -> None:
+    """Check a tracked command's exit code and message.
 
     On a machine that is very busy the store may be too slow for the patience of a run's end. That is told, with what to
     type, which is then typed here.
     """
-    undelivered = f"cifar-exp-sync run{chr(10)}" in ended.err
+    undelivered = f"cifar-exp-sync {run_dir}{chr(10)}" in ended.err
     says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
     if undelivered:
-        says(scene.run("run", module="cifar_exp.sync"), 0)
+        says(scene.run(run_dir, module="cifar_exp.sync"), 0)
+
+
+def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:
+    """Check the command of the scene's only run, and its status."""
+    trains(scene, ended, code, *words, traceback=traceback)
     assert statuses(scene) == [status], (statuses(scene), ended.err)
 
 

@@ -28,7 +28,7 @@ OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set where the suite has a mount na
 ORPHAN_SECONDS = 10.0
 SHARED = ("torch_", "sem.", "psm_", "mp-")  # what Python and torch name theirs; MLflow's server has others
 KEPT_CACHE = "torchinductor_"  # torch's own cache, which it keeps for later runs
-LIMIT = 240.0  # seconds, after which a command counts as hanging; generous, since other work may share the cores
+LIMIT = 600.0  # seconds, after which a command counts as hanging; generous, since other work may share the cores
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import psutil
 from cifar_exp import journal
 from tests.faults.registry import case
 from tests.faults.runs import assert_recorded_once, curve, rows, settings, statuses
-from tests.faults.scene import Running, Scene, says
+from tests.faults.scene import LIMIT, Running, Scene, says
 
 EPOCHS_A_JOB = 10
 ONE_RANK = ("devices.count=1", "train.batch_size=16")
@@ -80,7 +80,7 @@ def eight_sweeps(scene: Scene) -> None:
         tmp.mkdir()
         sweeps.append(scene.start("-m", *settings(2, *ONE_RANK), f"seed={2 * number},{2 * number + 1}", tmp=tmp))
     for sweep in sweeps:
-        says(sweep.wait(600), 0)
+        says(sweep.wait(3 * LIMIT), 0)
     assert len(jobs(scene)) == 2 * count
     assert statuses(scene) == ["FINISHED"] * 3 * count
     for job in jobs(scene):

@@ -1,0 +1,62 @@
+"""Signals that end a run in order. Imported before anything else is, so that they are answered from the start."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
+from cifar_exp.errors import Stopped
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def answer_signals() -> None:
+    """The first signal is raised as ``Stopped``, the second is answered, the third ends the process at once."""
+    _answer(_stop)
+
+
+def raise_swallowed() -> None:
+    """Raise again what libraries have made nothing of: some do so with all that comes while they are imported."""
+    answer = signal.getsignal(signal.SIGTERM)
+    if isinstance(answer, partial):
+        raise Stopped(answer.args[0])
+
+
+def ignore_signals() -> None:
+    """Everything is closed: the exit code stands."""
+    _answer(signal.SIG_IGN)
+
+
+def signals_to_answer() -> list[signal.Signals]:
+    """Ctrl-C, SIGTERM and the end of the terminal; not the latter under ``nohup``, or once it has been answered."""
+    answered = [signal.SIGINT, signal.SIGTERM]
+    return answered if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*answered, signal.SIGHUP]
+
+
+def answer_once(number: int) -> None:
+    """A terminal that is closed sends its signal twice, by the system and by the shell: that is no second wish."""
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _answer(handler: Handler | signal.Handlers) -> None:
+    for number in signals_to_answer():
+        signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    _answer(partial(_closing, number))
+    answer_once(number)
+    raise Stopped(number)
+
+
+def _closing(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    _answer(partial(_end_now, first))
+    answer_once(number)
+    print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
+
+
+def _end_now(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    os._exit(128 + number)
