@@ -64,9 +64,9 @@ class Control:
     def __post_init__(self) -> None:
         if self.exchange:
             self._file = os.open(self.exchange / f"beat-{self.rank}", os.O_WRONLY | os.O_CREAT, 0o600)
-            self._beat()
+            self.beat()
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         """A sign of life, and how far this rank is."""
         if self._file is not None:
             self._signs += 1
@@ -78,13 +78,13 @@ class Control:
         All ranks have the same stages.
         """
         self._stage += 1
-        self._beat()
+        self.beat()
 
     def ask(self, moment: int) -> None:
         """Called before all ranks wait for each other at ``moment``: the first one looks whether to end there."""
         if moment != self._moment:
             self._moment, self._stage = moment, 0
-        self._beat()
+        self.beat()
         if self.rank == 0 and self.exchange and (request := self._look()):
             agreed = self.exchange / _AGREED_FILE
             if not agreed.exists():

@@ -232,7 +232,7 @@ class _Steps:
             epoch += 1
             trainer.train_one_epoch(epoch, self._parts.batches)
             trainer.close_epoch(epoch, self._parts.batches)
-            _go_on(control, trainer.step)
+            _go_on(control)
 
     def _before_update(self, *_: object) -> None:
         found = {name: parameter.grad for name, parameter in self._parts.model.named_parameters()}
@@ -262,7 +262,7 @@ def _evaluated(parts: Assembly, control: Control) -> tuple[Averages, Tensor]:
     trainer = parts.trainer
 
     def go_on() -> bool:
-        _go_on(control, trainer.step)
+        _go_on(control)
         return True
 
     return evaluate(trainer.evaluated, batches, trainer.precision, go_on), _joined(recorded.taken)
@@ -277,9 +277,9 @@ def _whole(source: Source, control: Control) -> Tensor:
     return _joined(found)
 
 
-def _go_on(control: Control, step: int = 0) -> None:
+def _go_on(control: Control) -> None:
     """Give a sign of life, or end where the launcher waits for that."""
-    control.beat(step)
+    control.beat()
     if control.is_leaving():
         sys.exit(1)
 
