@@ -38,30 +38,38 @@ class Tolerances:
     why: str
 
 
-_HALF = """\
-In {0} every layer's result is rounded by up to {1} of itself, and differently where the number of micro-batches,
-which the loss is divided by, is no power of two: four units in the last place, {2} of the gradient, are allowed."""
-_LEAPS = """\
-The statistics of all ranks are added up in another order, and a ReLU whose input is zero but for that opens or
-closes: {0} of the gradient is allowed. The loss knows no such leaps and shows best whether they are joined."""
-_ALONE = {  # each micro-batch goes through the same arithmetic on both sides; only the sums over them differ
-    "fp32": Tolerances(
-        *(1e-5, 1e-6, 1e-4, 0.0, 1e-6),
-        why="Each sum in float32 is rounded by up to 6e-8 of itself: 1e-5 of the gradient is allowed.",
-    ),
-    "bf16": Tolerances(2**-5, 1e-3, 2**-2, 2e-3, 1e-3, why=_HALF.format("bfloat16", "4e-3", "2^-5")),
-    "fp16": Tolerances(2**-8, 1e-4, 2**-3, 5e-4, 1e-4, why=_HALF.format("float16", "5e-4", "2^-8")),
+# Below, what was measured is that of the reference network, 64 images a rank.
+_ALIKE = (1e-5, 1e-6, 1e-4)  # measured: 3e-8, 0, 3e-6 (AdamW)
+_DIVIDED = {  # measured on 3 ranks: fp32 5e-6, 0, 1e-3 (AdamW); bf16 9e-3, 0, 2e-2; fp16 1e-3, 0, 3e-3
+    "fp32": (1e-4, 1e-6, 1e-2),
+    "bf16": (2**-5, 1e-6, 2**-2),
+    "fp16": (2**-8, 1e-6, 2**-3),
 }
-_JOINED = {
-    "fp32": Tolerances(1e-2, 1e-6, 1e-1, 0.0, 1e-6, why=_LEAPS.format("1e-2")),
-    "bf16": Tolerances(2**-3, 1e-2, 2**-1, 2e-3, 1e-3, why=_LEAPS.format("2^-3")),
-    "fp16": Tolerances(2**-5, 1e-3, 2**-1, 5e-4, 1e-4, why=_LEAPS.format("2^-5")),
-}
+# Measured in fp32 1e-2, 9e-7, 2e-2, and where statistics are not joined 3e-1, 4e-3, 7e-1; in bf16 1e-1, 2e-4, 2e-1, and
+# where they are not 3e-1, 6e-4, 6e-1: it is fp32 that tells both well apart.
+_JOINED = {"fp32": (5e-2, 1e-5, 2**-2), "bf16": (2e-1, 1e-3, 2**-1), "fp16": (1e-1, 1e-4, 2**-2)}
+_EVALUATION = {"fp32": (0.0, 1e-6), "bf16": (2e-3, 1e-3), "fp16": (5e-4, 1e-4)}  # of another size are some batches
+_WHY_ALIKE = """\
+Each micro-batch goes through the same arithmetic on both sides, only the sums over them have another order: each sum is
+rounded by up to 6e-8 of itself, and {0:.2g} of the gradient is allowed."""
+_WHY_DIVIDED = """\
+One rank divides the loss of each micro-batch by their number before it goes back through the layers, several ranks
+divide the gradients. Where that number is no power of two, and in float16 always, each layer is so rounded in another
+way: {0:.2g} of the gradient is allowed."""
+_WHY_JOINED = """\
+The statistics of all ranks' images are added up in another order, and a ReLU whose input is zero but for that opens or
+closes: {0:.2g} of the gradient is allowed. The loss makes no such leaps; it shows best whether they are joined."""
 
 
-def tolerances(precision: str, is_synchronized: bool) -> Tolerances:
-    """Those for ``fp32``, ``bf16`` or ``fp16``, and for batch norms that join the batches of all ranks."""
-    return (_JOINED if is_synchronized else _ALONE)[precision]
+def tolerances(precision: str, ranks: int, is_synchronized: bool) -> Tolerances:
+    """What is allowed in ``fp32``, ``bf16`` or ``fp16``, and where batch norms join the batches of all ranks."""
+    if is_synchronized and ranks > 1:
+        limits, why = _JOINED[precision], _WHY_JOINED
+    elif precision != "fp16" and ranks.bit_count() == 1:
+        limits, why = _ALIKE, _WHY_ALIKE
+    else:
+        limits, why = _DIVIDED[precision], _WHY_DIVIDED
+    return Tolerances(*limits, *_EVALUATION[precision], why.format(limits[0]))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Case:
 
     def allowed(self, precision: str) -> Tolerances:
         """What rounding in ``precision`` may leave between both."""
-        return tolerances(precision, self.config.train.batch_norm == "synchronized" and self.devices.count > 1)
+        return tolerances(precision, self.devices.count, self.config.train.batch_norm == "synchronized")
 
 
 def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
@@ -93,7 +93,7 @@ def check(cases: Sequence[Case], command: str, console: Console) -> Report:
     Raises:
         CifarExpError: whatever keeps a rank from its end, as in training.
     """
-    first, last = cases[0], cases[-1]
+    first = cases[0]
     data = keep_apart(first.parts.dataset(), first.config.validation)
     with private_folder() as work:
         results = [_result(case, data, work / str(case.devices.count), console) for case in cases]
@@ -102,7 +102,7 @@ def check(cases: Sequence[Case], command: str, console: Console) -> Report:
         title=title(first.config),
         command=command,
         precision=precision,
-        rounding=last.allowed(precision).why,
+        rounding=_rounding({case.devices.count: case.allowed(precision).why for case in cases}),
         about=_about(cases, data),
         settings=masked(asdict(first.config)),
         results=results,
@@ -154,6 +154,12 @@ def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -
             "one_rank": reference.parameter_digests,
         },
     }
+
+
+def _rounding(why: Mapping[int, str]) -> str:
+    """What is said of each number of ranks, once."""
+    texts = {text: [count for count in why if why[count] == text] for text in why.values()}
+    return " ".join(f"{listed(counts)}: {text}" if len(texts) > 1 else text for text, counts in texts.items())
 
 
 def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
