@@ -74,8 +74,7 @@ def run(config: Config, parts: Parts) -> float:
             resumed.check_images(data.content_hash)
             console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
         model = checked_model(config, parts, len(data.classes))
-        for scale in sorted({*plan.image_scales} - {1.0}):  # a network may be too deep for small images
-            overview.layer_shapes(model, scaled(data.image_size, scale))
+        _check_scales(plan, model, data.image_size)
         details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
@@ -158,6 +157,18 @@ def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
         return seeded(parts.make_model, num_classes, config.seed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
+
+
+def _check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> None:
+    """A network may be too deep for small images."""
+    for scale in sorted({*plan.image_scales} - {1.0}):
+        try:
+            overview.layer_shapes(model, scaled(image_size, scale))
+        except ConfigError as error:
+            raise ConfigError(
+                f"train.image_scales: at {scale:g} of their size images are too small for this network. Type larger "
+                f"shares, as in train.image_scales=[0.5,0.75,1]. {error}"
+            ) from error
 
 
 @contextmanager

@@ -135,6 +135,15 @@ def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_s
     torch.testing.assert_close(outputs.square().mean(0)[-6:], torch.ones(6), atol=0.02, rtol=0)
 
 
+def test_images_that_a_scale_makes_too_small_for_the_network_are_refused_by_the_settings_name(
+    cifar_exp: Command,
+) -> None:
+    done = cifar_exp(*TINY, "train.image_scales=[0.01]", "tracking=none")
+    assert done.returncode == 2
+    assert "train.image_scales: at 0.01 of their size images are too small for this network" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_tracker_that_fails_costs_exit_code_5_and_nothing_else(cifar_exp: Command, workplace: Path) -> None:
     (workplace / "broken.db").write_text("this is no database")
     done = cifar_exp(*TINY, "tracking.uri=sqlite:///broken.db")

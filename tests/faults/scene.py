@@ -192,12 +192,16 @@ class Scene:
             time.sleep(0.02)
 
     def check_temporary(self, tmp: Path, before: set[str]) -> None:
-        """Nothing new is left in a command's TMPDIR, nothing of ours from before it, and nothing in shared memory."""
+        """Nothing new is left in a command's TMPDIR, nothing of ours from before it, and nothing in shared memory.
+
+        Commands that run beside each other share that: it is looked at once the last one has ended.
+        """
         names = sorted(path.name for path in tmp.iterdir())
         left = [name for name in names if name not in before or name.startswith("cifar-exp-")]
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
         assert not left, f"left in TMPDIR: {left}"
-        if OWN_MOUNTS in os.environ:  # else others have files there, too
+        alone = all(command.process.poll() is not None for command in self._commands)
+        if OWN_MOUNTS in os.environ and alone:  # else others have files there, too
             shared = sorted(shared_memory() - self._shared)
             assert not shared, f"left in shared memory: {shared}"
 
