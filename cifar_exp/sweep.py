@@ -1,5 +1,6 @@
 """Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
 
+import gc
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -71,7 +73,7 @@ class StudySweeper(BasicSweeper):
         told = partial(_run_and_tell, task_function)
         super().setup(hydra_context=hydra_context, task_function=told, config=config)
 
-    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+    def sweep(self, arguments: list[str]) -> list[JobRow]:
         """Run all jobs.
 
         Raises:
@@ -86,19 +88,18 @@ class StudySweeper(BasicSweeper):
         with resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir:
             if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
                 jobs = self._jobs(self._continue_in(sweep_dir, arguments))
-            returns = self._sweep(sweep_dir, jobs)
+            rows = self._sweep(sweep_dir, jobs)
             resume.end_sweep(sweep_dir)
-        return returns
+        return rows
 
-    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobReturn]:
+    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobRow]:
         assert self.config is not None
         from cifar_exp.report import folder_run
 
         OmegaConf.save(OmegaConf.create(masked(OmegaConf.to_container(self.config))), sweep_dir / MULTIRUN_FILE)
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
-            returns = self._run(jobs)
-            rows = [_row(number, job) for number, job in enumerate(returns)]
+            rows = self._run(jobs)
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
             settings = Report(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
             metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
@@ -107,7 +108,7 @@ class StudySweeper(BasicSweeper):
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
                 raise SweepFailedError(failed[0].exit_code)
-        return returns
+        return rows
 
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
         """Let each job find its own folder in the sweep's: what is finished is skipped, what is not goes on."""
@@ -140,13 +141,18 @@ class StudySweeper(BasicSweeper):
             preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
         return [f"{name}={value}" for name, value in preset.items()]
 
-    def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
+    def _run(self, jobs: list[list[str]]) -> list[JobRow]:
         assert self.launcher is not None
-        size = self.max_batch_size or len(jobs)
-        returns: list[JobReturn] = []
+        # Hydra's own launcher keeps each job's whole configuration, 0.2 MB, until the last one has ended.
+        size = 1 if isinstance(self.launcher, BasicLauncher) else self.max_batch_size or len(jobs)
+        rows: list[JobRow] = []
         for start in range(0, len(jobs), size):
-            returns += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
-        return returns
+            done = self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
+            rows += [_row(start + number, job) for number, job in enumerate(done)]
+            if start == 0:  # what is there after the first job stays: what later ones leave is found among little else
+                gc.collect()
+                gc.freeze()
+        return rows
 
 
 class ParentRun:
@@ -242,6 +248,8 @@ def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
 def _row(number: int, job: JobReturn) -> JobRow:
     assert job.hydra_cfg is not None
     failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
+    if failure is not None:
+        failure = failure.with_traceback(None)  # it was shown, and holds on to the whole job
     return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)
 
 
