@@ -83,7 +83,7 @@ class Check:
         found: what it is, in words.
         measured: how far that is from what it should be.
         tolerance: how far it may be.
-        detail: where the largest difference is, or the like.
+        detail: where the largest difference is, or between what.
     """
 
     subject: Subject
@@ -163,7 +163,8 @@ def _gradients(reference: Measurement, ranks: Sequence[Measurement], allowed: To
         measured, worst = relative_difference(first.gradients.get(step, {}), reference.gradients.get(step, {}))
         yield _limited("gradients", name, measured, allowed.gradient, worst)
     losses = [_relative(*pair) for pair in zip(first.losses, reference.losses, strict=True)]
-    yield _limited("gradients", f"loss of steps 1 to {steps}", max(losses), allowed.loss)
+    shown = ", ".join(f"{loss:.6f}" for loss in first.losses)
+    yield _limited("gradients", f"loss of steps 1 to {steps}", max(losses), allowed.loss, shown)
     kept, left_out = _trained(reference, allowed.gradient)
     distance = max(_moved_apart(reference, first, step, kept) for step in range(1, steps + 1))
     yield _limited("gradients", f"parameters after steps 1 to {steps}", distance, allowed.parameters, left_out)
@@ -181,8 +182,10 @@ def _evaluation(reference: Measurement, ranks: Sequence[Measurement], allowed: T
     mine, its = ranks[0].evaluated, reference.evaluated
     wrong = max(abs(count - len(theirs)) for count in (mine.count, its.count))
     yield Check("evaluation", "images counted", f"{len(theirs):,}", f"{mine.count:,}", wrong, 0)
-    yield _limited("evaluation", "accuracy", abs(mine.accuracy - its.accuracy), allowed.accuracy)
-    yield _limited("evaluation", "loss", _relative(mine.loss, its.loss), allowed.evaluation_loss)
+    shown = f"{mine.accuracy:.4f}, one rank {its.accuracy:.4f}"
+    yield _limited("evaluation", "accuracy", abs(mine.accuracy - its.accuracy), allowed.accuracy, shown)
+    shown = f"{mine.loss:.6f}, one rank {its.loss:.6f}"
+    yield _limited("evaluation", "loss", _relative(mine.loss, its.loss), allowed.evaluation_loss, shown)
 
 
 def _limited(subject: Subject, name: str, measured: float, tolerance: float, detail: str = "") -> Check:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any, get_args
 
 from rich.console import Console
@@ -160,7 +161,7 @@ class Report:
         ]
         for subject in get_args(Subject):
             how = HOW[subject].replace("{rounding}", self.rounding)
-            parts += [f"## {TITLES[subject]}", how, _table(self._cells(subject)), *self._details(subject)]
+            parts += [f"## {TITLES[subject]}", fill(how, 120), _table(self._cells(subject)), *self._details(subject)]
         return "\n\n".join(parts) + "\n"
 
     def _cells(self, subject: Subject) -> list[list[str]]:

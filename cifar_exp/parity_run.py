@@ -13,7 +13,6 @@ from rich.console import Console
 from cifar_exp import machine, overview
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.config import Parts
-from cifar_exp.data import scaled
 from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import parameter_count
@@ -22,7 +21,7 @@ from cifar_exp.parity_checks import Tolerances, compared, epoch_digest, toleranc
 from cifar_exp.parity_report import Report, Result, listed
 from cifar_exp.plan import Plan, check_scaling, make_plan
 from cifar_exp.privacy import masked
-from cifar_exp.run import checked_model, new_job, title
+from cifar_exp.run import check_scales, checked_model, new_job, title
 from cifar_exp.schema import Config
 from cifar_exp.temporary import private_folder
 from cifar_exp.validation import keep_apart
@@ -131,8 +130,8 @@ def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
 def _look_at_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
     """Raise a ConfigError where the network cannot be built, or cannot take the images."""
     model = checked_model(case.config, case.parts, len(data.classes))
-    for scale in sorted({*plan.image_scales}):
-        overview.layer_shapes(model, scaled(data.image_size, scale))
+    overview.layer_shapes(model, data.image_size)
+    check_scales(plan, model, data.image_size)
 
 
 def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run(config: Config, parts: Parts) -> float:
             resumed.check_images(data.content_hash)
             console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
         model = checked_model(config, parts, len(data.classes))
-        _check_scales(plan, model, data.image_size)
+        check_scales(plan, model, data.image_size)
         details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
         overview.print_plan(console, details)
         if single:  # a sweep would print it for each of its jobs
@@ -159,7 +159,7 @@ def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
         raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
 
 
-def _check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> None:
+def check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> None:
     """A network may be too deep for small images."""
     for scale in sorted({*plan.image_scales} - {1.0}):
         try:

@@ -69,6 +69,8 @@ def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) ->
         assert found["images left out"]["found"] == f"{dropped} of 100"
         assert found["images left out"]["wanted"] == f"{dropped}"
         assert found["images counted"]["found"] == "33"
+        accuracy = f"{result['evaluated']['one_rank']['accuracy']:.4f}"
+        assert found["accuracy"]["detail"] == f"{accuracy}, one rank {accuracy}"
         assert all(check["measured"] < 1e-6 for name, check in found.items() if name.startswith("gradient"))
         assert result["learning_rates"] == pytest.approx([0.1 * 8 * ranks / 256] * 3)
         assert result["losses"]["ranks"] == pytest.approx(result["losses"]["one_rank"], rel=1e-6)
