@@ -1,10 +1,12 @@
 """Starts that meet each other, an odd environment, a moving clock, a machine that has too little."""
 
+import os
 import signal
 import socket
 import time
 
 from cifar_exp import journal
+from tests.conftest import environment
 from tests.faults.registry import case, faketime
 from tests.faults.runs import HERE, UNTRACKED, assert_recorded_once, assert_same_as_uninterrupted, settings, statuses
 from tests.faults.scene import Scene, says
@@ -94,6 +96,25 @@ def other_launcher(scene: Scene) -> None:
     scene.handled("another launcher's environment", "none needed: it is not looked at")
 
 
+SLEEP = """
+import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+"""
+
+
+def lying(scene: Scene) -> dict[str, str]:
+    """The environment of a command whose wall clock is libfaketime's, as its other variables say.
+
+    Python sleeps until a moment of the monotonic clock, which libfaketime 0.9.10 takes for an invalid one: here it
+    sleeps as long as it was told to.
+    """
+    site = scene.base / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(SLEEP)
+    path = os.pathsep.join([str(site), environment()["PYTHONPATH"]])
+    return {"LD_PRELOAD": str(faketime()), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": path}
+
+
 @case("the clock jumps ahead by a day", "the clock jumps back by a day", needs=("faketime",))
 def clock_moves(scene: Scene) -> None:
     """While it trains. Times in the journal go on rising, and the total is what passed."""
@@ -103,12 +124,7 @@ def clock_moves(scene: Scene) -> None:
         run_dir = f"run-{number}"
         clock = scene.base / f"clock-{number}"
         clock.write_text("+0d\n")
-        env = {
-            "LD_PRELOAD": str(faketime()),
-            "FAKETIME_TIMESTAMP_FILE": str(clock),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
+        env = lying(scene) | {"FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1"}
         run = settings(150)
         began = time.monotonic()
         running = scene.start(*run, f"hydra.run.dir={run_dir}", env=env, plan={"pace": 0.01})
@@ -134,7 +150,7 @@ def clock_went_back(scene: Scene) -> None:
     running.until_training(scene.journal(), lines=20)
     running.signal(signal.SIGKILL)
     running.wait()
-    env = {"LD_PRELOAD": str(faketime()), "FAKETIME": "-1d", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    env = lying(scene) | {"FAKETIME": "-1d"}
     says(scene.run(*run, *HERE, env=env), 0)
     times = [entry.time for entry in journal.read(scene.folder / "run")]
     assert times == sorted(times), "times in the journal go back"
