@@ -40,7 +40,7 @@ def folders(root: Path) -> None:
 
 def test_the_quickstart_reaches_over_nine_tenths(cifar_exp: Command, workplace: Path) -> None:
     (arguments,) = [words for words in commands("cifar-exp") if "experiment=quickstart" in words]
-    done = cifar_exp(*arguments)
+    done = cifar_exp(*arguments, timeout=280)  # seconds by themselves; other work may share the cores
     assert done.returncode == 0, done.stderr
     (run,) = all_runs(client())
     assert run.data.metrics["test/accuracy"] > 0.9
