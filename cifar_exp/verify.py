@@ -50,10 +50,12 @@ def main() -> None:
     answer_signals()
     try:
         sys.exit(0 if verify(words) else 1)
-    except Stopped as stopped:
-        print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except CifarExpError as error:
+    except (Stopped, Exception) as error:
+        if stopped := Stopped.behind(error):
+            print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
+            sys.exit(stopped.exit_code)
+        if not isinstance(error, CifarExpError):
+            raise
         from cifar_exp.privacy import masked_text
 
         print(f"cifar-exp-verify: {masked_text(str(error))}", file=sys.stderr)
