@@ -13,7 +13,6 @@ from rich.console import Console
 from cifar_exp import machine, overview
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.config import Parts
-from cifar_exp.errors import ConfigError
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import parameter_count
 from cifar_exp.parity import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
@@ -69,12 +68,6 @@ def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
         ConfigError: where ranks cannot share the batch, or no single rank can do the same.
         MachineError: where there are too few devices.
     """
-    train = configs[0].train
-    if train.batch_norm == "synchronized" and train.accumulate > 1:
-        raise ConfigError(
-            f"train.accumulate={train.accumulate}: train.batch_norm=synchronized joins micro-batches of all ranks that "
-            f"one rank does not have in one piece. Type train.accumulate=1"
-        )
     cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, parts, strict=True)]
     for case in cases:
         check_scaling(case.config, case.devices.count)
