@@ -14,6 +14,7 @@ from cifar_exp.augment import Augmentation, Crop
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World, data_parallel, joined_world
 from cifar_exp.models import convnet, seeded
+from cifar_exp.process import keep_freed_memory
 from cifar_exp.train import Trainer
 from cifar_exp.worker import resolve_precision
 
@@ -51,7 +52,11 @@ def network() -> tuple[nn.Module, Optimizer]:
 
 
 def trainer(world: World, log_every: int = 10) -> Trainer:
-    """The package's loop around the reference network, as ``worker.train`` builds it; it reports to nobody."""
+    """The package's loop around the reference network, as ``worker.train`` builds it; it reports to nobody.
+
+    The process keeps the memory that it frees, as ranks do: a bare loop that shares it has the benefit, too.
+    """
+    keep_freed_memory()
     model, optimizer = network()
     parallel, communication = data_parallel(model, world)
     return Trainer(

@@ -43,6 +43,7 @@ from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_fro
 from cifar_exp.nursery import end_with_parent
 from cifar_exp.optim import OptimizerFactory
 from cifar_exp.plan import Plan
+from cifar_exp.process import keep_freed_memory
 from cifar_exp.residency import Source, fetch, opened
 from cifar_exp.schema import Checkpoint as CheckpointSettings
 from cifar_exp.schema import EarlyStopping as EarlyStoppingSettings
@@ -512,6 +513,8 @@ def _has_bf16(device: torch.device) -> bool:
 def _prepare_process(job: Job) -> None:
     _pin(job)
     torch.set_num_threads(job.threads)
+    if job.accelerator == "cpu":
+        keep_freed_memory()
     if job.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
     if job.train.deterministic:

@@ -1,5 +1,6 @@
 """What one rank prepares before it trains."""
 
+import ctypes
 import gzip
 import json
 import os
@@ -36,6 +37,26 @@ def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: 
     assert done.returncode == 0, done.stderr
     pinned = sorted((workplace / f"cores-{rank}").read_text() for rank in range(cores))
     assert pinned == sorted(map(str, psutil.Process().cpu_affinity()))
+
+
+def test_a_rank_keeps_the_memory_that_it_frees(cifar_exp: Command, workplace: Path) -> None:
+    """A block of 40 MiB is allocated and freed twice: the second time the kernel has no page of it to find."""
+    (workplace / "spy.py").write_text(
+        "import os, pathlib, resource\nfrom cifar_exp.models import convnet\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    bytearray(40 * 2**20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "def model(*, num_classes, width, depth):\n"
+        "    if 'RANK' in os.environ:\n"
+        "        pathlib.Path('pages').write_text(f'{pages()} {pages()}')\n"
+        "    return convnet(num_classes=num_classes, width=width, depth=depth)\n"
+    )
+    done = cifar_exp(*TINY, "train.epochs=1", "model._target_=spy.model", "trusted_modules=[spy]", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, (workplace / "pages").read_text().split())
+    if hasattr(ctypes.CDLL(None), "mallopt"):  # else it is the C library's affair
+        assert first > 1000 > 100 > second
 
 
 def test_compiling_is_counted_apart_from_the_first_step(cifar_exp: Command, workplace: Path) -> None:
