@@ -149,7 +149,7 @@ def is_finished(run_dir: Path) -> bool:
 def run_id(folder: Path) -> str | None:
     """The id of the run or sweep in ``folder``; None where no tracker has taken it yet."""
     path = folder / RUN_ID_FILE
-    return path.read_text().strip() if path.exists() else None
+    return (path.read_text().strip() or None) if path.exists() else None  # empty: killed while it wrote
 
 
 def make_private(folder: Path) -> None:

@@ -118,7 +118,11 @@ class RankFailure:
     traceback: str
 
     def save(self, exchange: Path, attempt: int) -> None:
-        (exchange / f"failure-{attempt}-{self.rank}.json").write_text(json.dumps(vars(self)))
+        """Leave word. The launcher may look at any moment, and sees the whole of it or nothing."""
+        path = exchange / f"failure-{attempt}-{self.rank}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(vars(self)))
+        temporary.replace(path)
 
     @classmethod
     def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":

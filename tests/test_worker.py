@@ -4,13 +4,26 @@ import ctypes
 import gzip
 import json
 import os
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cifar_exp import journal
+from cifar_exp.worker import RankFailure
 from tests.conftest import TINY, Command
+
+
+def test_the_launcher_sees_the_whole_of_a_failure_or_nothing(tmp_path: Path) -> None:
+    """It looks at any moment, and a rank may be killed while it writes."""
+    failure = RankFailure(1, 0.0, None, "RuntimeError: no", "a line of a traceback\n" * 50_000)
+    writer = threading.Thread(target=lambda: [failure.save(tmp_path, attempt=0) for _ in range(100)])
+    writer.start()
+    seen = []
+    while writer.is_alive() or not seen:
+        seen += RankFailure.of_attempt(tmp_path, attempt=0)
+    assert set(seen) == {failure}
 
 
 def test_a_profile_is_a_trace_of_six_steps(cifar_exp: Command, workplace: Path) -> None:
