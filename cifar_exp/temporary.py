@@ -24,10 +24,13 @@ def private_folder() -> Iterator[Path]:
         _remove_abandoned(folder)
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
     try:
-        with FileLock(folder / _LOCK):
-            folder = folder.rename(folder.with_name(folder.name[1:]))  # held before another start can see it
-            yield folder
-    finally:
+        try:
+            with FileLock(folder / _LOCK):
+                folder = folder.rename(folder.with_name(folder.name[1:]))  # held before another start can see it
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:  # the first signal raises, and may have cut that short; a second one does not
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """Temporary folders: private, removed at the end, and after a kill by whoever comes next; never one that is in use."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,4 +35,25 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
     assert list(tmp_path.iterdir()) == [other]
     with private_folder() as mine:
         assert list(tmp_path.iterdir()) == [mine]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_it_is_removed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    remove, calls = os.rmdir, []
+
+    def interrupted(path: str, **how: int | None) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **how)
+
+    def use() -> None:
+        with private_folder() as folder:
+            (folder / "beat").touch()
+            monkeypatch.setattr("os.rmdir", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert len(calls) == 2
     assert list(tmp_path.iterdir()) == []

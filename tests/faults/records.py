@@ -1,6 +1,7 @@
 """MLflow: stores that are locked, full, damaged, old or gone, and servers that die, hang or are not there."""
 
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -396,4 +397,6 @@ def stale_run(scene: Scene) -> None:
         assert statuses(scene).count("RUNNING") == 1
         says(scene.run(*run, f"hydra.run.dir=next-{number}"), 0)
         assert statuses(scene) == ["KILLED", "FINISHED"] * (number + 1)
+        # Its user gives it up: what a killed writer has left there is cleared by a start that goes on with the run.
+        shutil.rmtree(scene.folder / f"cut-{number}")
         scene.handled("a run left RUNNING by a parent that was killed", "closes it as KILLED")
