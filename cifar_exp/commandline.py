@@ -19,6 +19,7 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.privacy import masked, masked_text
 from cifar_exp.process import allow_open_files, outlive_terminal
 from cifar_exp.record import make_private
+from cifar_exp.signals import raise_swallowed
 
 Job = Callable[[DictConfig], Any]
 # What it raises for what cannot be composed; only some of it is meant to be read, as for data=[[]].
@@ -56,6 +57,7 @@ def run_hydra(job: Job) -> int:
     except CifarExpError as error:
         failures.append(error)
     except HYDRAS_ERRORS as error:
+        raise_swallowed()
         if begun:
             raise
         failures.append(explained(error, sys.argv[1:]))
@@ -89,6 +91,7 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return compose("config", [*search, *overrides], return_hydra_config=True)
     except HYDRAS_ERRORS as error:
+        raise_swallowed()
         raise explained(error, overrides) from error
 
 

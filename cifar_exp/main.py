@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cifar_exp.errors import Stopped
-from cifar_exp.signals import answer_signals, ignore_signals
+from cifar_exp.signals import answer_signals, ignore_signals, swallowed
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from omegaconf import DictConfig
@@ -20,7 +20,7 @@ def main() -> None:
         ignore_signals()
         sys.exit(code)
     except (Stopped, Exception) as error:
-        if (stopped := Stopped.behind(error)) is None:
+        if (stopped := Stopped.behind(error) or swallowed()) is None:
             raise
         print(f"cifar-exp: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)

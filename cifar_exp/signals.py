@@ -17,11 +17,16 @@ def answer_signals() -> None:
     _answer(_stop)
 
 
-def raise_swallowed() -> None:
-    """Raise again what libraries have made nothing of: some do so with all that comes while they are imported."""
+def swallowed() -> Stopped | None:
+    """The signal that was raised. Libraries may have made nothing of it, or an error of theirs."""
     answer = signal.getsignal(signal.SIGTERM)
-    if isinstance(answer, partial):
-        raise Stopped(answer.args[0])
+    return Stopped(answer.args[0]) if isinstance(answer, partial) else None
+
+
+def raise_swallowed() -> None:
+    """Raise it again."""
+    if stopped := swallowed():
+        raise stopped
 
 
 def ignore_signals() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, storage_errors
 from cifar_exp.process import allow_open_files, outlive_terminal
-from cifar_exp.signals import answer_signals
+from cifar_exp.signals import answer_signals, swallowed
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from cifar_exp.schema import Config
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         sys.exit(0 if verify(words) else 1)
     except (Stopped, Exception) as error:
-        if stopped := Stopped.behind(error):
+        if stopped := Stopped.behind(error) or swallowed():
             print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
             sys.exit(stopped.exit_code)
         if not isinstance(error, CifarExpError):

@@ -14,7 +14,7 @@ import pytest
 
 from cifar_exp.errors import Stopped
 from cifar_exp.signals import answer_signals, raise_swallowed, signals_to_answer
-from tests.conftest import TINY, Command, environment, the_run
+from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.test_run import all_runs, client
 
 LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
@@ -221,6 +221,27 @@ def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_starte
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("module", ["main", "verify"])
+def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(module: str, tmp_path: Path) -> None:
+    """As omegaconf does, which cannot undo what it was in the midst of."""
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra" / "__init__.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
+        "except BaseException:\n    raise AttributeError('an attribute of None') from None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"from cifar_exp.{module} import main; main()"],
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.endswith("stopped by signal 15\n")
+    assert "Traceback" not in done.stderr
 
 
 FORGOTTEN = """
