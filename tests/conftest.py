@@ -3,11 +3,15 @@
 import atexit
 import importlib
 import multiprocessing
+import multiprocessing.forkserver as forkserver
+import multiprocessing.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +30,8 @@ TINY = [
 Command = Callable[..., subprocess.CompletedProcess[str]]
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; not so for commands, which get no handlers
     signal.signal(signal.SIGHUP, lambda _number, _frame: None)
-# Commands are forked from a process that has imported what they need: importing it costs each more than its work.
+# Commands and their nurseries are forked from a process that has imported what they need: importing it costs each more
+# than its work. Those that are ``started`` are born as users' are.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.command_modules"])
 
@@ -45,9 +50,33 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first tracked command in a folder makes; it takes MLflow seconds."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    SqlAlchemyStore(f"sqlite:///{path}", path.parent.as_uri()).engine.dispose()
+    return path
+
+
 @pytest.fixture
-def cifar_exp(workplace: Path) -> Command:
+def store(workplace: Path, empty_store: Path) -> Path:
+    """The empty store that commands in ``workplace`` find, made before."""
+    (workplace / "outputs").mkdir(mode=0o700)
+    return Path(shutil.copy(empty_store, workplace / "outputs"))
+
+
+@pytest.fixture
+def no_store(store: Path) -> None:
+    """There is none: a command has to make it."""
+    shutil.rmtree(store.parent)
+
+
+@pytest.fixture
+def cifar_exp(store: Path) -> Command:
     """``cifar_exp("train.epochs=1", ...)``: the command in ``workplace``, its output captured."""
+    workplace = store.parents[1]
 
     def run(*arguments: str, module: str = "cifar_exp.main", timeout: float = 180) -> subprocess.CompletedProcess[str]:
         output, errors = workplace / ".stdout", workplace / ".stderr"
@@ -69,8 +98,9 @@ def cifar_exp(workplace: Path) -> Command:
 
 
 @pytest.fixture
-def started(workplace: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def started(store: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Like ``cifar_exp``, but does not wait; whatever is still running at the end of the test is ended."""
+    workplace = store.parents[1]
     processes: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -105,12 +135,40 @@ def command(
     os.environ.update(variables)
     sys.path[:0] = ["", *variables.get("PYTHONPATH", "").split(os.pathsep)]
     sys.argv = [module, *arguments]
+    multiprocessing.util.spawnv_passfds = forked_or(multiprocessing.util.spawnv_passfds)  # type: ignore[attr-defined]
     try:
         sys.exit(importlib.import_module(module).main())
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def forked_or(spawn: Callable[..., int]) -> Callable[..., int]:
+    """What Python starts helpers with; a fork server comes from this process, as a new interpreter would be."""
+
+    def start(path: str, arguments: list[str], descriptors: list[int]) -> int:
+        code = arguments[-1]
+        if "multiprocessing.forkserver" not in code:
+            return spawn(path, arguments, descriptors)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    if callable(signal.getsignal(number)):
+                        signal.signal(number, signal.SIG_DFL)
+                forkserver._forkserver.__init__()  # its lock is held meanwhile
+                for before, after in pairwise(sorted({2, *descriptors, os.sysconf("SC_OPEN_MAX")})):
+                    if after > before + 1:  # an empty range would be taken for all there are
+                        os.closerange(before + 1, after)
+                exec(code, {})
+            finally:
+                os._exit(1)
+        return pid
+
+    return start
 
 
 def environment() -> dict[str, str]:

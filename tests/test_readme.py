@@ -38,6 +38,7 @@ def folders(root: Path) -> None:
                 Image.fromarray(pixels).save(root / split / name / f"{number}.png")
 
 
+@pytest.mark.usefixtures("no_store")
 def test_the_quickstart_reaches_over_nine_tenths(cifar_exp: Command, workplace: Path) -> None:
     (arguments,) = [words for words in commands("cifar-exp") if "experiment=quickstart" in words]
     done = cifar_exp(*arguments, timeout=280)  # seconds by themselves; other work may share the cores

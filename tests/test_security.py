@@ -141,6 +141,7 @@ def modes(*folders: Path) -> list[str]:
     return [oct(folder.stat().st_mode & 0o777) for folder in folders]
 
 
+@pytest.mark.usefixtures("no_store")
 def test_outputs_are_the_users_alone_and_what_is_not_ours_stays_as_it_is(cifar_exp: Command, workplace: Path) -> None:
     umask = os.umask(0o022)
     try:
@@ -171,6 +172,7 @@ def ask(port: int, host: str, path: str = "/ajax-api/2.0/mlflow/experiments/sear
     return status
 
 
+@pytest.mark.usefixtures("no_store")
 def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace: Path, mlflow_server: int) -> None:
     assert ask(mlflow_server, f"127.0.0.1:{mlflow_server}") == 200
     assert ask(mlflow_server, f"localhost:{mlflow_server}") == 200

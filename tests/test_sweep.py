@@ -152,6 +152,7 @@ def test_a_broken_tracker_costs_a_sweep_its_record_and_not_its_result(cifar_exp:
     assert len(list(csv.DictReader(table.open()))) == 2
 
 
+@pytest.mark.usefixtures("no_store")
 def test_runs_that_start_at_once_in_a_fresh_folder_share_a_sound_store(started: Start) -> None:
     processes = [started(*TINY, "train.epochs=1") for _ in range(3)]
     assert [process.communicate(timeout=200)[1] for process in processes] == ["", "", ""]

@@ -44,6 +44,7 @@ def failed(result: dict[str, Any]) -> set[str]:
     return {check["name"] for check in result["checks"] if not check["holds"]}
 
 
+@pytest.mark.usefixtures("no_store")
 def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) -> None:
     """Every check's figure on 1, 2 and 4 ranks; what is written, where, and for whom."""
     done = cifar_exp(*SMALL, "devices.count=1,2,4", module=VERIFY)
