@@ -30,14 +30,15 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
-def keep_freed_memory() -> bool:
-    """Keep what is freed for what is allocated next; whether the C library can be told to.
+def keep_freed_memory() -> None:
+    """Keep what is freed for what is allocated next, where the C library is glibc.
 
     glibc gives large blocks back to the system and asks for them again, which has to find and clear every page. A step
     frees and allocates all activations, and a block over 32 MiB, as those of 256 images in float32 are, is never kept.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
-    return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)])
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl and macOS have none
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def outlive_terminal() -> None:

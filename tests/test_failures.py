@@ -48,7 +48,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(started: Start, workplace: P
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 2
     ranks[1].kill()
-    psutil.wait_procs(ranks, timeout=30)
+    psutil.wait_procs(ranks, timeout=10)  # what is promised
     assert not ranks[0].is_running()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
