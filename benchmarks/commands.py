@@ -42,10 +42,10 @@ class Workplace:
     folder: Path
     runs: int = 0
 
-    def run(self, overrides: Sequence[str]) -> Run:
-        """``cifar-exp`` with ``overrides``, to its end."""
+    def run(self, overrides: Sequence[str], exit_code: int = 0) -> Run:
+        """``cifar-exp`` with ``overrides``, to its end, which is to be ``exit_code``."""
         process, run_dir = self.start(overrides)
-        finish(process)
+        finish(process, exit_code)
         return Run(run_dir, journal.last_values(run_dir))
 
     def start(self, overrides: Sequence[str], progress: str = "quiet") -> tuple["subprocess.Popen[str]", Path]:
@@ -91,15 +91,15 @@ def synthetic_data(folder: Path, train_count: int, test_count: int = 500) -> lis
     return ["data=synthetic", f"data.root={folder / 'synthetic'}", *counts]
 
 
-def finish(process: "subprocess.Popen[str]") -> None:
+def finish(process: "subprocess.Popen[str]", exit_code: int = 0) -> None:
     """Wait for a command's end.
 
     Raises:
-        RuntimeError: it failed, with what it printed.
+        RuntimeError: it did not end with ``exit_code``, with what it printed.
     """
     output, _ = process.communicate()
     with suppress(ChildProcessError):  # what the command left to die: else its CPU seconds would pass for others'
         while True:
             os.waitpid(-1, 0)
-    if process.returncode:
+    if process.returncode != exit_code:
         raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{output}")

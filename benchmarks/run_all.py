@@ -17,7 +17,7 @@ BENCHMARKS = {
     "peers": "an epoch against Lightning, accelerate, plain PyTorch",
     "scaling": "two ranks against bare DDP and independent processes",
     "startup": "command to first step against a bare launch",
-    "tracking": "MLflow on against off",
+    "tracking": "a step beside the parent that feeds MLflow, or a server that hangs",
     "memory": "of ranks, and its growth",
     "time_to_accuracy": "the speed recipe against the plain loop",
 }

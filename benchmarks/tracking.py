@@ -1,46 +1,148 @@
-"""What MLflow costs: the real command with every step logged, against ``tracking=none``.
+"""What MLflow costs: the real command, every step logged, whose parent process is stopped and goes on in turn.
 
-Figures of each run's own journal, over the steps of one epoch of the reference recipe on one rank with all cores, with
-the parent process feeding MLflow (SQLite) from the journal meanwhile. The steady rate is the median over the steps:
-what MLflow costs as long as a run goes on. ``time/train_seconds`` has the seconds in it that MLflow takes to be
-imported, once, beside the first steps; start-up, evaluation and the end of the run are in neither. The command's CPU
-seconds are those of the whole run.
+The parent feeds MLflow from the run's journal; ranks have nothing to do with it and train on while it is stopped. So
+blocks of steps with and without it alternate within one run, which runs that differ by far more than it takes would
+hide. What it does for the display is in the figures, and so is what it makes good when it goes on: upper bounds.
+
+MLflow keeps its record in SQLite, is a server that takes connections and never answers, or an address at which nothing
+listens. The last two end in exit code 5 after training: the journal has everything, MLflow nothing.
+
+The reference recipe on one rank with all cores. Measuring begins some steps after MLflow was imported; what the parent
+spent until then (start-up, import) is a figure of its own.
 """
 
-from functools import partial
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
 
-from commands import Workplace, synthetic_data, workplace
-from harness import Goal, arguments, compare, publish
+import psutil
+from commands import Workplace, finish, synthetic_data, workplace
+from harness import Figure, Goal, LoadMeter, arguments, publish
 from workload import BATCH
+
+from cifar_exp import journal
+from cifar_exp.errors import TrackingError
+
+BLOCK = 5  # steps that the parent is stopped, or runs; the first of them is not measured
+FIRST = 12  # steps: MLflow is imported by then
 
 
 def main() -> None:
-    options = arguments(__doc__, pairs=7, steps=40).parse_args()
-    steps = f"{options.steps} steps"
-    with workplace() as place:
+    options = arguments(__doc__, pairs=12).parse_args()
+    failed, at_most_1_percent = TrackingError.exit_code, Goal("<=", 1.01)
+    rows, notes = [], {}
+    with workplace() as place, silent_port() as hanging:
         settings = [
-            *synthetic_data(place.folder, options.steps * BATCH),
+            *synthetic_data(place.folder, (FIRST + 2 * BLOCK * options.pairs + 1) * BATCH),
             "devices=cpu",
             "train.epochs=1",
             "train.log_every=1",
         ]
-        rows = []
-        for name, seconds, goal in (
-            (f"MLflow / no tracking, a step of {steps}", step_seconds, Goal("<=", 1.005)),
-            (f"MLflow / no tracking, import and {steps}", train_seconds, None),
+        for name, override, exit_code, goal in (
+            ("no tracking", "tracking=none", 0, None),
+            ("MLflow", "tracking=mlflow", 0, Goal("<=", 1.005)),
+            ("a server that hangs", f"tracking.uri=http://127.0.0.1:{hanging}", failed, at_most_1_percent),
+            ("no server", f"tracking.uri=http://127.0.0.1:{closed_port()}", failed, at_most_1_percent),
         ):
-            on = partial(seconds, place, [*settings, "tracking=mlflow"])
-            off = partial(seconds, place, [*settings, "tracking=none"])
-            rows.append(compare(name, on, off, options.pairs, goal))
-    publish("tracking", rows)
+            found = measured(place, [*settings, override], exit_code, options.pairs)
+            ratios = [a / b for a, b in zip(found.beside, found.without, strict=True)]
+            rows += [
+                Figure.of(f"{name}: step, parent running / stopped", ratios, "", found.other_load, goal),
+                Figure.of(f"{name}: parent's CPU time meanwhile", found.shares, "of 1 core"),
+            ]
+            notes[name] = (
+                f"{median(found.beside):.3f} / {median(found.without):.3f} s a step; "
+                f"parent's CPU time before: {found.start_seconds:.1f} s"
+            )
+    publish("tracking", rows, notes)
 
 
-def step_seconds(place: Workplace, overrides: list[str]) -> float:
-    return BATCH / place.run(overrides).metrics["steady_images_per_second"]
+@dataclass
+class Measured:
+    """One command.
+
+    Attributes:
+        start_seconds: CPU seconds that the parent took until measuring began.
+        other_load: share of all cores that other processes took meanwhile.
+        beside: seconds a step while the parent ran, a block of steps each.
+        without: the same while it was stopped.
+        shares: CPU seconds a second of the parent, a block each in which it ran.
+    """
+
+    start_seconds: float
+    other_load: float
+    beside: list[float]
+    without: list[float]
+    shares: list[float]
 
 
-def train_seconds(place: Workplace, overrides: list[str]) -> float:
-    return place.run(overrides).metrics["time/train_seconds"]
+def measured(place: Workplace, overrides: Sequence[str], exit_code: int, pairs: int) -> Measured:
+    """Run a command; its parent runs and is stopped, A B B A, for a block of steps each."""
+    process, run_dir = place.start(overrides)
+    steps = Steps(process, run_dir)
+    bounds, shares = [steps.wait_for(FIRST)], []
+    start_seconds, meter = cpu_seconds(process), LoadMeter()
+    running = [number % 4 in (0, 3) for number in range(2 * pairs)]
+    try:
+        for runs in running:
+            process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
+            spent, began = cpu_seconds(process), time.monotonic()
+            bounds.append(steps.wait_for(bounds[-1] + BLOCK))
+            if runs:
+                shares.append((cpu_seconds(process) - spent) / (time.monotonic() - began))
+    finally:
+        process.send_signal(signal.SIGCONT)
+    load = meter.other_load()
+    finish(process, exit_code)
+    times = {entry.step: entry.time for entry in journal.read(run_dir)}
+    seconds = [(times[end] - times[begin + 1]) / (end - begin - 1) for begin, end in pairwise(bounds)]
+    beside, without = (
+        [second for second, ran in zip(seconds, running, strict=True) if ran is on] for on in (True, False)
+    )
+    return Measured(start_seconds, load, beside, without, shares)
+
+
+class Steps:
+    """How far a running command has come, by its journal."""
+
+    def __init__(self, process: "subprocess.Popen[str]", run_dir: Path) -> None:
+        self._process, self._journal, self._step = process, journal.JournalFollower(run_dir), 0
+
+    def wait_for(self, step: int) -> int:
+        """Wait until the step is logged; the last one that is."""
+        while self._step < step:
+            if self._process.poll() is not None:
+                finish(self._process)
+                raise RuntimeError(f"{self._process.args} ended before step {step}")
+            self._step = max([self._step, *(entry.step for entry in self._journal.new_entries())])
+            time.sleep(0.02)
+        return self._step
+
+
+def cpu_seconds(process: "subprocess.Popen[str]") -> float:
+    """What the process itself took so far, without its children."""
+    spent = psutil.Process(process.pid).cpu_times()
+    return spent.user + spent.system
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port of this machine at which connections are taken and nothing is ever answered."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as server:
+        yield server.getsockname()[1]
+
+
+def closed_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":
