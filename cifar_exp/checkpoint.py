@@ -9,10 +9,12 @@ import hashlib
 import io
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +66,9 @@ class Manifest:
         config_hash: sha256 of the settings that bear on the result, in hex.
         seconds: the run had taken, over all its sessions.
         torch: the version that wrote it.
+        python: the same.
+        cifar_exp: the same.
+        run_id: the tracker's; None where none had taken the run yet.
         best_step: steps of the checkpoint of the best epoch so far, which stays whatever newer ones there are; None
             where no images are kept apart to choose it by.
         best_value: what that epoch was measured at: ``early_stopping.metric``.
@@ -82,6 +87,9 @@ class Manifest:
     torch: str
     best_step: int | None = None
     best_value: float | None = None
+    python: str = ""
+    cifar_exp: str = ""
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Origin:
     seconds: float
     best_step: int | None = None
     best_value: float | None = None
+    run_id: str | None = None
 
 
 class Saver:
@@ -148,25 +157,34 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
         StorageError: where the file system refuses; what was there before stays.
     """
     folder = run_dir / FOLDER
-    path = _path(run_dir, origin.step)
+    path = _unnamed(_path(run_dir, origin.step))
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
     digest = hashlib.sha256(content).hexdigest()
-    manifest = Manifest(path.name, len(content), digest, **vars(origin), torch=torch.__version__)
+    manifest = Manifest(
+        path.name,
+        len(content),
+        digest,
+        **vars(origin),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        cifar_exp=_own_version(),
+    )
+    manifest_path = _path(run_dir, origin.step).with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
-        path.with_suffix(".json").unlink(missing_ok=True)  # it would not be that of the new content
         write_whole(path, content)
-        write_whole(path.with_suffix(".json"), sealed(manifest))
+        write_whole(manifest_path, sealed(asdict(manifest)))
+        _delete_networks(manifest_path, but=path)
         manifests = sorted(folder.glob("*.json"))
         # This one is not the newest where a run has gone on from one before a damaged one.
-        newest = {*manifests[-keep:], path.with_suffix(".json")}
+        newest = {*manifests[-keep:], manifest_path}
         for old in set(manifests) - newest - set(map(_best_named_by, newest)):
             old.unlink()  # first: without it the file beside it counts for nothing
-            old.with_suffix(".pt").unlink(missing_ok=True)
+            _delete_networks(old)
     except OSError as error:
         raise StorageError(f"{path}: the network could not be saved: {error}. {FREE_SPACE}") from error
 
@@ -207,25 +225,23 @@ def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
     return None
 
 
-def sealed(manifest: Manifest) -> bytes:
+def sealed(fields: Mapping[str, Any]) -> bytes:
     """The content of a manifest's file, with a hash of its own: a step or a batch size that was altered is noticed."""
-    fields = asdict(manifest)
     seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
-    return json.dumps(fields | {"seal": seal}, indent=1).encode()
+    return json.dumps({**fields, "seal": seal}, indent=1).encode()
 
 
 def _unsealed(content: bytes) -> Manifest:
     """The manifest that was written as ``content``.
 
     Raises:
-        ValueError: where it was not written so. TypeError: where it lacks a field.
+        ValueError: where it was not written so. TypeError: where it lacks a field that was always there.
     """
-    fields = json.loads(content)
+    fields = dict(json.loads(content))
     fields.pop("seal", None)
-    manifest = Manifest(**fields)
-    if sealed(manifest) != content:
+    if sealed(fields) != content:
         raise ValueError("it is not as it was written")
-    return manifest
+    return Manifest(**fields)
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
@@ -276,6 +292,28 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def _path(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:08}.pt"
+
+
+def _own_version() -> str:
+    try:
+        return version("cifar-exp")
+    except PackageNotFoundError:  # a copy of the source that was never installed
+        return ""
+
+
+def _unnamed(path: Path) -> Path:
+    """Where a step's network can be written while the one that its manifest names, if there is one, stays whole."""
+    try:
+        named = json.loads(path.with_suffix(".json").read_text())["file"]
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+        return path
+    return path.with_stem(f"{path.stem}-again") if named == path.name else path
+
+
+def _delete_networks(manifest: Path, but: Path | None = None) -> None:
+    """Delete the files of a step's networks, all or all but one."""
+    for path in {manifest.with_suffix(".pt"), manifest.with_name(f"{manifest.stem}-again.pt")} - {but}:
+        path.unlink(missing_ok=True)
 
 
 def _best_named_by(manifest: Path) -> Path:

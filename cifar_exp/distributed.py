@@ -62,8 +62,8 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     device = torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device("cpu")
     if accelerator == "gpu":
         torch.cuda.set_device(device)
-    # All ranks are on this machine: nothing need listen beyond it.
-    os.environ.setdefault("NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME", "lo")
+    # All ranks are on this machine: nothing need listen beyond it, whatever a cluster's environment says.
+    os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = "lo"
     # The watchdog's questions about collectives are not allowed while a CUDA graph is captured. A dead rank is the
     # launcher's to notice.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")

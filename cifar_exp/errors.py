@@ -3,6 +3,7 @@
 An error of these classes is shown as its message alone; anything else is a fault of ours and keeps its traceback.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,11 @@ class StorageError(CifarExpError):
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end. It is no ``Exception``, so that it ends a whole sweep and not one job of it."""
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, received: float | None = None) -> None:
+        """``received``: when the signal came, on the monotonic clock; None: now."""
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+        self.received = time.monotonic() if received is None else received
 
     @classmethod
     def behind(cls, error: BaseException | None) -> "Stopped | None":

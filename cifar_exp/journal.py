@@ -16,6 +16,7 @@ from typing import Any
 from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
 
 FILE_NAME = "metrics.jsonl"
+RUN_ID_FILE = "mlflow_run_id"
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,9 @@ def last_values(run_dir: Path) -> dict[str, float]:
     for entry in read(run_dir):
         metrics |= entry.metrics
     return metrics
+
+
+def run_id(folder: Path) -> str | None:
+    """The id that the tracker gave to the run or sweep in ``folder``; None where none has taken it yet."""
+    path = folder / RUN_ID_FILE
+    return (path.read_text().strip() or None) if path.exists() else None

@@ -189,15 +189,15 @@ def _stopping_in_order(exchange: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
+    received: list[Stopped] = []
 
     def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        received.append(number)
+        received.append(Stopped(number))
         restore()
         answer_once(number)
         (exchange / LEAVE_FILE).touch()
         print("cifar-exp: the ranks end their step and save; once more ends them at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGALRM, lambda _number, _frame: _raise(Stopped(number)))
+        signal.signal(signal.SIGALRM, lambda _number, _frame: _raise(received[0]))
         signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
 
     before = {number: signal.signal(number, ask) for number in signals_to_answer()}
@@ -210,13 +210,13 @@ def _stopping_in_order(exchange: Path) -> Iterator[None]:
         yield
     except (ChildFailedError, SignalException):
         if received:  # ranks that were to end and failed
-            raise Stopped(received[0]) from None
+            raise received[0] from None
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         restore()
     if received:
-        raise Stopped(received[0])
+        raise received[0]
 
 
 def _raise(error: BaseException) -> None:

@@ -16,8 +16,9 @@ from cifar_exp import checkpoint
 from cifar_exp.config import build, read_config
 from cifar_exp.data import Normalization
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
+from cifar_exp.journal import RUN_ID_FILE
 from cifar_exp.privacy import masked_text
-from cifar_exp.record import OUTPUTS, RUN_ID_FILE
+from cifar_exp.record import OUTPUTS
 
 USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
 

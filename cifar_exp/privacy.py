@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-_NAME = r"(?:token|passw(?:or)?ds?|passphrase|pwd|secrets?|credentials?|(?:api|access|private|secret)[_-]?key)"
+_NAME = (
+    r"(?:token|passw(?:or)?ds?|passphrase|pwd|secrets?|credentials?|(?:api|access|private|secret)[_-]?key"
+    r"|auth|authorization|bearer|sig|signature)"
+)
 _SECRET_NAME = re.compile(rf"(?<![a-z]){_NAME}(?![a-z])", re.IGNORECASE)
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_USER_INFO = re.compile(r"://[^/\s]*@")
+# A password may hold a slash: SQLAlchemy takes all up to the @ for it.
+_USER_INFO = re.compile(r"://(?:[^/\s]*|[^:/\s@]*:\S*)@")
 _WHOLE_OVERRIDE = re.compile(r"[+~]*([\w.@/-]+)=")
 # `token=abc`, `"password": "a b"`, `?api_key=abc&`: in an address, an override, YAML or a message
 _ASSIGNED = re.compile(
-    rf"((?<![a-z]){_NAME}(?![a-z])[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&)}}\]]+)", re.IGNORECASE
+    rf"((?<![a-z]){_NAME}(?![a-z])[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:Bearer|Basic)\s+\S+|[^\s,;&)}}\]]+)",
+    re.IGNORECASE,
 )
 
 

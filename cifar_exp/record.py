@@ -24,7 +24,6 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
-RUN_ID_FILE = "mlflow_run_id"
 OUTCOME_FILE = "outcome.json"
 
 
@@ -146,12 +145,6 @@ def is_finished(run_dir: Path) -> bool:
     return "time/total_seconds" in journal.last_values(run_dir)
 
 
-def run_id(folder: Path) -> str | None:
-    """The id of the run or sweep in ``folder``; None where no tracker has taken it yet."""
-    path = folder / RUN_ID_FILE
-    return (path.read_text().strip() or None) if path.exists() else None  # empty: killed while it wrote
-
-
 def make_private(folder: Path) -> None:
     """Let nobody but the user into a run's or sweep's folder, and into ``outputs/``: mode 0700.
 
@@ -171,7 +164,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader sees the whole of it or what was there before."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint, which is on disk, must not outlive what tells whose it is
         temporary.replace(path)
     except BaseException:  # signals raise, too
         with suppress(OSError):

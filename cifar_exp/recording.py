@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,11 +26,13 @@ from cifar_exp.record import Outcome, Status
 
 BATCH = 500  # entries that are read, and held, at a time
 PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
-STOPPED_PATIENCE = 8.0  # the same where a signal has stopped the run
+STOPPED_PATIENCE = 8.5  # from the signal that has stopped the run on; ranks may have taken most of it
+LEAST_PATIENCE = 1.0
 LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in imports, for the page
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
 SHORTEST_PAUSE = 1.0
+UNDELIVERED_FILE = ".undelivered"  # in the folder of a run that a tracker was to have and has not got whole
 
 
 class Sink(Protocol):
@@ -72,7 +75,7 @@ class Follower(threading.Thread):
         self._journal, self._interval = JournalFollower(run_dir), interval
         self._status: Status | None = None
         self._began, self._ended, self._deadline = time.monotonic(), math.inf, math.inf
-        self._patience = math.inf
+        self._patience, self._longest = math.inf, math.inf
         self._reached = self._told = self._left = False
         self._wanted = self._passed = 0  # looks asked for and done
         self._changed, self._over = threading.Condition(), threading.Event()
@@ -99,10 +102,13 @@ class Follower(threading.Thread):
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._passed >= wanted or self.error, timeout)
 
-    def finish(self, status: Status, patience: float) -> None:
-        """Pass on what is left and close the sink; one that takes nothing for ``patience`` seconds is left alone."""
+    def finish(self, status: Status, patience: float, longest: float = LONGEST) -> None:
+        """Pass on what is left and close the sink; one that takes nothing for ``patience`` seconds is left alone.
+
+        ``longest``: seconds that it gets in all, whatever it takes meanwhile.
+        """
         with self._changed:
-            self._ended = time.monotonic()
+            self._ended, self._longest = time.monotonic(), longest
             self._patience, self._deadline = patience, self._ended + patience
             self._status = status
             self._wanted += 1
@@ -116,7 +122,11 @@ class Follower(threading.Thread):
                 self.error = self.error or _GivenUpError("no answer in time")
 
     def _limit(self) -> float:
-        """Until when the sink is tried, on the monotonic clock: one that is slow to open gets its time in any run."""
+        """Until when the sink is tried, on the monotonic clock."""
+        return min(self._wanted_limit(), self._ended + self._longest)
+
+    def _wanted_limit(self) -> float:
+        """One that is slow to open gets its time in any run that was not stopped."""
         if self._reached:
             return self._deadline
         if self.error:
@@ -221,6 +231,9 @@ class Recording:
 
     def __enter__(self) -> "Recording":
         Outcome.forget(self.run_dir)
+        if self.tracker:
+            with suppress(OSError):  # whoever cannot write here will soon say so
+                (self.run_dir / UNDELIVERED_FILE).touch()
         return self
 
     def start(self, display: Sink) -> None:
@@ -247,7 +260,10 @@ class Recording:
         if not self._followers:  # the run failed before it could start, which is recorded too
             self._start_tracker()
         status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        deadline = time.monotonic() + (STOPPED_PATIENCE if status == "KILLED" else PATIENCE)
+        if isinstance(error, Stopped):
+            deadline = error.received + STOPPED_PATIENCE
+        else:
+            deadline = time.monotonic() + (STOPPED_PATIENCE if status == "KILLED" else PATIENCE)
         try:
             if error is None:
                 self._in_spite_of_a_signal(partial(self._write_last_entry, deadline))
@@ -255,7 +271,7 @@ class Recording:
             status = "FAILED"
             raise
         finally:
-            problems = self._close(status, max(1.0, deadline - time.monotonic()))
+            problems = self._close(status, deadline)
             if status == "FINISHED" and problems and not self._stopped:
                 raise problems[0]
             if self._stopped and isinstance(error, CifarExpError):
@@ -274,7 +290,7 @@ class Recording:
             print("cifar-exp: the run is being closed", file=sys.stderr, flush=True)
             action()
 
-    def _close(self, status: Status, patience: float) -> list[CifarExpError]:
+    def _close(self, status: Status, deadline: float) -> list[CifarExpError]:
         """Write down how the run ended, on disk and then elsewhere; what could not be written."""
         problems: list[CifarExpError] = []
         try:
@@ -285,18 +301,26 @@ class Recording:
         well = "training finished and nothing is lost, but " if status == "FINISHED" else ""
         for follower in self._followers:
             is_tracker = follower.sink is self.tracker
-            self._in_spite_of_a_signal(partial(self._finish, follower, status, patience))
+            self._in_spite_of_a_signal(partial(self._finish, follower, status, deadline))
             if follower.error and is_tracker:
                 problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
             elif follower.error:
                 told = f"{well}its page or figure could not be written: {shortened(follower.error)}"
                 advice = "" if FREE_SPACE in told or isinstance(follower.error, _GivenUpError) else f". {FREE_SPACE}"
                 problems.append(StorageError(f"{self.run_dir}: {told}{advice}"))
+            elif is_tracker:
+                with suppress(OSError):
+                    (self.run_dir / UNDELIVERED_FILE).unlink(missing_ok=True)
         return problems
 
-    def _finish(self, follower: Follower, status: Status, patience: float) -> None:
-        limits = (patience, min(patience, STOPPED_PATIENCE)) if follower.sink is self.tracker else (LONGEST, PATIENCE)
-        follower.finish(status, limits[status == "KILLED" or self._stopped is not None])
+    def _finish(self, follower: Follower, status: Status, deadline: float) -> None:
+        if self._stopped:
+            deadline = min(deadline, self._stopped.received + STOPPED_PATIENCE)
+        left = max(LEAST_PATIENCE, deadline - time.monotonic())
+        if status == "KILLED" or self._stopped:
+            follower.finish(status, left, longest=left)
+        else:
+            follower.finish(status, left if follower.sink is self.tracker else LONGEST)
 
     def _write_last_entry(self, deadline: float) -> None:
         """The ranks have ended: add the total, and what of it none of them could know."""

@@ -11,8 +11,9 @@ from rich.console import Console
 from cifar_exp import journal
 from cifar_exp.comparison import Comparison
 from cifar_exp.errors import CifarExpError, ConfigError
+from cifar_exp.journal import run_id
 from cifar_exp.privacy import masked_text
-from cifar_exp.record import RUN_FILE, RunInfo, run_id
+from cifar_exp.record import RUN_FILE, RunInfo
 from cifar_exp.schema import Report
 from cifar_exp.study import SERIES, FinishedRun, Study
 from cifar_exp.tracking import MLflowTracker

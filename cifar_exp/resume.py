@@ -17,12 +17,12 @@ from cifar_exp import checkpoint, journal
 from cifar_exp.checkpoint import Manifest
 from cifar_exp.config import flattened, shown
 from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.journal import RUN_ID_FILE
 from cifar_exp.privacy import masked
 from cifar_exp.record import (
     CONFIG_FILE,
     OUTPUTS,
     RUN_FILE,
-    RUN_ID_FILE,
     claim,
     is_claimed,
     is_finished,
@@ -212,9 +212,9 @@ def _resumption(
     if manifest is None and not finished:
         if not in_place:
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Type resume=never")
-        # A checkpoint is on disk before the next one is begun, so by this epoch there was one.
+        # A checkpoint is on disk before the epoch after it has ended, so by the next one there was one.
         every = int(_config_of(folder)["checkpoint"]["every"])
-        if any(entry.epoch > 2 * every for entry in entries):
+        if any(entry.epoch > every + 1 for entry in entries):
             raise StorageError(
                 f"{folder / checkpoint.FOLDER}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or type resume=never to start again from the beginning"

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,8 +27,8 @@ from cifar_exp.models import seeded
 from cifar_exp.plan import Plan, check_scaling, make_plan
 from cifar_exp.privacy import masked
 from cifar_exp.progress import Display
-from cifar_exp.record import CONFIG_FILE, RUN_FILE, RunInfo, claim, run_id
-from cifar_exp.recording import Recording, uv_prefix
+from cifar_exp.record import CONFIG_FILE, RUN_FILE, RunInfo, claim
+from cifar_exp.recording import UNDELIVERED_FILE, Recording, uv_prefix
 from cifar_exp.resume import Resumption
 from cifar_exp.schema import Config
 from cifar_exp.validation import keep_apart
@@ -56,6 +56,8 @@ def run(config: Config, parts: Parts) -> float:
     if resumed and resumed.finished:
         accuracy = journal.last_values(resumed.run_dir)["test/accuracy"]
         console.print(f"{resumed.run_dir}: finished before, test accuracy {accuracy:.4f}", highlight=False)
+        if (resumed.run_dir / UNDELIVERED_FILE).exists():
+            console.print(parts.tracker.deliver(resumed.run_dir), highlight=False)
         return accuracy
     if resumed and resumed.in_place:
         run_dir = _continued_folder(resumed.run_dir, run_dir)
@@ -72,7 +74,7 @@ def run(config: Config, parts: Parts) -> float:
         )
         if resumed:
             resumed.check_images(data.content_hash)
-            console.print("\n".join(resumed.description(plan.world_size)), highlight=False)
+            _tell(console, resumed.description(plan.world_size))
         model = checked_model(config, parts, len(data.classes))
         check_scales(plan, model, data.image_size)
         details = overview.describe_plan(plan, devices, data, model, config.early_stopping)
@@ -100,13 +102,11 @@ def run(config: Config, parts: Parts) -> float:
                 raise
         recording.closing |= watch.metrics()
         if ended:
-            console.print(f"training ended early: {ended.reason}", highlight=False)
+            _tell(console, [f"training ended early: {ended.reason}"])
         publish.publish(run_dir, config.model, _warn)
     metrics = journal.last_values(run_dir)
     overview.print_outcome(console, metrics, simulated=devices.accelerator == "cpu" and devices.count > 1)
-    for line in overview.selection(metrics, config.train.epochs, config.early_stopping):
-        console.print(line, highlight=False)
-        logging.getLogger(__name__).info(line)
+    _tell(console, overview.selection(metrics, config.train.epochs, config.early_stopping))
     if single:
         _print_next_steps(console, run_dir, parts.tracker.hint())
     return metrics["test/accuracy"]
@@ -135,6 +135,13 @@ def new_job(
         threads=devices.threads,
         timeout=parts.launcher.timeout,
     )
+
+
+def _tell(console: Console, lines: Sequence[str]) -> None:
+    """Lines that the run's log keeps, too."""
+    for line in lines:
+        console.print(line, highlight=False)
+        logging.getLogger(__name__).info(line)
 
 
 def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
@@ -219,7 +226,7 @@ def _run_info(config: Config, devices: DeviceSet, run_dir: Path, began: float, r
     overrides = masked([override for override in hydra.overrides.task if not override.startswith("resume=")])
     tags["overrides"] = " ".join(overrides)
     if resumed and not resumed.in_place:
-        tags["resumed_from"] = run_id(resumed.run_dir) or resumed.run_dir.as_posix()
+        tags["resumed_from"] = journal.run_id(resumed.run_dir) or resumed.run_dir.as_posix()
     sweep_dir = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
     if sweep_dir:
         tags["sweep"] = sweep_dir.as_posix()

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cifar_exp.journal import run_id
 from cifar_exp.owner import Owner
-from cifar_exp.record import Outcome, run_id
+from cifar_exp.record import Outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -197,7 +197,7 @@ class ParentRun:
         Raises:
             TrackingError: where all jobs went well, but the tracker did not get everything.
         """
-        from cifar_exp.recording import PATIENCE, STOPPED_PATIENCE, Follower, lacking
+        from cifar_exp.recording import LEAST_PATIENCE, LONGEST, PATIENCE, STOPPED_PATIENCE, Follower, lacking
 
         stopped = kind is not None and issubclass(kind, Stopped)
         status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
@@ -212,7 +212,11 @@ class ParentRun:
             return
         follower = Follower(self._info.run_dir, sink, interval=PATIENCE)
         follower.start()
-        follower.finish(status, STOPPED_PATIENCE if stopped else PATIENCE)
+        if isinstance(error, Stopped):
+            left = max(LEAST_PATIENCE, error.received + STOPPED_PATIENCE - time.monotonic())
+            follower.finish(status, left, longest=left)
+        else:
+            follower.finish(status, PATIENCE, LONGEST)
         if follower.error:
             told = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
             if error is None:

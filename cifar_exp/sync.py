@@ -9,20 +9,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cifar_exp import journal
-from cifar_exp.errors import CifarExpError, ConfigError, StorageError, TrackingError
+from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.privacy import masked_text
 from cifar_exp.record import (
     CONFIG_FILE,
     MULTIRUN_FILE,
     RUN_FILE,
     SWEEP_RUN_FILE,
-    Outcome,
     RunInfo,
-    claim,
     is_claimed,
 )
-from cifar_exp.recording import BATCH, shortened
 from cifar_exp.tracking import MLflowTracker
 
 SETTINGS = ("tracking.uri", "tracking.experiment")
@@ -51,7 +47,7 @@ def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[Cifar
     failures: list[CifarExpError] = []
     for run_dir in runs_in(folder):
         try:
-            print(deliver(run_dir, tracker_of(run_dir, settings)), flush=True)
+            print(tracker_of(run_dir, settings).deliver(run_dir), flush=True)
         except CifarExpError as error:
             failures.append(error)
     return failures
@@ -123,40 +119,3 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
         )
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)
     return MLflowTracker(**chosen)
-
-
-def deliver(run_dir: Path, tracker: MLflowTracker) -> str:
-    """Bring one run up to date in a store; what was delivered, in a line.
-
-    Raises:
-        ConfigError: where the run is still being trained.
-        TrackingError: where the store cannot be reached.
-    """
-    with claim(run_dir):
-        run, outcome = RunInfo.load(run_dir), Outcome.of(run_dir)
-        status = outcome.status if outcome else "KILLED"
-        entries = journal.read(run_dir)
-        sink = tracker.sink(run)
-        address = masked_text(tracker.address())
-        try:
-            sink.open()
-            missing = sink.missing(entries)
-            for start in range(0, len(missing), BATCH):
-                sink.write(missing[start : start + BATCH])
-            sink.close(status)
-        except CifarExpError:
-            raise
-        except Exception as error:  # MLflow raises whatever its store does
-            raise TrackingError(
-                f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: type "
-                f"the same again once the store can be reached; an address with a password is not kept, so type "
-                f"tracking.uri=<address> after it"
-            ) from error
-    return (
-        f"{run_dir}: {_points(missing)} of {_points(entries)} points were missing and are there now, "
-        f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
-    )
-
-
-def _points(entries: Sequence[journal.Entry]) -> int:
-    return sum(len(entry.metrics) for entry in entries)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cifar_exp import owner
-from cifar_exp.errors import ConfigError, TrackingError
-from cifar_exp.journal import Entry
+from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
+from cifar_exp.journal import RUN_ID_FILE, Entry, read, run_id
 from cifar_exp.privacy import masked, masked_text
-from cifar_exp.record import OUTPUTS, RUN_ID_FILE, SWEEP_RUN_FILE, Outcome, RunInfo, Status, make_private, run_id
-from cifar_exp.recording import Sink, uv_prefix
+from cifar_exp.record import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, Status, claim, make_private
+from cifar_exp.recording import BATCH, UNDELIVERED_FILE, Sink, shortened, uv_prefix
 from cifar_exp.stale import close_dead_runs, is_dead, owner_tags
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Tracker(Protocol):
         """What to type to look at the runs."""
         ...
 
+    def deliver(self, run_dir: Path) -> str:
+        """Bring one run that has ended up to date; what was delivered, in a line."""
+        ...
+
 
 @dataclass(frozen=True)
 class NoTracker:
@@ -67,6 +71,9 @@ class NoTracker:
 
     def hint(self) -> str:
         return ""
+
+    def deliver(self, run_dir: Path) -> str:
+        return f"{run_dir}: nothing to deliver"
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,39 @@ class MLflowTracker:
                 )
         return client
 
+    def deliver(self, run_dir: Path) -> str:
+        """Bring one run up to date in the store; what was delivered, in a line.
+
+        Raises:
+            ConfigError: where the run is still being trained.
+            TrackingError: where the store cannot be reached.
+        """
+        with claim(run_dir):
+            run, outcome = RunInfo.load(run_dir), Outcome.of(run_dir)
+            status = outcome.status if outcome else "KILLED"
+            entries = read(run_dir)
+            sink = self.sink(run)
+            address = masked_text(self.address())
+            try:
+                sink.open()
+                missing = sink.missing(entries)
+                for start in range(0, len(missing), BATCH):
+                    sink.write(missing[start : start + BATCH])
+                sink.close(status)
+            except CifarExpError:
+                raise
+            except Exception as error:  # MLflow raises whatever its store does
+                raise TrackingError(
+                    f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
+                    f"type {uv_prefix()}cifar-exp-sync {run_dir} once the store can be reached; an address with a "
+                    f"password is not kept, so type tracking.uri=<address> after it"
+                ) from error
+            (run_dir / UNDELIVERED_FILE).unlink(missing_ok=True)
+        return (
+            f"{run_dir}: {_points(missing)} of {_points(entries)} points were missing and are there now, "
+            f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
+        )
+
     def experiment_id(self, client: "MlflowClient") -> str:
         """MLflow's id of the experiment, which :meth:`client` has made."""
         experiment = client.get_experiment_by_name(self.experiment)
@@ -198,7 +238,10 @@ class MLflowTracker:
         return self._note(run, created.info.run_id)
 
     def _note(self, run: RunInfo, identity: str) -> str:
-        (run.run_dir / RUN_ID_FILE).write_text(f"{identity}\n")
+        path = run.run_dir / RUN_ID_FILE
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(f"{identity}\n")
+        temporary.replace(path)
         return identity
 
 
@@ -296,6 +339,10 @@ class MLflowRun:
 
     def is_final(self, error: Exception) -> bool:
         return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL)
+
+
+def _points(entries: Sequence[Entry]) -> int:
+    return sum(len(entry.metrics) for entry in entries)
 
 
 def _allowed(name: str) -> str:

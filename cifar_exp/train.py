@@ -342,6 +342,7 @@ class Trainer:
                 self.report(self.step, epoch, metrics if self.step == last else metrics | {"lr": lr})
             if self.step % self.control.every == 0 and (request := self.control.agreed(2 * self.step)):
                 if request.kind == "leave":
+                    self._check_what_is_left(epoch)
                     self._count_times(watch, before)
                     return {}
                 break
@@ -453,6 +454,12 @@ class Trainer:
                 f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. "
                 f"Type a smaller optimizer.lr, or train.precision=fp32"
             )
+
+    def _check_what_is_left(self, epoch: int) -> None:
+        """Stop rather than save a network that has diverged since the loss was last read."""
+        averages = Averages.of(sum_over_ranks(self._block.sums.clone()))
+        if averages.count:
+            self._check(averages, epoch)
 
     def _count_times(self, watch: Stopwatch, before: Mapping[str, float]) -> None:
         """What DDP waited for inside the steps is communication; ``before``: the watch at their beginning."""

@@ -37,7 +37,7 @@ from cifar_exp.errors import (
     StorageError,
 )
 from cifar_exp.graph import cuda_graph
-from cifar_exp.journal import Entry, JournalWriter
+from cifar_exp.journal import Entry, JournalWriter, run_id
 from cifar_exp.metrics import Averages
 from cifar_exp.models import InitializedFromImages, ModelFactory, initialize_from_images, seeded
 from cifar_exp.nursery import end_with_parent
@@ -302,6 +302,8 @@ def _train(
             # The test set chooses nothing: where no images are kept apart there is no best checkpoint.
             best_step, best = (progress.best_step, progress.best) if kept_apart is not None else (None, None)
             if not (must or trainer.epoch % job.checkpoint.every == 0 or best_step == trainer.step):
+                if saver:
+                    saver.wait()  # a save that failed is told an epoch later, not when the next one is due
                 return
             training = trainer.state_dict()  # for which all ranks are needed
             if saver:
@@ -319,6 +321,7 @@ def _train(
                     seconds=time.monotonic() - job.started,
                     best_step=best_step,
                     best_value=best,
+                    run_id=run_id(job.run_dir),
                 )
                 assert writer
                 writer.sync()  # a checkpoint must not outlive the journal of its steps
@@ -336,7 +339,7 @@ def _train(
     if validated is None:
         return
     with trainer.stopwatch.span("evaluation"):
-        tested = _tested(trainer, test, validated, job)
+        tested = _tested(trainer, test, validated, job, control)
     counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
     times = _times(trainer, job.plan.global_batch_size) | _communication(trainer, model, world)
     report(trainer.step, trainer.epoch, tested | counts | _epochs(trainer, job) | times)
@@ -353,7 +356,9 @@ def _communication(trainer: Trainer, model: nn.Module, world: World) -> dict[str
     }
 
 
-def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job) -> dict[str, float]:
+def _tested(
+    trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job, control: Control
+) -> dict[str, float]:
     """What the test set says of the last network and, where images are kept apart, of the best epoch's.
 
     Args:
@@ -361,11 +366,20 @@ def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job:
         test: the test set.
         validated: the last validation, which was on the test set where no images are kept apart.
         job: the whole run.
+        control: given signs of life, since a large test set may take long.
     """
-    final = evaluate(trainer.evaluated, test, trainer.precision) if job.data.validation_count else validated
+
+    def evaluated(network: nn.Module) -> Averages:
+        return evaluate(network, test, trainer.precision, go_on, control.got_on)
+
+    def go_on() -> bool:
+        control.beat()
+        return True
+
+    final = evaluated(trainer.evaluated) if job.data.validation_count else validated
     figures = final.named("test") | {"test/count": final.count}
     if job.train.mirrored_evaluation:
-        mirrored = evaluate(Mirrored(trainer.evaluated), test, trainer.precision)
+        mirrored = evaluated(Mirrored(trainer.evaluated))
         figures["test/accuracy_mirrored"] = mirrored.accuracy
     if job.data.validation_count:
         best = final
@@ -374,7 +388,7 @@ def _tested(trainer: Trainer, test: EvaluationBatches, validated: Averages, job:
             saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
             assert saved
             trainer.evaluated.load_state_dict(saved.model)
-            best = evaluate(trainer.evaluated, test, trainer.precision)
+            best = evaluated(trainer.evaluated)
         figures |= {f"{name}_best": value for name, value in best.named("test").items()}
     return figures
 

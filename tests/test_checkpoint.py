@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FOLDER, Checkpoint, Manifest, Origin, Saver, load, newest, save, sealed, sound
+from cifar_exp.checkpoint import FOLDER, Checkpoint, Origin, Saver, load, newest, save, sealed, sound
 from cifar_exp.errors import StorageError
 from cifar_exp.models import convnet
 
@@ -169,6 +170,45 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
     assert_equal(newest(tmp_path, silent), trained(0))
 
 
+@pytest.mark.parametrize("file", ["step-00000010-again.pt.tmp", "step-00000010.json.tmp"])
+def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """A run that was stopped in an evaluation saves there, and again after the evaluation that it goes on with."""
+    save(tmp_path, trained(0), origin(10), keep=1)
+    replace_file = Path.replace
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == file:
+            raise OSError(28, "No space left on device")
+        return replace_file(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(StorageError, match="No space left"):
+            save(tmp_path, trained(1), origin(10), keep=1)
+    assert_equal(newest(tmp_path, silent), trained(0))
+    for seed in (2, 3):
+        save(tmp_path, trained(seed), origin(10), keep=1)
+        assert_equal(newest(tmp_path, silent), trained(seed))
+        assert len(files(tmp_path)) == 2
+    save(tmp_path, trained(4), origin(20), keep=1)
+    assert files(tmp_path) == ["step-00000020.json", "step-00000020.pt"]
+
+
+def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(tmp_path: Path) -> None:
+    save(tmp_path, trained(0), replace(origin(10), run_id="ab12"), keep=1)
+    manifest = sound(tmp_path, silent)
+    assert manifest is not None
+    assert (manifest.run_id, manifest.python, manifest.cifar_exp) == ("ab12", platform.python_version(), "0.1.0")
+    path = tmp_path / FOLDER / "step-00000010.json"
+    fields = json.loads(path.read_text())
+    path.write_bytes(sealed({name: fields[name] for name in fields if name not in ("run_id", "python", "seal")}))
+    manifest = sound(tmp_path, silent)
+    assert manifest is not None
+    assert (manifest.run_id, manifest.python, manifest.cifar_exp) == (None, "", "0.1.0")
+
+
 def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
     save(tmp_path, trained(0), origin(10), keep=2)
     (tmp_path / FOLDER / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
@@ -230,7 +270,7 @@ def reseal(path: Path, **changes: Any) -> None:
     """Write a manifest again with other fields, as only who means to can: its own hash holds."""
     fields = json.loads(path.read_text())
     del fields["seal"]
-    path.write_bytes(sealed(Manifest(**fields | changes)))
+    path.write_bytes(sealed(fields | changes))
 
 
 def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:

@@ -110,6 +110,28 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
     assert "no answer" in str(follower.error)
 
 
+@pytest.mark.parametrize("hangs", ["open", "write"])
+def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    monkeypatch.setattr(recording, "LONGEST", 10_000.0)  # of a run that was not
+    monkeypatch.setattr(recording, "STOPPED_PATIENCE", 0.3)
+    monkeypatch.setattr(recording, "LEAST_PATIENCE", 0.1)
+    answer = threading.Event()
+    sink = Unreliable(lambda name: None if name != hangs else answer.wait() and None)
+
+    def stopped() -> None:
+        with Recording(tmp_path, time.monotonic(), sink) as closing:
+            closing.start(Unreliable(lambda _: None))
+            journal(tmp_path, 3)
+            raise Stopped(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        stopped()
+    assert (tmp_path / recording.UNDELIVERED_FILE).exists()
+    answer.set()
+
+
 def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal(tmp_path, 3)
     sink = Unreliable(lambda name: ValueError("file is not a database") if name == "open" else None)

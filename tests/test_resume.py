@@ -211,6 +211,14 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(cifar_e
     assert again.returncode == 0, again.stderr
     assert "was stopped before its first checkpoint: it starts again" in again.stdout
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+    assert "was stopped before its first checkpoint: it starts again" in next(cut.glob("*.log")).read_text()
+
+    shutil.rmtree(cut / "checkpoints")
+    whole = (workplace / "whole" / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    (cut / journal.FILE_NAME).write_text("".join(line for line in whole if "time/total_seconds" not in line))
+    lost = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")  # in the third epoch the first one's was on disk
+    assert lost.returncode == 8
+    assert "its checkpoints are gone" in lost.stderr
 
 
 def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:

@@ -28,6 +28,11 @@ Start = Callable[..., "subprocess.Popen[str]"]
     [
         ("http://me:pw@host:5000/path", "http://host:5000/path"),
         ("see postgresql+psycopg://me:p@w@host/db", "see postgresql+psycopg://host/db"),
+        ("postgresql://me:pa/ss@host/db", "postgresql://host/db"),
+        ("http://127.0.0.1:5000/x is away, write to a@b", "http://127.0.0.1:5000/x is away, write to a@b"),
+        ("+data.auth=abc", "+data.auth=***"),
+        ("Authorization: Bearer abc.def", "Authorization: ***"),
+        ("data.author=me model.signal=3", "data.author=me model.signal=3"),
         ("https://host/file?size=3&token=abc&x=1", "https://host/file?size=3&token=***&x=1"),
         ("+data.hf_token=abc def", "+data.hf_token=***"),
         ("data={root: x, api_key: abc}", "data={root: x, api_key: ***}"),

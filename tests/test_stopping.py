@@ -9,6 +9,7 @@ import torch
 from cifar_exp import checkpoint, journal
 from cifar_exp.control import LEAVE_FILE, Control
 from cifar_exp.distributed import World
+from cifar_exp.errors import DivergenceError
 from tests.conftest import TINY, Command
 from tests.test_distributed import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
@@ -141,6 +142,18 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
     assert "Traceback" not in errors
 
 
+def test_a_network_that_has_diverged_since_the_loss_was_read_is_not_saved(tmp_path: Path, only_rank: World) -> None:
+    left, model, _ = trainer(only_rank, log_every=100)
+    left.control = Control(tmp_path, every=2)
+    (tmp_path / LEAVE_FILE).touch()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    saved: list[bool] = []
+    with pytest.raises(DivergenceError, match="the loss is nan by step 2"):
+        left.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append)
+    assert saved == []
+
+
 def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each_figure_once(
     tmp_path: Path, only_rank: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,3 +180,22 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
     assert len({(step, name) for step, name, _ in figures(expected)}) == len(figures(expected))
     for name, value in model.state_dict().items():
         assert torch.equal(value, other_model.state_dict()[name]), name
+
+
+def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_rank: World) -> None:
+    """Three passes over a test set may take longer than ``launcher.timeout``, after which a silent rank is ended."""
+    tested, _, _ = trainer(only_rank)
+    control = Control(tmp_path, exchange=tmp_path)
+    signs: list[bytes] = []
+
+    class Watched(EvaluationBatches):
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for batch in super().__iter__():
+                yield batch
+                signs.append((tmp_path / "beat-0").read_bytes())
+
+    ours = validation(only_rank)
+    batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch=4)
+    job = SimpleNamespace(data=SimpleNamespace(validation_count=1), train=SimpleNamespace(mirrored_evaluation=True))
+    worker._tested(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
+    assert len(signs) == len(set(signs)) == 6

@@ -19,9 +19,9 @@ import pytest
 from mlflow import MlflowClient
 
 from cifar_exp import journal
-from cifar_exp.journal import Entry
+from cifar_exp.journal import RUN_ID_FILE, Entry
 from cifar_exp.owner import Owner
-from cifar_exp.record import RUN_ID_FILE, Outcome, RunInfo
+from cifar_exp.record import Outcome, RunInfo
 from cifar_exp.recording import Follower
 from cifar_exp.stale import owner_tags
 from cifar_exp.tracking import MLflowTracker
@@ -259,11 +259,14 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
     assert not (folder / RUN_ID_FILE).exists()
 
+    again = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
+    assert again.returncode == 5  # it has been trained, and is as unknown as before
+    assert "finished before, test accuracy" in again.stdout
     refused = cifar_exp(str(folder), module="cifar_exp.sync")
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
-    brought = cifar_exp(str(folder), address, module="cifar_exp.sync")
+    brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
     assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout

@@ -16,7 +16,7 @@ from cifar_exp.distributed import World, joined_world
 @contextmanager
 def world_of_one(folder: Path) -> Iterator[World]:
     """In this process."""
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "eth-of-a-cluster"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -32,7 +32,12 @@ def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) 
 
 def _run_rank(rank: int, function: Callable[[World], Any], size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "GLOO_SOCKET_IFNAME": "eth-of-a-cluster",
+    }
     with joined_world("cpu", folder, timeout=60) as world:
         results = function(world)
     torch.save(results, folder / f"rank-{rank}.pt")
