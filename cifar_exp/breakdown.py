@@ -24,7 +24,8 @@ class Breakdown:
 
     Attributes:
         devices: number of ranks.
-        shares: of a whole run's time by ``PARTS``, 0 to 1; they add up to about 1. Ranks' times are averaged.
+        shares: of a whole run's time by ``PARTS``, 0 to 1; they add up to about 1. Ranks' times are averaged. A
+            part that is not known is left out.
         ranks: seconds of each rank by ``rank_times.NAMES``, and ``last_share``; none for a lone rank.
         notes: what a reader should know, in sentences.
     """
@@ -44,7 +45,8 @@ class Breakdown:
         if not runs:
             return None
         each = [_shares(metrics) for metrics in runs]
-        shares = {part: median(shares[part] for shares in each) for part in PARTS}
+        known = [part for part in PARTS if all(part in shares for shares in each)]
+        shares = {part: median(shares[part] for shares in each) for part in known}
         of_runs = [ranks for metrics in runs if (ranks := by_rank(metrics))]
         ranks = [
             {
@@ -55,6 +57,8 @@ class Breakdown:
         ]
         late = straggler(ranks)
         notes = [f"warning: on {devices} devices: {late}"] if late else []
+        if unknown := [part for part in PARTS if part not in shares]:
+            notes.append(f"on {devices} devices: {' and '.join(unknown)} cannot be told from computing, which has them")
         return cls(devices, shares, ranks, notes + _link_notes(devices, runs, ranks, steps))
 
 
@@ -64,7 +68,7 @@ def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
         [
             str(breakdown.devices),
             str(rank),
-            *(f"{times.get(name, 0.0):,.2f}" for name in RANK_HEADINGS),
+            *(f"{times[name]:,.2f}" if name in times else "" for name in RANK_HEADINGS),
             f"{times['last_share']:.0%}" if "last_share" in times else "",
         ]
         for breakdown in breakdowns
@@ -79,16 +83,19 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
     }
     total, ranks = sum(split.values()), by_rank(metrics)
 
-    def seconds_of(name: str, alone: str) -> float:
-        return fmean(times[name] for times in ranks) if ranks else split.get(alone, 0.0)
+    def seconds_of(name: str, alone: str) -> float | None:
+        if not ranks:
+            return split.get(alone, 0.0)
+        return fmean(times[name] for times in ranks) if all(name in times for times in ranks) else None
 
-    seconds = {
+    measured = {
         "computing": seconds_of("compute", "step"),
         "data": seconds_of("data", "data"),
         "averaging gradients": seconds_of("communication", "communication"),
         "waiting for the slowest": seconds_of("waiting", ""),
         "evaluation": split.get("evaluation", 0.0),  # with the test at the end, which ranks do not measure
     }
+    seconds = {part: value for part, value in measured.items() if value is not None}
     seconds["start and rest"] = total - sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
 

@@ -21,6 +21,18 @@ TEST = (
     "Welch's t test of each difference (rates and times in logarithms, the noise of each sweep pooled over its device "
     "counts); p adjusted for the number of differences (Holm)"
 )
+# Settings that sweeps may differ in and be repeats of each other, or that do not bear on what is measured.
+INCIDENTAL = (
+    "seed",
+    "devices",
+    "resume",
+    "progress",
+    "trusted_modules",
+    "tracking",
+    "checkpoint",
+    "launcher",
+    "report",
+)
 WITHIN_RUNS = (
     "a sweep has one run a device count: its noise is that of blocks within runs, which says less than repeats"
 )
@@ -95,6 +107,7 @@ class Comparison:
             item if item.probability is None else replace(item, probability=next(corrected)) for item in found
         ]
         notes = [TEST, *([WITHIN_RUNS] if any(_has_no_repeats(group) for _, *both in pairs for group in both) else [])]
+        notes += _other_settings(names, first, second)
         for name, runs in zip(names, (first, second), strict=True):
             notes += [f"{name}: {line}" for line in machines(runs)]
         for name, *both in pairs:
@@ -151,6 +164,19 @@ class Comparison:
             ["devices", "figure", *short, f"{short[1]} / {short[0]}, or minus", "difference"],
             *map(_texts, self.differences),
         ]
+
+
+def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second: Sequence[FinishedRun]) -> list[str]:
+    """A sentence for each setting that bears on the figures and is not the same in both sweeps."""
+    lines = []
+    for name in sorted({name for run in (*first, *second) for name in run.params}):
+        if name.partition(".")[0] in INCIDENTAL:
+            continue
+        one, two = (sorted({str(run.params.get(name)) for run in sweep}) for sweep in (first, second))
+        if one != two:
+            first_name, second_name = (text.partition(":")[0] for text in names)
+            lines.append(f"{first_name} has {name}={','.join(one)}, {second_name} {name}={','.join(two)}")
+    return lines
 
 
 def _common_groups(

@@ -11,6 +11,7 @@ from typing import Any
 
 MEASURED = ("compute", "data", "evaluation", "hidden_communication")  # by each rank itself, in this order
 NAMES = (*MEASURED, "communication", "waiting")
+CLOCKED = ("hidden_communication", "communication", "waiting")  # known only where each step's averaging is clocked
 PREFIX = "rank_time/"
 OFTEN = 0.5  # of the steps: a rank that is the last one more often is a straggler
 NOTABLE = 0.02  # share of their time that the others wait for it
@@ -23,9 +24,9 @@ class RankTimes:
     Attributes:
         seconds: by ``NAMES`` and rank. ``compute`` is steps without data and waiting, ``hidden_communication`` the
             averaging of gradients while a backward pass goes on (or waiting for a slower rank's), which is part of
-            ``compute``'s time; ``communication`` is exposed averaging, ``waiting`` that for the slowest rank. The two
-            are 0 where the host cannot see them. What synchronised batch norms wait is in ``compute``. ``evaluation``
-            is validation, with the wait for other ranks' shares.
+            ``compute``'s time; ``communication`` is exposed averaging, ``waiting`` that for the slowest rank. The
+            three are 0 where the host cannot see them, as on GPUs, and are then part of ``compute``. What synchronised
+            batch norms wait is in ``compute``. ``evaluation`` is validation, with the wait for other ranks' shares.
         last: steps in which each rank was the last to come.
     """
 
@@ -49,11 +50,15 @@ class RankTimes:
             self.last[step.index(min(step))] += 1
 
     def metrics(self) -> dict[str, float]:
-        """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the last one."""
+        """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the last one.
+
+        What no step's clock has seen is left out: it is not known, which is not 0.
+        """
         steps = sum(self.last)
         figures = {
             f"{PREFIX}{rank}/{name}": value
             for name, values in self.seconds.items()
+            if steps or name not in CLOCKED
             for rank, value in enumerate(values)
         }
         return figures | {f"{PREFIX}{rank}/last_share": count / steps for rank, count in enumerate(self.last) if steps}
@@ -97,4 +102,4 @@ def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
 
 def training_seconds(times: Mapping[str, float]) -> float:
     """Of a rank, evaluation excluded."""
-    return sum(times[name] for name in ("compute", "data", "communication", "waiting"))
+    return sum(times.get(name, 0.0) for name in ("compute", "data", "communication", "waiting"))

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from cifar_exp import journal
 from cifar_exp.comparison import Comparison
-from cifar_exp.errors import CifarExpError, ConfigError
+from cifar_exp.errors import CifarExpError, ConfigError, TrackingError, storage_errors
 from cifar_exp.journal import run_id
 from cifar_exp.privacy import masked_text
-from cifar_exp.record import RUN_FILE, RunInfo
+from cifar_exp.record import RUN_FILE, SWEEP_RUN_FILE, Outcome, RunInfo
+from cifar_exp.recording import shortened
 from cifar_exp.schema import Report
 from cifar_exp.study import SERIES, FinishedRun, Study
 from cifar_exp.tracking import MLflowTracker
@@ -45,7 +46,8 @@ def main() -> None:
         settings = _settings(found[0], arguments.target_accuracy, arguments.price_per_hour)
         made = _comparison(arguments.sweeps, found) if compare else _study(arguments.sweeps[0], found[0], settings)
         made.print(Console())
-        arguments.to.mkdir(parents=True, exist_ok=True)
+        with storage_errors(arguments.to, "Type --to with another folder"):
+            arguments.to.mkdir(parents=True, exist_ok=True)
         print("\n".join(str(path) for path in made.write(arguments.to)))
     except CifarExpError as error:
         print(f"cifar-exp-report: {masked_text(str(error))}", file=sys.stderr)
@@ -70,13 +72,24 @@ def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_
 
 
 def _study(sweep: str, runs: Sequence[FinishedRun], settings: Report) -> Study:
-    study = Study.of(runs, settings)
+    study = Study.of(runs, settings, _unfinished(Path(sweep)))
     if study is None:
         raise ConfigError(
             f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Type "
             f"cifar-exp -m experiment=speedup devices.count=1,2"
         )
     return study
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """The jobs of the sweep in ``folder`` that are not finished."""
+    jobs = []
+    for path in sorted(folder.rglob(RUN_FILE)) if folder.is_dir() else ():
+        outcome = Outcome.of(path.parent)
+        if outcome is None or outcome.status != "FINISHED":
+            overrides = RunInfo.load(path.parent).tags.get("overrides", path.parent.name)
+            jobs.append(f"{overrides}: {outcome.status if outcome else 'not finished'}")
+    return jobs
 
 
 def _comparison(sweeps: Sequence[str], runs: Sequence[Sequence[FinishedRun]]) -> Comparison:
@@ -93,6 +106,9 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
     """
     folder = Path(sweep)
     if uri is None and folder.is_dir():
+        sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})
+        if len(sweeps) > 1:  # their runs would pass for repeats of one
+            raise ConfigError(f"{sweep}: there are {len(sweeps)} sweeps in this folder. Type one, as {sweeps[-1]}")
         found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
         if found:
             runs = [folder_run(path.parent) for path in found]
@@ -121,7 +137,15 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
     """
     from mlflow.exceptions import MlflowException
 
-    client = tracker.client()
+    try:
+        client = tracker.client()
+    except CifarExpError:
+        raise
+    except Exception as error:  # MLflow raises whatever its store does
+        raise TrackingError(
+            f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or type "
+            f"another address"
+        ) from error
     parent = run_id(Path(sweep)) or sweep
     try:
         experiment = client.get_run(parent).info.experiment_id

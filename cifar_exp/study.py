@@ -69,20 +69,28 @@ class Study:
         groups: by the group's name (empty where there is one group).
         simulated: whether several ranks shared one CPU, which says nothing of several machines.
         machines: what the runs ran on, a line each.
+        missing: the jobs that did not finish, a line each: what a learning rate that diverges leaves behind.
         report: what was worked out beside the speedup.
     """
 
     groups: Mapping[str, Group]
     simulated: bool
     machines: Sequence[str] = ()
+    missing: Sequence[str] = ()
     report: Report = NOTHING_MORE
 
     @classmethod
-    def of(cls, runs: Sequence[FinishedRun], report: Report = NOTHING_MORE) -> "Study | None":
-        """The study that ``runs`` make up; None where no group has two device counts."""
+    def of(
+        cls, runs: Sequence[FinishedRun], report: Report = NOTHING_MORE, unfinished: Sequence[str] = ()
+    ) -> "Study | None":
+        """The study that ``runs`` make up; None where no group has two device counts.
+
+        ``unfinished``: the jobs of the same sweep that are not among them, in a few words each.
+        """
         groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
         groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
-        return cls(groups, is_simulated(runs), machines(runs), report) if groups else None
+        missing = [f"warning: not in these figures: {job}" for job in unfinished]
+        return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
 
     def print(self, console: Console) -> None:
         """For each group one table, the fitted laws, and what has to be known to believe the figures."""
@@ -96,6 +104,8 @@ class Study:
             console.print(table)
             for line in lines:
                 console.print(line, highlight=False, markup=False)
+        for line in self.missing:
+            console.print(line, highlight=False, markup=False)
         for line in self.machines:
             console.print(f"machine: {line}", highlight=False, markup=False)
 
@@ -118,7 +128,10 @@ class Study:
                 writer.writerows(rows)
             figures.draw_speedup(self.groups, figure, self.simulated)
             title = "Speedup by device count" + self._label()
-            page.write_text(study_page.page_html(title, figure, self._sections(), self.machines), encoding="utf-8")
+            sections = self._sections()
+            if self.missing:
+                sections.append(("Jobs that did not finish", [[]], self.missing))
+            page.write_text(study_page.page_html(title, figure, sections, self.machines), encoding="utf-8")
         return [table, figure, page]
 
     def metrics(self) -> list[tuple[str, float, int]]:
@@ -170,7 +183,7 @@ class Study:
         shares = {breakdown.devices: breakdown.shares for breakdown in group.breakdowns}
         for part in PARTS if shares else ():
             lines[f"time: {part}"] = [
-                f"{shares[row.devices][part]:.1%}" if row.devices in shares else "" for row in rows
+                f"{shares[row.devices][part]:.1%}" if part in shares.get(row.devices, {}) else "" for row in rows
             ]
         if any(row.disturbed for row in rows):
             lines["disturbed runs"] = [f"{row.disturbed} of {row.repeats}" if row.disturbed else "" for row in rows]

@@ -273,7 +273,8 @@ def _summarize(
 
     console = Console(quiet=quiet)
     _print_jobs(console, rows, finished)
-    study = Study.of(list(finished.values()), settings)
+    unfinished = [f"{' '.join(row.overrides)}: {_reason(row)}" for row in rows if not row.is_finished]
+    study = Study.of(list(finished.values()), settings, unfinished)
     if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
         console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core say nothing of speedup")
     if study is None:
@@ -282,6 +283,12 @@ def _summarize(
     artifacts = study.write(sweep_dir)
     console.print(f"written: {', '.join(map(str, artifacts))}", highlight=False, soft_wrap=True)
     return study.metrics(), artifacts
+
+
+def _reason(row: JobRow) -> str:
+    """Why a job failed, in a line."""
+    told = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+    return f"failed ({row.exit_code}): {told}"
 
 
 def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:
@@ -295,8 +302,7 @@ def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int,
     for row in rows:
         overrides = " ".join(override for override in row.overrides if override not in common)
         if not row.is_finished:
-            reason = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
-            table.add_row(str(row.number), overrides, f"failed ({row.exit_code}): {reason}")
+            table.add_row(str(row.number), overrides, _reason(row))
             continue
         metrics = finished[row.number].metrics if row.number in finished else {}
         figures = [

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_yaml_and_schema_have_the_same_defaults() -> None:
     assert bare.report == config.report
     assert (bare.early_stopping, bare.validation) == (config.early_stopping, 0)
     assert (bare.seed, bare.progress, bare.trusted_modules) == (config.seed, config.progress, config.trusted_modules)
+
+
+def test_the_reference_preset_is_that_recipe_in_an_experiment_of_its_own() -> None:
+    reference, default = read_config(composed("experiment=reference")), read_config(composed())
+    assert reference.tracking["experiment"] == "reference"
+    assert replace(reference, tracking=default.tracking) == default
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

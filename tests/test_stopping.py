@@ -1,15 +1,19 @@
 """A run that is told to end does so between two steps with everything saved; ranks that die are replaced."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cifar_exp import checkpoint, journal
+from cifar_exp import checkpoint, journal, worker
 from cifar_exp.control import LEAVE_FILE, Control
+from cifar_exp.data import EvaluationBatches
 from cifar_exp.distributed import World
 from cifar_exp.errors import DivergenceError
+from cifar_exp.metrics import Averages
 from tests.conftest import TINY, Command
 from tests.test_distributed import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
@@ -185,7 +189,7 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
 def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_rank: World) -> None:
     """Three passes over a test set may take longer than ``launcher.timeout``, after which a silent rank is ended."""
     tested, _, _ = trainer(only_rank)
-    control = Control(tmp_path, exchange=tmp_path)
+    control = Control(tmp_path)
     signs: list[bytes] = []
 
     class Watched(EvaluationBatches):
@@ -195,7 +199,7 @@ def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_
                 signs.append((tmp_path / "beat-0").read_bytes())
 
     ours = validation(only_rank)
-    batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch=4)
+    batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch_size=4)
     job = SimpleNamespace(data=SimpleNamespace(validation_count=1), train=SimpleNamespace(mirrored_evaluation=True))
     worker._tested(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
     assert len(signs) == len(set(signs)) == 6

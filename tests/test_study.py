@@ -1,11 +1,13 @@
 """A study's table, CSV, page and metrics say what its runs say; two sweeps are compared figure by figure."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from cifar_exp.breakdown import PARTS, Breakdown
+from cifar_exp.breakdown import PARTS, Breakdown, rank_table
 from cifar_exp.comparison import Comparison
 from cifar_exp.errors import ConfigError
 from cifar_exp.schema import Report
@@ -174,3 +176,37 @@ def test_sweeps_without_repeats_or_anything_in_common() -> None:
     assert any("one run a device count" in note for note in same.notes)
     with pytest.raises(ConfigError, match="no finished runs of the same group and device count"):
         Comparison.of(("A", "B"), RUNS, [finished(8, 0, 700.0)])
+
+
+def test_jobs_that_did_not_finish_are_named_beside_the_figures_that_lack_them(tmp_path: Path) -> None:
+    study = Study.of(RUNS, unfinished=["seed=1 devices.count=4: failed (6): the loss is nan"])
+    assert study is not None
+    told = "warning: not in these figures: seed=1 devices.count=4: failed (6): the loss is nan"
+    with (tmp_path / "shown").open("w") as file:
+        study.print(Console(file=file, width=200))
+    assert told in (tmp_path / "shown").read_text()
+    assert told in study.write(tmp_path)[2].read_text()
+
+
+def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
+    """GPUs average gradients on their own: the host sees steps alone."""
+    metrics = {"time_split/step": 8.0, "time_split/other": 2.0}
+    for rank in (0, 1):
+        metrics |= {f"rank_time/{rank}/{name}": value for name, value in (("compute", 7.5), ("data", 0.5))}
+    breakdown = Breakdown.of(2, [metrics], steps=10)
+    assert breakdown is not None
+    assert breakdown.shares == pytest.approx({"computing": 0.75, "data": 0.05, "evaluation": 0, "start and rest": 0.2})
+    assert breakdown.notes == [
+        "on 2 devices: averaging gradients and waiting for the slowest cannot be told from computing, which has them"
+    ]
+    assert rank_table([breakdown])[1] == ["2", "0", "7.50", "", "", "", "0.50", "", ""]
+
+
+def test_what_two_sweeps_were_set_to_otherwise_is_said() -> None:
+    def with_settings(runs: list[FinishedRun], **settings: object) -> list[FinishedRun]:
+        return [replace(run, params={"seed": seed, **settings}) for seed, run in enumerate(runs)]
+
+    first = with_settings(RUNS, **{"train.epochs": 2, "train.scaling": "weak", "tracking.uri": "x"})
+    second = with_settings(RUNS[::-1], **{"train.epochs": "5", "train.scaling": "weak", "tracking.uri": "y"})
+    compared = Comparison.of(("A: old", "B: new"), first, second)
+    assert [note for note in compared.notes if "=" in note] == ["A has train.epochs=2, B train.epochs=5"]

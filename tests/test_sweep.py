@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     wrong = cifar_exp(str(table.parent), "--target-accuracy", "85", module="cifar_exp.report")
     assert wrong.returncode == 2
     assert "Type --target-accuracy=0.85" in wrong.stderr
+    (workplace / "file").write_text("of mine")
+    refused = cifar_exp(str(table.parent), "--to", "file", module="cifar_exp.report")
+    assert refused.returncode == 8
+    assert "Type --to with another folder" in refused.stderr
+    away = cifar_exp(parent.info.run_id, "--uri", "http://127.0.0.1:9", module="cifar_exp.report")
+    assert away.returncode == 5
+    assert "Traceback" not in away.stderr
+    shutil.copytree(table.parent, table.parent.with_name("before"))
+    several = cifar_exp(str(table.parent.parent), module="cifar_exp.report")
+    assert several.returncode == 2
+    assert "there are 2 sweeps in this folder" in several.stderr
     lost = cifar_exp("0123456789abcdef", module="cifar_exp.report")
     assert lost.returncode == 2
     assert "there is no such run" in lost.stderr
@@ -106,6 +118,7 @@ def test_the_preset_counts_the_machines_devices_and_interleaves_them(cifar_exp: 
         assert low.step == high.step == 2
         assert low.value <= points[1].value <= high.value
         reached = store.get_metric_history(parent.info.run_id, f"time/seconds_to_accuracy/{scaling}")
+        assert [point.step for point in reached] == [1, 2]
         assert all(point.value > 0 for point in reached)
         two = [run for run in children if run.data.params["train.scaling"] == scaling][-1]
         assert two.data.metrics["global_batch_size"] == batch
