@@ -22,6 +22,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 OUTPUTS = Path("outputs")
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
+UNDELIVERED_FILE = ".undelivered"  # in the folder of a run that a tracker was to have and has not got whole
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 OUTCOME_FILE = "outcome.json"
@@ -117,14 +118,18 @@ class Outcome:
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
 
 
-def claim(run_dir: Path) -> FileLock:
+def claim(run_dir: Path, patience: float = 0.5) -> FileLock:
     """Hold a run's folder until this process ends, however it does.
+
+    Args:
+        run_dir: the folder.
+        patience: seconds to wait for another process, which may only be looking whether the folder is free.
 
     Raises:
         ConfigError: where another process is training in it.
     """
     try:
-        return owner.hold(run_dir / ".lock")
+        return owner.hold(run_dir / ".lock", patience)
     except owner.HeldError as error:
         raise ConfigError(
             f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"
@@ -134,7 +139,7 @@ def claim(run_dir: Path) -> FileLock:
 def is_claimed(folder: Path) -> bool:
     """Whether a process is at work in the folder."""
     try:
-        claim(folder).release()
+        claim(folder, patience=0).release()
     except ConfigError:
         return True
     return False

@@ -22,7 +22,7 @@ from typing import Protocol
 from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
 from cifar_exp.privacy import masked_text
-from cifar_exp.record import Outcome, Status
+from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status
 
 BATCH = 500  # entries that are read, and held, at a time
 PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
@@ -32,7 +32,6 @@ LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
 SHORTEST_PAUSE = 1.0
-UNDELIVERED_FILE = ".undelivered"  # in the folder of a run that a tracker was to have and has not got whole
 
 
 class Sink(Protocol):

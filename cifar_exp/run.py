@@ -27,8 +27,8 @@ from cifar_exp.models import seeded
 from cifar_exp.plan import Plan, check_scaling, make_plan
 from cifar_exp.privacy import masked
 from cifar_exp.progress import Display
-from cifar_exp.record import CONFIG_FILE, RUN_FILE, RunInfo, claim
-from cifar_exp.recording import UNDELIVERED_FILE, Recording, uv_prefix
+from cifar_exp.record import CONFIG_FILE, RUN_FILE, UNDELIVERED_FILE, RunInfo, claim
+from cifar_exp.recording import Recording, uv_prefix
 from cifar_exp.resume import Resumption
 from cifar_exp.schema import Config
 from cifar_exp.validation import keep_apart

@@ -1,5 +1,6 @@
 """Runs that MLflow still shows as running although their process has died, with its machine or by itself."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cifar_exp.journal import run_id
 from cifar_exp.owner import Owner
-from cifar_exp.record import Outcome
+from cifar_exp.record import UNDELIVERED_FILE, Outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +40,10 @@ def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
             outcome = _outcome(run.data.tags, run.info.run_id)
             ended = round(outcome.ended * 1000) if outcome else None
             client.set_terminated(run.info.run_id, outcome.status if outcome else "KILLED", ended)
+            folder = Path(run.data.tags.get(FOLDER_TAG, ""))
+            if outcome and outcome.status == "FINISHED" and (folder / UNDELIVERED_FILE).exists():
+                told = f"{folder}: its process died before all of it was recorded. Type cifar-exp-sync {folder}"
+                print(f"cifar-exp: {told}", file=sys.stderr, flush=True)
 
 
 def _owner(tags: Mapping[str, str]) -> Owner | None:

@@ -14,8 +14,8 @@ from cifar_exp import owner
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.journal import RUN_ID_FILE, Entry, read, run_id
 from cifar_exp.privacy import masked, masked_text
-from cifar_exp.record import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, Status, claim, make_private
-from cifar_exp.recording import BATCH, UNDELIVERED_FILE, Sink, shortened, uv_prefix
+from cifar_exp.record import OUTPUTS, SWEEP_RUN_FILE, UNDELIVERED_FILE, Outcome, RunInfo, Status, claim, make_private
+from cifar_exp.recording import BATCH, Sink, shortened, uv_prefix
 from cifar_exp.stale import close_dead_runs, is_dead, owner_tags
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 from cifar_exp import recording
 from cifar_exp.errors import Stopped, TrackingError
 from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.record import Outcome, Status
+from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status
 from cifar_exp.recording import Follower, Recording
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
 
     with pytest.raises(Stopped):
         stopped()
-    assert (tmp_path / recording.UNDELIVERED_FILE).exists()
+    assert (tmp_path / UNDELIVERED_FILE).exists()
     answer.set()
 
 

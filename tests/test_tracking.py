@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from cifar_exp import journal
 from cifar_exp.journal import RUN_ID_FILE, Entry
 from cifar_exp.owner import Owner
-from cifar_exp.record import Outcome, RunInfo
+from cifar_exp.record import UNDELIVERED_FILE, Outcome, RunInfo
 from cifar_exp.recording import Follower
 from cifar_exp.stale import owner_tags
 from cifar_exp.tracking import MLflowTracker
@@ -214,8 +214,11 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     rebooted = planted("rebooted", boot_id="an earlier one")
     finished = planted("finished", boot_id="an earlier one")
     Outcome("FINISHED", 1_700_000_000.5).save(workplace / "outputs" / "finished")
+    (workplace / "outputs" / "finished" / UNDELIVERED_FILE).touch()
     next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
     assert next_start.returncode == 0, next_start.stderr
+    assert next_start.stderr.count("Type cifar-exp-sync") == 1
+    assert f"Type cifar-exp-sync {workplace / 'outputs' / 'finished'}" in next_start.stderr
     status = {run.info.run_id: run.info.status for run in all_runs(store)}
     expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
     expected |= {reused: "KILLED", rebooted: "KILLED", finished: "FINISHED"}
