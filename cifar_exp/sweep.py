@@ -170,13 +170,19 @@ class ParentRun:
         self._info.save_sweep()
         self._tracker = tracker
         Outcome.forget(sweep_dir)
-        # The whole summary is written again when a sweep goes on.
-        (sweep_dir / journal.FILE_NAME).unlink(missing_ok=True)
 
     def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[str], tags: Mapping[str, str]) -> None:
         """Metrics as (name, value, step), files of the sweep's folder, and tags."""
         self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
         self._info.save_sweep()
+        known = {
+            (name, value, entry.step)
+            for entry in journal.read(self._info.run_dir)
+            for name, value in entry.metrics.items()
+        }
+        if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
+            return
+        (self._info.run_dir / journal.FILE_NAME).unlink(missing_ok=True)  # the whole summary is written again
         if not metrics:
             return
         writer = journal.JournalWriter(self._info.run_dir)

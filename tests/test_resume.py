@@ -1,5 +1,6 @@
 """A run that was killed goes on as if nothing had happened: the same losses and weights, each point once."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cifar_exp import checkpoint, journal
+from cifar_exp.tracking import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
 from tests.test_checkpoint import reseal
@@ -180,6 +182,15 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     for run in runs:
         history = client().get_metric_history(run.info.run_id, "train/loss")
         assert len(history) in (0, 16)
+
+    (record,) = (workplace / "outputs").rglob("sweep.json")
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))  # killed at the very end
+    unchanged = cifar_exp(*sweep, "resume=auto")
+    assert unchanged.returncode == 0, unchanged.stderr
+    assert unchanged.stdout.count("finished before, test accuracy") == 2
+    (parent,) = [run for run in all_runs(client()) if PARENT_TAG not in run.data.tags]
+    speedup = client().get_metric_history(parent.info.run_id, "speedup")
+    assert [point.step for point in speedup] == ([1, 2] if len(os.sched_getaffinity(0)) > 1 else [])
 
 
 def test_what_is_damaged_elsewhere_is_passed_over_and_what_is_named_is_told(
