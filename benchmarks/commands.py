@@ -42,10 +42,10 @@ class Workplace:
     folder: Path
     runs: int = 0
 
-    def run(self, overrides: Sequence[str], exit_code: int = 0) -> Run:
-        """``cifar-exp`` with ``overrides``, to its end, which is to be ``exit_code``."""
+    def run(self, overrides: Sequence[str]) -> Run:
+        """``cifar-exp`` with ``overrides``, to its end."""
         process, run_dir = self.start(overrides)
-        finish(process, exit_code)
+        finish(process)
         return Run(run_dir, journal.last_values(run_dir))
 
     def start(self, overrides: Sequence[str], progress: str = "quiet") -> tuple["subprocess.Popen[str]", Path]:
