@@ -36,6 +36,7 @@ INCIDENTAL = (
 WITHIN_RUNS = (
     "a sweep has one run a device count: its noise is that of blocks within runs, which says less than repeats"
 )
+RunsByCount = Mapping[int, Sequence[RunResult]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Difference:
     Attributes:
         group: name of the group.
         devices: number of ranks.
-        figure: ``images_per_second``, ``train_seconds`` or ``test_accuracy``.
+        figure: ``images_per_second``, ``speedup`` (over the smallest count that both have, and not at that),
+            ``train_seconds`` or ``test_accuracy``.
         first: median in the first sweep.
         second: median in the second one.
         change: second over first; of the accuracy second minus first.
@@ -191,22 +193,39 @@ def _common_groups(
 
 def _differences(group: str, first: Sequence[RunResult], second: Sequence[RunResult]) -> list[Difference]:
     one, two = by_count(first), by_count(second)
+    shared = [count for count in one if count in two]
     found = []
-    for devices in [count for count in one if count in two]:
-        place = list(one).index(devices), list(two).index(devices)
-        for figure in ("images_per_second", "train_seconds", "test_accuracy"):
-            before, after = (median(getattr(result, figure) for result in sweep[devices]) for sweep in (one, two))
-            interval, probability = difference(_means(one, figure), _means(two, figure), place)
-            change = after - before
-            if figure != "test_accuracy":
-                change = after / before
-                interval = interval.mapped(exp) if interval else None
-            interval = interval.around(change) if interval else None
-            found.append(Difference(group, devices, figure, before, after, change, interval, probability))
+    for devices in shared:
+        found.append(_difference(group, one, two, "images_per_second", devices))
+        if devices > shared[0]:
+            found.append(_difference(group, one, two, "speedup", devices, over=shared[0]))
+        found += [_difference(group, one, two, figure, devices) for figure in ("train_seconds", "test_accuracy")]
     return found
 
 
-def _means(results: Mapping[int, Sequence[RunResult]], figure: str) -> Means:
+def _difference(
+    group: str, one: RunsByCount, two: RunsByCount, figure: str, devices: int, over: int | None = None
+) -> Difference:
+    """Of one figure at one device count; ``over``: of its ratio to that of another count."""
+    measured = "images_per_second" if figure == "speedup" else figure
+    before, after = (
+        _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
+    )
+    first, second = ([(count == devices) - float(count == over) for count in sweep] for sweep in (one, two))
+    interval, probability = difference(_means(one, measured), _means(two, measured), (first, second))
+    change = after - before
+    if figure != "test_accuracy":
+        change = after / before
+        interval = interval.mapped(exp) if interval else None
+    interval = interval.around(change) if interval else None
+    return Difference(group, devices, figure, before, after, change, interval, probability)
+
+
+def _median(results: Sequence[RunResult], figure: str) -> float:
+    return float(median(getattr(result, figure) for result in results))
+
+
+def _means(results: RunsByCount, figure: str) -> Means:
     """Of the accuracy itself, of rates and times in logarithms."""
     if figure == "test_accuracy":
         return accuracy_means(results)
@@ -221,6 +240,7 @@ def _texts(item: Difference) -> list[str]:
     """One difference as the cells of a row."""
     figure, form, change = {
         "images_per_second": ("images/s", ",.0f", ".3f"),
+        "speedup": ("speedup", ".2f", ".3f"),
         "train_seconds": ("training, s", ",.1f", ".3f"),
         "test_accuracy": ("test accuracy", ".4f", "+.4f"),
     }[item.figure]

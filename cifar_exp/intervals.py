@@ -76,7 +76,7 @@ class Means:
         """Of the means' sum with these ``weights``; None where nothing is known of the errors."""
         if not self.freedom:
             return None
-        middle, error = float(np.dot(weights, self.values)), self._error(weights)
+        middle, error = float(np.dot(weights, self.values)), self.error(weights)
         reach = error * t_quantile(self.freedom)
         return Interval(middle - reach, middle + reach)
 
@@ -88,7 +88,8 @@ class Means:
         """
         return np.asarray(self.values + self.errors * _standard_draws(self.freedom, len(self.values)))
 
-    def _error(self, weights: ArrayLike) -> float:
+    def error(self, weights: ArrayLike) -> float:
+        """Standard error of the means' sum with these ``weights``."""
         return math.sqrt(float(np.dot(np.square(weights), self.errors**2)))
 
 
@@ -129,18 +130,22 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
     return float(medians.std() * math.sqrt(stretches / (stretches - 1))), stretches - 1
 
 
-def difference(first: Means, second: Means, place: tuple[int, int]) -> tuple[Interval | None, float | None]:
-    """Of two means with errors of their own, ``second`` minus ``first``: interval and two-sided p (Welch 1947).
+def difference(
+    first: Means, second: Means, weights: tuple[ArrayLike, ArrayLike]
+) -> tuple[Interval | None, float | None]:
+    """Of two sums of means with errors of their own, ``second`` minus ``first``: interval and two-sided p (Welch 1947).
 
     Args:
         first: the means that are compared with.
         second: the means that are compared.
-        place: which of the first and which of the second.
+        weights: of the first means in their sum, and of the second: 1 for the one that is compared, or 1 and -1 for
+            two whose own difference is.
     """
-    errors = float(first.errors[place[0]]), float(second.errors[place[1]])
     if not (first.freedom and second.freedom):
         return None, None
-    middle = float(second.values[place[1]] - first.values[place[0]])
+    sums = [float(np.dot(own, means.values)) for own, means in zip(weights, (first, second), strict=True)]
+    errors = [means.error(own) for own, means in zip(weights, (first, second), strict=True)]
+    middle = sums[1] - sums[0]
     error = math.hypot(*errors)
     if error == 0:
         return Interval(middle, middle), float(abs(middle) <= ROUNDING)

@@ -60,6 +60,7 @@ def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
         "machine/other_load": ("other processes took {:.0%} of the cores", BUSY),
         "machine/quota_throttled": ("the container's CPU quota stopped it for {:.0%} of the time", BUSY),
         "machine/cpu_thermal_events": ("heat slowed the processor down, {:.0f} time(s)", 0),
+        "machine/gpu_other_load": ("other processes kept the GPUs busy for {:.0%} of the time", BUSY),
         "machine/gpu_thermal_limited": ("heat held the GPUs' clocks down for {:.0%} of the time", BUSY),
     }
     return {text: metrics[name] for name, (text, limit) in limits.items() if metrics.get(name, 0.0) > limit}
@@ -131,6 +132,7 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
     "gpu_watts": fmean,
     "gpu_power_limited": fmean,
     "gpu_thermal_limited": fmean,
+    "gpu_other_load": fmean,
 }
 
 
@@ -271,6 +273,7 @@ class _Gpus:
 
     def __init__(self, count: int) -> None:
         self._nvml = _nvml()
+        self._seen = time.time_ns() // 1000  # microseconds, as NVML counts
         self._handles: list[Any] = []
         with suppress(Exception):
             self._handles = _handles(self._nvml, count) if self._nvml else []
@@ -291,4 +294,23 @@ class _Gpus:
             "gpu_watts": sum(nvml.nvmlDeviceGetPowerUsage(handle) for handle in handles) / 1000,
             "gpu_power_limited": float(any(reason & power for reason in reasons)),
             "gpu_thermal_limited": float(any(reason & heat for reason in reasons)),
+            **self._other_load(),
         }
+
+    def _other_load(self) -> dict[str, float]:
+        """The share of the time since the last look that others' kernels took of the GPU that had most of them.
+
+        Nothing where none of this run's own processes is listed: in a container they may have other ids there, and
+        would pass for somebody else's.
+        """
+        own = {process.pid for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
+        since, self._seen = self._seen, time.time_ns() // 1000
+        loads, found_own = [], False
+        for handle in self._handles:
+            with suppress(self._nvml.NVMLError):  # nobody used it, or it does not tell
+                shares: dict[int, list[float]] = {}
+                for sample in self._nvml.nvmlDeviceGetProcessUtilization(handle, since):
+                    shares.setdefault(sample.pid, []).append(sample.smUtil / 100)
+                found_own |= not own.isdisjoint(shares)
+                loads.append(sum(fmean(values) for pid, values in shares.items() if pid not in own))
+        return {"gpu_other_load": min(1.0, max(loads))} if found_own else {}

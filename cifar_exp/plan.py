@@ -139,6 +139,24 @@ def make_plan(
     )
 
 
+def doubts(config: Config, plan: Plan) -> list[str]:
+    """What can be done as configured and is hardly meant, a sentence each."""
+    found = []
+    if config.early_stopping.patience and not config.validation:
+        found.append(
+            f"early_stopping.patience={config.early_stopping.patience}: no training images are kept apart, so the test "
+            f"set decides when training ends, and its accuracy is then chosen: it reads higher than that of new "
+            f"images. Type data.validation=0.1"
+        )
+    warms_up = config.train.lr_scaling == "linear_warmup" and plan.global_batch_size > REFERENCE_BATCH
+    if warms_up and plan.epochs <= WARMUP_EPOCHS:
+        found.append(
+            f"train.lr_scaling=linear_warmup: the rate rises over {WARMUP_EPOCHS} epochs, and train.epochs="
+            f"{plan.epochs} ends before it is the linear rule's. Type train.epochs={2 * WARMUP_EPOCHS} or more"
+        )
+    return found
+
+
 def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per_epoch: int) -> tuple[float, ...]:
     """The learning rates of a global batch by the rule of ``train.lr_scaling``:
 

@@ -24,7 +24,7 @@ from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.figures import RunFacts
 from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
-from cifar_exp.plan import Plan, check_scaling, make_plan
+from cifar_exp.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.privacy import masked
 from cifar_exp.progress import Display
 from cifar_exp.record import CONFIG_FILE, RUN_FILE, UNDELIVERED_FILE, RunInfo, claim
@@ -35,10 +35,6 @@ from cifar_exp.validation import keep_apart
 from cifar_exp.worker import TRACE_FILE, Job, run_rank
 
 ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, publish.FILE_NAME)
-TEST_SELECTS = (
-    "early_stopping.patience={}: no training images are kept apart, so the test set decides when training ends, and "
-    "its accuracy is then chosen: it reads higher than that of new images. Type data.validation=0.1"
-)
 
 
 def run(config: Config, parts: Parts) -> float:
@@ -67,11 +63,11 @@ def run(config: Config, parts: Parts) -> float:
     started = time.monotonic() - age - (resumed.elapsed if resumed else 0.0)
     with _claimed(new, config, resumed) as info, Recording(run_dir, started, parts.tracker.sink(info)) as recording:
         data = keep_apart(parts.dataset(), config.validation)
-        if config.early_stopping.patience and not data.validation_count:
-            _warn(TEST_SELECTS.format(config.early_stopping.patience))
         plan = make_plan(
             config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
         )
+        for line in doubts(config, plan):
+            _warn(line)
         if resumed:
             resumed.check_images(data.content_hash)
             _tell(console, resumed.description(plan.world_size))

@@ -1,6 +1,7 @@
 """Finished runs -> the scaling study of a sweep: tables, figure, page, CSV, and metrics of the parent run."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from cifar_exp.scaling import NOTHING_MORE, UNCERTAIN, Group, RunResult, Sample,
 from cifar_exp.schema import Report
 from cifar_exp.study_page import Section
 
+OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # where one override of a job ends and the next begins
 SERIES = ("step/images_per_second", "val/accuracy")  # whose course a study needs, beside last values
 
 
@@ -43,7 +45,7 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
     Runs whose ranks shared a device say nothing about more devices and are left out.
     """
     counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
-    names = grouped([run.tags.get("overrides", "").split() for run in counted])
+    names = grouped([OVERRIDE_START.split(run.tags.get("overrides", "")) for run in counted])
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
     for run, name in zip(counted, names, strict=True):
         groups[name].append(RunResult.of(run.metrics, run.series, machine.disturbances(run.metrics)))

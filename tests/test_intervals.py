@@ -71,13 +71,13 @@ def test_few_blocks_tell_nothing_and_equal_ones_are_sure() -> None:
 
 def test_differences_are_those_of_welchs_test() -> None:
     first, second = [10.1, 10.4, 9.9], [10.9, 11.4, 12.1, 11.0]
-    interval, probability = difference(Means.of([first]), Means.of([second]), (0, 0))
+    interval, probability = difference(Means.of([first]), Means.of([second]), ([1], [1]))
     reference = stats.ttest_ind(second, first, equal_var=False)
     ends = reference.confidence_interval(0.95)
     assert interval is not None
     assert probability == pytest.approx(reference.pvalue)
     assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high))
-    assert difference(Means.of([[1.0]]), Means.of([second]), (0, 0)) == (None, None)
+    assert difference(Means.of([[1.0]]), Means.of([second]), ([1], [1])) == (None, None)
 
 
 def test_analysis_of_variance_is_scipys() -> None:

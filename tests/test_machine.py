@@ -89,12 +89,17 @@ def test_what_disturbs_a_run(metrics: dict[str, float], told: list[str]) -> None
     assert [text.format(share) for text, share in disturbances(metrics).items()] == told
 
 
+def use(pid: int, percent: int) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, smUtil=percent)
+
+
 class FakeNvml(ModuleType):
     """NVIDIA's library with two GPUs, the second of which is hot; the functions that are used, by their own names."""
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 1, 0, 2, 0
     nvmlClocksThrottleReasonSwPowerCap, nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 4, 128  # noqa: N815
     nvmlClocksThrottleReasonSwThermalSlowdown, nvmlClocksThrottleReasonHwThermalSlowdown = 32, 64  # noqa: N815
+    NVMLError = KeyError
 
     def __init__(self) -> None:
         super().__init__("pynvml")
@@ -113,8 +118,10 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetClockInfo": lambda handle, _: 1900 - 300 * handle,
             "nvmlDeviceGetTemperature": lambda handle, _: 60 + 25 * handle,
             "nvmlDeviceGetPowerUsage": lambda _: 500_000,
+            "nvmlDeviceGetProcessUtilization": lambda handle, _: self.used_by[handle],
         }.items():
             setattr(self, name, function)
+        self.used_by = {0: [use(os.getpid(), 90)]}  # and nobody the second one
 
 
 def test_gpus_are_described_and_watched_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +136,28 @@ def test_gpus_are_described_and_watched_through_nvml(monkeypatch: pytest.MonkeyP
     metrics = watch.metrics()
     assert (metrics["machine/gpu_mhz"], metrics["machine/gpu_temperature"]) == (1600, 85)
     assert (metrics["machine/gpu_watts"], metrics["machine/gpu_thermal_limited"]) == (1000, 1)
-    assert metrics["machine/gpu_power_limited"] == 0
+    assert metrics["machine/gpu_power_limited"] == metrics["machine/gpu_other_load"] == 0
     assert any("heat held the GPUs' clocks down" in line for line in disturbances(metrics))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert description("gpu", 1)["machine.gpus"] == "GPU 1"
+
+
+def test_others_on_a_gpu_disturb_a_run_where_its_own_processes_can_be_told_from_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml = FakeNvml()
+    nvml.used_by[1] = [use(os.getpid(), 60), use(1, 20), use(1, 40)]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with Watch("gpu", 2) as watch:
+        time.sleep(0.05)
+    assert watch.metrics()["machine/gpu_other_load"] == pytest.approx(0.3)
+    told = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
+    assert "other processes kept the GPUs busy for 30% of the time" in told
+    nvml.used_by = {0: [use(1, 90)], 1: [use(2, 90)]}  # ids of another namespace: our own may be among them
+    with Watch("gpu", 2) as watch:
+        time.sleep(0.05)
+    assert "machine/gpu_other_load" not in watch.metrics()
 
 
 def test_without_nvml_gpus_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from cifar_exp.errors import ConfigError
 from cifar_exp.optim import cosine, piecewise
-from cifar_exp.plan import Plan, make_plan
-from cifar_exp.schema import Config, Train
+from cifar_exp.plan import Plan, doubts, make_plan
+from cifar_exp.schema import Config, EarlyStopping, Train
 
 REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 
@@ -16,9 +16,14 @@ REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 def plan(
     devices: int, count: int = 50_000, *, lr: float = 0.1, schedule: Any = REFERENCE, apart: float = 0.0, **train: Any
 ) -> Plan:
+    return make_plan(configured(lr=lr, apart=apart, **train), devices, count, schedule)
+
+
+def configured(*, lr: float = 0.1, apart: float = 0.0, patience: int = 0, **train: Any) -> Config:
     sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
     sections["data"] = {"validation": apart}
-    return make_plan(Config(**sections, optimizer={"lr": lr}, train=Train(**train)), devices, count, schedule)
+    stopping = EarlyStopping(patience=patience)
+    return Config(**sections, optimizer={"lr": lr}, early_stopping=stopping, train=Train(**train))
 
 
 @pytest.mark.parametrize(("devices", "steps", "dropped"), [(1, 195, 80), (2, 97, 336), (4, 48, 848)])
@@ -85,6 +90,17 @@ def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
     assert made.learning_rates[70:] == pytest.approx([0.04] * 10)
     small = plan(1, batch_size=128, lr_scaling="linear_warmup")
     assert small.learning_rates == plan(1, batch_size=128).learning_rates  # nothing to warm up to
+
+
+def test_what_is_hardly_meant_is_said() -> None:
+    """A warm-up that the run does not outlast; a test set that decides when training ends."""
+    config = configured(lr_scaling="linear_warmup")
+    (told,) = doubts(config, plan(2, epochs=5))
+    assert "train.epochs=5 ends before" in told
+    assert doubts(config, plan(1, epochs=5)) == doubts(config, plan(2, epochs=6)) == []
+    (told,) = doubts(configured(patience=2), plan(1))
+    assert "early_stopping.patience=2: no training images are kept apart" in told
+    assert doubts(configured(patience=2, apart=0.1), plan(1)) == []
 
 
 def test_nothing_is_dropped_where_the_batch_divides_the_set() -> None:

@@ -139,6 +139,17 @@ def test_metrics_of_the_parent_run_have_the_count_as_their_step() -> None:
     assert {"speedup/weak", "speedup/strong", "images_per_second/weak"} <= named
 
 
+def test_values_with_blanks_name_their_groups_whole() -> None:
+    runs = [
+        finished(n, 0, 100.0 * n, 0.8, f"train.image_scales={scales}")
+        for scales in ("[0.5, 1]", "null")
+        for n in (1, 2)
+    ]
+    study = Study.of(runs)
+    assert study is not None
+    assert list(study.groups) == ["[0.5, 1]", "null"]
+
+
 def test_runs_that_share_a_device_and_single_counts_are_no_study() -> None:
     assert Study.of(RUNS[:3]) is None
     shared = [FinishedRun({**run.tags, "oversubscribed": "true"}, run.metrics, run.series) for run in RUNS]
@@ -159,11 +170,17 @@ def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: 
     assert one.interval.low > 1.04
     assert one.verdict == "beyond noise"
     assert found[2, "images_per_second"].verdict == "within noise"
+    gained = found[2, "speedup"]
+    assert (gained.first, gained.second) == (1.9, pytest.approx(191 / 110))
+    assert gained.change == pytest.approx(191 / 110 / 1.9)
+    assert gained.interval is not None
+    assert gained.interval.high < 0.97  # what one device gained, two lost
+    assert (1, "speedup") not in found
     accuracy = found[1, "test_accuracy"]
     assert (accuracy.change, accuracy.verdict, accuracy.probability) == (0, "within noise", 1)
     table, figure, page = comparison.write(tmp_path)
     rows = list(csv.DictReader(table.open()))
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert rows[0]["difference"] == "beyond noise"
     assert figure.stat().st_size > 1000
     assert "B: new against A: old (CPU-simulated)" in page.read_text()
