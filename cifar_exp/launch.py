@@ -163,42 +163,60 @@ class ElasticLauncher:
                 # end what runs under nohup.
                 signals_to_handle="SIGQUIT",
             )
+            watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with Watchdog(exchange, job.plan.world_size, self.timeout) as watchdog, _stopping_in_order(exchange):
+                with watchdog, _stopping_in_order(exchange, stopped):
                     elastic_launch(config, function)(job, exchange)
             except ChildFailedError as error:
-                raise _first_failure(error, exchange, watchdog, self.max_restarts) from None
+                failure = _first_failure(error, exchange, watchdog, self.max_restarts)
+                if not stopped:
+                    raise failure from None
+                if not isinstance(failure, WorkerError):  # which is what ranks that are ended leave behind
+                    print(f"cifar-exp: {failure}", file=sys.stderr, flush=True)
+                raise stopped[0] from None
             except SignalException as error:
+                if stopped:
+                    raise stopped[0] from None
                 if watchdog.vanished:
                     raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
-            except Stopped:
+            except Stopped as error:
                 nursery.end_forked()
-                raise
+                raise (stopped[0] if stopped else error) from None
             finally:
                 _end_ranks()
             return ended_by(exchange)
 
 
 @contextmanager
-def _stopping_in_order(exchange: Path) -> Iterator[None]:
+def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None]:
     """Pass the first signal to end on to the ranks and raise it when they have ended, or take too long.
 
-    The second one is answered as before.
+    Ranks that take too long are killed, for elastic would wait half a minute for one that is stopped; so are all at
+    the second signal.
+
+    Args:
+        exchange: the folder that ranks and launcher share.
+        received: gets the first signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[Stopped] = []
 
     def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         received.append(Stopped(number))
-        restore()
+        for signal_number in signals_to_answer():
+            signal.signal(signal_number, end)
         answer_once(number)
         (exchange / LEAVE_FILE).touch()
         print("cifar-exp: the ranks end their step and save; once more ends them at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGALRM, lambda _number, _frame: _raise(received[0]))
+        signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        restore()
+        nursery.end_forked()
+        raise received[0]
 
     before = {number: signal.signal(number, ask) for number in signals_to_answer()}
 
@@ -208,19 +226,11 @@ def _stopping_in_order(exchange: Path) -> Iterator[None]:
 
     try:
         yield
-    except (ChildFailedError, SignalException):
-        if received:  # ranks that were to end and failed
-            raise received[0] from None
-        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         restore()
     if received:
         raise received[0]
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 def _log_to_the_runs_file() -> None:

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cifar_exp.errors import Stopped
+from cifar_exp.process import end_process
 from cifar_exp.signals import answer_signals, ignore_signals, swallowed
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
@@ -18,12 +19,12 @@ def main() -> None:
 
         code = run_hydra(run_job)
         ignore_signals()
-        sys.exit(code)
     except (Stopped, Exception) as error:
         if (stopped := Stopped.behind(error) or swallowed()) is None:
             raise
         print(f"cifar-exp: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        code = stopped.exit_code
+    end_process(code)
 
 
 def run_job(composed: "DictConfig") -> float:

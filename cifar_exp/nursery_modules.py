@@ -14,9 +14,20 @@ end_with_parent()
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A parent that is stopped while it hands a rank its job leaves half of it: nothing to tell the user."""
-    if not isinstance(error, EOFError | pickle.UnpicklingError):
+    """A parent that is stopped while it hands a rank its job leaves half of it: nothing to tell the user.
+
+    Or all of it, without the semaphores that it names.
+    """
+    is_half = isinstance(error, EOFError | pickle.UnpicklingError)
+    if not is_half and not (isinstance(error, FileNotFoundError) and _raised_in(traceback) == "SemLock.__setstate__"):
         sys.__excepthook__(kind, error, traceback)
+
+
+def _raised_in(traceback: TracebackType | None) -> str:
+    """The function that raised."""
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_code.co_qualname if traceback else ""
 
 
 sys.excepthook = _show

@@ -12,12 +12,12 @@ _NAME = (
 )
 _SECRET_NAME = re.compile(rf"(?<![a-z]){_NAME}(?![a-z])", re.IGNORECASE)
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# A password may hold a slash: SQLAlchemy takes all up to the @ for it.
-_USER_INFO = re.compile(r"://(?:[^/\s]*|[^:/\s@]*:\S*)@")
+# A password may hold slashes and @: SQLAlchemy takes all up to the last @ for it. What begins with a port is a path.
+_USER_INFO = re.compile(r"://(?:[^:/\s]*:(?!\d{1,5}(?:[/?#]|$))\S*|[^/\s]*)@")
 _WHOLE_OVERRIDE = re.compile(r"[+~]*([\w.@/-]+)=")
 # `token=abc`, `"password": "a b"`, `?api_key=abc&`: in an address, an override, YAML or a message
 _ASSIGNED = re.compile(
-    rf"((?<![a-z]){_NAME}(?![a-z])[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:Bearer|Basic)\s+\S+|[^\s,;&)}}\]]+)",
+    rf"((?<![a-z]){_NAME}(?![a-z])[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:Bearer|Basic|Digest|Token)\s+\S+|[^\s,;&)}}\]]+)",
     re.IGNORECASE,
 )
 

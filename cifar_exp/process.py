@@ -1,12 +1,14 @@
 """What this process arranges with the system before anything starts."""
 
+import atexit
 import ctypes
 import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from cifar_exp.errors import MachineError
 
@@ -39,6 +41,25 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl and macOS have none
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def end_process(code: int) -> NoReturn:
+    """End with this exit code, whatever other threads are at.
+
+    One that was left alone may be in C++ code, which aborts the process where Python ends the thread with itself. Then
+    there is no other way than to do what Python does at its end and leave without it.
+    """
+    if not any(thread.daemon for thread in threading.enumerate()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def uv_prefix() -> str:
+    """What to type before a command of the environment: uv sets this variable for what it runs."""
+    return "uv run " if "UV" in os.environ else ""
 
 
 def outlive_terminal() -> None:

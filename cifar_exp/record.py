@@ -5,6 +5,7 @@ All of it is on disk before any tracker hears of it, so that a tracker that coul
 
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,12 +18,13 @@ from filelock import FileLock
 from cifar_exp import journal, owner
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.privacy import masked
+from cifar_exp.process import uv_prefix
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 OUTPUTS = Path("outputs")
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
-UNDELIVERED_FILE = ".undelivered"  # in the folder of a run that a tracker was to have and has not got whole
+UNDELIVERED_FILE = ".undelivered"  # in a run's folder: the store that was to have it and has not got it whole
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 OUTCOME_FILE = "outcome.json"
@@ -40,6 +42,7 @@ class RunInfo:
         started: when the run began, seconds since the epoch.
         artifacts: files of the run's folder to keep with the run at its end, where they exist.
         sweep_dir: the folder of the sweep that the run is a job of.
+        origin: folder and step of the checkpoint that a new run started from; None where it was none.
         key: the run's own, by which a tracker knows it again whatever became of an earlier answer; empty in old runs.
     """
 
@@ -50,6 +53,7 @@ class RunInfo:
     started: float
     artifacts: Sequence[str] = ()
     sweep_dir: Path | None = None
+    origin: tuple[Path, int] | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def save(self, config_hash: str) -> None:
@@ -64,6 +68,9 @@ class RunInfo:
         content = {"name": self.name, "key": self.key, "started": self.started, "tags": dict(self.tags)}
         if self.sweep_dir:
             content["sweep_dir"] = os.path.relpath(self.sweep_dir, self.run_dir)
+        if self.origin:
+            folder, step = self.origin
+            content["origin"] = {"folder": os.path.relpath(folder, self.run_dir), "step": step}
         content |= {"artifacts": list(self.artifacts), "params": masked(self.params), **more}
         write_json(self.run_dir / name, content)
 
@@ -85,6 +92,7 @@ class RunInfo:
                 started=content.get("started", path.stat().st_mtime),
                 artifacts=content.get("artifacts", ()),
                 sweep_dir=folder / content["sweep_dir"] if "sweep_dir" in content else None,
+                origin=(folder / begun["folder"], int(begun["step"])) if (begun := content.get("origin")) else None,
                 key=content.get("key", ""),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,6 +156,35 @@ def is_claimed(folder: Path) -> bool:
 def is_finished(run_dir: Path) -> bool:
     """Whether the run in ``run_dir`` came to its end."""
     return "time/total_seconds" in journal.last_values(run_dir)
+
+
+def owe(run_dir: Path, store: str) -> None:
+    """Leave word that ``store`` is to have the run and may not have all of it."""
+    path = run_dir / UNDELIVERED_FILE
+    with suppress(OSError):  # whoever cannot write here will soon say so
+        if not path.exists():  # another store that was left with a part is still owed the rest
+            path.write_text(store)
+
+
+def is_owed(run_dir: Path) -> bool:
+    """Whether some store has not got all of the run."""
+    return (run_dir / UNDELIVERED_FILE).exists()
+
+
+def settle(run_dir: Path, store: str) -> str:
+    """``store`` has got all of it; the store that has not, if there is one."""
+    path = run_dir / UNDELIVERED_FILE
+    with suppress(OSError):
+        owed = path.read_text()
+        if owed not in ("", store):
+            return owed
+        path.unlink()
+    return ""
+
+
+def sync_command(folder: Path) -> str:
+    """What to type to bring what a tracker lacks of a run or a sweep."""
+    return f"{uv_prefix()}cifar-exp-sync {shlex.quote(os.path.relpath(folder))}"
 
 
 def make_private(folder: Path) -> None:

@@ -5,13 +5,10 @@ tracker that cannot be reached, or does not answer, costs the training nothing a
 """
 
 import math
-import os
-import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,12 +19,12 @@ from typing import Protocol
 from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, read
 from cifar_exp.privacy import masked_text
-from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status
+from cifar_exp.record import Outcome, Status, owe, settle, sync_command
 
 BATCH = 500  # entries that are read, and held, at a time
 PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
-STOPPED_PATIENCE = 8.5  # from the signal that has stopped the run on; ranks may have taken most of it
-LEAST_PATIENCE = 1.0
+STOPPED_PATIENCE = 8.2  # from the signal that has stopped the run on; ranks may have taken most of it
+LEAST_PATIENCE = 0.8  # of each sink all the same; page, tracker and sweep are through within ten seconds
 LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in imports, for the page
 LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -218,21 +215,24 @@ class Recording:
         run_dir: the run's folder.
         started: when the run began, on the monotonic clock; time between its sessions left out.
         tracker: records it; None where nothing does.
+        store: where that keeps it.
         closing: metrics of the parent's own, for the last entry.
     """
 
     run_dir: Path
     started: float
     tracker: Sink | None
+    store: str = ""
     closing: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
     _stopped: Stopped | None = None
+    _deadline: float = math.inf  # of a run that is stopped
+    _waited: float = 0.0  # seconds for the tracker, when training had ended
 
     def __enter__(self) -> "Recording":
         Outcome.forget(self.run_dir)
         if self.tracker:
-            with suppress(OSError):  # whoever cannot write here will soon say so
-                (self.run_dir / UNDELIVERED_FILE).touch()
+            owe(self.run_dir, self.store)
         return self
 
     def start(self, display: Sink) -> None:
@@ -258,19 +258,18 @@ class Recording:
         """
         if not self._followers:  # the run failed before it could start, which is recorded too
             self._start_tracker()
-        status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        if isinstance(error, Stopped):
-            deadline = error.received + STOPPED_PATIENCE
-        else:
-            deadline = time.monotonic() + (STOPPED_PATIENCE if status == "KILLED" else PATIENCE)
+        error = Stopped.behind(error) or error
+        status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+        if status == "KILLED":
+            self._hurry(error.received if isinstance(error, Stopped) else time.monotonic())
         try:
             if error is None:
-                self._in_spite_of_a_signal(partial(self._write_last_entry, deadline))
+                self._in_spite_of_a_signal(self._write_last_entry)
         except BaseException:
             status = "FAILED"
             raise
         finally:
-            problems = self._close(status, deadline)
+            problems = self._close(status)
             if status == "FINISHED" and problems and not self._stopped:
                 raise problems[0]
             if self._stopped and isinstance(error, CifarExpError):
@@ -286,10 +285,14 @@ class Recording:
             action()
         except Stopped as stopped:
             self._stopped = stopped
+            self._hurry(stopped.received)
             print("cifar-exp: the run is being closed", file=sys.stderr, flush=True)
             action()
 
-    def _close(self, status: Status, deadline: float) -> list[CifarExpError]:
+    def _hurry(self, received: float) -> None:
+        self._deadline = min(self._deadline, received + STOPPED_PATIENCE)
+
+    def _close(self, status: Status) -> list[CifarExpError]:
         """Write down how the run ended, on disk and then elsewhere; what could not be written."""
         problems: list[CifarExpError] = []
         try:
@@ -300,7 +303,7 @@ class Recording:
         well = "training finished and nothing is lost, but " if status == "FINISHED" else ""
         for follower in self._followers:
             is_tracker = follower.sink is self.tracker
-            self._in_spite_of_a_signal(partial(self._finish, follower, status, deadline))
+            self._in_spite_of_a_signal(partial(self._finish, follower, status))
             if follower.error and is_tracker:
                 problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
             elif follower.error:
@@ -308,25 +311,27 @@ class Recording:
                 advice = "" if FREE_SPACE in told or isinstance(follower.error, _GivenUpError) else f". {FREE_SPACE}"
                 problems.append(StorageError(f"{self.run_dir}: {told}{advice}"))
             elif is_tracker:
-                with suppress(OSError):
-                    (self.run_dir / UNDELIVERED_FILE).unlink(missing_ok=True)
+                settle(self.run_dir, self.store)
         return problems
 
-    def _finish(self, follower: Follower, status: Status, deadline: float) -> None:
-        if self._stopped:
-            deadline = min(deadline, self._stopped.received + STOPPED_PATIENCE)
-        left = max(LEAST_PATIENCE, deadline - time.monotonic())
-        if status == "KILLED" or self._stopped:
+    def _finish(self, follower: Follower, status: Status) -> None:
+        if math.isfinite(self._deadline):
+            left = max(LEAST_PATIENCE, self._deadline - time.monotonic())
             follower.finish(status, left, longest=left)
+        elif follower.sink is self.tracker:
+            follower.finish(status, max(LEAST_PATIENCE, PATIENCE - self._waited))
         else:
-            follower.finish(status, left if follower.sink is self.tracker else LONGEST)
+            follower.finish(status, LONGEST)
 
-    def _write_last_entry(self, deadline: float) -> None:
+    def _write_last_entry(self) -> None:
         """The ranks have ended: add the total, and what of it none of them could know."""
         ranks_ended = time.monotonic()
         for follower in self._followers:
             if not self._stopped:
-                follower.flush(max(0.0, deadline - time.monotonic()))
+                began = time.monotonic()
+                follower.flush(PATIENCE)
+                if follower.sink is self.tracker:
+                    self._waited = time.monotonic() - began
         entries = read(self.run_dir)
         if not entries:
             return
@@ -347,17 +352,11 @@ class Recording:
 
 def lacking(error: Exception, folder: Path) -> str:
     """What to tell of a tracker that did not get everything, down to the command that delivers it."""
-    command = f"{uv_prefix()}cifar-exp-sync {shlex.quote(os.path.relpath(folder))}"
     path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
     return (
         f"the tracker did not get everything: {shortened(error)}. "
-        f"It is all in {path}. Once the tracker can be reached, type\n{command}"
+        f"It is all in {path}. Once the tracker can be reached, type\n{sync_command(folder)}"
     )
-
-
-def uv_prefix() -> str:
-    """What to type before a command of the environment: uv sets this variable for what it runs."""
-    return "uv run " if "UV" in os.environ else ""
 
 
 def shortened(error: Exception) -> str:

@@ -134,11 +134,11 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
 
     Raises:
         ConfigError: where there is no such sweep in the store.
+        TrackingError: where the store cannot be read.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         client = tracker.client()
+        return _children(client, tracker, sweep)
     except CifarExpError:
         raise
     except Exception as error:  # MLflow raises whatever its store does
@@ -146,10 +146,17 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
             f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or type "
             f"another address"
         ) from error
+
+
+def _children(client: "MlflowClient", tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
+    from mlflow.exceptions import MlflowException
+
     parent = run_id(Path(sweep)) or sweep
     try:
         experiment = client.get_run(parent).info.experiment_id
     except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: no id at all
+            raise
         raise ConfigError(
             f"{sweep}: there is no such run in {tracker.address()}. Type a parent run's id or a folder under "
             f"outputs/multirun, and --uri where the store lies elsewhere"

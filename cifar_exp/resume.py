@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cifar_exp.record import (
     CONFIG_FILE,
     OUTPUTS,
     RUN_FILE,
+    RunInfo,
     claim,
     is_claimed,
     is_finished,
@@ -50,6 +51,7 @@ class Resumption:
         finished: whether nothing is left to train.
         changes: settings that differ from those of the run that is continued: (then, now).
         in_place: whether the run itself goes on, in its folder; else a new one starts from its checkpoint.
+        source: the folder of the checkpoint: ``run_dir``, or of the run that this one once started from.
     """
 
     run_dir: Path
@@ -58,6 +60,7 @@ class Resumption:
     finished: bool
     changes: Mapping[str, tuple[Any, Any]]
     in_place: bool
+    source: Path
 
     @property
     def kept_batch(self) -> int | None:
@@ -68,7 +71,8 @@ class Resumption:
 
     def check_images(self, data_hash: str) -> None:
         """Raise a DataError where a run would go on with other images than it began with."""
-        if self.in_place and self.manifest and self.manifest.data_hash != data_hash:
+        own = self.in_place and self.source == self.run_dir
+        if own and self.manifest and self.manifest.data_hash != data_hash:
             raise DataError(
                 f"data: the images are not those that {self.run_dir} was trained on. Restore them, or type resume=never"
             )
@@ -79,6 +83,8 @@ class Resumption:
         if self.manifest is None:
             return [f"{folder} was stopped before its first checkpoint: it starts again"]
         verb = "goes on" if self.in_place else "is where this new run starts,"
+        if self.source != self.run_dir:
+            verb = f"starts again from {os.path.relpath(self.source)},"
         lines = [f"{folder} {verb} after epoch {self.manifest.epoch} (step {self.manifest.step})"]
         lines += [f"  {name}: {shown(then)} then, {shown(now)} now" for name, (then, now) in self.changes.items()]
         if self.manifest.world_size != world_size:
@@ -209,12 +215,15 @@ def _resumption(
     finished = in_place and is_finished(folder)
     manifest = None if finished else checkpoint.sound(folder, warn)
     entries = journal.read(folder)
+    begun = None
     if manifest is None and not finished:
         if not in_place:
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Type resume=never")
+        begun = _beginning(folder, config, warn)
         # A checkpoint is on disk before the epoch after it has ended, so by the next one there was one.
         every = int(_config_of(folder)["checkpoint"]["every"])
-        if any(entry.epoch > every + 1 for entry in entries):
+        first = begun.manifest.epoch if begun and begun.manifest else 0
+        if any(entry.epoch > first + every + 1 for entry in entries):
             raise StorageError(
                 f"{folder / checkpoint.FOLDER}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or type resume=never to start again from the beginning"
@@ -223,7 +232,29 @@ def _resumption(
         _check_changes(config, manifest, changes)
     times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
     elapsed = max(times, default=0.0) if in_place else 0.0
-    return Resumption(folder, manifest, elapsed, finished, changes, in_place)
+    if begun:
+        return replace(begun, run_dir=folder, elapsed=elapsed, in_place=True)
+    return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
+
+
+def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption | None:
+    """What the run in ``folder`` started from, which was another run's checkpoint; None where it was none.
+
+    Raises:
+        StorageError: where that checkpoint is not there any more.
+    """
+    origin = RunInfo.load(folder).origin
+    if origin is None:
+        return None
+    source, step = origin
+    manifest = checkpoint.sound(source, warn)
+    if manifest is None or manifest.step != step:
+        found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
+        raise StorageError(
+            f"{folder}: the run was stopped before its first checkpoint and began with that of {source} after step "
+            f"{step}; {found}. Restore that, or type resume=never to start again from the beginning"
+        )
+    return _resumption(source, config, _changes(source, config), in_place=False, warn=warn)
 
 
 def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> None:

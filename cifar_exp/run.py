@@ -26,9 +26,10 @@ from cifar_exp.launch import DeviceSet, find_devices
 from cifar_exp.models import seeded
 from cifar_exp.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.privacy import masked
+from cifar_exp.process import uv_prefix
 from cifar_exp.progress import Display
-from cifar_exp.record import CONFIG_FILE, RUN_FILE, UNDELIVERED_FILE, RunInfo, claim
-from cifar_exp.recording import Recording, uv_prefix
+from cifar_exp.record import CONFIG_FILE, RUN_FILE, RunInfo, claim, is_owed
+from cifar_exp.recording import Recording
 from cifar_exp.resume import Resumption
 from cifar_exp.schema import Config
 from cifar_exp.validation import keep_apart
@@ -52,7 +53,7 @@ def run(config: Config, parts: Parts) -> float:
     if resumed and resumed.finished:
         accuracy = journal.last_values(resumed.run_dir)["test/accuracy"]
         console.print(f"{resumed.run_dir}: finished before, test accuracy {accuracy:.4f}", highlight=False)
-        if (resumed.run_dir / UNDELIVERED_FILE).exists():
+        if is_owed(resumed.run_dir):
             console.print(parts.tracker.deliver(resumed.run_dir), highlight=False)
         return accuracy
     if resumed and resumed.in_place:
@@ -61,7 +62,10 @@ def run(config: Config, parts: Parts) -> float:
         check_scaling(config, devices.count)
     new = _run_info(config, devices, run_dir, time.time() - age, resumed)
     started = time.monotonic() - age - (resumed.elapsed if resumed else 0.0)
-    with _claimed(new, config, resumed) as info, Recording(run_dir, started, parts.tracker.sink(info)) as recording:
+    with (
+        _claimed(new, config, resumed) as info,
+        Recording(run_dir, started, parts.tracker.sink(info), parts.tracker.store()) as recording,
+    ):
         data = keep_apart(parts.dataset(), config.validation)
         plan = make_plan(
             config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
@@ -88,13 +92,13 @@ def run(config: Config, parts: Parts) -> float:
         recording.start(Display(run_dir, facts, config.progress, console, started))
         job = new_job(config, parts, devices, plan, data, run_dir, started)
         if resumed:
-            origin = (resumed.run_dir, resumed.manifest) if resumed.manifest else None
+            origin = (resumed.source, resumed.manifest) if resumed.manifest else None
             job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
         with machine.Watch(devices.accelerator, devices.count) as watch:
             try:
                 ended = parts.launcher.launch(run_rank, job)
             except Stopped:
-                _tell_what_was_saved(console, run_dir)
+                _tell_what_was_saved(console, run_dir, run_dir if single else Path(HydraConfig.get().sweep.dir))
                 raise
         recording.closing |= watch.metrics()
         if ended:
@@ -140,9 +144,10 @@ def _tell(console: Console, lines: Sequence[str]) -> None:
         logging.getLogger(__name__).info(line)
 
 
-def _tell_what_was_saved(console: Console, run_dir: Path) -> None:
+def _tell_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> None:
+    """``resumable``: the folder to resume; a sweep's where the run is one of its jobs."""
     if manifest := checkpoint.sound(run_dir, _warn):
-        how = f"the same command with resume={os.path.relpath(run_dir)} goes on"
+        how = f"the same command with resume={os.path.relpath(resumable)} goes on"
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)
 
 
@@ -227,7 +232,10 @@ def _run_info(config: Config, devices: DeviceSet, run_dir: Path, began: float, r
     if sweep_dir:
         tags["sweep"] = sweep_dir.as_posix()
     name = f"{title(config)}, {devices.count} x {devices.accelerator}"
-    return RunInfo(name, run_dir, flattened(masked(asdict(config))), tags, began, ARTIFACTS, sweep_dir)
+    origin = None
+    if resumed and resumed.manifest and not resumed.in_place:
+        origin = resumed.source, resumed.manifest.step
+    return RunInfo(name, run_dir, flattened(masked(asdict(config))), tags, began, ARTIFACTS, sweep_dir, origin)
 
 
 def title(config: Config) -> str:

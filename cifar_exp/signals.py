@@ -20,7 +20,7 @@ def answer_signals() -> None:
 def swallowed() -> Stopped | None:
     """The signal that was raised. Libraries may have made nothing of it, or an error of theirs."""
     answer = signal.getsignal(signal.SIGTERM)
-    return Stopped(answer.args[0]) if isinstance(answer, partial) else None
+    return answer.args[0] if isinstance(answer, partial) else None
 
 
 def raise_swallowed() -> None:
@@ -52,16 +52,17 @@ def _answer(handler: Handler | signal.Handlers) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    _answer(partial(_closing, number))
+    stopped = Stopped(number)
+    _answer(partial(_closing, stopped))
     answer_once(number)
-    raise Stopped(number)
+    raise stopped
 
 
-def _closing(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     _answer(partial(_end_now, first))
     answer_once(number)
     print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
 
 
-def _end_now(first: int, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+def _end_now(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     os._exit(128 + number)

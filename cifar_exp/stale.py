@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cifar_exp.journal import run_id
 from cifar_exp.owner import Owner
-from cifar_exp.record import UNDELIVERED_FILE, Outcome
+from cifar_exp.record import Outcome, is_owed, sync_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,8 +41,8 @@ def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
             ended = round(outcome.ended * 1000) if outcome else None
             client.set_terminated(run.info.run_id, outcome.status if outcome else "KILLED", ended)
             folder = Path(run.data.tags.get(FOLDER_TAG, ""))
-            if outcome and outcome.status == "FINISHED" and (folder / UNDELIVERED_FILE).exists():
-                told = f"{folder}: its process died before all of it was recorded. Type cifar-exp-sync {folder}"
+            if outcome and outcome.status == "FINISHED" and is_owed(folder):
+                told = f"{folder}: its process died before all of it was recorded. Type {sync_command(folder)}"
                 print(f"cifar-exp: {told}", file=sys.stderr, flush=True)
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -175,11 +176,10 @@ class ParentRun:
         """Metrics as (name, value, step), files of the sweep's folder, and tags."""
         self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
         self._info.save_sweep()
-        known = {
-            (name, value, entry.step)
-            for entry in journal.read(self._info.run_dir)
-            for name, value in entry.metrics.items()
-        }
+        known = set()
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged one is written again
+            entries = journal.read(self._info.run_dir)
+            known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
         if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
             return
         (self._info.run_dir / journal.FILE_NAME).unlink(missing_ok=True)  # the whole summary is written again

@@ -14,8 +14,19 @@ from cifar_exp import owner
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.journal import RUN_ID_FILE, Entry, read, run_id
 from cifar_exp.privacy import masked, masked_text
-from cifar_exp.record import OUTPUTS, SWEEP_RUN_FILE, UNDELIVERED_FILE, Outcome, RunInfo, Status, claim, make_private
-from cifar_exp.recording import BATCH, Sink, shortened, uv_prefix
+from cifar_exp.process import uv_prefix
+from cifar_exp.record import (
+    OUTPUTS,
+    SWEEP_RUN_FILE,
+    Outcome,
+    RunInfo,
+    Status,
+    claim,
+    make_private,
+    settle,
+    sync_command,
+)
+from cifar_exp.recording import BATCH, Sink, shortened
 from cifar_exp.stale import close_dead_runs, is_dead, owner_tags
 
 if TYPE_CHECKING:
@@ -55,6 +66,10 @@ class Tracker(Protocol):
         """What to type to look at the runs."""
         ...
 
+    def store(self) -> str:
+        """Where it keeps them, without passwords."""
+        ...
+
     def deliver(self, run_dir: Path) -> str:
         """Bring one run that has ended up to date; what was delivered, in a line."""
         ...
@@ -70,6 +85,9 @@ class NoTracker:
         return None
 
     def hint(self) -> str:
+        return ""
+
+    def store(self) -> str:
         return ""
 
     def deliver(self, run_dir: Path) -> str:
@@ -102,6 +120,9 @@ class MLflowTracker:
     def address(self) -> str:
         """The tracking address in full."""
         return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
+
+    def store(self) -> str:
+        return f"{masked_text(self.uri or str(OUTPUTS / 'mlflow.db'))}, experiment {self.experiment}"
 
     def hint(self) -> str:
         address = masked_text(self.address())
@@ -169,13 +190,14 @@ class MLflowTracker:
             except Exception as error:  # MLflow raises whatever its store does
                 raise TrackingError(
                     f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
-                    f"type {uv_prefix()}cifar-exp-sync {run_dir} once the store can be reached; an address with a "
+                    f"type {sync_command(run_dir)} once the store can be reached; an address with a "
                     f"password is not kept, so type tracking.uri=<address> after it"
                 ) from error
-            (run_dir / UNDELIVERED_FILE).unlink(missing_ok=True)
+            owed = settle(run_dir, self.store())
         return (
             f"{run_dir}: {_points(missing)} of {_points(entries)} points were missing and are there now, "
             f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
+            + (f"; it was to be in {owed}, too, which has not got all of it" if owed else "")
         )
 
     def experiment_id(self, client: "MlflowClient") -> str:

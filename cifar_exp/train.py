@@ -25,6 +25,7 @@ from cifar_exp.metrics import Averages, Stopwatch, Totals
 from cifar_exp.rank_times import MEASURED, RankTimes
 from cifar_exp.schema import BatchNorm
 
+LESS = "Type a smaller optimizer.lr, or train.precision=fp32"
 Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
 Save = Callable[[bool], None]  # called with whether the state must be kept
 
@@ -451,8 +452,7 @@ class Trainer:
         """Stop where the loss is not finite. All ranks hold the same sums, so all of them stop."""
         if not math.isfinite(averages.loss):
             raise DivergenceError(
-                f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. "
-                f"Type a smaller optimizer.lr, or train.precision=fp32"
+                f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. {LESS}"
             )
 
     def _check_what_is_left(self, epoch: int) -> None:
@@ -460,6 +460,11 @@ class Trainer:
         averages = Averages.of(sum_over_ranks(self._block.sums.clone()))
         if averages.count:
             self._check(averages, epoch)
+        # The last update came after the last loss. All ranks hold the same weights, so all of them stop.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise DivergenceError(
+                f"weights are not finite after step {self.step} (epoch {epoch}): training has diverged. {LESS}"
+            )
 
     def _count_times(self, watch: Stopwatch, before: Mapping[str, float]) -> None:
         """What DDP waited for inside the steps is communication; ``before``: the watch at their beginning."""

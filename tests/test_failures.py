@@ -164,14 +164,25 @@ def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workpla
     assert "Traceback" not in done.stderr
 
 
+def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path) -> None:
+    """It takes no signal but SIGKILL; elastic alone would wait half a minute for it."""
+    process = started(*LONG, "devices.count=2", "devices.oversubscribe=true")
+    training_ranks(process, workplace)[1].send_signal(signal.SIGSTOP)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=25)
+    assert process.returncode == 143, errors
+    assert_nothing_is_left(family)
+
+
 def test_a_second_signal_does_not_leave_the_run_open(started: Start, workplace: Path) -> None:
     process = started(*LONG)
     training_ranks(process, workplace)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 143, "the first one counts"
     assert "once more ends them at once" in errors
     assert "Traceback" not in errors
     (run,) = all_runs(client())
@@ -257,6 +268,36 @@ nursery.end_forked()
 process.join(60)
 assert process.exitcode == -signal.SIGKILL, process.exitcode
 """
+
+
+ABANDONED = """
+from multiprocessing.synchronize import Lock
+import cifar_exp.nursery_modules
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "shown"),
+    [("Lock.__new__(Lock).__setstate__((0, 1, 1, '/gone'))", False), ("raise EOFError", False), ("open('gone')", True)],
+)
+def test_a_rank_whose_parent_was_stopped_while_it_was_told_its_job_says_nothing(failing: str, shown: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", ABANDONED.format(failing)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert ("FileNotFoundError" in done.stderr) == shown
+    assert ("Traceback" in done.stderr) == shown
+
+
+def test_a_thread_that_was_left_alone_does_not_change_how_the_process_ends() -> None:
+    script = (
+        "import atexit, threading, time\n"
+        "from cifar_exp.process import end_process\n"
+        "atexit.register(print, 'cleared up')\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "end_process(130)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleared up\n", "")
 
 
 def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -> None:

@@ -12,7 +12,7 @@ import pytest
 from cifar_exp import recording
 from cifar_exp.errors import Stopped, TrackingError
 from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status
+from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status, is_owed, owe, settle
 from cifar_exp.recording import Follower, Recording
 
 
@@ -130,6 +130,31 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
         stopped()
     assert (tmp_path / UNDELIVERED_FILE).exists()
     answer.set()
+
+
+def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PATIENCE", 1.0)
+    monkeypatch.setattr(recording, "LEAST_PATIENCE", 0.01)
+    page = Unreliable(lambda name: time.sleep(1.5) if name == "close" else None)
+    tracker = Unreliable(lambda name: time.sleep(0.3) if name == "close" else None)
+    with Recording(tmp_path, time.monotonic(), tracker) as closing:
+        closing.start(page)
+        journal(tmp_path, 3)
+    assert tracker.closed == ["FINISHED"]
+    assert not is_owed(tmp_path)
+
+
+def test_what_a_store_is_owed_only_that_store_settles(tmp_path: Path) -> None:
+    owe(tmp_path, "a server")
+    owe(tmp_path, "another")  # the run goes on with another one; the first is still owed its part
+    assert settle(tmp_path, "another") == "a server"
+    assert is_owed(tmp_path)
+    assert settle(tmp_path, "a server") == ""
+    assert not is_owed(tmp_path)
+    assert settle(tmp_path, "a server") == ""
+    (tmp_path / UNDELIVERED_FILE).touch()  # of an earlier version, which did not say whom
+    assert settle(tmp_path, "a server") == ""
+    assert not is_owed(tmp_path)
 
 
 def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

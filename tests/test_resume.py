@@ -1,6 +1,7 @@
 """A run that was killed goes on as if nothing had happened: the same losses and weights, each point once."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -162,12 +163,14 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     second = "multirun/*/*/1/checkpoints/*.json"
     wait_for(lambda: list((workplace / "outputs").glob(second)), process)
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    output, _ = process.communicate()
     assert process.returncode == 130
+    (told,) = re.findall(r"the same command with resume=(\S+) goes on", output)
+    assert (workplace / told / "sweep.json").exists(), "a job's own folder would be where other jobs start"
     (first,) = (workplace / "outputs").glob("multirun/*/*/0/metrics.jsonl")
     trained = first.read_text()
 
-    again = cifar_exp(*sweep, "resume=auto")
+    again = cifar_exp(*sweep, f"resume={told}")
     assert again.returncode == 0, again.stderr
     assert "the sweep goes on" in again.stdout
     assert "0: finished before, test accuracy" in again.stdout
@@ -230,6 +233,34 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(cifar_e
     lost = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")  # in the third epoch the first one's was on disk
     assert lost.returncode == 8
     assert "its checkpoints are gone" in lost.stderr
+
+
+def test_a_new_run_that_is_stopped_before_its_first_checkpoint_starts_again_from_the_others(
+    cifar_exp: Command, workplace: Path
+) -> None:
+    run = [*REPEATABLE, "tracking=none"]
+    assert cifar_exp(*run, "train.epochs=2", "hydra.run.dir=old").returncode == 0
+    longer = [*run, "train.epochs=5"]
+    assert cifar_exp(*longer, "resume=old", "hydra.run.dir=whole").returncode == 0
+    cut = shutil.copytree(workplace / "whole", workplace / "cut")
+    shutil.rmtree(cut / "checkpoints")
+    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    (cut / journal.FILE_NAME).write_text(lines[0])
+    again = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "cut starts again from old, after epoch 2" in again.stdout
+    assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
+
+    shutil.rmtree(cut / "checkpoints")
+    (cut / journal.FILE_NAME).write_text("".join(line for line in lines if "time/total_seconds" not in line))
+    lost = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
+    assert lost.returncode == 8
+    assert "its checkpoints are gone" in lost.stderr
+    (cut / journal.FILE_NAME).write_text(lines[0])
+    shutil.rmtree(workplace / "old" / "checkpoints")
+    gone = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
+    assert gone.returncode == 8
+    assert "began with that of" in gone.stderr
 
 
 def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:

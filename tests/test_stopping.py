@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +155,28 @@ def test_a_network_that_has_diverged_since_the_loss_was_read_is_not_saved(tmp_pa
         next(model.parameters()).fill_(torch.nan)
     saved: list[bool] = []
     with pytest.raises(DivergenceError, match="the loss is nan by step 2"):
+        left.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append)
+    assert saved == []
+
+
+def test_a_network_that_its_last_update_has_broken_is_not_saved(
+    tmp_path: Path, only_rank: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses were finite, and are those from before the update."""
+    left, model, _ = trainer(only_rank, log_every=100)
+    left.control = Control(tmp_path, every=2)
+    (tmp_path / LEAVE_FILE).touch()
+    step, taken = left.optimizer.step, count(1)
+
+    def overshooting() -> None:
+        step()
+        if next(taken) == 2:
+            with torch.no_grad():
+                next(model.parameters()).fill_(torch.inf)
+
+    monkeypatch.setattr(left.optimizer, "step", overshooting)
+    saved: list[bool] = []
+    with pytest.raises(DivergenceError, match="weights are not finite after step 2"):
         left.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append)
     assert saved == []
 

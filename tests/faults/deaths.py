@@ -112,6 +112,22 @@ def terminal_closed_under_nohup(scene: Scene) -> None:
     scene.handled("the terminal is closed under nohup", "none needed: it trains to the end")
 
 
+@case("SIGTERM of the parent while a rank is stopped", needs=("linux",))
+def parent_terminated_beside_a_stopped_rank(scene: Scene) -> None:
+    """The rank can answer no signal but SIGKILL; elastic alone would wait half a minute for it."""
+    run = settings(EPOCHS_A_TRY)
+    running = scene.start(*run, *HERE, plan=PACE)
+    running.until_training(scene.journal(), lines=10)
+    running.ranks()[1].suspend()
+    running.signal(signal.SIGTERM)
+    ended = running.wait(25)
+    says(ended, 143)
+    assert statuses(scene) == ["KILLED"] or "cifar-exp-sync" in ended.err  # the ranks have taken most of the time
+    says(scene.run(*run, *HERE), 0)
+    assert_same_as_uninterrupted(scene, run)
+    scene.handled("SIGTERM of the parent while a rank is stopped", GOES_ON)
+
+
 @case("SIGKILL of the parent", racy=True, needs=("linux",))
 def parent_killed(scene: Scene) -> None:
     """It can tell nobody: the run stays RUNNING until the next start, which goes on with it."""
