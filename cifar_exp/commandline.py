@@ -46,8 +46,9 @@ def run_hydra(job: Job) -> int:
         _keep_private(Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().output_subdir)
         try:
             return job(composed)
-        except CifarExpError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+        except Exception as error:
+            raise_swallowed()  # which may be behind it: numpy cannot be imported again where that was interrupted
+            if not isinstance(error, CifarExpError) or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweeper's to report
             failures.append(error)
 
@@ -55,6 +56,7 @@ def run_hydra(job: Job) -> int:
         allow_open_files()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except CifarExpError as error:
+        raise_swallowed()
         failures.append(error)
     except HYDRAS_ERRORS as error:
         raise_swallowed()

@@ -255,6 +255,22 @@ def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(module: str, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+def test_a_signal_of_which_a_jobs_import_makes_an_error_is_that_signal(
+    cifar_exp: Command, workplace: Path, sweep: list[str]
+) -> None:
+    """As numpy does, which cannot be imported again where that was interrupted: no job is to be blamed for it."""
+    (workplace / "interrupted.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
+        "except BaseException:\n    raise ImportError('cannot load module more than once per process') from None\n"
+    )
+    done = cifar_exp(*sweep, *TINY, "model._target_=interrupted.model", "trusted_modules=[interrupted]")
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.endswith("stopped by signal 15\n")
+    assert "cannot load" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 FORGOTTEN = """
 import multiprocessing, signal, time
 from cifar_exp import nursery
