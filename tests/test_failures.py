@@ -309,6 +309,8 @@ def test_a_thread_that_was_left_alone_does_not_change_how_the_process_ends() -> 
         "import atexit, threading, time\n"
         "from cifar_exp.process import end_process\n"
         "atexit.register(print, 'cleared up')\n"
+        "class Last:\n    def __del__(self): print('the interpreter has ended')\n"
+        "last = Last()\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         "end_process(130)"
     )
