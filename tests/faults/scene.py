@@ -116,7 +116,7 @@ class Running:
         ended = Ended(code, self.out, self.err, time.monotonic() - self._began)
         self.scene.check_processes(self.mark)
         if code != -signal.SIGKILL:
-            self.scene.check_temporary(self._tmp, self._before)
+            self.scene.check_temporary(self._tmp, self._before, f"exit code {code}, stderr: {ended.err[-3000:]}")
         return ended
 
 
@@ -191,19 +191,20 @@ class Scene:
             assert time.monotonic() < deadline, f"processes survive: {alive}"
             time.sleep(0.02)
 
-    def check_temporary(self, tmp: Path, before: set[str]) -> None:
+    def check_temporary(self, tmp: Path, before: set[str], told: str) -> None:
         """Nothing new is left in a command's TMPDIR, nothing of ours from before it, and nothing in shared memory.
 
-        Commands that run beside each other share that: it is looked at once the last one has ended.
+        Commands that run beside each other share that: it is looked at once the last one has ended. ``told`` says how
+        the command ended.
         """
         names = sorted(path.name for path in tmp.iterdir())
         left = [name for name in names if name not in before or name.startswith("cifar-exp-")]
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
-        assert not left, f"left in TMPDIR: {left}"
+        assert not left, f"left in TMPDIR: {left}; {told}"
         alone = all(command.process.poll() is not None for command in self._commands)
         if OWN_MOUNTS in os.environ and alone:  # else others have files there, too
             shared = sorted(shared_memory() - self._shared)
-            assert not shared, f"left in shared memory: {shared}"
+            assert not shared, f"left in shared memory: {shared}; {told}"
 
     def check_files(self) -> None:
         """No half-written file is left, wherever."""
