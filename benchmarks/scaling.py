@@ -92,7 +92,8 @@ def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Calla
         epoch()
         seconds = time.perf_counter() - begin
         ranks = by_rank(loop.rank_times.metrics())
-        parts = {name: fmean(rank[name] for rank in ranks) for name in CAUSES}
+        # One rank alone has neither waited nor averaged, and does not tell.
+        parts = {name: fmean(rank.get(name, 0.0) for rank in ranks) for name in CAUSES}
         with (folder / TURNS_FILE).open("a") as file:
             file.write(json.dumps({"seconds": seconds, **parts}) + "\n")
 
