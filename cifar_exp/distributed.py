@@ -1,24 +1,25 @@
 """The one place that knows there are several ranks. World size 1 takes the same calls.
 
-Sums, counts and statistics are combined here, gradients by ``averaging``; nobody else asks for the rank or the world
-size.
+Gradients, sums and counts are combined here; nobody else asks for the rank or the world size.
 """
 
 import inspect
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
-
-from cifar_exp.averaging import Communication, average_on_cpus
 
 T = TypeVar("T")
 
@@ -167,6 +168,66 @@ def _apart(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(value) for part, value in zip(parts, like, strict=True)]
 
 
+@dataclass
+class Communication:
+    """What averaging gradients over ranks takes. Measured on the host's clock, so on CPU ranks only.
+
+    Attributes:
+        exposed: for each step since they were last taken, the seconds from the moment at which the last bucket of
+            gradients was complete to the end of the backward pass, which had nothing left to compute meanwhile.
+        averaging: seconds since then in which some bucket was on its way, exposed or not; a bucket waits for the
+            slowest rank, too.
+    """
+
+    exposed: list[float] = field(default_factory=list)
+    averaging: float = 0.0
+    _last_bucket: float | None = field(default=None, repr=False)
+    _on_the_way: int = field(default=0, repr=False)
+    _since: float = field(default=0.0, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # averaged in a thread of gloo's
+
+    def bucket_complete(self) -> None:
+        with self._lock:
+            self._last_bucket = time.perf_counter()
+            self._since = self._since if self._on_the_way else self._last_bucket
+            self._on_the_way += 1
+
+    def bucket_averaged(self) -> None:
+        with self._lock:
+            self._on_the_way -= 1
+            if not self._on_the_way:
+                self.averaging += time.perf_counter() - self._since
+
+    def backward_done(self) -> None:
+        if self._last_bucket is not None:
+            self.exposed.append(time.perf_counter() - self._last_bucket)
+            self._last_bucket = None
+
+    def take(self) -> tuple[list[float], float]:
+        """The seconds exposed in each step, and those hidden behind backward passes in all; counting starts again."""
+        exposed, averaging = self.exposed, self.averaging
+        self.exposed, self.averaging = [], 0.0
+        return exposed, max(0.0, averaging - sum(exposed))
+
+
+def sent_bytes(size: int, ranks: int) -> float:
+    """What each rank sends to sum ``size`` bytes over all in a ring: 2 (n - 1) / n of it (Patarasuk and Yuan 2009)."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+def link_bytes_per_second(size: int, device: torch.device) -> float:
+    """What each rank sends in a second while they average ``size`` bytes and do nothing else: the median of five."""
+    values, seconds = torch.zeros(max(1, size // 4), device=device), []
+    for _ in range(6):
+        dist.barrier()
+        begin = time.perf_counter()
+        sum_over_ranks(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return sent_bytes(size, dist.get_world_size()) / median(seconds[1:])
+
+
 def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:
     """The module to train: ``model`` itself on one rank, else DDP around it, which averages gradients over ranks.
 
@@ -183,7 +244,7 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communicat
     with _side_stream(world.device):
         parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
     if world.device.type == "cpu":
-        average_on_cpus(parallel, communication)
+        parallel.register_comm_hook(communication, _average_and_note)
     return parallel, communication
 
 
@@ -198,3 +259,14 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(side):
         yield
     torch.cuda.current_stream(device).wait_stream(side)
+
+
+def _average_and_note(communication: Communication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    communication.bucket_complete()
+    gradients = bucket.buffer().div_(dist.get_world_size())
+
+    def averaged(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        communication.bucket_averaged()
+        return done.value()[0]
+
+    return dist.all_reduce(gradients, async_op=True).get_future().then(averaged)

@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_exp import batch_norm
-from cifar_exp.averaging import Communication
 from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
-from cifar_exp.distributed import gathered, rows, sum_over_ranks
+from cifar_exp.distributed import Communication, gathered, rows, sum_over_ranks
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone

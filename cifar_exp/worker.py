@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_exp import averaging, checkpoint, distributed
+from cifar_exp import checkpoint, distributed
 from cifar_exp.array_cache import DatasetFiles
 from cifar_exp.augment import Augmentation
 from cifar_exp.batch_norm import synchronized
@@ -351,8 +351,8 @@ def _communication(trainer: Trainer, model: nn.Module, world: World) -> dict[str
         return {}
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return trainer.rank_times.metrics() | {
-        "communication/bytes_per_step": averaging.sent_bytes(size, world.size),
-        "communication/link_bytes_per_second": averaging.link_bytes_per_second(size, world.device),
+        "communication/bytes_per_step": distributed.sent_bytes(size, world.size),
+        "communication/link_bytes_per_second": distributed.link_bytes_per_second(size, world.device),
     }
 
 

@@ -1,6 +1,5 @@
 """Ranks train as one: gradients, sums, statistics and failures are those of all of them. Real gloo processes."""
 
-import resource
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,9 +14,8 @@ from torch.nn import functional as F
 
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Crop
-from cifar_exp.averaging import SharedRows, link_bytes_per_second
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.distributed import World, average_buffers, data_parallel, sum_over_ranks
+from cifar_exp.distributed import World, average_buffers, data_parallel, link_bytes_per_second, sum_over_ranks
 from cifar_exp.errors import DivergenceError
 from cifar_exp.metrics import Averages
 from cifar_exp.models import convnet, seeded
@@ -86,38 +84,7 @@ def gradients(world: World) -> Results:
         "accumulated_gradients": accumulated_gradients(world.size),
         "exposed_seconds": exposed.take()[0],
         "wrapped": parallel is not model,
-        "hooks": [hook.__qualname__ for hook, _ in getattr(parallel, "_comm_hooks", [])],
     }
-
-
-def without_shared_memory(world: World) -> Results:
-    """The gradients where the first rank has no memory to share: files may not grow."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if world.is_first:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        return gradients(world)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def shared_means() -> list[list[float]]:
-    """Three means in a row, of values put in two parts; the first rank reads late, when others have gone on."""
-    rows = SharedRows.made(3, torch.float32)
-    assert rows
-    rank, means = dist.get_rank(), []
-    for number in range(3):
-        for start, part in enumerate(torch.tensor([10.0 * number + rank, 100.0 * rank, 1.0]).split(1)):
-            rows.put(part, start)
-        rows.meet()
-        if rank == 0:
-            time.sleep(0.2)
-        out = torch.zeros(3)
-        rows.take(out[:1], 0)
-        rows.take(out[1:], 1)
-        rows.turn()
-        means.append(out.tolist())
-    return means
 
 
 def evaluated(world: World, count: int) -> Averages:
@@ -263,8 +230,6 @@ def all_results(world: World) -> Results:
         "accumulated": {parts: trained(world, parts) for parts in (2, 4)},
         "slowed_down": vars(slowed_down(world)),
         "warmed_up": accumulated_after_warming_up(world) if world.size > 1 else None,
-        "without_shared_memory": without_shared_memory(world),
-        "shared_means": shared_means(),
         "link": link_bytes_per_second(1000, world.device),
         "plain_loop": plain_loop(world.size),
         "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
@@ -303,20 +268,6 @@ def test_gradients_are_the_mean_of_the_ranks_micro_batches(pair: list[Results]) 
         assert expected.norm() > 0.1
         assert (rank["gradients"] - expected).norm() / expected.norm() < 1e-5
     assert torch.equal(pair[0]["gradients"], pair[1]["gradients"])
-
-
-def test_gradients_are_averaged_in_shared_memory_or_through_gloo_to_the_same_bits(pair: list[Results]) -> None:
-    for rank in pair:
-        assert rank["hooks"] == ["SharedAverage.__call__"]
-        assert rank["without_shared_memory"]["hooks"] == ["average_through_gloo"]
-        assert torch.equal(rank["without_shared_memory"]["gradients"], rank["gradients"])
-        assert rank["without_shared_memory"]["exposed_seconds"][0] > 0
-
-
-def test_a_rank_that_is_ahead_does_not_change_what_others_still_read(pair: list[Results], alone: Results) -> None:
-    for rank in pair:
-        assert rank["shared_means"] == [[10 * number + 0.5, 50.0, 1.0] for number in range(3)]
-    assert alone["shared_means"] == [[10.0 * number, 0.0, 1.0] for number in range(3)]
 
 
 def test_the_wait_for_gradients_is_measured(pair: list[Results], alone: Results) -> None:

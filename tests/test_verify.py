@@ -130,12 +130,11 @@ FAULTS = {
     ),
     "gradients are added up and not averaged": (
         "import torch.distributed as dist\n"
-        "from cifar_exp.averaging import SharedRows\n"
-        "honest = SharedRows.take\n"
-        "def summed(self, out, start):\n"
-        "    honest(self, out, start)\n"
-        "    out.mul_(dist.get_world_size())\n"
-        "SharedRows.take = summed\n",
+        "from cifar_exp import distributed\n"
+        "honest = distributed._average_and_note\n"
+        "def summed(communication, bucket):\n"
+        "    return honest(communication, bucket).then(lambda done: done.value() * dist.get_world_size())\n"
+        "distributed._average_and_note = summed\n",
         {"gradient of step 1", "gradient of step 2", "gradient of step 3", "parameters after steps 1 to 3"},
     ),
     "ranks train each by itself": (
