@@ -92,8 +92,9 @@ def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Calla
         epoch()
         seconds = time.perf_counter() - begin
         ranks = by_rank(loop.rank_times.metrics())
-        # One rank alone has neither waited nor averaged, and does not tell.
-        parts = {name: fmean(rank.get(name, 0.0) for rank in ranks) for name in CAUSES}
+        # One rank alone has neither waited nor averaged, and does not tell; of several, none may leave it out.
+        untold = {"waiting": 0.0, "communication": 0.0} if len(ranks) == 1 else {}
+        parts = {name: fmean((untold | rank)[name] for rank in ranks) for name in CAUSES}
         with (folder / TURNS_FILE).open("a") as file:
             file.write(json.dumps({"seconds": seconds, **parts}) + "\n")
 
