@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
+from cifar_exp import nursery
 from cifar_exp.distributed import World, joined_world
 
 
@@ -25,8 +26,13 @@ def world_of_one(folder: Path) -> Iterator[World]:
 
 
 def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) -> list[Any]:
-    """What ``function``, of a module's top level, returns on each of ``size`` ranks of one thread."""
-    spawn(_run_rank, (function, size, folder), nprocs=size)
+    """What ``function``, of a module's top level, returns on each of ``size`` ranks of one thread.
+
+    They are forked as a run's are, which end without Python's finalisation: that would abort a thread of gloo's which
+    is still at a callback of Python's.
+    """
+    nursery.warm_up()
+    start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=nursery.START_METHOD)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]
 
 
