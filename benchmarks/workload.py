@@ -16,7 +16,7 @@ from cifar_exp.distributed import World, data_parallel, joined_world
 from cifar_exp.models import convnet, seeded
 from cifar_exp.process import keep_freed_memory
 from cifar_exp.train import Trainer
-from cifar_exp.worker import resolve_precision
+from cifar_exp.worker import fuse_layers, resolve_precision
 
 BATCH = 256
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's channels, 0..255
@@ -51,13 +51,21 @@ def network() -> tuple[nn.Module, Optimizer]:
     return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10)
 
 
+def fused_network() -> tuple[nn.Module, Optimizer]:
+    """The same with the layers that it trains with on CPUs."""
+    model, optimizer = network()
+    problem = fuse_layers(model, PRECISION)
+    assert not problem, problem
+    return model, optimizer
+
+
 def trainer(world: World, log_every: int = 10) -> Trainer:
     """The package's loop around the reference network, as ``worker.train`` builds it; it reports to nobody.
 
     The process keeps the memory that it frees, as ranks do: a bare loop that shares it has the benefit, too.
     """
     keep_freed_memory()
-    model, optimizer = network()
+    model, optimizer = fused_network()
     parallel, communication = data_parallel(model, world)
     return Trainer(
         model=parallel,

@@ -8,6 +8,7 @@ used or saved :func:`settle` makes them the same on all ranks.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +125,11 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-class SynchronizedBatchNorm(_BatchNorm):
-    """Batch norm by the mean and variance of all ranks' batches, whose gradients flow through all ranks.
-
-    Two small collectives a layer and step, one forward and one backward. Ranks must have batches of one size.
-    """
+class ReplacedBatchNorm(_BatchNorm):
+    """Batch norm that takes an ordinary one's place and computes the same in another way."""
 
     @classmethod
-    def of(cls, layer: _BatchNorm) -> "SynchronizedBatchNorm":
+    def of(cls, layer: _BatchNorm) -> Self:
         """The same layer, its parameters and buffers shared with ``layer``."""
         made = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
@@ -140,6 +138,19 @@ class SynchronizedBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Takes what ``BatchNorm1d``, ``2d`` and ``3d`` take."""
+
+    def counted(self) -> float:
+        """Count a batch; how far the running statistics go towards its own."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+
+
+class SynchronizedBatchNorm(ReplacedBatchNorm):
+    """Batch norm by the mean and variance of all ranks' batches, whose gradients flow through all ranks.
+
+    Two small collectives a layer and step, one forward and one backward. Ranks must have batches of one size.
+    """
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs``: (N, C, ...) -> the same shape and type."""
@@ -161,9 +172,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Add to the running statistics. ``count``: values behind them, of each channel over all ranks."""
         if not self.track_running_stats:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        share = self.counted()
         for running, value in zip(_statistics(self), (mean, variance * count / (count - 1)), strict=True):
             running.lerp_(value, share)
 

@@ -3,6 +3,7 @@
 import pickle
 import signal
 import sys
+from contextlib import suppress
 from types import TracebackType
 
 from cifar_exp.nursery import end_with_parent
@@ -34,4 +35,7 @@ sys.excepthook = _show
 
 import torch._dynamo  # noqa: E402, F401
 
-import cifar_exp.worker  # noqa: E402, F401
+import cifar_exp.worker  # noqa: E402
+
+with suppress(Exception):  # the rank says why it cannot
+    import cifar_exp.fused  # noqa: F401

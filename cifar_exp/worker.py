@@ -246,12 +246,19 @@ def assembled(
         initialize_from_images(model, normalization(_sample(train_images)))
     if job.train.batch_norm == "synchronized" and world.size > 1:
         model = synchronized(model, world.device)
-    parallel, communication = distributed.data_parallel(_compiled(model, job.train.compile), world)
+    precision = resolve_precision(job.train.precision, world.device)
+    if job.train.compile == "always":
+        model.compile()
+    elif job.train.compile == "auto" and job.accelerator == "cpu":
+        problem = fuse_layers(model, precision)
+        if problem and world.is_first:
+            print(f"train.compile=auto: batch norm and pooling are PyTorch's own here, since {problem}", flush=True)
+    parallel, communication = distributed.data_parallel(model, world)
     trainer = Trainer(
         model=parallel,
         optimizer=_optimizer(job, model),
         learning_rates=job.plan.learning_rates,
-        precision=resolve_precision(job.train.precision, world.device),
+        precision=precision,
         label_smoothing=job.train.label_smoothing,
         log_every=job.train.log_every,
         report=report,
@@ -504,11 +511,17 @@ def _sample(source: Source) -> Tensor:
     return fetch(source, torch.arange(0, len(source), max(1, len(source) // wanted)))[0]
 
 
-def _compiled(model: nn.Module, choice: str) -> nn.Module:
-    """The model, compiled in place where that was asked for."""
-    if choice == "always":
-        model.compile()
-    return model
+def fuse_layers(model: nn.Module, precision: torch.dtype) -> str:
+    """Give ``model`` fused layers, in place; else say why it keeps its own: :mod:`cifar_exp.fused`."""
+    try:
+        from cifar_exp.fused import fused  # needs numba, which is an extra
+
+        fused(model, precision)
+    except ModuleNotFoundError as error:
+        return f"there is {str(error)[:1].lower()}{str(error)[1:]}: pip install 'cifar-exp[cpu]'"
+    except Exception as error:  # numba and LLVM have many
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def resolve_precision(choice: str, device: torch.device) -> torch.dtype:

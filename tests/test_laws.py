@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.coverage import SCENARIOS, coverage
+from benchmarks.interval_coverage import SCENARIOS, coverage
 from cifar_exp.intervals import Means
 from cifar_exp.laws import Name, fitted, relative_rate
 
@@ -66,7 +66,7 @@ def test_what_the_data_does_not_support_is_warned_of() -> None:
 
 @pytest.mark.parametrize("name", ["amdahl, 3 seeds", "gustafson, 3 seeds"])
 def test_the_interval_holds_the_known_serial_fraction_in_95_of_100_sweeps(name: str) -> None:
-    """A fifth of what ``benchmarks/coverage.py`` counts; its 2,000 sweeps have to lie between 93 and 97 %."""
+    """A fifth of what ``benchmarks/interval_coverage.py`` counts; its 2,000 sweeps have to lie between 93 and 97 %."""
     share = coverage(SCENARIOS[name], sweeps=400).fraction
     assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
 

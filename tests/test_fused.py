@@ -1,0 +1,243 @@
+"""Fused layers compute what PyTorch's compute, on any number of threads, and a run does without them where it must."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar_exp.fused import FusedBatchNorm, HalvingMaxPool, fused
+from cifar_exp.models import convnet, resnet, seeded
+from cifar_exp.speednet import speednet
+from cifar_exp.worker import fuse_layers
+from tests.conftest import TINY, environment
+
+Results = dict[str, Tensor]
+ROUNDING = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def channels_last(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def with_any_values(layers: nn.Sequential) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layers
+
+
+def step(layers: nn.Module, inputs: Tensor) -> Results:
+    """Outputs, gradients and statistics of a step in training, whose loss is a sum with weights of few digits."""
+    inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_()
+    outputs = layers(inputs)
+    weights = channels_last(*outputs.shape, seed=2, dtype=torch.bfloat16).to(outputs.dtype)
+    parameters = dict(layers.named_parameters())
+    gradients = torch.autograd.grad(outputs, [inputs, *parameters.values()], weights)
+    return {
+        "outputs": outputs.detach(),
+        **dict(zip(["inputs", *parameters], gradients, strict=True)),
+        **{name: value.clone() for name, value in layers.named_buffers()},
+    }
+
+
+def assert_close(results: Results, exact: Results, dtype: torch.dtype) -> None:
+    """Within what rounding to ``dtype`` does to numbers of this size."""
+    assert results.keys() == exact.keys()
+    for name, value in exact.items():
+        scale = value.abs().max().clamp_min(1)
+        error = (results[name].double() - value.double()).abs().max() / scale
+        assert error <= ROUNDING[dtype], f"{name}: {float(error)}"
+
+
+LAYERS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "alone": lambda channels: [nn.BatchNorm2d(channels)],
+    "ReLU": lambda channels: [nn.BatchNorm2d(channels, momentum=0.4, eps=1e-3), nn.ReLU()],
+    "GELU": lambda channels: [nn.BatchNorm2d(channels), nn.GELU()],
+    "cumulative": lambda channels: [nn.BatchNorm2d(channels, momentum=None), nn.ReLU()],
+    "not affine": lambda channels: [nn.BatchNorm2d(channels, affine=False), nn.ReLU()],
+    "not tracking": lambda channels: [nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()],
+    "pooling": lambda channels: [nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)],
+    "pooling first": lambda channels: [nn.MaxPool2d((2, 2)), nn.BatchNorm2d(channels), nn.GELU()],
+}
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 8, 8), (5, 3, 7, 9), (3, 17, 4, 5), (3, 48, 31, 30)])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_step_is_that_of_pytorchs_layers(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against float64; of pooling only outputs are compared in bfloat16, where other values of a window are equal."""
+    inputs = channels_last(*shape, dtype=dtype)
+    own = with_any_values(nn.Sequential(*LAYERS[name](shape[1])))
+    exact, layers = copy.deepcopy(own).double(), fused(own, dtype)
+    assert any(isinstance(layer, FusedBatchNorm) for layer in layers)
+    for _ in range(2):  # statistics go on
+        expected, results = step(exact, inputs.double()), step(layers, inputs)
+    if name == "pooling" and dtype == torch.bfloat16:
+        expected, results = {"outputs": expected["outputs"]}, {"outputs": results["outputs"]}
+    assert_close(results, expected, dtype)
+    assert results["outputs"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_evaluation_is_that_of_pytorchs_layers(name: str, dtype: torch.dtype) -> None:
+    inputs = channels_last(6, 24, 9, 8, dtype=dtype)
+    own = with_any_values(nn.Sequential(*LAYERS[name](24)))
+    own(channels_last(8, 24, 9, 8, seed=3))
+    exact, layers = copy.deepcopy(own).double().eval(), fused(own, dtype).eval()
+    before = copy.deepcopy(layers.state_dict())
+    with torch.no_grad():
+        assert_close({"outputs": layers(inputs)}, {"outputs": exact(inputs.double())}, dtype)
+    assert all(torch.equal(value, before[key]) for key, value in layers.state_dict().items())
+    derived = step(layers, inputs.float())  # by PyTorch's own
+    assert_close(derived, step(copy.deepcopy(exact), inputs.double()), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_pooling_is_bit_for_bit_pytorchs(dtype: torch.dtype) -> None:
+    """Also where values of a window are equal, and where a side is odd."""
+    for shape in ((4, 16, 8, 8), (3, 5, 7, 9), (2, 8, 2, 3)):
+        inputs = channels_last(*shape, dtype=dtype).round()
+        layers = fused(nn.Sequential(nn.MaxPool2d(2)), dtype)
+        assert isinstance(layers[0], HalvingMaxPool)
+        results, expected = step(layers, inputs), step(nn.MaxPool2d(2), inputs)
+        assert all(torch.equal(results[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nothing_depends_on_the_number_of_threads(name: str) -> None:
+    inputs = channels_last(7, 12, 11, 10, dtype=torch.bfloat16)
+    layers = fused(with_any_values(nn.Sequential(*LAYERS[name](12))), torch.bfloat16)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(step(copy.deepcopy(layers), inputs))
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+def test_small_differences_of_large_numbers_are_seen() -> None:
+    inputs = channels_last(32, 4, 8, 8) / 100 + 1000
+    layer = fused(nn.Sequential(nn.BatchNorm2d(4, eps=0, momentum=1.0)), torch.float32)
+    outputs = layer(inputs)
+    variance = inputs.double().var((0, 2, 3))
+    assert torch.allclose(layer[0].running_var.double(), variance, rtol=1e-3)
+    assert torch.allclose(outputs.var((0, 2, 3)), torch.ones(4), atol=2e-3)
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    inputs = channels_last(4, 16, 8, 8, dtype=torch.bfloat16)
+    inputs[1, 3, 2, 2] = torch.nan
+    layers = fused(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), torch.bfloat16)
+    outputs = layers(inputs)
+    assert outputs[:, 3].isnan().all()
+    assert not outputs[:, :3].isnan().any()
+    assert layers[0].running_mean[3].isnan()
+    pooled = fused(nn.Sequential(nn.MaxPool2d(2)), torch.bfloat16)(inputs)
+    assert pooled.isnan().sum() == 1
+    assert pooled[1, 3, 1, 1].isnan()
+
+
+@pytest.mark.parametrize("factory", [convnet, resnet, speednet])
+def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module]) -> None:
+    """Under its names, in its memory: optimizer, checkpoints and prediction know nothing of fused layers."""
+    model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    plain = copy.deepcopy(model)
+    fused(model, torch.float32)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert not [layer for layer in model.modules() if type(layer) is nn.BatchNorm2d]
+    images = channels_last(8, 3, 32, 32)
+    assert torch.allclose(model(images), plain(images), atol=1e-4)
+
+
+def test_only_what_is_the_next_layer_is_taken_in() -> None:
+    relu, dropout = nn.ReLU(), nn.Dropout()
+    layers = fused(nn.Sequential(dropout, nn.BatchNorm2d(4), dropout, relu), torch.float32)
+    assert layers[3] is relu
+    outer = nn.Sequential(nn.Sequential(nn.BatchNorm2d(4)), relu)
+    assert fused(outer, torch.float32)[1] is relu
+    named = OrderedDict(norm=nn.BatchNorm2d(4), activation=nn.GELU(approximate="tanh"))
+    assert type(fused(nn.Sequential(named), torch.float32).activation) is nn.GELU
+    ceiling = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 2, 1))
+    assert {type(layer) for layer in fused(ceiling, torch.float32)} == {nn.MaxPool2d}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_keep_their_layers(dtype: torch.dtype) -> None:
+    assert type(fused(nn.Sequential(nn.BatchNorm2d(4)), dtype)[0]) is nn.BatchNorm2d
+
+
+def test_what_has_no_kernel_is_computed_by_pytorch() -> None:
+    layers = fused(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU()), torch.float32)
+    plain = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU())
+    for inputs in (channels_last(3, 4, 6, 6).contiguous(), channels_last(3, 4, 6, 6).double()):
+        expected = plain.to(inputs.dtype)(inputs)
+        assert torch.equal(layers.to(inputs.dtype)(inputs), expected)
+    halved = fused(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), torch.bfloat16).bfloat16()
+    inputs = channels_last(3, 4, 6, 6, dtype=torch.bfloat16)
+    assert torch.equal(halved(inputs), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).bfloat16()(inputs))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layers.float()(channels_last(1, 4, 2, 2))
+
+
+def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
+    """With no room for it, as on a full disk."""
+    (tmp_path / "file").write_text("")
+    code = "import torch, tests.test_fused as here; here.test_pooling_is_bit_for_bit_pytorchs(torch.float32)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "below")},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("cifar_exp.kernels.address", refuse)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
+    assert fuse_layers(model, torch.float32) == "RuntimeError: no such instruction"
+    assert model(channels_last(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("choice", ["auto", "never"])
+def test_a_run_without_numba_says_so_once_and_trains(workplace: Path, choice: str) -> None:
+    (workplace / "hidden").mkdir()
+    (workplace / "hidden" / "numba.py").write_text("raise ModuleNotFoundError(\"No module named 'numba'\")")
+    options = [*TINY, "tracking=none", f"train.compile={choice}", "devices.count=2", "devices.oversubscribe=true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_exp", *options],
+        cwd=workplace,
+        env={**environment(), "PYTHONPATH": str(workplace / "hidden")},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pip install 'cifar-exp[cpu]'") == (choice == "auto")
