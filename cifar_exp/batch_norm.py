@@ -141,7 +141,8 @@ class ReplacedBatchNorm(_BatchNorm):
 
     def counted(self) -> float:
         """Count a batch; how far the running statistics go towards its own."""
-        assert self.num_batches_tracked is not None
+        if self.num_batches_tracked is None:
+            return self.momentum or 0.0  # as PyTorch takes it
         self.num_batches_tracked += 1
         return 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
 

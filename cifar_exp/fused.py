@@ -1,5 +1,7 @@
 """Layers for CPU ranks that pass over memory less often than PyTorch's: see :mod:`cifar_exp.kernels`."""
 
+from collections import Counter
+from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -22,37 +24,59 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
       ``nn.Identity`` so that the layers after it keep their names;
     - ``nn.MaxPool2d`` over 2x2 windows.
 
-    Their kernels are compiled here rather than in the first step.
+    Layers that are in several places or have hooks stay. Kernels are compiled here rather than in the first step.
 
     Args:
         model: on the CPU, channels-last.
         dtype: of its activations; where that is neither float32 nor bfloat16 all layers stay.
 
     Raises:
-        Exception: what numba raises where it cannot compile a kernel; ``model`` can be used all the same.
+        Exception: what numba raises where it cannot compile a kernel; ``model`` is as it was.
     """
     if dtype not in kernels.ELEMENTS:
         return model
-    layers = list(model._modules.items())  # named_children() leaves out what is there twice, and so what is between
-    behind = layers[1:] if isinstance(model, nn.Sequential) else []
-    for (name, layer), following in zip_longest(layers, behind):
-        if type(layer) is nn.BatchNorm2d:
-            activation = _activation(following[1]) if following else kernels.IDENTITY
-            _compile(dtype, activation, kernels.batch_norm, kernels.batch_norm_gradient, kernels.normalized)
-            setattr(model, name, FusedBatchNorm.with_activation(layer, activation))
-            if activation != kernels.IDENTITY:
-                setattr(model, following[0], nn.Identity())
-        elif type(layer) is nn.MaxPool2d and _halves(layer):
-            _compile(dtype, kernels.IDENTITY, kernels.pooled, kernels.unpooled)
-            setattr(model, name, HalvingMaxPool())
-        elif layer is not None:
-            fused(layer, dtype)
+    places = Counter(layer for parent in model.modules() for layer in parent._modules.values() if layer is not None)
+    single = {layer for layer, count in places.items() if count == 1}
+    found = [replacement for parent in model.modules() for replacement in _replacements(parent, dtype, single)]
+    for _, _, layer in found:
+        used: tuple[kernels.Kernel, ...] = ()
+        if isinstance(layer, FusedBatchNorm):
+            used = (kernels.batch_norm, kernels.batch_norm_gradient, kernels.normalized)
+        elif isinstance(layer, HalvingMaxPool):
+            used = (kernels.pooled, kernels.unpooled)
+        for kernel in used:
+            kernels.compiled(kernel, dtype, getattr(layer, "activation", kernels.IDENTITY))
+    for parent, name, layer in found:
+        setattr(parent, name, layer)
     return model
 
 
-def _compile(dtype: torch.dtype, activation: int, *functions: kernels.Kernel) -> None:
-    for kernel in functions:
-        kernels.address(kernel, dtype, activation)
+def _replacements(
+    parent: nn.Module, dtype: torch.dtype, single: Collection[nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """What ``parent`` has to have under which names; ``single`` are layers that are in one place of the network."""
+    layers = {
+        name: layer
+        for name, layer in parent._modules.items()
+        if layer is not None and layer in single and not _has_hooks(layer)
+    }
+    names = list(parent._modules)
+    in_order = type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent)
+    for name, behind in zip_longest(names, names[1:] if in_order else []):
+        layer = layers.get(name)
+        if type(layer) is nn.BatchNorm2d:
+            activation = _activation(layers.get(behind))
+            yield parent, name, FusedBatchNorm.with_activation(layer, activation, dtype)
+            if activation != kernels.IDENTITY:
+                yield parent, behind, nn.Identity()
+        elif type(layer) is nn.MaxPool2d and _halves(layer):
+            yield parent, name, HalvingMaxPool(dtype)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody relies on its being called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return "forward" in vars(layer) or any(getattr(layer, name, None) for name in hooks)
 
 
 def _activation(layer: nn.Module | None) -> int:
@@ -68,11 +92,11 @@ def _halves(layer: nn.MaxPool2d) -> bool:
     return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and not (layer.ceil_mode or layer.return_indices)
 
 
-def _fits(inputs: Tensor) -> bool:
-    """Whether there are kernels for it."""
+def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels for ``dtype`` can take it."""
     return (
         inputs.device.type == "cpu"
-        and inputs.dtype in kernels.ELEMENTS
+        and inputs.dtype == dtype
         and inputs.dim() == 4
         and inputs.is_contiguous(memory_format=torch.channels_last)
     )
@@ -82,25 +106,23 @@ class FusedBatchNorm(ReplacedBatchNorm):
     """``nn.BatchNorm2d`` and an activation of what it returns."""
 
     activation = kernels.IDENTITY
+    dtype = torch.float32  # of the inputs
 
     @classmethod
-    def with_activation(cls, layer: _BatchNorm, activation: int) -> "FusedBatchNorm":
+    def with_activation(cls, layer: _BatchNorm, activation: int, dtype: torch.dtype) -> "FusedBatchNorm":
         """``layer``, its parameters and buffers shared with it, and what follows it."""
         made = cls.of(layer)
-        made.activation = activation
+        made.activation, made.dtype = activation, dtype
         return made
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs``: (N, C, H, W) -> the same shape and type."""
         by_batch = self.training or self.running_mean is None
-        own = (self.weight, self.bias, self.running_mean, self.running_var)
-        fits = _fits(inputs) and all(value is None or value.dtype == torch.float32 for value in own)
-        # PyTorch refuses batches of one value; and there is no kernel for the gradient where nothing is learned.
-        if not fits or (_shape(inputs)[0] < 2 if by_batch else torch.is_grad_enabled() and inputs.requires_grad):
+        if not (self._fits(inputs) and (_shape(inputs)[0] > 1 if by_batch else not self._derived(inputs))):
             outputs: Tensor = FUNCTIONS[self.activation](super().forward(inputs))
             return outputs
-        weight = torch.ones(inputs.shape[1]) if self.weight is None else self.weight
-        bias = torch.zeros(inputs.shape[1]) if self.bias is None else self.bias
+        weight = torch.ones(self.num_features, dtype=torch.float32) if self.weight is None else self.weight
+        bias = torch.zeros(self.num_features, dtype=torch.float32) if self.bias is None else self.bias
         if by_batch:
             settings = (*self._tracked(), self.eps, self.activation)
             normalized: Tensor = _NormalizedByBatch.apply(inputs, weight, bias, *settings)
@@ -113,10 +135,28 @@ class FusedBatchNorm(ReplacedBatchNorm):
         kernels.launch(kernels.normalized, _shape(inputs), inputs, affine, outputs, activation=self.activation)
         return outputs
 
+    def _fits(self, inputs: Tensor) -> bool:
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        return (
+            _fits(inputs, self.dtype)
+            and inputs.shape[1] == self.num_features
+            and all(
+                value is None
+                or (value.dtype == torch.float32 and value.is_contiguous() and value.numel() == self.num_features)
+                for value in own
+            )
+        )
+
+    def _derived(self, inputs: Tensor) -> bool:
+        """Whether gradients are wanted, for which there is a kernel in training alone."""
+        values = (inputs, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
     def _tracked(self) -> tuple[Tensor, Tensor, float]:
-        """The running statistics, or room for some, and how much of a batch's they take over."""
-        if self.running_mean is None or self.running_var is None:
-            return torch.zeros(self.num_features), torch.zeros(self.num_features), 0.0
+        """The running statistics, or room for some, and how far they go towards the batch's."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            mean, variance = torch.zeros((2, self.num_features), dtype=torch.float32)
+            return mean, variance, 0.0
         return self.running_mean, self.running_var, self.counted()
 
 
@@ -153,7 +193,7 @@ class _NormalizedByBatch(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, statistics = context.saved_tensors
         rows, columns = _shape(inputs)
-        outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns))
+        outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns), dtype=torch.float32)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         arrays = (gradient, inputs, statistics, outputs, parameters, _room(columns))
         kernels.launch(kernels.batch_norm_gradient, (rows, columns), *arrays, activation=context.activation)
@@ -168,12 +208,15 @@ def _room(columns: int) -> Tensor:
 class HalvingMaxPool(nn.MaxPool2d):
     """Maxima of 2x2 windows that do not overlap."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        """``dtype``: of the inputs."""
         super().__init__(2)
+        self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        outputs: Tensor = _Pooled.apply(input) if _fits(input) else super().forward(input)
+        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # PyTorch refuses to leave nothing
+        outputs: Tensor = _Pooled.apply(input) if fits else super().forward(input)
         return outputs
 
 

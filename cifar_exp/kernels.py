@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ Kernel = Callable[[Any, int], Any]  # of the activations' element type and an ac
 
 IDENTITY, RELU, GELU = 0, 1, 2
 ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # what divides by zero need not raise
 CHUNKS = 64  # of rows, each summed on its own
 BLOCK = 256  # rows that are summed in float32
 
@@ -42,8 +44,11 @@ TO_INTEGER = np.float32(1.5 * 2**23)  # a number to which this is added has its 
 P, A1, A2 = np.float32(0.3275911), np.float32(0.254829592), np.float32(-0.284496736)
 A3, A4, A5 = np.float32(1.421413741), np.float32(-1.453152027), np.float32(1.061405429)
 
-# The threads are those of the OpenMP library that torch itself has loaded: two pools would fight for the cores.
-_openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+# The threads are those of the OpenMP library that torch calls: two pools would fight for the cores. One that was
+# preloaded takes torch's calls, too.
+_openmp = ctypes.CDLL(None)
+if not hasattr(_openmp, "GOMP_parallel"):
+    _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 _openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _openmp.GOMP_parallel.restype = None
 for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
@@ -184,7 +189,7 @@ def batch_norm(element: Any, activation: int) -> Any:
         scale, shift = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for c in range(columns):
             moment, square = _total(sums, 0, c) / rows, _total(sums, 1, c) / rows
-            mean, variance = origin[c] + moment, square - moment * moment
+            mean, variance = origin[c] + moment, max(square - moment * moment, 0.0)
             inverse = 1 / np.sqrt(variance + eps)
             exact_scale = weight[c] * inverse
             exact_shift = bias[c] - mean * exact_scale
@@ -367,17 +372,19 @@ def unpooled(element: Any, _activation: int) -> Any:
 
 
 @cache
-def address(kernel: Kernel, dtype: torch.dtype, activation: int) -> int:
-    """Of a kernel's machine code, which takes an array of int64: its shape and the addresses of its arrays.
+def compiled(kernel: Kernel, dtype: torch.dtype, activation: int) -> Any:
+    """A kernel's machine code, which takes an array of int64: its shape, numbers and the addresses of its arrays.
 
     Raises:
-        NumbaError, OSError, RuntimeError: where it cannot be compiled here.
+        Exception: what numba raises where it cannot compile it here.
     """
-    entry = types.void(types.CPointer(types.int64))
-    for on_disk in (True, False):  # no folder may be writable, or none have room
-        with suppress(OSError, RuntimeError) if on_disk else nullcontext():
-            compiled = cfunc(entry, cache=on_disk, fastmath={"contract"}, error_model="numpy")
-            return compiled(kernel(ELEMENTS[dtype], activation)).address
+    function = kernel(ELEMENTS[dtype], activation)
+    # numba keeps what has one name in one place, where processes that write at once would mix up what they wrote.
+    machine = sha256(f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode()).hexdigest()[:12]
+    function.__qualname__ = f"{kernel.__name__}-{str(dtype).removeprefix('torch.')}-{activation}-{machine}"
+    for on_disk in (True, False):  # no folder may be writable, none have room, or what is there be damaged
+        with suppress(Exception) if on_disk else nullcontext():
+            return cfunc(types.void(types.CPointer(types.int64)), cache=on_disk, **OPTIONS)(function)
     raise AssertionError
 
 
@@ -400,5 +407,5 @@ def launch(
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
     values = (*shape, *bits, *(array.data_ptr() for array in arrays))
     packed = (ctypes.c_int64 * len(values))(*values)
-    code = address(kernel, arrays[0].dtype, activation)
-    _openmp.GOMP_parallel(code, ctypes.addressof(packed), torch.get_num_threads(), 0)
+    code = compiled(kernel, arrays[0].dtype, activation)
+    _openmp.GOMP_parallel(code.address, ctypes.addressof(packed), torch.get_num_threads(), 0)

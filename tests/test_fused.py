@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def two_threads() -> Iterator[None]:
 
 
 def channels_last(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) * 2 + 1
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -200,6 +201,104 @@ def test_what_has_no_kernel_is_computed_by_pytorch() -> None:
         layers.float()(channels_last(1, 4, 2, 2))
 
 
+def changed(layer: nn.BatchNorm2d, change: Callable[[nn.BatchNorm2d], Any]) -> nn.BatchNorm2d:
+    change(layer)
+    return layer
+
+
+def strided(values: Tensor) -> nn.Parameter:
+    """The same numbers with others between them."""
+    return nn.Parameter(torch.stack([values, torch.full_like(values, 7)], 1)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "weight", strided(torch.arange(4.0))),
+        lambda layer: setattr(layer, "bias", strided(torch.arange(4.0))),
+        lambda layer: setattr(layer, "running_var", strided(torch.ones(4)).detach()),
+        lambda layer: setattr(layer, "track_running_stats", False),
+        lambda layer: setattr(layer, "num_batches_tracked", None),
+        lambda layer: layer.weight.requires_grad_(False),
+    ],
+    ids=["weight", "bias", "statistics", "not tracking any more", "not counting", "frozen"],
+)
+def test_a_layer_that_was_changed_is_computed_as_it_is(change: Callable[[nn.BatchNorm2d], Any]) -> None:
+    inputs = channels_last(3, 4, 6, 6)
+    for training in (True, False):
+        plain, model = (changed(nn.BatchNorm2d(4), change).train(training) for _ in range(2))
+        layers = fused(nn.Sequential(model, nn.ReLU()), torch.float32)
+        assert torch.allclose(layers(inputs), plain(inputs).relu(), atol=1e-5)
+        assert torch.allclose(layers[0].running_mean, plain.running_mean, atol=1e-6)
+        assert torch.allclose(layers[0].running_var, plain.running_var, atol=1e-6)
+
+
+def test_a_layer_in_evaluation_can_be_trained_further() -> None:
+    """Its scale and shift, by images of which no gradient is wanted."""
+    inputs = channels_last(3, 4, 6, 6)
+    plain = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).eval()
+    layers = fused(copy.deepcopy(plain), torch.float32).eval()
+    for model in (plain, layers):
+        model(inputs).square().sum().backward()
+    assert torch.allclose(layers[0].weight.grad, plain[0].weight.grad)
+    assert torch.allclose(layers[0].bias.grad, plain[0].bias.grad)
+
+
+def test_another_default_type_changes_nothing() -> None:
+    layers = fused(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()), torch.float32)
+    trained = fused(nn.Sequential(nn.BatchNorm2d(4)), torch.float32)
+    inputs = channels_last(3, 4, 6, 6)
+    before, gradients = layers(inputs), step(trained, inputs)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(layers(inputs), before)
+        assert torch.equal(step(trained, inputs)["0.weight"], gradients["0.weight"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_inputs_that_pytorch_refuses_are_refused() -> None:
+    for channels in (4, 8):
+        layers = fused(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), torch.float32)
+        with pytest.raises(RuntimeError, match=r"running_mean|weight"):
+            layers(channels_last(2, 12 - channels, 4, 4))
+    for sides in ((1, 1), (1, 4), (4, 1)):
+        with pytest.raises(RuntimeError, match="too small"):
+            fused(nn.Sequential(nn.MaxPool2d(2)), torch.float32)(channels_last(2, 4, *sides))
+
+
+class Residual(nn.Sequential):
+    def forward(self, inputs: Tensor) -> Tensor:
+        normalized = self[0](inputs)
+        return normalized + self[1](normalized)
+
+
+def test_layers_of_which_somebody_makes_other_use_stay() -> None:
+    inputs = channels_last(3, 4, 6, 6)
+    own = Residual(nn.BatchNorm2d(4), nn.ReLU())
+    assert torch.allclose(fused(copy.deepcopy(own), torch.float32)(inputs), own(inputs), atol=1e-5)
+    shared = nn.BatchNorm2d(4)
+    twice = fused(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)), torch.float32)
+    assert twice[0] is twice[2][0] is shared
+    seen = []
+    hooked = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    for layer in hooked:
+        layer.register_forward_hook(lambda layer, _inputs, _outputs: seen.append(layer))
+    fused(hooked, torch.float32)(inputs)
+    assert seen == list(hooked)
+
+
+def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
+    code = "import torch, tests.test_fused as here; here.test_pooling_is_bit_for_bit_pytorchs(torch.float32)"
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=settings, check=True, timeout=120)
+        kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert len({path.name.split("-")[0] for path in kept}) == 2, "kept apart by kernel"
+        for path in kept:
+            path.write_bytes(b"")
+
+
 def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
     """With no room for it, as on a full disk."""
     (tmp_path / "file").write_text("")
@@ -219,7 +318,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatc
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr("cifar_exp.kernels.address", refuse)
+    monkeypatch.setattr("cifar_exp.kernels.compiled", refuse)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
     assert fuse_layers(model, torch.float32) == "RuntimeError: no such instruction"
     assert model(channels_last(2, 3, 8, 8)).shape == (2, 4, 6, 6)
