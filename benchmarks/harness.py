@@ -23,7 +23,7 @@ from cifar_exp.machine import BUSY, LoadMeter, own_cpu_seconds
 __all__ = ["Comparison", "Figure", "Goal", "LoadMeter", "arguments", "compare", "compare_all", "publish"]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "lightning", "accelerate", "mlflow", "hydra-core")
+PACKAGES = ("torch", "torchvision", "numba", "lightning", "accelerate", "mlflow", "hydra-core")
 
 Arm = Callable[[], float | None]
 """Does the work once. Returns the seconds that it timed itself, or None: then the whole call counts."""
