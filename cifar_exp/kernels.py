@@ -56,6 +56,7 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
 _thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 _wait_for_threads = types.ExternalFunction("GOMP_barrier", types.void())
+cfunc(types.void())(lambda: None)  # what numba puts off until it first compiles is done before ranks are forked
 
 
 @intrinsic

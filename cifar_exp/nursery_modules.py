@@ -1,5 +1,6 @@
 """What the nursery imports, the only thing that Python's fork server can be told: hence a side effect."""
 
+import gc
 import pickle
 import signal
 import sys
@@ -32,6 +33,9 @@ def _raised_in(traceback: TracebackType | None) -> str:
 
 
 sys.excepthook = _show
+
+# Looking for garbage among what is being imported takes a quarter of the time, and finds none. Ranks look again.
+gc.disable()
 
 import torch._dynamo  # noqa: E402, F401
 

@@ -1,5 +1,6 @@
 """One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
 
+import gc
 import inspect
 import json
 import os
@@ -150,6 +151,8 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         work: done once this rank has its device and knows the others.
     """
     end_with_parent()
+    gc.freeze()  # what the nursery has imported stays, and is no longer looked through
+    gc.enable()
     # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
