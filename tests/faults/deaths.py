@@ -309,7 +309,10 @@ def interrupted_in_compose(scene: Scene) -> None:
 def interrupted_at_start(scene: Scene) -> None:
     def reach(running: Running) -> None:
         running.until_it_answers_signals()
-        time.sleep(scene.random.uniform(0.5, 5))
+        moment, journals = time.monotonic() + scene.random.uniform(0.5, 5), set(scene.folder.glob("run-*/*.jsonl"))
+        running.until(  # a whole run may be over before
+            lambda: time.monotonic() > moment or set(scene.folder.glob("run-*/*.jsonl")) > journals, "the first step"
+        )
 
     interrupt_at(scene, "Ctrl-C while it starts", reach)
 
