@@ -190,7 +190,7 @@ class _NormalizedByBatch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, statistics = context.saved_tensors
         rows, columns = _shape(inputs)
         outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns), dtype=torch.float32)
