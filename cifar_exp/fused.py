@@ -1,9 +1,12 @@
-"""Layers for CPU ranks that pass over memory less often than PyTorch's: see :mod:`cifar_exp.kernels`."""
+"""Layers for CPU ranks that compute less, or pass over memory less often, than PyTorch's.
+
+See :mod:`cifar_exp.winograd` and :mod:`cifar_exp.kernels`.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar_exp import kernels
+from cifar_exp import kernels, native, winograd
 from cifar_exp.batch_norm import ReplacedBatchNorm
 
 FUNCTIONS = {kernels.IDENTITY: lambda values: values, kernels.RELU: F.relu, kernels.GELU: F.gelu}
@@ -22,7 +25,9 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     - ``nn.BatchNorm2d``, together with the ReLU or exact GELU behind it in an ``nn.Sequential``, which leaves an
       ``nn.Identity`` so that the layers after it keep their names;
-    - ``nn.MaxPool2d`` over 2x2 windows.
+    - ``nn.MaxPool2d`` over 2x2 windows;
+    - ``nn.Conv2d`` of 3x3 kernels that leaves images as large as they are, in bfloat16, on processors that multiply it
+      in AVX512.
 
     Layers that are in several places or have hooks stay. Kernels are compiled here rather than in the first step.
 
@@ -33,19 +38,21 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         Exception: what numba raises where it cannot compile a kernel; ``model`` is as it was.
     """
-    if dtype not in kernels.ELEMENTS:
+    if dtype not in native.ELEMENTS:
         return model
     places = Counter(layer for parent in model.modules() for layer in parent._modules.values() if layer is not None)
     single = {layer for layer, count in places.items() if count == 1}
     found = [replacement for parent in model.modules() for replacement in _replacements(parent, dtype, single)]
     for _, _, layer in found:
-        used: tuple[kernels.Kernel, ...] = ()
+        used: tuple[native.Kernel, ...] = ()
         if isinstance(layer, FusedBatchNorm):
             used = (kernels.batch_norm, kernels.batch_norm_gradient, kernels.normalized)
         elif isinstance(layer, HalvingMaxPool):
             used = (kernels.pooled, kernels.unpooled)
         for kernel in used:
-            kernels.compiled(kernel, dtype, getattr(layer, "activation", kernels.IDENTITY))
+            native.compiled(kernel, dtype, getattr(layer, "activation", kernels.IDENTITY))
+    if any(isinstance(layer, WinogradConvolution) for _, _, layer in found):
+        winograd.compile_all()
     for parent, name, layer in found:
         setattr(parent, name, layer)
     return model
@@ -71,6 +78,8 @@ def _replacements(
                 yield parent, behind, nn.Identity()
         elif type(layer) is nn.MaxPool2d and _halves(layer):
             yield parent, name, HalvingMaxPool(dtype)
+        elif type(layer) is nn.Conv2d and dtype == torch.bfloat16 and winograd.pays() and _keeps_size(layer):
+            yield parent, name, WinogradConvolution.of(layer)
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -90,6 +99,17 @@ def _halves(layer: nn.MaxPool2d) -> bool:
     settings = [layer.kernel_size, layer.stride, layer.padding, layer.dilation]
     pairs = [value if isinstance(value, tuple) else (value, value) for value in settings]
     return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and not (layer.ceil_mode or layer.return_indices)
+
+
+def _keeps_size(layer: nn.Conv2d) -> bool:
+    """Whether it is of 3x3 kernels and leaves images as large as they are."""
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.padding in ("same", (1, 1))
+        and layer.padding_mode == "zeros"
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+    )
 
 
 def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
@@ -132,7 +152,7 @@ class FusedBatchNorm(ReplacedBatchNorm):
         scale = weight * (self.running_var.double() + self.eps).rsqrt()
         affine = torch.stack([scale, bias - self.running_mean * scale])
         outputs = torch.empty_like(inputs)
-        kernels.launch(kernels.normalized, _shape(inputs), inputs, affine, outputs, activation=self.activation)
+        native.launch(kernels.normalized, _shape(inputs), inputs, affine, outputs, variant=self.activation)
         return outputs
 
     def _fits(self, inputs: Tensor) -> bool:
@@ -183,7 +203,7 @@ class _NormalizedByBatch(torch.autograd.Function):
         rows, columns = _shape(inputs)
         outputs, statistics = torch.empty_like(inputs), torch.empty((4, columns), dtype=torch.float64)
         arrays = (inputs, weight, bias, running_mean, running_variance, outputs, statistics, _room(columns))
-        kernels.launch(kernels.batch_norm, (rows, columns), *arrays, numbers=(eps, momentum), activation=activation)
+        native.launch(kernels.batch_norm, (rows, columns), *arrays, numbers=(eps, momentum), variant=activation)
         context.save_for_backward(inputs, statistics)
         context.activation = activation
         return outputs
@@ -196,13 +216,51 @@ class _NormalizedByBatch(torch.autograd.Function):
         outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns), dtype=torch.float32)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         arrays = (gradient, inputs, statistics, outputs, parameters, _room(columns))
-        kernels.launch(kernels.batch_norm_gradient, (rows, columns), *arrays, activation=context.activation)
+        native.launch(kernels.batch_norm_gradient, (rows, columns), *arrays, variant=context.activation)
         return outputs, *parameters, None, None, None, None, None
 
 
 def _room(columns: int) -> Tensor:
     """For a kernel's sums."""
     return torch.empty((kernels.CHUNKS, 2, columns), dtype=torch.float64)
+
+
+class WinogradConvolution(nn.Conv2d):
+    """A 3x3 convolution of stride 1 with a border of zeros. Inputs are bfloat16, the weight stays float32."""
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Self:
+        """``layer``, its parameters shared with it."""
+        sizes = layer.in_channels, layer.out_channels
+        # On no device, where initial values take no random numbers.
+        made = cls(*sizes, 3, padding=1, bias=layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, H, W)."""
+        fits = _fits(input, torch.bfloat16) and winograd.fits(input, self.weight)
+        if not fits or (self.bias is not None and self.bias.dtype != torch.float32):
+            return super().forward(input)
+        outputs: Tensor = _Convolved.apply(input, self.weight, self.bias)
+        return outputs
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(inputs, weight)
+        return winograd.convolve(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = context.saved_tensors
+        of_inputs, of_weight, of_bias = context.needs_input_grad
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        before = winograd.convolve(gradient, weight, None, backward=True) if of_inputs else None
+        weights, biases = winograd.gradients(inputs, gradient, weight) if of_weight or of_bias else (None, None)
+        return before, weights if of_weight else None, biases if of_bias else None
 
 
 class HalvingMaxPool(nn.MaxPool2d):
@@ -226,7 +284,7 @@ class _Pooled(torch.autograd.Function):
         images, columns, height, width = inputs.shape
         outputs = _empty((images, columns, height // 2, width // 2), inputs.dtype)
         places = torch.empty(outputs.numel(), dtype=torch.uint8)
-        kernels.launch(kernels.pooled, (images, height, width, columns), inputs, outputs, places)
+        native.launch(kernels.pooled, (images, height, width, columns), inputs, outputs, places)
         context.save_for_backward(places)
         context.shape = inputs.shape
         return outputs
@@ -238,7 +296,7 @@ class _Pooled(torch.autograd.Function):
         images, columns, height, width = context.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         outputs = _empty(context.shape, gradient.dtype)
-        kernels.launch(kernels.unpooled, (images, height, width, columns), gradient, places, outputs)
+        native.launch(kernels.unpooled, (images, height, width, columns), gradient, places, outputs)
         return outputs
 
 

@@ -1,36 +1,21 @@
 """What a network does between its convolutions, in fewer passes over memory, for CPU ranks.
 
 PyTorch's batch norm, ReLU and their gradients read or write a layer's activations fourteen times a step. These kernels
-do it eight times, and pooling without 64-bit indices. numba makes machine code of them, which it keeps on disk, when
-they are first used on a machine.
+do it eight times, and pooling without 64-bit indices: see :mod:`cifar_exp.native`.
 
 Activations are matrices of a row for each pixel and a column for each channel, as channels-last tensors are in memory.
-bfloat16 comes as uint16, since numpy has no such type; arithmetic is float32, and what is summed over rows ends up in
-float64. Sums are over chunks whose number is fixed, so that no result depends on the number of threads.
+What is summed over rows ends up in float64. Sums are over chunks whose number is fixed, so that no result depends on
+the number of threads.
 """
 
-import ctypes
-import struct
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
-import torch
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
-from torch import Tensor
+from numba import carray, njit
 
-Kernel = Callable[[Any, int], Any]  # of the activations' element type and an activation; the function to compile
+from cifar_exp.native import narrowed, pointer, share, thread_number, wait_for_threads, widened
 
 IDENTITY, RELU, GELU = 0, 1, 2
-ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
-OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # what divides by zero need not raise
 CHUNKS = 64  # of rows, each summed on its own
 BLOCK = 256  # rows that are summed in float32
 
@@ -43,63 +28,6 @@ LEAST_EXPONENT = np.float32(-87)  # of e, for a normal number
 TO_INTEGER = np.float32(1.5 * 2**23)  # a number to which this is added has its integer part in the lowest bits
 P, A1, A2 = np.float32(0.3275911), np.float32(0.254829592), np.float32(-0.284496736)
 A3, A4, A5 = np.float32(1.421413741), np.float32(-1.453152027), np.float32(1.061405429)
-
-# The threads are those of the OpenMP library that torch calls: two pools would fight for the cores. One that was
-# preloaded takes torch's calls, too.
-_openmp = ctypes.CDLL(None)
-if not hasattr(_openmp, "GOMP_parallel"):
-    _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-_openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-_openmp.GOMP_parallel.restype = None
-for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
-    llvm.add_symbol(_name, ctypes.cast(getattr(_openmp, _name), ctypes.c_void_p).value)
-_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
-_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
-_wait_for_threads = types.ExternalFunction("GOMP_barrier", types.void())
-cfunc(types.void())(lambda: None)  # what numba puts off until it first compiles is done before ranks are forked
-
-
-@intrinsic
-def _pointer(_context, address):
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-@njit(inline="always")
-def _share(count):
-    """First and past-the-end index of what this thread does."""
-    return count * _thread_number() // _thread_count(), count * (_thread_number() + 1) // _thread_count()
-
-
-def _widened(value):
-    """As float32."""
-
-
-@overload(_widened, inline="always")
-def _overload_widened(value):
-    if value == types.uint16:
-        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    return lambda value: value
-
-
-def _narrowed(value, like):
-    """A float32 rounded to what ``like`` holds, to the nearest, ties to even."""
-
-
-@overload(_narrowed, inline="always")
-def _overload_narrowed(value, like):
-    if like.dtype != types.uint16:
-        return lambda value, like: value
-
-    def rounded(value, like):
-        bits = np.float32(value).view(np.uint32)
-        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-        upper = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16)
-        return np.uint16(upper) if value == value else np.uint16(0x7FC0)
-
-    return rounded
 
 
 @njit(inline="always")
@@ -153,21 +81,21 @@ def batch_norm(element: Any, activation: int) -> Any:
     def kernel(p):
         rows, columns = p[0], p[1]
         eps, momentum = np.int64(p[2]).view(np.float64), np.int64(p[3]).view(np.float64)
-        x = carray(_pointer(p[4]), (rows, columns), element)
-        weight, bias = carray(_pointer(p[5]), columns, np.float32), carray(_pointer(p[6]), columns, np.float32)
-        running_mean = carray(_pointer(p[7]), columns, np.float32)
-        running_variance = carray(_pointer(p[8]), columns, np.float32)
-        y = carray(_pointer(p[9]), (rows, columns), element)
-        statistics = carray(_pointer(p[10]), (4, columns), np.float64)
-        sums = carray(_pointer(p[11]), (CHUNKS, 2, columns), np.float64)
+        x = carray(pointer(p[4]), (rows, columns), element)
+        weight, bias = carray(pointer(p[5]), columns, np.float32), carray(pointer(p[6]), columns, np.float32)
+        running_mean = carray(pointer(p[7]), columns, np.float32)
+        running_variance = carray(pointer(p[8]), columns, np.float32)
+        y = carray(pointer(p[9]), (rows, columns), element)
+        statistics = carray(pointer(p[10]), (4, columns), np.float64)
+        sums = carray(pointer(p[11]), (CHUNKS, 2, columns), np.float64)
         # The mean of a few: squares of large numbers would leave nothing of their small differences.
         origin = np.zeros(columns, np.float32)
         few = min(rows, CHUNKS)
         for row in range(few):
             for c in range(columns):
-                origin[c] += _widened(x[row * rows // few, c]) / np.float32(few)
+                origin[c] += widened(x[row * rows // few, c]) / np.float32(few)
         first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
-        begin, end = _share(CHUNKS)
+        begin, end = share(CHUNKS)
         for chunk in range(begin, end):
             sums[chunk] = 0
             row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
@@ -175,18 +103,18 @@ def batch_norm(element: Any, activation: int) -> Any:
                 stop = min(row + BLOCK, last)
                 for i in range(row, stop - 3, 4):
                     for c in range(columns):
-                        x0, x1 = _widened(x[i, c]) - origin[c], _widened(x[i + 1, c]) - origin[c]
-                        x2, x3 = _widened(x[i + 2, c]) - origin[c], _widened(x[i + 3, c]) - origin[c]
+                        x0, x1 = widened(x[i, c]) - origin[c], widened(x[i + 1, c]) - origin[c]
+                        x2, x3 = widened(x[i + 2, c]) - origin[c], widened(x[i + 3, c]) - origin[c]
                         first[c] += (x0 + x1) + (x2 + x3)
                         second[c] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
                 for i in range(row + (stop - row) // 4 * 4, stop):
                     for c in range(columns):
-                        value = _widened(x[i, c]) - origin[c]
+                        value = widened(x[i, c]) - origin[c]
                         first[c] += value
                         second[c] += value * value
                 _add_to(sums[chunk], first, second)
                 row = stop
-        _wait_for_threads()
+        wait_for_threads()
         scale, shift = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for c in range(columns):
             moment, square = _total(sums, 0, c) / rows, _total(sums, 1, c) / rows
@@ -195,16 +123,16 @@ def batch_norm(element: Any, activation: int) -> Any:
             exact_scale = weight[c] * inverse
             exact_shift = bias[c] - mean * exact_scale
             scale[c], shift[c] = exact_scale, exact_shift
-            if _thread_number() == 0:
+            if thread_number() == 0:
                 statistics[0, c], statistics[1, c] = mean, inverse
                 statistics[2, c], statistics[3, c] = exact_scale, exact_shift
                 running_mean[c] += momentum * (mean - running_mean[c])
                 running_variance[c] += momentum * (variance * rows / (rows - 1) - running_variance[c])
-        begin, end = _share(rows)
+        begin, end = share(rows)
         for back in range(end - begin):
             i = end - 1 - back  # the end is still in the cache
             for c in range(columns):
-                y[i, c] = _narrowed(_activated(_widened(x[i, c]) * scale[c] + shift[c], activation), y)
+                y[i, c] = narrowed(_activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
 
     return kernel
 
@@ -216,16 +144,16 @@ def batch_norm_gradient(element: Any, activation: int) -> Any:
 
     def kernel(p):
         rows, columns = p[0], p[1]
-        g = carray(_pointer(p[2]), (rows, columns), element)
-        x = carray(_pointer(p[3]), (rows, columns), element)
-        statistics = carray(_pointer(p[4]), (4, columns), np.float64)
-        out = carray(_pointer(p[5]), (rows, columns), element)
-        parameters = carray(_pointer(p[6]), (2, columns), np.float32)
-        sums = carray(_pointer(p[7]), (CHUNKS, 2, columns), np.float64)
+        g = carray(pointer(p[2]), (rows, columns), element)
+        x = carray(pointer(p[3]), (rows, columns), element)
+        statistics = carray(pointer(p[4]), (4, columns), np.float64)
+        out = carray(pointer(p[5]), (rows, columns), element)
+        parameters = carray(pointer(p[6]), (2, columns), np.float32)
+        sums = carray(pointer(p[7]), (CHUNKS, 2, columns), np.float64)
         mean = statistics[0].astype(np.float32)
         scale, shift = statistics[2].astype(np.float32), statistics[3].astype(np.float32)
         first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
-        begin, end = _share(CHUNKS)
+        begin, end = share(CHUNKS)
         for chunk in range(begin, end):
             sums[chunk] = 0
             row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
@@ -233,40 +161,40 @@ def batch_norm_gradient(element: Any, activation: int) -> Any:
                 stop = min(row + BLOCK, last)
                 for i in range(row, stop - 3, 4):
                     for c in range(columns):
-                        x0, x1 = _widened(x[i, c]), _widened(x[i + 1, c])
-                        x2, x3 = _widened(x[i + 2, c]), _widened(x[i + 3, c])
-                        g0 = _through(_widened(g[i, c]), x0 * scale[c] + shift[c], activation)
-                        g1 = _through(_widened(g[i + 1, c]), x1 * scale[c] + shift[c], activation)
-                        g2 = _through(_widened(g[i + 2, c]), x2 * scale[c] + shift[c], activation)
-                        g3 = _through(_widened(g[i + 3, c]), x3 * scale[c] + shift[c], activation)
+                        x0, x1 = widened(x[i, c]), widened(x[i + 1, c])
+                        x2, x3 = widened(x[i + 2, c]), widened(x[i + 3, c])
+                        g0 = _through(widened(g[i, c]), x0 * scale[c] + shift[c], activation)
+                        g1 = _through(widened(g[i + 1, c]), x1 * scale[c] + shift[c], activation)
+                        g2 = _through(widened(g[i + 2, c]), x2 * scale[c] + shift[c], activation)
+                        g3 = _through(widened(g[i + 3, c]), x3 * scale[c] + shift[c], activation)
                         first[c] += (g0 + g1) + (g2 + g3)
                         second[c] += (g0 * (x0 - mean[c]) + g1 * (x1 - mean[c])) + (
                             g2 * (x2 - mean[c]) + g3 * (x3 - mean[c])
                         )
                 for i in range(row + (stop - row) // 4 * 4, stop):
                     for c in range(columns):
-                        value = _widened(x[i, c])
-                        gradient = _through(_widened(g[i, c]), value * scale[c] + shift[c], activation)
+                        value = widened(x[i, c])
+                        gradient = _through(widened(g[i, c]), value * scale[c] + shift[c], activation)
                         first[c] += gradient
                         second[c] += gradient * (value - mean[c])
                 _add_to(sums[chunk], first, second)
                 row = stop
-        _wait_for_threads()
+        wait_for_threads()
         offset, slope = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for c in range(columns):
             total, product = _total(sums, 0, c), _total(sums, 1, c)
             exact_mean, inverse, exact_scale = statistics[0, c], statistics[1, c], statistics[2, c]
             exact_slope = exact_scale * inverse * inverse * product / rows
             slope[c], offset[c] = exact_slope, exact_scale * total / rows - exact_slope * exact_mean
-            if _thread_number() == 0:
+            if thread_number() == 0:
                 parameters[0, c], parameters[1, c] = product * inverse, total
-        begin, end = _share(rows)
+        begin, end = share(rows)
         for back in range(end - begin):
             i = end - 1 - back
             for c in range(columns):
-                value = _widened(x[i, c])
-                gradient = _through(_widened(g[i, c]), value * scale[c] + shift[c], activation)
-                out[i, c] = _narrowed(scale[c] * gradient - offset[c] - slope[c] * value, out)
+                value = widened(x[i, c])
+                gradient = _through(widened(g[i, c]), value * scale[c] + shift[c], activation)
+                out[i, c] = narrowed(scale[c] * gradient - offset[c] - slope[c] * value, out)
 
     return kernel
 
@@ -294,14 +222,14 @@ def normalized(element: Any, activation: int) -> Any:
 
     def kernel(p):
         rows, columns = p[0], p[1]
-        x = carray(_pointer(p[2]), (rows, columns), element)
-        affine = carray(_pointer(p[3]), (2, columns), np.float64)
-        y = carray(_pointer(p[4]), (rows, columns), element)
+        x = carray(pointer(p[2]), (rows, columns), element)
+        affine = carray(pointer(p[3]), (2, columns), np.float64)
+        y = carray(pointer(p[4]), (rows, columns), element)
         scale, shift = affine[0].astype(np.float32), affine[1].astype(np.float32)
-        begin, end = _share(rows)
+        begin, end = share(rows)
         for i in range(begin, end):
             for c in range(columns):
-                y[i, c] = _narrowed(_activated(_widened(x[i, c]) * scale[c] + shift[c], activation), y)
+                y[i, c] = narrowed(_activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
 
     return kernel
 
@@ -315,10 +243,10 @@ def pooled(element: Any, _activation: int) -> Any:
         images, height, width, columns = p[0], p[1], p[2], p[3]
         half = width // 2
         lines = images * (height // 2)
-        x = carray(_pointer(p[4]), (images * height * width, columns), element)
-        y = carray(_pointer(p[5]), (lines * half, columns), element)
-        places = carray(_pointer(p[6]), (lines * half, columns), np.uint8)
-        begin, end = _share(lines)
+        x = carray(pointer(p[4]), (images * height * width, columns), element)
+        y = carray(pointer(p[5]), (lines * half, columns), element)
+        places = carray(pointer(p[6]), (lines * half, columns), np.uint8)
+        begin, end = share(lines)
         for line in range(begin, end):
             image, i = line // (height // 2), line % (height // 2)
             for j in range(half):
@@ -339,8 +267,8 @@ def pooled(element: Any, _activation: int) -> Any:
 @njit(inline="always")
 def _better(best, place, value, its_place):
     """The larger value, the first of equal ones, and its place. What is not a number wins."""
-    wide = _widened(value)
-    wins = wide > _widened(best) or wide != wide
+    wide = widened(value)
+    wins = wide > widened(best) or wide != wide
     return (value if wins else best), (its_place if wins else place)
 
 
@@ -351,10 +279,10 @@ def unpooled(element: Any, _activation: int) -> Any:
         images, height, width, columns = p[0], p[1], p[2], p[3]
         half = width // 2
         lines = images * (height // 2)
-        g = carray(_pointer(p[4]), (lines * half, columns), element)
-        places = carray(_pointer(p[5]), (lines * half, columns), np.uint8)
-        out = carray(_pointer(p[6]), (images * height * width, columns), element)
-        begin, end = _share(lines)
+        g = carray(pointer(p[4]), (lines * half, columns), element)
+        places = carray(pointer(p[5]), (lines * half, columns), np.uint8)
+        out = carray(pointer(p[6]), (images * height * width, columns), element)
+        begin, end = share(lines)
         for line in range(begin, end):
             image, i = line // (height // 2), line % (height // 2)
             first = (image * height + 2 * i) * width
@@ -370,43 +298,3 @@ def unpooled(element: Any, _activation: int) -> Any:
                 out[first + 2 * width : first + 3 * width] = element(0)
 
     return kernel
-
-
-@cache
-def compiled(kernel: Kernel, dtype: torch.dtype, activation: int) -> Any:
-    """A kernel's machine code, which takes an array of int64: its shape, numbers and the addresses of its arrays.
-
-    Raises:
-        Exception: what numba raises where it cannot compile it here.
-    """
-    function = kernel(ELEMENTS[dtype], activation)
-    # numba keeps what has one name in one place, where processes that write at once would mix up what they wrote.
-    machine = sha256(f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode()).hexdigest()[:12]
-    function.__qualname__ = f"{kernel.__name__}-{str(dtype).removeprefix('torch.')}-{activation}-{machine}"
-    for on_disk in (True, False):  # no folder may be writable, none have room, or what is there be damaged
-        with suppress(Exception) if on_disk else nullcontext():
-            return cfunc(types.void(types.CPointer(types.int64)), cache=on_disk, **OPTIONS)(function)
-    raise AssertionError
-
-
-def launch(
-    kernel: Kernel,
-    shape: tuple[int, ...],
-    *arrays: Tensor,
-    numbers: tuple[float, ...] = (),
-    activation: int = IDENTITY,
-) -> None:
-    """Run a kernel on all threads of torch's.
-
-    Args:
-        kernel: one of this module's.
-        shape: the integers that it asks for.
-        numbers: the others, which it finds behind them.
-        arrays: contiguous in the order that it takes; the first one's type is that of the activations.
-        activation: ``IDENTITY``, ``RELU`` or ``GELU``.
-    """
-    bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
-    values = (*shape, *bits, *(array.data_ptr() for array in arrays))
-    packed = (ctypes.c_int64 * len(values))(*values)
-    code = compiled(kernel, arrays[0].dtype, activation)
-    _openmp.GOMP_parallel(code.address, ctypes.addressof(packed), torch.get_num_threads(), 0)

@@ -320,7 +320,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatc
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr("cifar_exp.kernels.compiled", refuse)
+    monkeypatch.setattr("cifar_exp.native.compiled", refuse)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
     assert fuse_layers(model, torch.float32) == "RuntimeError: no such instruction"
     assert model(channels_last(2, 3, 8, 8)).shape == (2, 4, 6, 6)

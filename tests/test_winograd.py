@@ -1,0 +1,217 @@
+"""Winograd convolutions: exact where numbers have few digits, and everywhere as good as bfloat16 lets them be."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar_exp import winograd
+from cifar_exp.fused import WinogradConvolution, fused
+from cifar_exp.models import convnet, seeded
+
+pytestmark = pytest.mark.skipif(not winograd.pays(), reason="the processor does not multiply bfloat16 in AVX512")
+
+SHAPES = [  # images, channels of inputs and outputs, height, width
+    (8, 32, 32, 16, 16),
+    (3, 64, 96, 7, 9),
+    (2, 24, 40, 5, 6),
+    (5, 7, 3, 4, 4),
+    (1, 32, 32, 1, 1),
+    (1, 33, 65, 2, 31),
+]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def integers(*shape: int, limit: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit + 1, shape, generator=generator).float()
+
+
+def last(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def exact(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor) -> list[Tensor]:
+    """Outputs and gradients of inputs, weight and bias in float64."""
+    values = [value.double().requires_grad_() for value in (inputs, weight, torch.zeros(len(weight)))]
+    outputs = F.conv2d(values[0], values[1], values[2] if bias is None else values[2] + bias.double(), padding=1)
+    return [outputs.detach(), *torch.autograd.grad(outputs, values, gradient.double())]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_numbers_of_few_digits_give_exactly_what_a_direct_convolution_gives(
+    shape: tuple[int, ...], threads: int
+) -> None:
+    """Transformed, too, they fit into bfloat16: not one of them may be in a wrong place."""
+    torch.set_num_threads(threads)
+    images, channels, outputs, height, width = shape
+    inputs = last(integers(images, channels, height, width, limit=3, seed=0), torch.bfloat16)
+    weight = last(4 * integers(outputs, channels, 3, 3, limit=2, seed=1))
+    bias = integers(outputs, limit=9, seed=2)
+    gradient = last(integers(images, outputs, height, width, limit=3, seed=3), torch.bfloat16)
+    expected = exact(inputs, weight, bias, gradient)
+    results = [
+        winograd.convolve(inputs, weight, bias),
+        winograd.convolve(gradient, weight, None, backward=True),
+        *winograd.gradients(inputs, gradient, weight),
+    ]
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value.to(result.dtype))
+    assert all(result.is_contiguous(memory_format=torch.channels_last) for result in results[:3])
+    without = winograd.convolve(inputs, weight, None)
+    assert torch.equal(without, exact(inputs, weight, None, gradient)[0].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_errors_are_not_far_above_those_of_a_direct_convolution(shape: tuple[int, ...]) -> None:
+    images, channels, outputs, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradient, weight = (
+        last(torch.randn(size, generator=generator), dtype)
+        for size, dtype in (
+            ((images, channels, height, width), torch.bfloat16),
+            ((images, outputs, height, width), torch.bfloat16),
+            ((outputs, channels, 3, 3), torch.float32),
+        )
+    )
+    expected = exact(inputs, weight, None, gradient)
+    layer = [weight.bfloat16(), [0], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]]
+    direct = torch.ops.aten.convolution_backward(gradient, inputs, *layer)
+    pairs = (
+        (winograd.convolve(inputs, weight, None), F.conv2d(inputs, weight.bfloat16(), padding=1)),
+        (winograd.convolve(gradient, weight, None, backward=True), direct[0]),
+        (winograd.gradients(inputs, gradient, weight)[0], direct[1]),
+    )
+    for (result, reference), value in zip(pairs, expected, strict=False):
+        error, others = ((some.double() - value).norm() / value.norm() for some in (result, reference))
+        assert error < 3 * others
+        assert error < 2**-7
+
+
+def test_of_a_channel_no_other_one_knows() -> None:
+    """Nor does an image of the others, but its neighbours in a tile know what is not a number."""
+    inputs = last(torch.ones(16, 32, 16, 16), torch.bfloat16)
+    inputs[3, 5, 8, 8] = torch.nan
+    outputs = winograd.convolve(inputs, last(torch.ones(32, 32, 3, 3)), None)
+    assert outputs[3, :, 7:10, 7:10].isnan().all()
+    assert not outputs[[n for n in range(16) if n != 3]].isnan().any()
+    gradient, weight = last(torch.ones(16, 8, 16, 16), torch.bfloat16), last(torch.ones(8, 32, 3, 3))
+    of_weight, of_bias = winograd.gradients(inputs, gradient, weight)
+    assert of_bias.eq(16**3).all()
+    assert of_weight[:, 5].isnan().all()
+    assert not of_weight[:, [c for c in range(32) if c != 5]].isnan().any()
+
+
+def layers(**changes: object) -> nn.Sequential:
+    settings: dict[str, object] = {"kernel_size": 3, "padding": 1, **changes}
+    return nn.Sequential(nn.Conv2d(32, 64, **settings)).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
+
+
+def gradients(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(inputs)
+    wanted = [inputs, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    weights = last(integers(*outputs.shape, limit=3, seed=4), outputs.dtype)
+    return [outputs.detach(), *torch.autograd.grad(outputs, wanted, weights)]
+
+
+@pytest.mark.parametrize("change", [{}, {"padding": "same"}, {"bias": False}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: bool) -> None:
+    plain = layers(**change)
+    plain[0].weight.requires_grad_(not frozen)
+    state = torch.random.get_rng_state()
+    model = fused(copy.deepcopy(plain), torch.bfloat16)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert type(model[0]) is WinogradConvolution
+    inputs = last(integers(32, 32, 8, 8, limit=3, seed=0), torch.bfloat16)
+    results, expected = gradients(model, inputs), gradients(plain, inputs)
+    for result, value in zip(results, expected, strict=True):
+        assert result.dtype == value.dtype
+        assert (result.float() - value.float()).norm() < 2**-7 * value.float().norm()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(inputs), results[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": 2},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"padding": 0},
+        {"padding": "valid"},
+        {"padding_mode": "circular"},
+        {"kernel_size": 1, "padding": "same"},
+        {"kernel_size": (1, 3), "padding": "same"},
+    ],
+)
+def test_another_convolution_stays(change: dict[str, object]) -> None:
+    assert type(fused(layers(**change), torch.bfloat16)[0]) is nn.Conv2d
+
+
+def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(fused(layers(), torch.float32)[0]) is nn.Conv2d
+    for features in ({"avx512bf16": True, "avx512bw": True, "amx-bf16": True}, {"avx512bw": True}):
+        monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda features=features: features)
+        assert type(fused(layers(), torch.bfloat16)[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("inputs", "change"),
+    [
+        (last(torch.ones(2, 32, 8, 8), torch.bfloat16), lambda _: None),
+        (last(torch.ones(600, 32, 1, 1), torch.bfloat16), lambda _: None),
+        (torch.arange(32.0 * 2048).view(32, 32, 8, 8).bfloat16(), lambda _: None),
+        (last(torch.ones(32, 32, 8, 8)), lambda _: None),
+        (last(torch.ones(32, 32, 8, 8), torch.bfloat16), lambda layer: layer.bfloat16()),
+        (last(torch.ones(32, 32, 8, 8), torch.bfloat16), lambda layer: layer.to(memory_format=torch.contiguous_format)),
+    ],
+    ids=["few tiles", "tiles almost empty", "not channels-last", "float32", "bfloat16 weight", "weight not last"],
+)
+def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change: Callable[[nn.Module], None]) -> None:
+    plain = layers()
+    model = fused(copy.deepcopy(plain), torch.bfloat16)
+    for some in (plain, model):
+        change(some)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), plain(inputs))
+
+
+def test_inputs_that_pytorch_refuses_are_refused() -> None:
+    model, inputs = fused(layers(), torch.bfloat16), last(torch.ones(32, 64, 8, 8), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="channels"):
+        model(inputs)
+
+
+def test_a_network_learns_as_with_pytorchs_layers() -> None:
+    """Its first losses, which have few digits in bfloat16 either way."""
+    losses = []
+    for change in (lambda model: model, lambda model: fused(model, torch.bfloat16)):
+        model = change(seeded(convnet, 10, 0).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 10, (64,), generator=generator)
+        images = last(torch.randn(64, 3, 32, 32, generator=generator) + labels.view(-1, 1, 1, 1) / 4)
+        losses.append([])
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0] - 0.2
+    assert torch.allclose(*map(torch.tensor, losses), rtol=0.05)
