@@ -27,7 +27,7 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
       ``nn.Identity`` so that the layers after it keep their names;
     - ``nn.MaxPool2d`` over 2x2 windows;
     - ``nn.Conv2d`` of 3x3 kernels that leaves images as large as they are, in bfloat16, on processors that multiply it
-      in AVX512.
+      in AVX512 and have no AMX.
 
     Layers that are in several places or have hooks stay. Kernels are compiled here rather than in the first step.
 
@@ -226,7 +226,7 @@ def _room(columns: int) -> Tensor:
 
 
 class WinogradConvolution(nn.Conv2d):
-    """A 3x3 convolution of stride 1 with a border of zeros. Inputs are bfloat16, the weight stays float32."""
+    """A 3x3 convolution of stride 1 with a border of zeros, under autocast: inputs are bfloat16, the weight float32."""
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
@@ -239,8 +239,14 @@ class WinogradConvolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
-        fits = _fits(input, torch.bfloat16) and winograd.fits(input, self.weight)
-        if not fits or (self.bias is not None and self.bias.dtype != torch.float32):
+        fits = (
+            torch.is_autocast_enabled("cpu")  # else PyTorch takes no two types
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and _fits(input, torch.bfloat16)
+            and winograd.fits(input, self.weight)
+            and (self.bias is None or self.bias.dtype == torch.float32)
+        )
+        if not fits:
             return super().forward(input)
         outputs: Tensor = _Convolved.apply(input, self.weight, self.bias)
         return outputs

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numba import cfunc, njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -27,7 +28,10 @@ Kernel = Callable[[Any, int], Any]  # of the activations' element type and a var
 
 ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
 OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # what divides by zero need not raise
-SOURCES = ("native.py", "vectors.py")  # what kernels of other modules are made of
+# What kernels of other modules are made of, as it was when this was imported.
+SOURCES = [
+    path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem in ("native", "vectors")
+]
 
 # The threads are those of the OpenMP library that torch calls: two pools would fight for the cores. One that was
 # preloaded takes torch's calls, too.
@@ -90,11 +94,18 @@ def _overload_narrowed(value, like):
 
 
 @cache
+def target() -> tuple[str, str, frozenset[str]]:
+    """What numba compiles for: system, processor, and those of its features that may be used."""
+    system, processor, features = cpu_target.target_context.codegen().magic_tuple()
+    return system, processor, frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+@cache
 def _origin() -> str:
     """Another one for another machine, or where what all kernels are made of has changed."""
-    made_of = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
-    machine = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-    return sha256(f"{machine} {made_of}".encode()).hexdigest()[:12]
+    system, processor, features = target()
+    machine = " ".join([system, processor, *sorted(features)])
+    return sha256(b"".join([machine.encode(), *SOURCES])).hexdigest()[:12]
 
 
 @cache

@@ -7,8 +7,9 @@ In one dimension, with * for element by element:
     outputs = A' ((G weights) * (B' inputs)),    gradient of weights = G' sum over tiles of ((A gradient) * (B' inputs))
 
 Sums over channels or tiles are products of 16 matrices, of bfloat16 numbers, summed in float32. Transformed numbers are
-rounded to bfloat16 once more than in a direct convolution: the error is about one and a half times as large. A gradient
-of weights is float32, where PyTorch rounds it.
+rounded to bfloat16, inputs and gradients once more than in a direct convolution: errors are one and a half to three
+times as large. A gradient of weights is float32, where PyTorch rounds it; it is summed over each thread's share of the
+tiles first, so its last digits depend on the number of threads.
 
 Tiles are transformed in blocks that stay in a core's cache. Channels come in groups of 32, in which those with even
 numbers are first: so a vector of bfloat16 becomes two of float32 and one again without moving lanes.
@@ -17,7 +18,6 @@ numbers are first: so a vector of bfloat16 becomes two of float32 and one again 
 from itertools import product
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numba import carray, njit
@@ -31,6 +31,7 @@ from cifar_exp.native import (
     narrowed,
     pointer,
     share,
+    target,
     thread_count,
     thread_number,
     wait_for_threads,
@@ -41,7 +42,7 @@ GROUP = vectors.PAIR  # channels
 POINTS = 16  # of a transformed tile
 TILES = 12  # of a block of a convolution: two vectors of sums of each stay in registers
 TILE_PAIRS = 32  # of a block of a gradient of weights
-FEWEST_TILES = 512  # with fewer, transforming the weights takes longer than is saved
+FEWEST_TILES = 256  # a thread; with fewer, transforming weights and adding up threads takes longer than is saved
 LEAST_SAVED = 1.2  # products of a direct convolution for each one of these, where groups and tiles are partly empty
 
 # Rows of B', A' and A. The last row of A is the negative of this one, which the end makes good.
@@ -276,9 +277,9 @@ def _turned(point):
 def convolved(_element: Any, _variant: int) -> Any:
     """Of (images, height, width, inputs, outputs, backward): ``x``, weight as (outputs, 3, 3, inputs), bias -> ``y``.
 
-    ``backward``: the gradient of inputs; ``x`` is that of outputs, the weight (inputs, 3, 3, outputs). The rest is
-    room: zeros; transformed weights as they come, (16, outputs, inputs), and as factors, (groups of outputs, 16, half
-    the inputs, 32 outputs) words; for each thread tiles and products.
+    ``bias`` is of whole groups. ``backward``: the gradient of inputs; ``x`` is that of outputs, the weight (inputs, 3,
+    3, outputs). The rest is room: zeros; transformed weights as they come, (16, outputs, inputs), and as factors,
+    (groups of outputs, 16, half the inputs, 32 outputs) words; for each thread tiles and products.
     """
 
     def kernel(p):
@@ -445,9 +446,9 @@ def derived(_element: Any, _variant: int) -> Any:
 
 
 def pays() -> bool:
-    """Whether the processor has the instructions, and none that are faster still for oneDNN's own convolutions."""
-    features = llvm.get_host_cpu_features()
-    return all(features.get(name) for name in vectors.NEEDED) and not features.get("amx-bf16")
+    """Whether there are the instructions, and none with which oneDNN's direct convolutions are faster still."""
+    features = target()[2]
+    return features.issuperset(vectors.NEEDED) and "amx-bf16" not in features
 
 
 def compile_all() -> None:
@@ -467,7 +468,7 @@ def fits(inputs: Tensor, weight: Tensor) -> bool:
         and weight.dtype == torch.float32
         and weight.is_contiguous(memory_format=torch.channels_last)
         and 9 * height * width * channels * len(weight) >= LEAST_SAVED * padded
-        and images * tiles >= FEWEST_TILES
+        and images * tiles >= FEWEST_TILES * torch.get_num_threads()
     )
 
 

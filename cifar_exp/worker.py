@@ -255,7 +255,7 @@ def assembled(
     elif job.train.compile == "auto" and job.accelerator == "cpu":
         problem = fuse_layers(model, precision)
         if problem and world.is_first:
-            print(f"train.compile=auto: batch norm and pooling are PyTorch's own here, since {problem}", flush=True)
+            print(f"train.compile=auto: the layers are PyTorch's own here, since {problem}", flush=True)
     parallel, communication = distributed.data_parallel(model, world)
     trainer = Trainer(
         model=parallel,

@@ -156,19 +156,20 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
     assert pooled[1, 3, 1, 1].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("factory", [convnet, resnet, speednet])
-def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module]) -> None:
+def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype: torch.dtype) -> None:
     """Under its names, in its memory: optimizer, checkpoints and prediction know nothing of fused layers."""
     model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     plain = copy.deepcopy(model)
-    fused(model, torch.float32)
+    fused(model, dtype)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
     assert not [layer for layer in model.modules() if type(layer) is nn.BatchNorm2d]
     images = channels_last(8, 3, 32, 32)
-    assert torch.allclose(model(images), plain(images), atol=1e-4)
+    assert torch.allclose(model(images), plain(images), atol=1e-4)  # in float32, whatever it was made for
 
 
 def test_only_what_is_the_next_layer_is_taken_in() -> None:

@@ -1,4 +1,4 @@
-"""The processor's fast kernels are what trains: oneDNN can fall back to a slow reference without a word."""
+"""oneDNN, which computes what no layer of the package's own does, can fall back to a slow reference without a word."""
 
 import os
 import subprocess

@@ -1,6 +1,8 @@
 """Winograd convolutions: exact where numbers have few digits, and everywhere as good as bfloat16 lets them be."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,8 +13,10 @@ from torch.nn import functional as F
 from cifar_exp import winograd
 from cifar_exp.fused import WinogradConvolution, fused
 from cifar_exp.models import convnet, seeded
+from cifar_exp.worker import fuse_layers
+from tests.conftest import environment
 
-pytestmark = pytest.mark.skipif(not winograd.pays(), reason="the processor does not multiply bfloat16 in AVX512")
+has_instructions = pytest.mark.skipif(not winograd.pays(), reason="the processor multiplies no bfloat16 in AVX512")
 
 SHAPES = [  # images, channels of inputs and outputs, height, width
     (8, 32, 32, 16, 16),
@@ -21,6 +25,7 @@ SHAPES = [  # images, channels of inputs and outputs, height, width
     (5, 7, 3, 4, 4),
     (1, 32, 32, 1, 1),
     (1, 33, 65, 2, 31),
+    (15, 40, 33, 5, 5),
 ]
 
 
@@ -41,6 +46,21 @@ def last(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+def amid_nan(values: Tensor) -> Tensor:
+    """The same where what lies before and behind in memory is no number, and lines of the cache begin elsewhere."""
+    room = torch.full((values.numel() + 64,), torch.nan, dtype=values.dtype)
+    made = room[1 : 1 + values.numel()].as_strided(values.shape, values.stride())
+    return made.copy_(values)
+
+
+@pytest.fixture
+def no_memory_is_zero() -> Iterator[None]:
+    """What is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def exact(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor) -> list[Tensor]:
     """Outputs and gradients of inputs, weight and bias in float64."""
     values = [value.double().requires_grad_() for value in (inputs, weight, torch.zeros(len(weight)))]
@@ -48,18 +68,21 @@ def exact(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor)
     return [outputs.detach(), *torch.autograd.grad(outputs, values, gradient.double())]
 
 
+@has_instructions
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.usefixtures("no_memory_is_zero")
 def test_numbers_of_few_digits_give_exactly_what_a_direct_convolution_gives(
     shape: tuple[int, ...], threads: int
 ) -> None:
     """Transformed, too, they fit into bfloat16: not one of them may be in a wrong place."""
     torch.set_num_threads(threads)
     images, channels, outputs, height, width = shape
-    inputs = last(integers(images, channels, height, width, limit=3, seed=0), torch.bfloat16)
+    assert torch.empty(2).isnan().all()
+    inputs = amid_nan(last(integers(images, channels, height, width, limit=3, seed=0), torch.bfloat16))
     weight = last(4 * integers(outputs, channels, 3, 3, limit=2, seed=1))
     bias = integers(outputs, limit=9, seed=2)
-    gradient = last(integers(images, outputs, height, width, limit=3, seed=3), torch.bfloat16)
+    gradient = amid_nan(last(integers(images, outputs, height, width, limit=3, seed=3), torch.bfloat16))
     expected = exact(inputs, weight, bias, gradient)
     results = [
         winograd.convolve(inputs, weight, bias),
@@ -73,6 +96,7 @@ def test_numbers_of_few_digits_give_exactly_what_a_direct_convolution_gives(
     assert torch.equal(without, exact(inputs, weight, None, gradient)[0].to(torch.bfloat16))
 
 
+@has_instructions
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_errors_are_not_far_above_those_of_a_direct_convolution(shape: tuple[int, ...]) -> None:
     images, channels, outputs, height, width = shape
@@ -99,6 +123,7 @@ def test_errors_are_not_far_above_those_of_a_direct_convolution(shape: tuple[int
         assert error < 2**-7
 
 
+@has_instructions
 def test_of_a_channel_no_other_one_knows() -> None:
     """Nor does an image of the others, but its neighbours in a tile know what is not a number."""
     inputs = last(torch.ones(16, 32, 16, 16), torch.bfloat16)
@@ -113,35 +138,44 @@ def test_of_a_channel_no_other_one_knows() -> None:
     assert not of_weight[:, [c for c in range(32) if c != 5]].isnan().any()
 
 
+def brain_bias() -> nn.Parameter:
+    return nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+
+
 def layers(**changes: object) -> nn.Sequential:
     settings: dict[str, object] = {"kernel_size": 3, "padding": 1, **changes}
     return nn.Sequential(nn.Conv2d(32, 64, **settings)).to(memory_format=torch.channels_last)  # type: ignore[arg-type]
 
 
-def gradients(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_()
+def gradients(model: nn.Module, inputs: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+    """The outputs, and gradients of all that has some, of their sum or with ``weights``."""
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(inputs)
-    wanted = [inputs, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    weights = last(integers(*outputs.shape, limit=3, seed=4), outputs.dtype)
+    wanted = [value for value in (inputs, *model.parameters()) if value.requires_grad]
+    weights = torch.ones_like(outputs[:1, :1, :1, :1]).expand_as(outputs) if weights is None else weights
     return [outputs.detach(), *torch.autograd.grad(outputs, wanted, weights)]
 
 
+@has_instructions
 @pytest.mark.parametrize("change", [{}, {"padding": "same"}, {"bias": False}])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: bool) -> None:
+@pytest.mark.parametrize("frozen", [(), ("inputs",), ("weight",), ("bias",), ("weight", "bias"), ("inputs", "bias")])
+@pytest.mark.parametrize("weights", ["all the same", "by planes", "channels-last"])
+def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: tuple[str, ...], weights: str) -> None:
     plain = layers(**change)
-    plain[0].weight.requires_grad_(not frozen)
+    for name, parameter in plain[0].named_parameters():
+        parameter.requires_grad_(name not in frozen)
     state = torch.random.get_rng_state()
     model = fused(copy.deepcopy(plain), torch.bfloat16)
     assert torch.equal(state, torch.random.get_rng_state())
     assert type(model[0]) is WinogradConvolution
-    inputs = last(integers(32, 32, 8, 8, limit=3, seed=0), torch.bfloat16)
-    results, expected = gradients(model, inputs), gradients(plain, inputs)
+    inputs = last(integers(32, 32, 8, 8, limit=3, seed=0), torch.bfloat16).requires_grad_("inputs" not in frozen)
+    planes = integers(32, 64, 8, 8, limit=3, seed=4).bfloat16()
+    factors = {"all the same": None, "by planes": planes, "channels-last": last(planes, torch.bfloat16)}[weights]
+    results, expected = gradients(model, inputs, factors), gradients(plain, inputs, factors)
     for result, value in zip(results, expected, strict=True):
         assert result.dtype == value.dtype
         assert (result.float() - value.float()).norm() < 2**-7 * value.float().norm()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.eval()(inputs), results[0])
 
 
@@ -164,22 +198,59 @@ def test_another_convolution_stays(change: dict[str, object]) -> None:
 
 def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(fused(layers(), torch.float32)[0]) is nn.Conv2d
-    for features in ({"avx512bf16": True, "avx512bw": True, "amx-bf16": True}, {"avx512bw": True}):
-        monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda features=features: features)
+    for features in ({"avx512bf16", "avx512bw", "amx-bf16"}, {"avx512bw"}):
+        monkeypatch.setattr("cifar_exp.winograd.target", lambda features=features: ("", "", frozenset(features)))
         assert type(fused(layers(), torch.bfloat16)[0]) is nn.Conv2d
 
 
+def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
+    """LLVM would end the process."""
+    code = "import torch, tests.test_winograd as here; print(here.fused(here.layers(), torch.bfloat16)[0])"
+    for setting in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment() | setting,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Conv2d(")
+
+
+def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("cifar_exp.winograd.pays", lambda: True)
+    monkeypatch.setattr("cifar_exp.winograd.compile_all", refuse)
+    model = layers()
+    assert fuse_layers(model, torch.bfloat16) == "RuntimeError: no such instruction"
+    assert type(model[0]) is nn.Conv2d
+
+
+@has_instructions
 @pytest.mark.parametrize(
     ("inputs", "change"),
     [
         (last(torch.ones(2, 32, 8, 8), torch.bfloat16), lambda _: None),
+        (last(torch.ones(40, 32, 8, 8), torch.bfloat16), lambda layers: setattr(layers[0], "bias", brain_bias())),
         (last(torch.ones(600, 32, 1, 1), torch.bfloat16), lambda _: None),
         (torch.arange(32.0 * 2048).view(32, 32, 8, 8).bfloat16(), lambda _: None),
         (last(torch.ones(32, 32, 8, 8)), lambda _: None),
         (last(torch.ones(32, 32, 8, 8), torch.bfloat16), lambda layer: layer.bfloat16()),
         (last(torch.ones(32, 32, 8, 8), torch.bfloat16), lambda layer: layer.to(memory_format=torch.contiguous_format)),
     ],
-    ids=["few tiles", "tiles almost empty", "not channels-last", "float32", "bfloat16 weight", "weight not last"],
+    ids=[
+        "few tiles",
+        "bfloat16 bias",
+        "tiles almost empty",
+        "not channels-last",
+        "float32",
+        "bfloat16 weight",
+        "weight not last",
+    ],
 )
 def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change: Callable[[nn.Module], None]) -> None:
     plain = layers()
@@ -190,12 +261,14 @@ def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change:
         assert torch.equal(model(inputs), plain(inputs))
 
 
+@has_instructions
 def test_inputs_that_pytorch_refuses_are_refused() -> None:
     model, inputs = fused(layers(), torch.bfloat16), last(torch.ones(32, 64, 8, 8), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="channels"):
         model(inputs)
 
 
+@has_instructions
 def test_a_network_learns_as_with_pytorchs_layers() -> None:
     """Its first losses, which have few digits in bfloat16 either way."""
     losses = []
