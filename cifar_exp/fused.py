@@ -49,10 +49,10 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             used = (kernels.batch_norm, kernels.batch_norm_gradient, kernels.normalized)
         elif isinstance(layer, HalvingMaxPool):
             used = (kernels.pooled, kernels.unpooled)
+        elif isinstance(layer, WinogradConvolution):
+            used = (winograd.convolved, winograd.derived)
         for kernel in used:
             native.compiled(kernel, dtype, getattr(layer, "activation", kernels.IDENTITY))
-    if any(isinstance(layer, WinogradConvolution) for _, _, layer in found):
-        winograd.compile_all()
     for parent, name, layer in found:
         setattr(parent, name, layer)
     return model

@@ -7,8 +7,8 @@ In one dimension, with * for element by element:
     outputs = A' ((G weights) * (B' inputs)),    gradient of weights = G' sum over tiles of ((A gradient) * (B' inputs))
 
 Sums over channels or tiles are products of 16 matrices, of bfloat16 numbers, summed in float32. Transformed numbers are
-rounded to bfloat16, inputs and gradients once more than in a direct convolution: errors are one and a half to three
-times as large. A gradient of weights is float32, where PyTorch rounds it; it is summed over each thread's share of the
+rounded to bfloat16, inputs and gradients once more than in a direct convolution: errors are up to 2.6 times
+as large. A gradient of weights is float32, where PyTorch rounds it; it is summed over each thread's share of the
 tiles first, so its last digits depend on the number of threads.
 
 Tiles are transformed in blocks that stay in a core's cache. Channels come in groups of 32, in which those with even
@@ -26,7 +26,6 @@ from torch import Tensor
 from cifar_exp import vectors
 from cifar_exp.native import (
     OPTIONS,
-    compiled,
     launch,
     narrowed,
     pointer,
@@ -92,8 +91,7 @@ def _tile(builder: Builder, side: int, matrix: Any, place: tuple[Value, ...]) ->
 def _transform_inputs(builder, image, height, width, channels, left, top, first, zeros, out):
     """To the points at ``out``, a line of the cache each."""
     place = (image, height, width, channels, left, top, first, zeros)
-    for point, (even, odd) in enumerate(_tile(builder, 4, OF_INPUTS, place)):
-        vectors.store(builder, vectors.rounded(builder, even, odd), vectors.moved(builder, out, FACTORS * point))
+    _store(builder, _tile(builder, 4, OF_INPUTS, place), out)
 
 
 @inlined
@@ -108,8 +106,7 @@ def _transform_gradients(builder, image, height, width, channels, left, top, fir
     """The same for 2x2 gradients of outputs, which are added to the ``sums`` of this group's."""
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
     _add_up(builder, points, sums)
-    for point, (even, odd) in enumerate(points):
-        vectors.store(builder, vectors.rounded(builder, even, odd), vectors.moved(builder, out, FACTORS * point))
+    _store(builder, points, out)
 
 
 @inlined
@@ -118,6 +115,11 @@ def _transform_gradients_behind(builder, image, height, width, channels, left, t
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
     _add_up(builder, points, sums)
     _interleave(builder, points, before, out)
+
+
+def _store(builder: Builder, points: list[tuple[Value, Value]], out: Value) -> None:
+    for point, (even, odd) in enumerate(points):
+        vectors.store(builder, vectors.rounded(builder, even, odd), vectors.moved(builder, out, FACTORS * point))
 
 
 def _interleave(builder: Builder, points: list[tuple[Value, Value]], before: Value, out: Value) -> None:
@@ -288,11 +290,11 @@ def convolved(_element: Any, _variant: int) -> Any:
         groups, blocks = _whole_groups(inputs), _whole_groups(outputs)
         if backward:
             weight = carray(pointer(p[7]), (inputs, 3, 3, outputs), np.float32)
-            transformed = carray(pointer(p[11]), (16, inputs, outputs), np.uint16)
+            transformed = carray(pointer(p[11]), (POINTS, inputs, outputs), np.uint16)
         else:
             weight = carray(pointer(p[7]), (outputs, 3, 3, inputs), np.float32)
-            transformed = carray(pointer(p[11]), (16, outputs, inputs), np.uint16)
-        factors = carray(pointer(p[12]), (blocks, 16, groups * LANES, GROUP), np.uint32)
+            transformed = carray(pointer(p[11]), (POINTS, outputs, inputs), np.uint16)
+        factors = carray(pointer(p[12]), (blocks, POINTS, groups * LANES, GROUP), np.uint32)
         vectors.align_stack()
         _transform_weights(weight, transformed)
         wait_for_threads()
@@ -451,20 +453,13 @@ def pays() -> bool:
     return features.issuperset(vectors.NEEDED) and "amx-bf16" not in features
 
 
-def compile_all() -> None:
-    """Rather than in the first step."""
-    for kernel in (convolved, derived):
-        compiled(kernel, torch.bfloat16)
-
-
 def fits(inputs: Tensor, weight: Tensor) -> bool:
-    """Whether ``inputs``, (N, C, H, W) and channels-last, are such that :func:`convolve` takes them and pays."""
+    """Whether :func:`convolve` takes ``inputs``, (N, C, H, W) bfloat16 and channels-last, and ``weight``, and pays."""
     images, channels, height, width = inputs.shape
     tiles = ((height + 1) // 2) * ((width + 1) // 2)
     padded = POINTS * tiles * GROUP**2 * -(-channels // GROUP) * -(-len(weight) // GROUP)
     return (
-        inputs.dtype == torch.bfloat16
-        and channels == weight.shape[1]
+        channels == weight.shape[1]
         and weight.dtype == torch.float32
         and weight.is_contiguous(memory_format=torch.channels_last)
         and 9 * height * width * channels * len(weight) >= LEAST_SAVED * padded

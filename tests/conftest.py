@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from cifar_exp.distributed import World
 from tests.servers import mlflow_server  # noqa: F401
@@ -181,3 +182,12 @@ def the_run(folder: Path) -> Path:
     """The folder of the only run under ``folder``/outputs."""
     (journal,) = (folder / "outputs").rglob("run.json")
     return journal.parent
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many for torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,9 @@ from cifar_exp.worker import fuse_layers
 from tests.conftest import TINY, environment
 
 Results = dict[str, Tensor]
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROUNDING = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-8}
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def channels_last(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

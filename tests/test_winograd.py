@@ -16,6 +16,7 @@ from cifar_exp.models import convnet, seeded
 from cifar_exp.worker import fuse_layers
 from tests.conftest import environment
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 has_instructions = pytest.mark.skipif(not winograd.pays(), reason="the processor multiplies no bfloat16 in AVX512")
 
 SHAPES = [  # images, channels of inputs and outputs, height, width
@@ -27,14 +28,6 @@ SHAPES = [  # images, channels of inputs and outputs, height, width
     (1, 33, 65, 2, 31),
     (15, 40, 33, 5, 5),
 ]
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def integers(*shape: int, limit: int, seed: int) -> Tensor:
@@ -220,11 +213,11 @@ def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
 
 
 def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr("cifar_exp.winograd.pays", lambda: True)
-    monkeypatch.setattr("cifar_exp.winograd.compile_all", refuse)
+    monkeypatch.setattr("cifar_exp.native.compiled", refuse)
     model = layers()
     assert fuse_layers(model, torch.bfloat16) == "RuntimeError: no such instruction"
     assert type(model[0]) is nn.Conv2d
