@@ -52,7 +52,7 @@ class CapturedStep:
 def undone(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Whatever steps the block trains, weights, buffers and the optimizer's state are as before, in the same memory.
 
-    State that the optimizer made meanwhile becomes zero, which is where torch's fused optimizers start.
+    State that the optimizer made meanwhile becomes zero, which is where those start that may be captured.
     """
     tensors = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in tensors]

@@ -77,6 +77,8 @@ class Muon(Optimizer):
         bias_lr_ratio: the same of biases, which are few and may move fast.
         sgd_momentum: of matrices and biases.
         weight_decay: of matrices and biases: a step shrinks them by ``lr`` x ``weight_decay``, whatever their ratio.
+
+    A group's ``lr`` may be a tensor on the parameters' device, for steps that are part of a CUDA graph.
     """
 
     def __init__(
@@ -121,7 +123,18 @@ class Muon(Optimizer):
                 if group["orthogonal"]:
                     parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-12))
                     update = orthogonalized(update.flatten(1)).view_as(parameter)
-                parameter.add_(update, alpha=-lr)
+                if isinstance(lr, Tensor):
+                    parameter.addcmul_(update, lr, value=-1)
+                else:
+                    parameter.add_(update, alpha=-lr)
+
+
+def may_be_captured(optimizer: Optimizer) -> bool:
+    """Whether its steps can be part of a CUDA graph, and its state starts at zero, to which it can be set back."""
+    return isinstance(optimizer, Muon) or all(
+        group.get("fused") and group.get("capturable", True) and not group.get("dampening")  # the first step has none
+        for group in optimizer.param_groups
+    )
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -22,6 +22,7 @@ from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
 from cifar_exp.graph import Capture, CapturedStep, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
+from cifar_exp.optim import may_be_captured
 from cifar_exp.rank_times import MEASURED, RankTimes
 from cifar_exp.schema import BatchNorm
 
@@ -261,7 +262,7 @@ class Trainer:
 
     def capture(self, batches: TrainBatches, capture: Capture) -> None:
         """Take every step from now on by replaying one that is captured: augmentation, forward, backward, and the
-        update where the optimizer is a fused one that may be captured, which reads its rate from the device.
+        update where the optimizer may be captured, which then reads its rate from the device.
 
         Raises:
             RuntimeError: where the step cannot be captured, as in float16, whose scaler asks the host; steps are then
@@ -271,8 +272,8 @@ class Trainer:
             raise RuntimeError(f"train.accumulate={batches.accumulate} makes several passes of each")
         if self._scaler.is_enabled():
             raise RuntimeError("float16 scales the loss by what the host reads of each step")
-        fused = all(group.get("fused") and group.get("capturable", True) for group in self.optimizer.param_groups)
-        if fused:
+        with_update = may_be_captured(self.optimizer)
+        if with_update:
             self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
 
         def compute(scale: float, *draw: Tensor) -> None:
@@ -280,7 +281,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss, logits = self._loss(images, labels)
             loss.backward()
-            if fused:
+            if with_update:
                 self._update()
             self._block.add(loss.detach(), logits.detach(), labels)
 
@@ -390,7 +391,7 @@ class Trainer:
                 self._update()
                 self.optimizer.zero_grad(set_to_none=True)
             if self._averaged:
-                self._averaged.update_parameters(self._network)
+                self._average_weights(self._averaged)
         self.control.got_on()
 
     def _add_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
@@ -411,6 +412,21 @@ class Trainer:
         with autocast(self.device, self.precision):  # for the matrix products of Muon
             self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    @torch.no_grad()
+    def _average_weights(self, averaged: AveragedModel) -> None:
+        """As ``update_parameters`` does, which copies a count to the device at each step: the host would wait there."""
+        if not averaged.n_averaged:
+            averaged.update_parameters(self._network)
+            return
+        means, values = ([*network.parameters(), *network.buffers()] for network in (averaged.module, self._network))
+        for are_floats in (True, False):
+            mean, now = ([it for it in tensors if it.is_floating_point() is are_floats] for tensors in (means, values))
+            if are_floats:
+                torch._foreach_lerp_(mean, now, 1 - self.averaging)
+            elif mean:
+                torch._foreach_copy_(mean, now)
+        averaged.n_averaged += 1
 
     def _set_lr(self, lr: float | Tensor) -> None:
         """The rate of the next update; a captured optimizer reads it from the tensor that it was captured with."""

@@ -549,6 +549,8 @@ def _prepare_process(job: Job) -> None:
     torch.set_num_threads(job.threads)
     if job.accelerator == "cpu":
         keep_freed_memory()
+    # Batches keep their shape, for which the fastest algorithms are worth finding: others may be found another time.
+    torch.backends.cudnn.benchmark = not job.train.deterministic
     if job.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
     if job.train.deterministic:

@@ -1,7 +1,7 @@
 """A captured step trains what a step taken one by one trains. A GPU is not needed: what is replayed here is a call."""
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from cifar_exp.distributed import World
 from cifar_exp.graph import Capture, Function, cuda_graph
+from cifar_exp.optim import Muon, OptimizerFactory
 from tests.test_distributed import train_batches, trainer, validation
+
+SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
 
 
 def on_its_own_memory(parameters: list[Tensor]) -> Capture:
@@ -34,9 +37,9 @@ def on_its_own_memory(parameters: list[Tensor]) -> Capture:
     return capture
 
 
-def trained(captured: bool, world: World, **settings: Any) -> tuple[list[Tensor], list[object]]:
+def trained(captured: bool, world: World, make_optimizer: OptimizerFactory) -> tuple[list[Tensor], list[object]]:
     made, model, reports = trainer(world)
-    made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, **settings)
+    made.optimizer = make_optimizer(model.parameters(), lr=1.0)
     batches = train_batches(world)
     if captured:
         made.capture(batches, on_its_own_memory(list(model.parameters())))
@@ -64,12 +67,20 @@ def test_steps_of_several_sizes_have_gradients_of_their_own(only_rank: World) ->
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_replayed_steps_train_the_same_network(only_rank: World, fused: bool) -> None:
-    one_by_one, expected = trained(False, only_rank, fused=fused)
-    replays, figures = trained(True, only_rank, fused=fused)
+    one_by_one, expected = trained(False, only_rank, partial(SGD, fused=fused))
+    replays, figures = trained(True, only_rank, partial(SGD, fused=fused))
     assert figures == expected
     assert len(figures) > 10
     for ours, theirs in zip(replays, one_by_one, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_replayed_steps_of_muon_train_the_same_network(only_rank: World) -> None:
+    """But for rounding: a rate that is on the device is multiplied by what it is the rate of, not fused."""
+    one_by_one, _ = trained(False, only_rank, Muon)
+    replays, _ = trained(True, only_rank, Muon)
+    for ours, theirs in zip(replays, one_by_one, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: World) -> None:
@@ -77,10 +88,10 @@ def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: W
         function()
         raise ValueError("not this one")
 
-    expected, _ = trained(False, only_rank)
+    expected, _ = trained(False, only_rank, SGD)
     made, model, _ = trainer(only_rank)
     before = [value.clone() for value in model.state_dict().values()]
-    made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, fused=True)
+    made.optimizer = SGD(model.parameters(), lr=1.0, fused=True)
     with pytest.raises(RuntimeError, match="not this one"):
         made.capture(train_batches(only_rank), refusing)
     for value, old in zip(model.state_dict().values(), before, strict=True):

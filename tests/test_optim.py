@@ -1,6 +1,8 @@
 """Schedules have the values of their formulas; Muon takes the steps of an independently written one."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_exp.optim import Muon, cosine, learning_rates, linear, orthogonalized, piecewise
+from cifar_exp.optim import Muon, cosine, learning_rates, linear, may_be_captured, orthogonalized, piecewise
 
 Array = NDArray[np.float64]
 
@@ -100,11 +102,15 @@ def slow_muon(weight: Array, gradients: list[Array], rates: list[float], momentu
     return weight
 
 
+@pytest.mark.parametrize("rate", [float, torch.tensor])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (40, 4, 3, 3), (6, 6, 1, 1)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 def test_two_steps_of_muon_are_those_of_the_slow_one(
-    shape: tuple[int, ...], momentum: float, memory_format: torch.memory_format
+    shape: tuple[int, ...],
+    momentum: float,
+    memory_format: torch.memory_format,
+    rate: Callable[[float], float | Tensor],
 ) -> None:
     """The rate is read anew at each step, and the layout in memory makes no difference."""
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +118,7 @@ def test_two_steps_of_muon_are_those_of_the_slow_one(
     parameter = torch.nn.Parameter(weight.clone(memory_format=memory_format))
     optimizer = Muon([parameter], lr=1.0, momentum=momentum)
     for gradient, lr in zip(gradients, (0.05, 0.02), strict=True):
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = rate(lr)
         parameter.grad = gradient.clone(memory_format=memory_format)
         optimizer.step()
     expected = slow_muon(
@@ -168,3 +174,21 @@ def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
     Muon([kernel, bias], weight_decay=0.1).step()
     assert torch.equal(kernel, torch.ones(4, 3, 3, 3))
     assert torch.equal(bias, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "may_be"),
+    [
+        (Muon, {}, True),
+        (torch.optim.SGD, {"momentum": 0.9, "fused": True}, True),
+        (torch.optim.SGD, {"momentum": 0.9}, False),
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "fused": True}, False),
+        (torch.optim.AdamW, {"fused": True, "capturable": True}, True),
+        (torch.optim.AdamW, {"fused": True}, False),
+        (torch.optim.NAdam, {"capturable": True}, False),  # part of its state starts at one
+    ],
+)
+def test_which_optimizers_may_be_captured(
+    make: Callable[..., torch.optim.Optimizer], settings: dict[str, Any], may_be: bool
+) -> None:
+    assert may_be_captured(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **settings)) is may_be
