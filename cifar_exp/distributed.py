@@ -240,12 +240,21 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communicat
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # torch 2.13 renamed the option.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    settings: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    if world.device.type == "cpu":
+        # One bucket: gloo's threads run on the ranks' own cores, where averaging in the midst of a backward pass delays
+        # it by more than is gained (benchmarks/README.md).
+        settings["bucket_cap_mb"] = gradient_bytes(model) // 2**20 + 1
     with _side_stream(world.device):
-        parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+        parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
     if world.device.type == "cpu":
         parallel.register_comm_hook(communication, _average_and_note)
     return parallel, communication
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """What ranks average in each step."""
+    return sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 
 @contextmanager

@@ -359,7 +359,7 @@ def _communication(trainer: Trainer, model: nn.Module, world: World) -> dict[str
     """Where the time of each of several ranks went, and what they sent beside what the link can carry."""
     if world.size == 1:
         return {}
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    size = distributed.gradient_bytes(model)
     return trainer.rank_times.metrics() | {
         "communication/bytes_per_step": distributed.sent_bytes(size, world.size),
         "communication/link_bytes_per_second": distributed.link_bytes_per_second(size, world.device),

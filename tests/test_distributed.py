@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Crop
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.distributed import World, average_buffers, data_parallel, link_bytes_per_second, sum_over_ranks
+from cifar_exp.distributed import (
+    Communication,
+    World,
+    average_buffers,
+    data_parallel,
+    link_bytes_per_second,
+    sum_over_ranks,
+)
 from cifar_exp.errors import DivergenceError
 from cifar_exp.metrics import Averages
 from cifar_exp.models import convnet, seeded
@@ -207,6 +214,26 @@ def accumulated_after_warming_up(world: World) -> dict[str, list[float]]:
     return made.rank_times.seconds
 
 
+def collectives(world: World) -> int:
+    """How many average 3 MB of gradients, which torch's own choice of buckets would part."""
+    count = 0
+
+    def complete(self: Communication) -> None:
+        nonlocal count
+        count += 1
+        before(self)
+
+    model = nn.Sequential(*[nn.Linear(500, 500) for _ in range(3)])
+    parallel, _ = data_parallel(model, world)
+    with pytest.MonkeyPatch.context() as patch:
+        before = Communication.bucket_complete
+        patch.setattr(Communication, "bucket_complete", complete)
+        for _ in range(3):
+            count = 0
+            parallel(torch.ones(2, 500)).sum().backward()
+    return count
+
+
 def divergence(world: World, log_every: int) -> str:
     """What is raised where only the last rank's images are not finite."""
     broken = Normalization(shift=(float("nan"), 0.0, 0.0)) if world.rank == world.size - 1 else NORMALIZATION
@@ -230,6 +257,7 @@ def all_results(world: World) -> Results:
         "accumulated": {parts: trained(world, parts) for parts in (2, 4)},
         "slowed_down": vars(slowed_down(world)),
         "warmed_up": accumulated_after_warming_up(world) if world.size > 1 else None,
+        "collectives": collectives(world),
         "link": link_bytes_per_second(1000, world.device),
         "plain_loop": plain_loop(world.size),
         "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
@@ -288,6 +316,10 @@ def test_the_rank_that_the_others_wait_for_is_known_by_all(pair: list[Results], 
     assert all(value > 0 for name in ("compute", "data", "evaluation") for value in times["seconds"][name])
     assert set(alone["slowed_down"]["seconds"]["waiting"]) == {0.0}
     assert all(rank["link"] > 1e3 for rank in pair)
+
+
+def test_ranks_on_cpus_average_all_gradients_at_once(pair: list[Results], alone: Results) -> None:
+    assert [rank["collectives"] for rank in (*pair, alone)] == [1, 1, 0]
 
 
 def test_a_step_waits_once_however_many_micro_batches_it_has(pair: list[Results]) -> None:
