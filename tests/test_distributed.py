@@ -1,5 +1,7 @@
 """Ranks train as one: gradients, sums, statistics and failures are those of all of them. Real gloo processes."""
 
+import os
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -234,6 +236,13 @@ def collectives(world: World) -> int:
     return count
 
 
+def scheduling_policies() -> tuple[int, set[int]]:
+    """That of the thread that trains, and those of all others."""
+    trains = threading.get_native_id()
+    others = {int(path.name) for path in Path("/proc/self/task").iterdir()} - {trains}
+    return os.sched_getscheduler(trains), {os.sched_getscheduler(thread) for thread in others}
+
+
 def divergence(world: World, log_every: int) -> str:
     """What is raised where only the last rank's images are not finite."""
     broken = Normalization(shift=(float("nan"), 0.0, 0.0)) if world.rank == world.size - 1 else NORMALIZATION
@@ -258,6 +267,7 @@ def all_results(world: World) -> Results:
         "slowed_down": vars(slowed_down(world)),
         "warmed_up": accumulated_after_warming_up(world) if world.size > 1 else None,
         "collectives": collectives(world),
+        "policies": scheduling_policies(),
         "link": link_bytes_per_second(1000, world.device),
         "plain_loop": plain_loop(world.size),
         "diverged": {log_every: divergence(world, log_every) for log_every in (1, 2, 10)},
@@ -320,6 +330,14 @@ def test_the_rank_that_the_others_wait_for_is_known_by_all(pair: list[Results], 
 
 def test_ranks_on_cpus_average_all_gradients_at_once(pair: list[Results], alone: Results) -> None:
     assert [rank["collectives"] for rank in (*pair, alone)] == [1, 1, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="NOT RUN: Linux alone has this policy")
+def test_gloos_threads_do_not_preempt_training(pair: list[Results]) -> None:
+    for rank in pair:
+        trains, others = rank["policies"]
+        assert trains == os.SCHED_OTHER
+        assert os.SCHED_BATCH in others
 
 
 def test_a_step_waits_once_however_many_micro_batches_it_has(pair: list[Results]) -> None:
