@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from workload import PRECISION
+from workload import DEVICE, PRECISION
+
+from cifar_exp.data import TrainBatches
 
 Batch = tuple[Tensor, Tensor]
 
@@ -23,11 +25,43 @@ def bare_epoch(model: nn.Module, optimizer: Optimizer, batches: Callable[[], Ite
     return epoch
 
 
+def graphed_epoch(model: nn.Module, optimizer: Optimizer, batches: TrainBatches) -> Callable[[], None]:
+    """The same on a GPU, where each step, its batch included, is the replay of a CUDA graph.
+
+    As PyTorch's documentation has it ("CUDA semantics", whole-network capture).
+    """
+    draw = [part.clone() for part in batches.example()]
+    last_loss = torch.zeros((), device=DEVICE)
+
+    def step() -> None:
+        last_loss.copy_(bare_step(model, optimizer, *batches.make(*draw)).detach())
+
+    model.train()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def epoch() -> None:
+        for next_draw in batches.draws(1):
+            for buffer, part in zip(draw, next_draw, strict=True):
+                buffer.copy_(part)
+            graph.replay()
+        last_loss.item()
+
+    return epoch
+
+
 def bare_step(
     model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, precision: torch.dtype = PRECISION
 ) -> Tensor:
     """One update; the loss, not read."""
-    with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+    with torch.autocast(DEVICE.type, dtype=precision, enabled=precision != torch.float32):
         loss = F.cross_entropy(model(images).float(), labels)
     optimizer.zero_grad()
     loss.backward()

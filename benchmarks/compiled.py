@@ -1,7 +1,8 @@
-"""The eager step against the one with fused layers, which is what ``train.compile=auto`` takes on CPUs, and Inductor's.
+"""The eager step against what ``train.compile=auto`` takes, and against Inductor's.
 
-Included: forward, loss, backward and update of the reference network on batches that are there. Compiling itself comes
-before; its seconds are in the notes.
+``auto`` is fused layers on CPUs and a CUDA graph on a GPU, where Inductor's step is in a graph, too, as it is with
+``train.compile=always``. Included: forward, loss, backward and update of the reference network on batches that are
+there. Compiling itself comes before; its seconds are in the notes.
 """
 
 import time
@@ -10,36 +11,43 @@ from collections.abc import Callable
 import torch
 from bare import bare_step
 from harness import arguments, compare, publish
-from workload import BATCH, fused_network, network
+from workload import BATCH, DEVICE, ON_GPU, fused_network, network, synchronize, turn_steps
 
+from cifar_exp.graph import cuda_graph
 from cifar_exp.process import keep_freed_memory
 
 
 def main() -> None:
-    options = arguments(__doc__, pairs=8, steps=4).parse_args()
-    keep_freed_memory()  # as ranks do
-    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (BATCH,))
+    options = arguments(__doc__, pairs=8, steps=turn_steps(4)).parse_args()
+    if not ON_GPU:
+        keep_freed_memory()  # as ranks do
+    images = torch.randn(BATCH, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (BATCH,), device=DEVICE)
 
     def steps(kind: str) -> Callable[[], None]:
-        model, optimizer = fused_network() if kind == "fused" else network()
+        model, optimizer = fused_network() if kind == "auto" else network()
         if kind == "compiled":
             model.compile()
 
+        def one() -> None:
+            bare_step(model, optimizer, images, labels)
+
+        step = cuda_graph(one) if ON_GPU and kind != "eager" else one
+
         def run() -> None:
             for _ in range(options.steps):
-                bare_step(model, optimizer, images, labels)
+                step()
+            synchronize()
 
         return run
 
-    eager, fused, compiled = steps("eager"), steps("fused"), steps("compiled")
+    eager, auto = steps("eager"), steps("auto")
     began = time.perf_counter()
+    compiled = steps("compiled")
     compiled()
     notes = {"seconds to compile and take the first steps": round(time.perf_counter() - began, 1)}
-    rows = [
-        compare(f"{name} / eager, {options.steps} steps", arm, eager, options.pairs)
-        for name, arm in (("fused", fused), ("compiled", compiled))
-    ]
+    arms = {"graphed": auto, "compiled and graphed": compiled} if ON_GPU else {"fused": auto, "compiled": compiled}
+    rows = [compare(f"{name} / eager, {options.steps} steps", arm, eager, options.pairs) for name, arm in arms.items()]
     publish("compiled", rows, notes)
 
 

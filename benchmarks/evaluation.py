@@ -8,13 +8,23 @@ import tempfile
 from pathlib import Path
 
 from harness import Goal, arguments, compare, publish
-from workload import BATCH, PRECISION, alone, epoch_of, evaluation_batches, random_split, train_batches, trainer
+from workload import (
+    BATCH,
+    PRECISION,
+    alone,
+    epoch_of,
+    evaluation_batches,
+    random_split,
+    train_batches,
+    trainer,
+    turn_steps,
+)
 
 from cifar_exp.train import evaluate
 
 
 def main() -> None:
-    options = arguments(__doc__, pairs=12, steps=10).parse_args()
+    options = arguments(__doc__, pairs=12, steps=turn_steps(10)).parse_args()
     with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
         split = random_split(BATCH * options.steps)
         loop = trainer(world, log_every=options.steps)

@@ -17,6 +17,7 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 import psutil
+import torch
 
 from cifar_exp.machine import BUSY, LoadMeter, own_cpu_seconds
 
@@ -183,7 +184,8 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 def publish(benchmark: str, rows: Sequence[Row], notes: Mapping[str, Any] | None = None) -> None:
     """Print the table and write ``results/<benchmark>.json`` with machine, versions and date.
 
-    A single round is a trial and is not written: it would replace a measurement.
+    A single round is a trial and is not written: it would replace a measurement. Where a GPU was measured the file is
+    ``results/<benchmark>-gpu.json``.
     """
     print(f"\n{benchmark}: a / b is seconds of a over seconds of b; median [95 % interval]")
     for row in rows:
@@ -206,7 +208,8 @@ def publish(benchmark: str, rows: Sequence[Row], notes: Mapping[str, Any] | None
         "notes": dict(notes or {}),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{benchmark}.json").write_text(json.dumps(content, indent=1) + "\n")
+    name = f"{benchmark}-gpu" if torch.cuda.is_available() else benchmark
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def arguments(description: str | None, pairs: int, steps: int | None = None) -> argparse.ArgumentParser:
@@ -227,6 +230,7 @@ def machine() -> dict[str, object]:
         "features": sorted({word for word in info.split() if word in ("avx512_bf16", "amx_bf16", "avx512f", "avx2")}),
         "cores": len(psutil.Process().cpu_affinity()),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }

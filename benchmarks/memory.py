@@ -1,10 +1,13 @@
-"""Memory of ranks on CPUs: how much, whether the images are there once a host, whether it grows with the epochs.
+"""Memory of ranks: how much, whether the images are there once a host, whether it grows with the epochs.
 
-Looked at from outside while the real command trains on synthetic images of its own. Memory is the proportional set size
-(PSS): a page that two processes share counts half in each. Growth is the difference of two peaks of resident memory, of
-the last epoch and of the second, as the kernel keeps them. Linux only.
+On CPUs ranks are looked at from outside while the real command trains on synthetic images of its own. Memory is the
+proportional set size (PSS): a page that two processes share counts half in each. Growth is the difference of two peaks
+of resident memory, of the last epoch and of the second, as the kernel keeps them. Linux only.
+
+On a GPU, peaks are the most that torch's allocator has given out in an epoch of the package's loop.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +16,10 @@ from pathlib import Path
 from subprocess import Popen
 
 import psutil
+import torch
 from commands import Workplace, finish, synthetic_data, workplace
 from harness import Figure, Goal, arguments, publish
+from workload import ON_GPU, alone, epoch_of, random_split, train_batches, trainer
 
 from cifar_exp import journal
 
@@ -42,6 +47,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5_120, help="training images (default: 5,120)")
     parser.add_argument("--model", default="convnet", help="network of the runs on one and two ranks")
     options = parser.parse_args()
+    if ON_GPU:
+        peaks = [gpu_epoch_peaks(options.epochs, options.images) for _ in range(options.pairs)]
+        publish("memory", gpu_figures(peaks, options.epochs))
+        return
     with workplace() as place:
         data = [*synthetic_data(place.folder, options.images), "devices=cpu", "tracking=none", "augment=crop"]
         short = [*data, f"model={options.model}", "train.epochs=1"]
@@ -60,10 +69,11 @@ def ranks(count: int) -> list[str]:
     return [f"devices.count={count}", "devices.threads=1", "devices.oversubscribe=true"]
 
 
-def figures(one: list[Seen], two: list[Seen], peaks: list[list[int]], epochs: int) -> list[Figure]:
-    def mib(name: str, values: list[int], goal: Goal | None = None) -> Figure:
-        return Figure.of(name, [value / MIB for value in values], "MiB", goal=goal)
+def mib(name: str, values: list[int], goal: Goal | None = None) -> Figure:
+    return Figure.of(name, [value / MIB for value in values], "MiB", goal=goal)
 
+
+def figures(one: list[Seen], two: list[Seen], peaks: list[list[int]], epochs: int) -> list[Figure]:
     shares = [both.images / alone.images for both, alone in zip(two, one, strict=True)]
     return [
         mib("one rank", [seen.peak for seen in one]),
@@ -73,6 +83,25 @@ def figures(one: list[Seen], two: list[Seen], peaks: list[list[int]], epochs: in
         Figure.of("images in two ranks / in one", shares, goal=Goal("<=", 1.01)),
         mib(f"growth from epoch 2 to {epochs}", [run[-1] - run[1] for run in peaks], Goal("<=", 1.0)),
     ]
+
+
+def gpu_figures(peaks: list[list[int]], epochs: int) -> list[Figure]:
+    return [
+        mib("one rank", [max(run) for run in peaks]),
+        mib(f"growth from epoch 2 to {epochs}", [run[-1] - run[1] for run in peaks], Goal("<=", 0.0)),
+    ]
+
+
+def gpu_epoch_peaks(epochs: int, images: int) -> list[int]:
+    """Of a rank in this process that replays its steps, images and captured buffers included, bytes."""
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
+        epoch = epoch_of(trainer(world), train_batches(random_split(images), world))
+        for _ in range(epochs):
+            torch.cuda.reset_peak_memory_stats()
+            epoch()
+            peaks.append(torch.cuda.max_memory_allocated())
+    return peaks
 
 
 def watched(place: Workplace, overrides: list[str]) -> Seen:

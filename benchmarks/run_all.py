@@ -1,11 +1,17 @@
-"""All benchmarks, one after the other, each in a process of its own; their tables and ``results/<name>.json``."""
+"""All benchmarks, one after the other, each in a process of its own; their tables and ``results/<name>.json``.
+
+Where there is a GPU it is measured, in ``results/<name>-gpu.json``, and what is about processors does not see it.
+"""
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 FOLDER = Path(__file__).parent
 BENCHMARKS = {
@@ -20,8 +26,10 @@ BENCHMARKS = {
     "tracking": "a step beside the parent that feeds MLflow, or a server that hangs",
     "memory": "of ranks, and its growth",
     "time_to_accuracy": "the speed recipe against the plain loop",
+    "gpu_recipes": "the reference recipe and the one for 94 % on a GPU",
 }
 NEEDS = {"peers": ("lightning", "accelerate")}
+FOR_CPUS = ("scaling", "startup", "tracking", "time_to_accuracy")
 
 
 def main() -> int:
@@ -39,9 +47,12 @@ def outcome(name: str, options: list[str]) -> str:
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
     if missing:
         return f"left out: {', '.join(missing)} not installed (uv run --group bench)"
+    if name == "gpu_recipes" and not torch.cuda.is_available():
+        return "left out: there is no GPU"
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if name in FOR_CPUS else {})
     print(f"\n=== {name}: {BENCHMARKS[name]}", flush=True)
     began = time.perf_counter()
-    code = subprocess.run([sys.executable, FOLDER / f"{name}.py", *options], check=False).returncode
+    code = subprocess.run([sys.executable, FOLDER / f"{name}.py", *options], env=environment, check=False).returncode
     seconds = time.perf_counter() - began
     return f"FAILED with {code} after {seconds:.0f} s" if code else f"done in {seconds:.0f} s"
 

@@ -11,7 +11,6 @@ the run trained on.
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -19,8 +18,7 @@ from bare import bare_epoch
 from commands import REPOSITORY, Run, Workplace, workplace
 from harness import Figure, Goal, LoadMeter, arguments, publish
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.flop_counter import FlopCounterMode
-from workload import BATCH, CORES, network, random_split, train_batches
+from workload import BATCH, CORES, network, random_split, train_batches, training_flop
 
 from cifar_exp import journal
 from cifar_exp.config import build, read_config
@@ -30,7 +28,8 @@ from cifar_exp.plan import spread
 
 ACCURACY = 0.867
 PLAIN_IMAGES = 60 * (50_000 // BATCH) * BATCH  # that the plain loop trains on
-IMAGES = Path(os.environ.get("CIFAR_EXP_IMAGES", "data/cifar10-images"))  # relative to the repository
+IMAGES = REPOSITORY / os.environ.get("CIFAR_EXP_IMAGES", "data/cifar10-images")
+REAL_IMAGES = ["data=folders", f"data.root={IMAGES}"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Attempt:
 
 def main() -> None:
     parser = arguments(__doc__, pairs=3, steps=20)  # a pair is a seed
-    overrides = ["experiment=speedrun", "data=folders", f"data.root={REPOSITORY / IMAGES}"]
+    overrides = ["experiment=speedrun", *REAL_IMAGES]
     parser.add_argument("--overrides", nargs="+", default=overrides, help="other runs than experiment=speedrun")
     options = parser.parse_args()
     torch.set_num_threads(CORES)
@@ -123,13 +122,8 @@ def flop_per_image(run: Run) -> float:
     assert isinstance(config, DictConfig)
     settings = read_config(config)
     model = build(settings).make_model(num_classes=10)
-    counts = []
-    for scale in spread(settings.train.image_scales or (1.0,), settings.train.epochs):
-        images = torch.zeros(2, 3, *scaled((32, 32), scale))  # batch norm wants more than one
-        with FlopCounterMode(display=False) as counter:
-            model(images).sum().backward()
-        counts.append(counter.get_total_flops() / len(images))
-    return mean(counts)
+    scales = spread(settings.train.image_scales or (1.0,), settings.train.epochs)
+    return mean(training_flop(model, scaled((32, 32), scale)) for scale in scales)
 
 
 def images_trained(run: Run) -> float:

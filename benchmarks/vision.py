@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from workload import MEAN, STD
+from workload import MEAN, ON_GPU, STD
 
 from cifar_exp.array_cache import Split
 
@@ -38,5 +38,11 @@ def loader(split: Split, batch_size: int, *, training: bool, workers: int = 0) -
     """Workers, where there are some, are kept between epochs."""
     data = Images(split, CROP_AND_FLIP if training else NORMALIZE)
     return DataLoader(
-        data, batch_size, shuffle=training, drop_last=training, num_workers=workers, persistent_workers=workers > 0
+        data,
+        batch_size,
+        shuffle=training,
+        drop_last=training,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=ON_GPU,
     )

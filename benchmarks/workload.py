@@ -1,4 +1,7 @@
-"""What the benchmarks train: the reference network and recipe, put together from the package's own parts."""
+"""What the benchmarks train: the reference network and recipe, put together from the package's own parts.
+
+On the first GPU where there is one, as runs do; ``CUDA_VISIBLE_DEVICES=`` in front of a command measures processors.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_exp.array_cache import Split
 from cifar_exp.augment import Augmentation, Crop
 from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.distributed import World, data_parallel, joined_world
+from cifar_exp.graph import cuda_graph
 from cifar_exp.models import convnet, seeded
 from cifar_exp.process import keep_freed_memory
 from cifar_exp.train import Trainer
@@ -21,9 +26,13 @@ from cifar_exp.worker import fuse_layers, resolve_precision
 BATCH = 256
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's channels, 0..255
 NORMALIZATION = Normalization.of("zerocenter", MEAN, STD)
-PRECISION = resolve_precision("auto", torch.device("cpu"))
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PRECISION = resolve_precision("auto", DEVICE)
 FLIP_AND_SHIFT = Crop()  # by whole pixels, as torchvision's RandomHorizontalFlip and RandomCrop(32, padding=4)
 CORES = len(os.sched_getaffinity(0))
+
+torch.backends.cudnn.benchmark = True  # as ranks have it
 
 
 def random_split(count: int) -> Split:
@@ -37,25 +46,26 @@ def train_batches(
     split: Split, world: World, augmentation: Augmentation = FLIP_AND_SHIFT, batch: int = BATCH
 ) -> TrainBatches:
     """A rank's batches as in a run: order, augmentation, normalisation."""
-    return TrainBatches(split, augmentation, NORMALIZATION, 0, world.rank, world.size, batch)
+    return TrainBatches(split.to(DEVICE), augmentation, NORMALIZATION, 0, world.rank, world.size, batch)
 
 
 def evaluation_batches(split: Split, world: World) -> EvaluationBatches:
     """A rank's share of a test set."""
-    return EvaluationBatches(split, NORMALIZATION, world.rank, world.size)
+    return EvaluationBatches(split.to(DEVICE), NORMALIZATION, world.rank, world.size)
 
 
 def network() -> tuple[nn.Module, Optimizer]:
-    """The reference network, channels-last, and the recipe's optimizer."""
-    model = seeded(convnet, 10, 0).to(memory_format=torch.channels_last)
-    return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10)
+    """The reference network, channels-last, and the recipe's optimizer, on a GPU a fused one."""
+    model = seeded(convnet, 10, 0).to(DEVICE).to(memory_format=torch.channels_last)
+    return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10, fused=ON_GPU)
 
 
 def fused_network() -> tuple[nn.Module, Optimizer]:
     """The same with the layers that it trains with on CPUs."""
     model, optimizer = network()
-    problem = fuse_layers(model, PRECISION)
-    assert not problem, problem
+    if not ON_GPU:
+        problem = fuse_layers(model, PRECISION)
+        assert not problem, problem
     return model, optimizer
 
 
@@ -64,7 +74,8 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
 
     The process keeps the memory that it frees, as ranks do: a bare loop that shares it has the benefit, too.
     """
-    keep_freed_memory()
+    if not ON_GPU:
+        keep_freed_memory()
     model, optimizer = fused_network()
     parallel, communication = data_parallel(model, world)
     return Trainer(
@@ -79,8 +90,34 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
     )
 
 
+def training_flop(model: nn.Module, size: tuple[int, int] = (32, 32)) -> float:
+    """Multiplications and additions for one image of ``size``, forward and backward, by PyTorch's counter."""
+    images = torch.zeros(2, 3, *size, device=next(model.parameters()).device)  # batch norm wants more than one
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def turn_steps(steps: int) -> int:
+    """Of a turn, on CPUs ``steps``; on a GPU, where that many would be over too soon, an epoch of CIFAR-10."""
+    return 195 if ON_GPU else steps
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was told."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def prepare(loop: Trainer, batches: TrainBatches) -> None:
+    """What a run does before its first step: on a GPU it captures the step."""
+    if ON_GPU:
+        loop.capture(batches, cuda_graph)
+
+
 def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
     """One pass of the package's loop over ``batches`` a call."""
+    prepare(loop, batches)
 
     def epoch() -> None:
         loop.train_one_epoch(1, batches)
@@ -93,5 +130,5 @@ def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
 def alone(folder: Path) -> Iterator[World]:
     """The calling process as the only rank."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    with joined_world("cpu", folder, 600) as world:
+    with joined_world("gpu" if ON_GPU else "cpu", folder, 600) as world:
         yield world
