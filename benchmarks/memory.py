@@ -4,12 +4,12 @@ On CPUs ranks are looked at from outside while the real command trains on synthe
 proportional set size (PSS): a page that two processes share counts half in each. Growth is the difference of two peaks
 of resident memory, of the last epoch and of the second, as the kernel keeps them. Linux only.
 
-On a GPU, peaks are the most that torch's allocator has given out in an epoch of the package's loop.
+On a GPU it is what torch's allocator has taken of it after each epoch of the package's loop, which includes the memory
+of the captured step.
 """
 
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ import psutil
 import torch
 from commands import Workplace, finish, synthetic_data, workplace
 from harness import Figure, Goal, arguments, publish
-from workload import ON_GPU, alone, epoch_of, random_split, train_batches, trainer
+from processes import ProcessArm
+from workload import CORES, ON_GPU, alone, epoch_of, random_split, train_batches, trainer
 
 from cifar_exp import journal
 
 MIB = 2**20
 IMAGES_FILE = "train_images.npy"
+TAKEN_FILE = "taken"  # one line an epoch, bytes
 GONE = (psutil.Error, OSError)  # a process may end while it is looked at
 
 
@@ -48,8 +50,8 @@ def main() -> None:
     parser.add_argument("--model", default="convnet", help="network of the runs on one and two ranks")
     options = parser.parse_args()
     if ON_GPU:
-        peaks = [gpu_epoch_peaks(options.epochs, options.images) for _ in range(options.pairs)]
-        publish("memory", gpu_figures(peaks, options.epochs))
+        taken = [taken_on_a_gpu(options.epochs, options.images) for _ in range(options.pairs)]
+        publish("memory", gpu_figures(taken, options.epochs))
         return
     with workplace() as place:
         data = [*synthetic_data(place.folder, options.images), "devices=cpu", "tracking=none", "augment=crop"]
@@ -85,23 +87,30 @@ def figures(one: list[Seen], two: list[Seen], peaks: list[list[int]], epochs: in
     ]
 
 
-def gpu_figures(peaks: list[list[int]], epochs: int) -> list[Figure]:
+def gpu_figures(taken: list[list[int]], epochs: int) -> list[Figure]:
     return [
-        mib("one rank", [max(run) for run in peaks]),
-        mib(f"growth from epoch 2 to {epochs}", [run[-1] - run[1] for run in peaks], Goal("<=", 0.0)),
+        mib("one rank", [max(run) for run in taken]),
+        mib(f"growth from epoch 2 to {epochs}", [run[-1] - run[1] for run in taken], Goal("<=", 0.0)),
     ]
 
 
-def gpu_epoch_peaks(epochs: int, images: int) -> list[int]:
-    """Of a rank in this process that replays its steps, images and captured buffers included, bytes."""
-    peaks = []
-    with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
-        epoch = epoch_of(trainer(world), train_batches(random_split(images), world))
+def taken_on_a_gpu(epochs: int, images: int) -> list[int]:
+    """By a rank that replays its steps, after each epoch, bytes."""
+    with ProcessArm(gpu_rank, images, threads=CORES) as arm:
         for _ in range(epochs):
-            torch.cuda.reset_peak_memory_stats()
+            arm()
+        (folder,) = arm.folders
+        return [int(line) for line in (folder / TAKEN_FILE).read_text().split()]
+
+
+def gpu_rank(turns: Iterator[None], folder: str, images: int) -> None:
+    with alone(Path(folder)) as world:
+        epoch = epoch_of(trainer(world), train_batches(random_split(images), world))
+        torch.cuda.empty_cache()  # what preparing took and gave back
+        for _ in turns:
             epoch()
-            peaks.append(torch.cuda.max_memory_allocated())
-    return peaks
+            with (Path(folder) / TAKEN_FILE).open("a") as file:
+                file.write(f"{torch.cuda.memory_reserved()}\n")
 
 
 def watched(place: Workplace, overrides: list[str]) -> Seen:

@@ -26,7 +26,7 @@ BENCHMARKS = {
     "tracking": "a step beside the parent that feeds MLflow, or a server that hangs",
     "memory": "of ranks, and its growth",
     "time_to_accuracy": "the speed recipe against the plain loop",
-    "gpu_recipes": "the reference recipe and the one for 94 % on a GPU",
+    "recipes": "the reference recipe and the one for 94 % on a GPU",
 }
 NEEDS = {"peers": ("lightning", "accelerate")}
 FOR_CPUS = ("scaling", "startup", "tracking", "time_to_accuracy")
@@ -47,7 +47,7 @@ def outcome(name: str, options: list[str]) -> str:
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
     if missing:
         return f"left out: {', '.join(missing)} not installed (uv run --group bench)"
-    if name == "gpu_recipes" and not torch.cuda.is_available():
+    if name == "recipes" and not torch.cuda.is_available():
         return "left out: there is no GPU"
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if name in FOR_CPUS else {})
     print(f"\n=== {name}: {BENCHMARKS[name]}", flush=True)

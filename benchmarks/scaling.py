@@ -2,7 +2,8 @@
 
 (a) two ranks of one thread, 256 images each, against two processes that know nothing of each other: what averaging
     gradients costs. (b) the same global batch of 256 on two ranks of one thread and on one rank of two threads.
-(c) our loop under DDP against a bare DDP loop (DistributedDataParallel as it comes) on the same batches.
+(c) our loop under DDP against a bare DDP loop (DistributedDataParallel as it comes) on the same batches, with gloo's
+    threads scheduled as ours.
 Processes stay alive between turns; each makes its own batches (the package's data path, whole-pixel shifts).
 
 What (a) loses is told by cause, as shares of an independent process's time: waiting for the slower rank, averaging that

@@ -32,8 +32,6 @@ PRECISION = resolve_precision("auto", DEVICE)
 FLIP_AND_SHIFT = Crop()  # by whole pixels, as torchvision's RandomHorizontalFlip and RandomCrop(32, padding=4)
 CORES = len(os.sched_getaffinity(0))
 
-torch.backends.cudnn.benchmark = True  # as ranks have it
-
 
 def random_split(count: int) -> Split:
     """Noise instead of images: the speed of a step does not depend on what is in the pictures."""
@@ -55,7 +53,11 @@ def evaluation_batches(split: Split, world: World) -> EvaluationBatches:
 
 
 def network() -> tuple[nn.Module, Optimizer]:
-    """The reference network, channels-last, and the recipe's optimizer, on a GPU a fused one."""
+    """The reference network, channels-last, and the recipe's optimizer, on a GPU a fused one.
+
+    cuDNN chooses its algorithms by trying them, as it does in ranks.
+    """
+    torch.backends.cudnn.benchmark = True
     model = seeded(convnet, 10, 0).to(DEVICE).to(memory_format=torch.channels_last)
     return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10, fused=ON_GPU)
 

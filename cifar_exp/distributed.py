@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -68,7 +68,7 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     # launcher's to notice.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with _threads_that_do_not_preempt():
+    with _threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
             init_method=f"file://{rendezvous_dir}/ranks-{attempt}",
@@ -273,7 +273,7 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communicat
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """What ranks average in each step."""
+    """Bytes that ranks average in each step."""
     return sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 

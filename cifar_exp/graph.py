@@ -34,6 +34,15 @@ def cuda_graph(function: Function) -> Function:
     return graph.replay
 
 
+def told(error: BaseException) -> str:
+    """What went wrong: where a capture fails for it, CUDA's own error, which comes later, says only that it did."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    lines = [f"{one}" or type(one).__name__ for one in ([error] if first is error else [first, error])]
+    return "; then ".join(lines)
+
+
 class CapturedStep:
     """One step of fixed shape. Each call copies its draw into the buffers that were captured, and replays."""
 

@@ -36,6 +36,17 @@ class Whitening(nn.Conv2d):
             self.weight.copy_(torch.cat([components, -components]))  # a nonlinearity follows: keep both signs
 
 
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel: (N, C, H, W) -> (N, C, 1).
+
+    On a GPU the gradient of ``nn.AdaptiveMaxPool2d``, which is the same, is refused by ``train.deterministic=true``.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``images``: (N, C, H, W) -> (N, C, 1)."""
+        return images.flatten(2).max(2, keepdim=True).values
+
+
 def patches_of(images: Tensor, side: int) -> Tensor:
     """All ``side`` x ``side`` patches. ``images``: (N, 3, H, W) -> (N * places, 3 * side * side), as kernels lie."""
     patches = images.unfold(2, side, 1).unfold(3, side, 1)
@@ -79,4 +90,4 @@ def speednet(
             channels = width
     classifier = nn.Linear(channels, num_classes, bias=False)
     nn.init.normal_(classifier.weight, std=logit_scale)
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), classifier)
+    return nn.Sequential(*layers, GlobalMaxPool(), nn.Flatten(), classifier)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_exp import batch_norm
+from cifar_exp.averaging import RunningMean
 from cifar_exp.control import Control
 from cifar_exp.data import Draw, EvaluationBatches, TrainBatches
 from cifar_exp.distributed import Communication, gathered, rows, sum_over_ranks
 from cifar_exp.early_stopping import EarlyStopping
 from cifar_exp.errors import DivergenceError
-from cifar_exp.graph import Capture, CapturedStep, undone
+from cifar_exp.graph import Capture, CapturedStep, told, undone
 from cifar_exp.metrics import Averages, Stopwatch, Totals
 from cifar_exp.optim import may_be_captured
 from cifar_exp.rank_times import MEASURED, RankTimes
@@ -104,10 +104,7 @@ class Trainer:
         self._ranks: list[dict[str, Any]] = []  # what each had of its own in the midst of the epoch that goes on
         self._own = dict.fromkeys(MEASURED, 0.0)  # seconds of this rank that rank_times has not got yet
         self._exposed: list[float] = []
-        self._averaged: AveragedModel | None = None
-        if self.averaging:
-            mean = get_ema_multi_avg_fn(self.averaging)
-            self._averaged = AveragedModel(self._network, multi_avg_fn=mean, use_buffers=True)
+        self._averaged = RunningMean(self._network, self.averaging) if self.averaging else None
 
     @property
     def _network(self) -> nn.Module:
@@ -291,11 +288,11 @@ class Trainer:
             with undone(self.model, self.optimizer):
                 for scale in sorted({*batches.scales, batches.scale(1)}):  # each a step of its own shape
                     self._captured[scale] = CapturedStep(partial(compute, scale), draw, capture)
-                    # Each capture has gradients of its own; an update that is not part of it has to find them.
-                    self._gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
+                    if not with_update:  # each capture has gradients of its own, which the update has to find
+                        self._gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
         except Exception as error:  # torch has no common class for what cannot be captured
             self.release()
-            raise RuntimeError(str(error)) from error
+            raise RuntimeError(told(error)) from error
         finally:
             self._block.take()
 
@@ -391,7 +388,7 @@ class Trainer:
                 self._update()
                 self.optimizer.zero_grad(set_to_none=True)
             if self._averaged:
-                self._average_weights(self._averaged)
+                self._averaged.update_parameters(self._network)
         self.control.got_on()
 
     def _add_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
@@ -412,21 +409,6 @@ class Trainer:
         with autocast(self.device, self.precision):  # for the matrix products of Muon
             self._scaler.step(self.optimizer)
         self._scaler.update()
-
-    @torch.no_grad()
-    def _average_weights(self, averaged: AveragedModel) -> None:
-        """As ``update_parameters`` does, which copies a count to the device at each step: the host would wait there."""
-        if not averaged.n_averaged:
-            averaged.update_parameters(self._network)
-            return
-        means, values = ([*network.parameters(), *network.buffers()] for network in (averaged.module, self._network))
-        for are_floats in (True, False):
-            mean, now = ([it for it in tensors if it.is_floating_point() is are_floats] for tensors in (means, values))
-            if are_floats:
-                torch._foreach_lerp_(mean, now, 1 - self.averaging)
-            elif mean:
-                torch._foreach_copy_(mean, now)
-        averaged.n_averaged += 1
 
     def _set_lr(self, lr: float | Tensor) -> None:
         """The rate of the next update; a captured optimizer reads it from the tensor that it was captured with."""

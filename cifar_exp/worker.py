@@ -485,7 +485,8 @@ def _optimizer(job: Job, model: nn.Module) -> Optimizer:
     settings: dict[str, Any] = {}
     if job.accelerator == "gpu" and not {"fused", "foreach", "differentiable"} & chosen.keys():
         takes = inspect.signature(target).parameters
-        settings = {name: True for name in ("fused", "capturable") if "fused" in takes and name in takes}
+        wanted = ("fused", "capturable") if job.train.compile != "never" else ("fused",)
+        settings = {name: True for name in wanted if "fused" in takes and name in takes and name not in chosen}
     try:
         return make(model.parameters(), lr=job.plan.learning_rates[0], **settings)
     except (RuntimeError, TypeError, ValueError) as error:

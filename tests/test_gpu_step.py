@@ -139,6 +139,7 @@ def test_a_captured_step_is_the_whole_step(
     assert {rate.device for rate in rates} == {GPU}
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # as copying a network does
 @pytest.mark.parametrize("recipe", [*RECIPES, "train.weight_averaging=0.9"])
 @pytest.mark.usefixtures("gpu")
 def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +160,24 @@ def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, mon
         crossings.append(seen.crossings)
     assert steps[1] > steps[0] > 1
     assert crossings == [2, 2]  # the order of the images, and how they are augmented
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        ([], (True, True)),
+        (["train.compile=never"], (True, False)),
+        (["+optimizer.capturable=false"], (True, False)),
+        (["+optimizer.foreach=true"], (None, False)),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_an_optimizer_may_be_captured_unless_somebody_says_otherwise(
+    overrides: list[str], settings: tuple[bool | None, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = rank_on_a_gpu(monkeypatch, tmp_path, "optimizer=adamw", *overrides)
+    (group,) = rank.trainer.optimizer.param_groups
+    assert (group["fused"], group["capturable"]) == settings
 
 
 @pytest.mark.parametrize("what", [lambda: torch.ones(3).to(GPU), lambda: torch.ones(3, device=GPU).cpu()])

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cifar_exp.array_cache import Split
+from cifar_exp.data import EvaluationBatches, TrainBatches
 from cifar_exp.distributed import World
-from cifar_exp.graph import Capture, Function, cuda_graph
+from cifar_exp.graph import Capture, Function, cuda_graph, told
 from cifar_exp.optim import Muon, OptimizerFactory
 from tests.test_distributed import train_batches, trainer, validation
 
@@ -102,17 +104,39 @@ def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: W
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: a CUDA graph needs a GPU")
-def test_a_cuda_graph_replays_on_the_same_memory() -> None:
-    values = torch.zeros(3, device="cuda")
+@pytest.mark.parametrize("make_optimizer", [partial(SGD, fused=True), partial(SGD, fused=False), Muon])
+def test_a_cuda_graph_trains_the_same_network(only_rank: World, make_optimizer: OptimizerFactory) -> None:
+    """Six steps of two sizes, images and evaluation on the GPU."""
+    networks = []
+    for captured in (False, True):
+        made, model, _ = trainer(only_rank)
+        optimizer = make_optimizer(model.to("cuda").parameters(), lr=1.0)
+        made = replace(made, optimizer=optimizer, learning_rates=(0.1,) * 6)
+        batches, test = train_batches(only_rank), validation(only_rank)
+        batches = replace(batches, source=images_on_gpu(batches), scales=(0.5, 1.0))
+        if captured:
+            made.capture(batches, cuda_graph)
+        made.fit(batches, replace(test, source=images_on_gpu(test)), epochs=2)
+        networks.append([*model.parameters(), *model.buffers()])
+    for ours, theirs in zip(*networks, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
-    def add() -> None:
-        values.add_(1)
 
-    replay = cuda_graph(add)
-    values.zero_()
-    for _ in range(5):
-        replay()
-    assert values.tolist() == [5, 5, 5]
+def images_on_gpu(batches: TrainBatches | EvaluationBatches) -> Split:
+    assert isinstance(batches.source, Split)
+    return batches.source.to(torch.device("cuda"))
+
+
+def test_what_made_a_capture_fail_is_told_first() -> None:
+    """CUDA's own error, raised when the capture ends, hides the one that it ended for."""
+    try:
+        try:
+            raise ValueError("the host reads a number")
+        except ValueError:
+            raise RuntimeError("a previous error")  # noqa: B904
+    except RuntimeError as error:
+        assert told(error) == "the host reads a number; then a previous error"
+    assert told(MemoryError()) == "MemoryError"
 
 
 def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(only_rank: World) -> None:

@@ -185,7 +185,7 @@ def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
         (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "fused": True}, False),
         (torch.optim.AdamW, {"fused": True, "capturable": True}, True),
         (torch.optim.AdamW, {"fused": True}, False),
-        (torch.optim.NAdam, {"capturable": True}, False),  # part of its state starts at one
+        (torch.optim.NAdam, {"capturable": True}, False),  # has no fused one; part of its state starts at one
     ],
 )
 def test_which_optimizers_may_be_captured(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_exp.models import initialize_from_images, parameter_count, seeded
-from cifar_exp.speednet import Whitening, patches_of, speednet
+from cifar_exp.speednet import GlobalMaxPool, Whitening, patches_of, speednet
 
 
 def correlated_images(count: int = 200) -> Tensor:
@@ -116,3 +116,19 @@ def test_convolutions_start_as_the_identity_on_their_first_channels() -> None:
     assert first.weight[24:].std() > 0.01
     inputs = torch.randn(2, 64, 9, 9)
     torch.testing.assert_close(second(inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_value_and_its_gradient_are_those_of_adaptive_pooling(dtype: torch.dtype) -> None:
+    """Where several are the largest, too, of which the first one has the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-2, 3, (5, 7, 3, 2), generator=generator).to(dtype).to(memory_format=torch.channels_last)
+    gradient = torch.randn(5, 7, generator=generator).to(dtype)
+    found = []
+    for pool in (GlobalMaxPool(), nn.AdaptiveMaxPool2d(1)):
+        images = values.clone().requires_grad_()
+        largest = pool(images).flatten(1)
+        largest.backward(gradient)
+        found.append((largest, images.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)

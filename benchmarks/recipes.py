@@ -7,7 +7,6 @@ a step can be a CUDA graph: with PyTorch's kernels, and with those that Inductor
 """
 
 import sys
-from collections.abc import Sequence
 
 from commands import Workplace, workplace
 from harness import Figure, Goal, arguments, publish
@@ -21,13 +20,13 @@ SPEEDRUN94_ACCURACY = Goal(">=", 0.897)
 def main() -> None:
     options = arguments(__doc__, pairs=3).parse_args()  # a pair is a seed
     if not ON_GPU:
-        sys.exit("gpu_recipes: there is no GPU; time_to_accuracy.py is for processors")
+        sys.exit("recipes: there is no GPU; time_to_accuracy.py is for processors")
     rows: list[Figure] = []
     with workplace() as place:
         for compiled in ("auto", "always"):
-            rows += figures(place, ["experiment=reference"], compiled, range(1), seconds=REFERENCE_SECONDS)
+            rows += figures(place, ["experiment=reference"], compiled, options.pairs, seconds=REFERENCE_SECONDS)
             recipe = ["experiment=speedrun94", "train.mirrored_evaluation=true"]
-            rows += figures(place, recipe, compiled, range(options.pairs), accuracy=SPEEDRUN94_ACCURACY)
+            rows += figures(place, recipe, compiled, options.pairs, accuracy=SPEEDRUN94_ACCURACY)
     publish("recipes", rows)
 
 
@@ -35,13 +34,13 @@ def figures(
     place: Workplace,
     recipe: list[str],
     compiled: str,
-    seeds: Sequence[int],
+    seeds: int,
     seconds: Goal | None = None,
     accuracy: Goal | None = None,
 ) -> list[Figure]:
     """Of a recipe: accuracy as the mean over seeds, seconds as the median."""
     overrides = [*recipe, *REAL_IMAGES, "devices=gpu", "devices.count=1", f"train.compile={compiled}", "tracking=none"]
-    runs = [place.run([*overrides, f"seed={seed}"]).metrics for seed in seeds]
+    runs = [place.run([*overrides, f"seed={seed}"]).metrics for seed in range(seeds)]
     name = f"{recipe[0].removeprefix('experiment=')}, train.compile={compiled}: "
 
     def values(metric: str) -> list[float]:
