@@ -129,13 +129,16 @@ def images_on_gpu(batches: TrainBatches | EvaluationBatches) -> Split:
 
 def test_what_made_a_capture_fail_is_told_first() -> None:
     """CUDA's own error, raised when the capture ends, hides the one that it ended for."""
-    try:
+
+    def capture() -> None:
         try:
             raise ValueError("the host reads a number")
-        except ValueError:
-            raise RuntimeError("a previous error")  # noqa: B904
-    except RuntimeError as error:
-        assert told(error) == "the host reads a number; then a previous error"
+        finally:
+            raise RuntimeError("a previous error")
+
+    with pytest.raises(RuntimeError) as raised:
+        capture()
+    assert told(raised.value) == "the host reads a number; then a previous error"
     assert told(MemoryError()) == "MemoryError"
 
 
