@@ -462,7 +462,10 @@ def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: W
 
 
 def _capture_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Replay each step as a CUDA graph from now on, where that can be: ``benchmarks/compiled.py`` compares."""
+    """Replay each step as a CUDA graph from now on, where that can be: ``benchmarks/compiled.py`` compares.
+
+    A rank that fails in the steps before its capture, where ranks wait for each other, is the launcher's to notice.
+    """
     with trainer.stopwatch.span("compile"):
         problem = ""
         try:
