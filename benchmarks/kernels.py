@@ -68,10 +68,10 @@ def main() -> None:
         epoch()
         meter = LoadMeter()
         for _ in range(options.pairs):
-            for kind, share in (gpu_shares(epoch, options.steps) if ON_GPU else cpu_shares(epoch)).items():
-                shares[kind].append(share)
+            for name, share in (gpu_shares(epoch, options.steps) if ON_GPU else cpu_shares(epoch)).items():
+                shares[name].append(share)
         load = meter.other_load()
-    figures = [Figure.of(f"{kind} / step", values, "", load) for kind, values in shares.items()]
+    figures = [Figure.of(name, values, "", load) for name, values in shares.items()]
     publish("kernels", sorted(figures, key=lambda figure: -figure.value))
 
 
@@ -91,7 +91,7 @@ def gpu_shares(epoch: Callable[[], None], steps: int) -> dict[str, float]:
     kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
     events = [(kernel.key, kernel.self_device_time_total) for kernel in kernels]
     rate = training_flop(network()[0]) * BATCH * steps / seconds
-    return shares_by_kind(events, GPU_KINDS, seconds) | {"arithmetic, of the peak": rate / peak_flop_per_second()}
+    return shares_by_kind(events, GPU_KINDS, seconds) | {"arithmetic / peak": rate / peak_flop_per_second()}
 
 
 def shares_by_kind(
@@ -101,7 +101,8 @@ def shares_by_kind(
     shares = dict.fromkeys((*kinds, "other operators"), 0.0)
     for name, microseconds in events:
         shares[kind_of(name, kinds)] += microseconds / 1e6 / seconds
-    return shares | {"outside operators": 1 - sum(shares.values())}
+    shares["outside operators"] = 1 - sum(shares.values())
+    return {f"{kind} / step": share for kind, share in shares.items()}
 
 
 def kind_of(operator: str, kinds: Mapping[str, Sequence[str]]) -> str:
