@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from workload import DEVICE, PRECISION
 
-from cifar_exp.data import TrainBatches
+from cifar_exp.data.batches import TrainBatches
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_exp import journal
+from cifar_exp.records import journal
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from bare import bare_step
 from harness import arguments, compare, publish
 from workload import BATCH, DEVICE, ON_GPU, fused_network, network, synchronize, turn_steps
 
-from cifar_exp.graph import cuda_graph
-from cifar_exp.process import keep_freed_memory
+from cifar_exp.system.process import keep_freed_memory
+from cifar_exp.training.cuda_graph import cuda_graph
 
 
 def main() -> None:

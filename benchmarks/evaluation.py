@@ -20,7 +20,7 @@ from workload import (
     turn_steps,
 )
 
-from cifar_exp.train import evaluate
+from cifar_exp.training.evaluation import evaluate
 
 
 def main() -> None:

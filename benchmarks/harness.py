@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from cifar_exp.machine import BUSY, LoadMeter, own_cpu_seconds
+from cifar_exp.system.load_watch import BUSY, LoadMeter, own_cpu_seconds
 
 __all__ = ["Comparison", "Figure", "Goal", "LoadMeter", "arguments", "compare", "compare_all", "publish"]
 

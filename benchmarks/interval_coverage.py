@@ -13,9 +13,11 @@ from statistics import median
 
 import numpy as np
 
-from cifar_exp.intervals import Array, percentile_interval
-from cifar_exp.laws import Name, relative_rate, serial_fractions
-from cifar_exp.scaling import Group, RunResult, by_count
+from cifar_exp.study.group import Group
+from cifar_exp.study.intervals import Array, percentile_interval
+from cifar_exp.study.laws import Name, relative_rate, serial_fractions
+from cifar_exp.study.run_result import RunResult
+from cifar_exp.study.speedup import by_count
 
 NAIVE_DRAWS = 200
 

@@ -31,7 +31,7 @@ from workload import (
     turn_steps,
 )
 
-from cifar_exp.augment import Shift
+from cifar_exp.data.augment import Shift
 
 KINDS = {
     # The first kind with a part of the operator's name wins: forward and backward of a kind have different names.

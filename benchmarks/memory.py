@@ -22,7 +22,7 @@ from harness import Figure, Goal, arguments, publish
 from processes import ProcessArm
 from workload import CORES, ON_GPU, alone, epoch_of, random_split, train_batches, trainer
 
-from cifar_exp import journal
+from cifar_exp.records import journal
 
 MIB = 2**20
 IMAGES_FILE = "train_images.npy"

@@ -24,7 +24,7 @@ from workload import (
     turn_steps,
 )
 
-from cifar_exp.augment import Shift
+from cifar_exp.data.augment import Shift
 
 
 def main() -> None:

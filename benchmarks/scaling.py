@@ -24,9 +24,9 @@ from processes import ProcessArm
 from torch.nn.parallel import DistributedDataParallel
 from workload import BATCH, alone, epoch_of, network, random_split, train_batches, trainer
 
-from cifar_exp.distributed import joined_world
-from cifar_exp.rank_times import RankTimes, by_rank
-from cifar_exp.train import Trainer
+from cifar_exp.distributed.process_group import joined_world
+from cifar_exp.distributed.rank_times import RankTimes, by_rank
+from cifar_exp.training.trainer import Trainer
 
 RANKS = 2
 TURNS_FILE = "turns.jsonl"  # one line a turn: seconds of the whole and of its parts, means over the ranks

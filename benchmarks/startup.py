@@ -13,7 +13,7 @@ from commands import Workplace, synthetic_data, workplace
 from harness import Goal, arguments, compare, publish
 from workload import BATCH, CORES
 
-from cifar_exp import journal
+from cifar_exp.records import journal
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ from harness import Figure, Goal, LoadMeter, arguments, publish
 from omegaconf import DictConfig, OmegaConf
 from workload import BATCH, CORES, network, random_split, train_batches, training_flop
 
-from cifar_exp import journal
-from cifar_exp.config import build, read_config
-from cifar_exp.data import scaled
-from cifar_exp.distributed import World
-from cifar_exp.plan import spread
+from cifar_exp.config.reading import read_config
+from cifar_exp.data.batches import scaled
+from cifar_exp.distributed.process_group import World
+from cifar_exp.records import journal
+from cifar_exp.runs.components import build
+from cifar_exp.training.plan import spread
 
 ACCURACY = 0.867
 PLAIN_IMAGES = 60 * (50_000 // BATCH) * BATCH  # that the plain loop trains on

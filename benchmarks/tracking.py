@@ -27,8 +27,8 @@ from commands import Workplace, finish, synthetic_data, workplace
 from harness import Figure, Goal, LoadMeter, arguments, publish
 from workload import BATCH
 
-from cifar_exp import journal
 from cifar_exp.errors import TrackingError
+from cifar_exp.records import journal
 
 BLOCK = 5  # steps that the parent is stopped, or runs; the first of them is not measured
 FIRST = 12  # steps: MLflow is imported by then

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from workload import MEAN, ON_GPU, STD
 
-from cifar_exp.array_cache import Split
+from cifar_exp.data.dataset_files import Split
 
 CROP_AND_FLIP = v2.Compose(
     [

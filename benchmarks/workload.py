@@ -13,15 +13,17 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_exp.array_cache import Split
-from cifar_exp.augment import Augmentation, Crop
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.distributed import World, data_parallel, joined_world
-from cifar_exp.graph import cuda_graph
-from cifar_exp.models import convnet, seeded
-from cifar_exp.process import keep_freed_memory
-from cifar_exp.train import Trainer
-from cifar_exp.worker import fuse_layers, resolve_precision
+from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.data.augment import Augmentation, Crop
+from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data.dataset_files import Split
+from cifar_exp.distributed.data_parallel import data_parallel
+from cifar_exp.distributed.process_group import World, joined_world
+from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.system.process import keep_freed_memory
+from cifar_exp.training.cuda_graph import cuda_graph
+from cifar_exp.training.trainer import Trainer
+from cifar_exp.worker.precision import resolve_precision
 
 BATCH = 256
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's channels, 0..255

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_exp.distributed import World
+from cifar_exp.distributed.process_group import World
 from tests.servers import mlflow_server  # noqa: F401
 from tests.worlds import world_of_one
 
@@ -79,7 +79,9 @@ def cifar_exp(store: Path) -> Command:
     """``cifar_exp("train.epochs=1", ...)``: the command in ``workplace``, its output captured."""
     workplace = store.parents[1]
 
-    def run(*arguments: str, module: str = "cifar_exp.main", timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, module: str = "cifar_exp.cli.main", timeout: float = 180
+    ) -> subprocess.CompletedProcess[str]:
         output, errors = workplace / ".stdout", workplace / ".stderr"
         process = FORKS.Process(target=command, args=(module, arguments, workplace, environment(), output, errors))
         with pytest.MonkeyPatch.context() as patch:  # for the process that commands are forked from

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_exp.augment import Alternating, Crop, Identity, Shift
+from cifar_exp.data.augment import Alternating, Crop, Identity, Shift
 
 SHAPE = (3, 7, 5)  # channels, height, width: not square, so that mixing them up shows
 MANY = torch.arange(50_000)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_exp import batch_norm, journal
-from cifar_exp.batch_norm import SynchronizedBatchNorm
-from cifar_exp.distributed import World, data_parallel
-from cifar_exp.schema import BatchNorm
+from cifar_exp.config.schema import BatchNorm
+from cifar_exp.distributed import batch_norm
+from cifar_exp.distributed.batch_norm import SynchronizedBatchNorm
+from cifar_exp.distributed.data_parallel import data_parallel
+from cifar_exp.distributed.process_group import World
+from cifar_exp.records import journal
 from tests.conftest import TINY, Command
 from tests.test_distributed import (
     floating_buffers,

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FOLDER, Checkpoint, Origin, Saver, load, newest, save, sealed, sound
 from cifar_exp.errors import StorageError
-from cifar_exp.models import convnet
+from cifar_exp.models.networks import convnet
+from cifar_exp.records import checkpoint
+from cifar_exp.records.checkpoint import FOLDER, Checkpoint, Origin, load, newest, save, sealed, sound
+from cifar_exp.records.checkpoint_saver import Saver
 
 
 def trained(seed: int = 0) -> Checkpoint:

@@ -9,9 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from cifar_exp.config import build, conf_dir, read_config, register_resolvers
+from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.reading import read_config, register_resolvers
+from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
-from cifar_exp.schema import Config
+from cifar_exp.runs.components import build
 from tests.conftest import Command, environment
 
 GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
@@ -28,10 +30,14 @@ def test_the_default_is_the_reference_recipe() -> None:
     config = read_config(composed())
     assert (config.train.epochs, config.train.batch_size, config.train.scaling) == (60, 256, "weak")
     assert config.train.normalization == "zerocenter"
-    assert config.model == {"_target_": "cifar_exp.models.convnet", "width": 32, "depth": 4}
+    assert config.model == {"_target_": "cifar_exp.models.networks.convnet", "width": 32, "depth": 4}
     assert config.optimizer == {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-10}
-    assert config.schedule == {"_target_": "cifar_exp.optim.piecewise", "drop_factor": 0.1, "drop_period": 50}
-    assert config.augment == {"_target_": "cifar_exp.augment.Shift", "max_pixels": 4.0, "flip_probability": 0.5}
+    assert config.schedule == {
+        "_target_": "cifar_exp.training.schedules.piecewise",
+        "drop_factor": 0.1,
+        "drop_period": 50,
+    }
+    assert config.augment == {"_target_": "cifar_exp.data.augment.Shift", "max_pixels": 4.0, "flip_probability": 0.5}
 
 
 def test_yaml_and_schema_have_the_same_defaults() -> None:
@@ -162,7 +168,7 @@ def test_a_users_own_config_folder_and_module_add_to_the_groups(cifar_exp: Comma
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["train.epochs=0"]])
 def test_help_config_and_refusals_do_not_wait_for_torch(arguments: list[str], workplace: Path) -> None:
     code = (
-        "import sys\nfrom cifar_exp.main import main\n"
+        "import sys\nfrom cifar_exp.cli.main import main\n"
         "try: main()\nfinally: print('heavy:', {'torch', 'mlflow', 'torchvision', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(

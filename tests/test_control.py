@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.control import LEAVE_FILE, STOP_FILE, Control, Request, Watchdog, ended_by
+from cifar_exp.distributed.heartbeat import LEAVE_FILE, STOP_FILE, Control, Request, ended_by
+from cifar_exp.launch.watchdog import Watchdog
 
 
 def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
 def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
     """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
-        "import time; from pathlib import Path; from cifar_exp.control import Control\n"
+        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import Control\n"
         f"control = Control(Path({str(exchange)!r}), rank={rank})\n"
         f"for step in range({steps} + 1): control.ask(2 * (step + 1))\n"
         f"{then}\n"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_exp.array_cache import Split
-from cifar_exp.augment import Alternating, Augmentation, Crop, Identity, Shift
-from cifar_exp.data import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, resized, shard
+from cifar_exp.data.augment import Alternating, Augmentation, Crop, Identity, Shift
+from cifar_exp.data.batches import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, resized, shard
+from cifar_exp.data.dataset_files import Split
 
 MEAN, STD = (125.3, 122.95, 113.87), (63.0, 62.1, 66.7)  # CIFAR-10's, about
 

@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from cifar_exp import datasets, download
-from cifar_exp import synthetic as generator
-from cifar_exp.array_cache import DatasetFiles
-from cifar_exp.datasets import folders, synthetic
+from cifar_exp.data import cifar10, class_folders, download, image_files
+from cifar_exp.data import synthetic as generator
+from cifar_exp.data.class_folders import folders
+from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.data.synthetic import synthetic
 from cifar_exp.errors import ConfigError, DataError, StorageError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -56,13 +57,13 @@ def tree(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, as they are."""
     names: list[str] = []
-    original = datasets.decode_image
+    original = image_files.decode_image
 
     def count(path: Path) -> Any:
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(datasets, "decode_image", count)
+    monkeypatch.setattr(class_folders, "decode_image", count)
     return names
 
 
@@ -130,7 +131,7 @@ def test_hidden_files_and_other_files_are_ignored(tree: Path) -> None:
 def test_the_second_start_decodes_nothing(tree: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = folders(tree)
     assert len(decoded) == 5
-    monkeypatch.setattr(datasets, "_hash_files", lambda *_: pytest.fail("the content was read again"))
+    monkeypatch.setattr(class_folders, "_hash_files", lambda *_: pytest.fail("the content was read again"))
     assert folders(tree) == first
     assert len(decoded) == 5
 
@@ -320,14 +321,14 @@ def test_a_small_file_that_claims_to_be_huge_is_refused(tree: Path) -> None:
 
 
 def test_images_that_change_while_they_are_read_are_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = datasets._decode_images
+    original = class_folders._decode_images
 
     def slow(*arguments: Any) -> Any:
         save(tree / "train" / "ant" / "1.png", pixels(77))
         os.utime(tree / "train" / "ant" / "1.png", ns=(2, 2))
         return original(*arguments)
 
-    monkeypatch.setattr(datasets, "_decode_images", slow)
+    monkeypatch.setattr(class_folders, "_decode_images", slow)
     assert "changed while its images were read" in message(tree)
 
 
@@ -455,16 +456,17 @@ def test_a_convolutional_network_learns_synthetic_images_flipped_and_shifted_too
         assert accuracy(model, padded[:, :, top : top + 32, left : left + 32], test.labels) > 0.9
 
 
-@pytest.mark.parametrize("source", [datasets.cifar10, folders, synthetic])
+@pytest.mark.parametrize("source", [cifar10.cifar10, folders, synthetic])
 def test_the_yaml_files_name_every_setting_of_their_source(source: Callable[..., DatasetFiles]) -> None:
     settings = dict(OmegaConf.load(CONF / f"{source.__name__}.yaml"))
-    assert settings.pop("_target_") == f"cifar_exp.datasets.{source.__name__}"
+    assert settings.pop("_target_") == f"cifar_exp.data.class_folders.{source.__name__}"
     assert list(settings) == list(inspect.signature(source).parameters)
-    if source is datasets.cifar10:
+    if source is cifar10.cifar10:
         assert (settings["size"], settings["sha256"]) == (download.SIZE, download.SHA256)
 
 
 def test_the_module_is_light_to_import() -> None:
-    code = "import sys, cifar_exp.datasets; print([m for m in ('hydra', 'mlflow', 'torchvision') if m in sys.modules])"
+    heavy = "('hydra', 'mlflow', 'torchvision')"
+    code = f"import sys, cifar_exp.data.class_folders; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,22 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_exp.array_cache import Split
-from cifar_exp.augment import Crop
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.distributed import (
-    Communication,
-    World,
-    average_buffers,
-    data_parallel,
-    link_bytes_per_second,
-    sum_over_ranks,
-)
+from cifar_exp.data.augment import Crop
+from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data.dataset_files import Split
+from cifar_exp.distributed.collectives import average_buffers, sum_over_ranks
+from cifar_exp.distributed.data_parallel import Communication, data_parallel, link_bytes_per_second
+from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_times import RankTimes
 from cifar_exp.errors import DivergenceError
-from cifar_exp.metrics import Averages
-from cifar_exp.models import convnet, seeded
-from cifar_exp.rank_times import RankTimes
-from cifar_exp.train import Trainer, evaluate
+from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.training.evaluation import evaluate
+from cifar_exp.training.metrics import Averages
+from cifar_exp.training.trainer import Trainer
 from tests.worlds import results_of_ranks, world_of_one
 
 Results = dict[str, Any]

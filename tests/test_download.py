@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_exp import dataset_cli, download
-from cifar_exp.array_cache import DatasetFiles
-from cifar_exp.datasets import cifar10, folders
+from cifar_exp.cli import data as data_command
+from cifar_exp.data import cifar10_archive
+from cifar_exp.data.cifar10 import cifar10
+from cifar_exp.data.class_folders import folders
+from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.system import progress_line
 
 LABEL_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -127,7 +130,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        state.address = f"http://127.0.0.1:{http.server_port}/{download.FILE_NAME}"
+        state.address = f"http://127.0.0.1:{http.server_port}/{cifar10_archive.FILE_NAME}"
         try:
             yield state
         finally:
@@ -152,10 +155,10 @@ def test_a_download_is_verified_decoded_and_not_repeated(tmp_path: Path, server:
     files = small_cifar10(tmp_path, mirror=server.address)
     check_content(files)
     assert files.content_hash == SHA256
-    assert (tmp_path / download.FILE_NAME).read_bytes() == ARCHIVE
+    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == ARCHIVE
     server.status = 500
     assert small_cifar10(tmp_path, mirror=server.address) == files
-    (tmp_path / download.FILE_NAME).unlink()  # the decoded copy is enough
+    (tmp_path / cifar10_archive.FILE_NAME).unlink()  # the decoded copy is enough
     assert small_cifar10(tmp_path, mirror=server.address) == files
     assert server.ranges == [None]
 
@@ -170,7 +173,7 @@ def test_a_local_archive_needs_no_network_and_leaves_the_root_alone(tmp_path: Pa
 
 
 def test_an_archive_that_lies_in_the_root_is_used(tmp_path: Path) -> None:
-    (tmp_path / download.FILE_NAME).write_bytes(ARCHIVE)
+    (tmp_path / cifar10_archive.FILE_NAME).write_bytes(ARCHIVE)
     check_content(small_cifar10(tmp_path, mirror="http://127.0.0.1:9/none"))
 
 
@@ -184,10 +187,10 @@ def test_a_wrong_local_archive_is_refused(tmp_path: Path, wrong: bytes) -> None:
         small_cifar10(tmp_path / "root", archive=archive)
     assert found in str(caught.value)
     assert f"where {expected}" in str(caught.value)
-    archive.rename(tmp_path / download.FILE_NAME)
+    archive.rename(tmp_path / cifar10_archive.FILE_NAME)
     with pytest.raises(DataError, match="Delete it to download it again"):
         small_cifar10(tmp_path)
-    assert (tmp_path / download.FILE_NAME).read_bytes() == wrong  # the user's file is not overwritten
+    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == wrong  # the user's file is not overwritten
 
 
 def test_a_missing_local_archive_is_named(tmp_path: Path) -> None:
@@ -267,14 +270,14 @@ def test_a_wrong_beginning_is_thrown_away(
     tmp_path: Path, server: Server, kept: bytes, understands_ranges: bool
 ) -> None:
     server.understands_ranges = understands_ranges
-    (tmp_path / f"{download.FILE_NAME}.part").write_bytes(kept)
+    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(kept)
     check_content(small_cifar10(tmp_path, mirror=server.address))
-    assert not (tmp_path / f"{download.FILE_NAME}.part").exists()
+    assert not (tmp_path / f"{cifar10_archive.FILE_NAME}.part").exists()
 
 
 def test_a_beginning_longer_than_the_mirrors_file_is_no_dead_end(tmp_path: Path, server: Server) -> None:
     web_page(server)
-    (tmp_path / f"{download.FILE_NAME}.part").write_bytes(ARCHIVE[:1000])
+    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(ARCHIVE[:1000])
     with pytest.raises(DataError, match="a web page"):
         small_cifar10(tmp_path, mirror=server.address)
     assert server.ranges == ["bytes=1000-", None]
@@ -291,7 +294,7 @@ def test_progress_is_shown_on_a_terminal_only(
 ) -> None:
     for terminal in (False, True):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
-        with download.Progress("Reading", 2000, "files") as progress:
+        with progress_line.Progress("Reading", 2000, "files") as progress:
             progress.add(1500)
         captured = capsys.readouterr()
         assert captured.out == ""
@@ -344,7 +347,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
     archive = tmp_path / "copy.tar.gz"
     archive.write_bytes(make_archive(members))
     with pytest.raises(DataError, match=r"copy\.tar\.gz is refused: .*posix\.mkdir"):
-        download.read_archive(archive)
+        cifar10_archive.read_archive(archive)
     assert not (tmp_path / "evil").exists()
 
 
@@ -370,7 +373,7 @@ def test_batches_of_another_form_are_refused(tmp_path: Path, name: str, content:
     archive = tmp_path / "copy.tar.gz"
     archive.write_bytes(make_archive(members))
     with pytest.raises(DataError, match=message) as caught:
-        download.read_archive(archive)
+        cifar10_archive.read_archive(archive)
     assert str(archive) in str(caught.value)
 
 
@@ -378,12 +381,12 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     for content in (b"no archive", ARCHIVE[: SIZE // 2]):
         (tmp_path / "copy.tar.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"copy\.tar\.gz cannot be read as a \.tar\.gz"):
-            download.read_archive(tmp_path / "copy.tar.gz")
+            cifar10_archive.read_archive(tmp_path / "copy.tar.gz")
 
 
 @pytest.fixture
 def small_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_cli, "cifar10", small_cifar10)
+    monkeypatch.setattr(data_command, "cifar10", small_cifar10)
 
 
 @pytest.mark.usefixtures("small_release")
@@ -392,7 +395,7 @@ def test_the_command_writes_lossless_class_folders_once(
 ) -> None:
     tree = tmp_path / "tree"
     arguments = ["--root", str(tmp_path), "--mirror", server.address, "--to", str(tree)]
-    assert dataset_cli.main(arguments) == 0
+    assert data_command.main(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cat", "10", "0", "2", "0"] in lines
     assert ["all", "100", "0", "20", "0"] in lines
@@ -405,7 +408,7 @@ def test_the_command_writes_lossless_class_folders_once(
 
     (tree / "train" / "cat" / "0003.png").unlink()
     (tree / "train" / "cat" / "0004.png").write_bytes(b"mine")
-    assert dataset_cli.main(arguments) == 0
+    assert data_command.main(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cat", "1", "9", "0", "2"] in lines
     assert ["all", "1", "99", "0", "20"] in lines
@@ -416,14 +419,14 @@ def test_the_command_writes_lossless_class_folders_once(
 def test_the_command_fails_with_a_message_and_the_errors_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dataset_cli.main(["--root", str(tmp_path), "--archive", str(tmp_path / "none.tar.gz")]) == 3
+    assert data_command.main(["--root", str(tmp_path), "--archive", str(tmp_path / "none.tar.gz")]) == 3
     captured = capsys.readouterr()
     assert "none.tar.gz is no file" in captured.err
     assert "Traceback" not in captured.err
-    assert dataset_cli.main(["--root", str(tmp_path), "--mirror", "nowhere"]) == 2
+    assert data_command.main(["--root", str(tmp_path), "--mirror", "nowhere"]) == 2
     (tmp_path / "file").touch()
     archive = tmp_path / "copy.tar.gz"
     archive.write_bytes(ARCHIVE)
     arguments = ["--root", str(tmp_path), "--archive", str(archive), "--to", str(tmp_path / "file")]
-    assert dataset_cli.main(arguments) == 8
+    assert data_command.main(arguments) == 8
     assert "--to <folder>" in capsys.readouterr().err

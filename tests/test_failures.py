@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cifar_exp.errors import Stopped
-from cifar_exp.signals import answer_signals, raise_swallowed, signals_to_answer
+from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.test_run import all_runs, client
 
@@ -308,7 +308,7 @@ def test_a_rank_whose_parent_was_stopped_while_it_was_told_its_job_says_nothing(
 def test_a_thread_that_was_left_alone_does_not_change_how_the_process_ends() -> None:
     script = (
         "import atexit, threading, time\n"
-        "from cifar_exp.process import end_process\n"
+        "from cifar_exp.system.process import end_process\n"
         "atexit.register(print, 'cleared up')\n"
         "class Last:\n    def __del__(self): print('the interpreter has ended')\n"
         "last = Last()\n"
@@ -326,7 +326,7 @@ def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -
 def test_a_rank_that_finds_its_launcher_gone_ends_without_a_word(tmp_path: Path) -> None:
     """Its failure would be written to files that nobody would clear away."""
     gone = str(tmp_path / "gone")
-    code = f"from pathlib import Path; from cifar_exp.worker import run_rank; run_rank(None, Path({gone!r}))"
+    code = f"from pathlib import Path; from cifar_exp.worker.train_job import run_rank; run_rank(None, Path({gone!r}))"
     env = environment() | {"RANK": "0", "WORLD_SIZE": "2"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120

@@ -14,34 +14,27 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from cifar_exp.errors import StorageError
-from cifar_exp.figures import (
-    RunFacts,
-    comparison_figure,
-    draw_speedup,
-    draw_training,
-    speedup_figure,
-    training_figure,
-    write_progress_page,
-)
-from cifar_exp.intervals import Interval
-from cifar_exp.journal import Entry
-from cifar_exp.page import (
+from cifar_exp.display.curves import (
     MAX_POINTS,
     Curves,
     Point,
+    RunFacts,
     averaged,
     axis_epochs,
-    duration,
-    line_path,
     loss_top,
-    page_html,
-    seconds_left,
     smoothed,
     thinned,
     tick_step,
 )
-from cifar_exp.scaling import Group, RunResult
+from cifar_exp.display.page import duration, page_html, seconds_left, write_progress_page
+from cifar_exp.display.svg import line_path
+from cifar_exp.display.training_figure import draw_training, training_figure
+from cifar_exp.errors import StorageError
+from cifar_exp.records.journal import Entry
+from cifar_exp.study.figures import comparison_figure, draw_speedup, speedup_figure
+from cifar_exp.study.group import Group
+from cifar_exp.study.intervals import Interval
+from cifar_exp.study.run_result import RunResult
 
 FACTS = RunFacts(
     title="convnet 32x4 on CIFAR-10",
@@ -297,7 +290,7 @@ def test_page_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) 
 
 def test_page_does_without_matplotlib() -> None:
     code = (
-        "import sys, cifar_exp.figures as f; from cifar_exp.page import page_html; "
+        "import sys, cifar_exp.display.training_figure as f; from cifar_exp.display.page import page_html; "
         "page_html([], f.RunFacts('', 'running', 1, 1, [], {}), 0.0); sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_exp.fused import FusedBatchNorm, HalvingMaxPool, fused
-from cifar_exp.models import convnet, resnet, seeded
-from cifar_exp.speednet import speednet
-from cifar_exp.worker import fuse_layers
+from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool
+from cifar_exp.cpu_kernels.replace import fused
+from cifar_exp.models.networks import convnet, resnet, seeded
+from cifar_exp.models.speednet import speednet
 from tests.conftest import TINY, environment
 
 Results = dict[str, Tensor]
@@ -315,7 +316,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatc
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr("cifar_exp.native.compiled", refuse)
+    monkeypatch.setattr("cifar_exp.cpu_kernels.numba_runtime.compiled", refuse)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
     assert fuse_layers(model, torch.float32) == "RuntimeError: no such instruction"
     assert model(channels_last(2, 3, 8, 8)).shape == (2, 4, 6, 6)

@@ -22,18 +22,19 @@ from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_exp import train
-from cifar_exp.array_cache import DatasetFiles, Split
-from cifar_exp.config import build, read_config
-from cifar_exp.control import Control
-from cifar_exp.data import _constant_images
-from cifar_exp.distributed import World
-from cifar_exp.graph import Function
-from cifar_exp.launch import DeviceSet
-from cifar_exp.metrics import Averages
-from cifar_exp.plan import make_plan
-from cifar_exp.run import new_job
-from cifar_exp.worker import Assembly, assembled
+from cifar_exp.config.reading import read_config
+from cifar_exp.data.batches import _constant_images
+from cifar_exp.data.dataset_files import DatasetFiles, Split
+from cifar_exp.distributed.heartbeat import Control
+from cifar_exp.distributed.process_group import World
+from cifar_exp.launch.devices import DeviceSet
+from cifar_exp.runs.components import build
+from cifar_exp.runs.job_setup import new_job
+from cifar_exp.training import trainer
+from cifar_exp.training.cuda_graph import Function
+from cifar_exp.training.metrics import Averages
+from cifar_exp.training.plan import make_plan
+from cifar_exp.worker.assembly import Assembly, assembled
 from tests.test_config import composed
 
 GPU = torch.device("cuda", 0)
@@ -144,7 +145,7 @@ def test_a_captured_step_is_the_whole_step(
 @pytest.mark.parametrize("recipe", [*RECIPES, "train.weight_averaging=0.9"])
 @pytest.mark.usefixtures("gpu")
 def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(trainer, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(Averages, "of", lambda _sums: Averages(1.0, 0.5, 100))
 
     def capture(step: Function) -> Function:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar_exp.array_cache import Split
-from cifar_exp.data import EvaluationBatches, TrainBatches
-from cifar_exp.distributed import World
-from cifar_exp.graph import Capture, Function, cuda_graph, told
-from cifar_exp.optim import Muon, OptimizerFactory
+from cifar_exp.data.batches import EvaluationBatches, TrainBatches
+from cifar_exp.data.dataset_files import Split
+from cifar_exp.distributed.process_group import World
+from cifar_exp.training.cuda_graph import Capture, Function, cuda_graph, told
+from cifar_exp.training.optimizers import Muon, OptimizerFactory
 from tests.test_distributed import train_batches, trainer, validation
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cifar_exp.intervals import (
+from cifar_exp.study.intervals import (
     Interval,
     Means,
     adjusted,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, last_values, parse, read
+from cifar_exp.records.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, last_values, parse, read
 
 FIRST = Entry(0, 0, 0.25, {"a": 1.0})
 SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.interval_coverage import SCENARIOS, coverage
-from cifar_exp.intervals import Means
-from cifar_exp.laws import Name, fitted, relative_rate
+from cifar_exp.study.intervals import Means
+from cifar_exp.study.laws import Name, fitted, relative_rate
 
 COUNTS = [1, 2, 4, 8]
 

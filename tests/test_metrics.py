@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cifar_exp import metrics
-from cifar_exp.metrics import Averages, Stopwatch, Totals
+from cifar_exp.training import metrics
+from cifar_exp.training.metrics import Averages, Totals
+from cifar_exp.training.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_exp.optim import Muon, cosine, learning_rates, linear, may_be_captured, orthogonalized, piecewise
+from cifar_exp.training.cuda_graph import may_be_captured
+from cifar_exp.training.optimizers import Muon, orthogonalized
+from cifar_exp.training.schedules import cosine, learning_rates, linear, piecewise
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,7 @@ def test_a_wheel_holds_conf_and_runs_without_the_clone(tmp_path: Path) -> None:
     expected = {"cifar_exp/conf/config.yaml", "cifar_exp/conf/model/convnet.yaml", "hydra_plugins/cifar_exp_study.py"}
     assert expected <= names
     assert not any(name.startswith(("tests/", "data/", "outputs/")) for name in names)
-    where = "import cifar_exp.config as c; print(c.conf_dir())"
+    where = "import cifar_exp.config.reading as c; print(c.conf_dir())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
     shown = subprocess.run([sys.executable, "-c", where], **options)  # type: ignore[call-overload]

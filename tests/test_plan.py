@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from cifar_exp.config.schema import Config, EarlyStopping, Train
 from cifar_exp.errors import ConfigError
-from cifar_exp.optim import cosine, piecewise
-from cifar_exp.plan import Plan, doubts, make_plan
-from cifar_exp.schema import Config, EarlyStopping, Train
+from cifar_exp.training.plan import Plan, doubts, make_plan
+from cifar_exp.training.schedules import cosine, piecewise
 
 REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cifar_exp import checkpoint
+from cifar_exp.cli.predict import Classifier
 from cifar_exp.errors import StorageError
-from cifar_exp.predict import Classifier
-from cifar_exp.publish import publish
+from cifar_exp.records import checkpoint
+from cifar_exp.records.model_export import publish
 from tests.conftest import TINY, Command
 from tests.test_checkpoint import origin, silent, trained
 from tests.test_readme import README, folders
@@ -65,7 +65,7 @@ def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Pa
     name, kernel = next(iter(weights.items()))
     model = dict(saved.model) | {name: kernel.to(memory_format=torch.channels_last), "tied": kernel}
     checkpoint.save(tmp_path, checkpoint.Checkpoint(**{**vars(saved), "model": model}), origin(10), keep=1)
-    settings = {"_target_": "cifar_exp.models.convnet", "width": 4, "list": [1, None, "żaba"]}
+    settings = {"_target_": "cifar_exp.models.networks.convnet", "width": 4, "list": [1, None, "żaba"]}
     with safe_open(publish(tmp_path, settings, silent), "pt") as file:
         about = {key: json.loads(text) for key, text in file.metadata().items()}
         assert about["model"] == settings

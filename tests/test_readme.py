@@ -60,7 +60,7 @@ def test_training_on_folders_then_prediction(cifar_exp: Command, workplace: Path
     assert done.returncode == 0, done.stderr
     (words,) = commands("cifar-exp-predict")
     (workplace / "data" / "cifar10-images" / "test" / "ant").rename(workplace / "my-pictures")
-    labels = cifar_exp(*words, module="cifar_exp.predict")
+    labels = cifar_exp(*words, module="cifar_exp.cli.predict")
     assert labels.returncode == 0, labels.stderr
     lines = labels.stdout.splitlines()
     assert len(lines) == 5
@@ -78,7 +78,8 @@ def test_the_sweeps_compose_and_run(cifar_exp: Command, workplace: Path, what: s
 
 
 def test_every_override_of_the_readmes_table_is_accepted() -> None:
-    from cifar_exp.config import build, read_config
+    from cifar_exp.config.reading import read_config
+    from cifar_exp.runs.components import build
     from tests.test_config import composed
 
     table = README.partition("| I want | I type |")[2].partition("\n\n")[0]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp import recording
 from cifar_exp.errors import Stopped, TrackingError
-from cifar_exp.journal import Entry, JournalWriter
-from cifar_exp.record import UNDELIVERED_FILE, Outcome, Status, is_owed, owe, settle
-from cifar_exp.recording import Follower, Recording
+from cifar_exp.records.journal import Entry, JournalWriter
+from cifar_exp.records.run_folder import UNDELIVERED_FILE, Outcome, Status, is_owed, owe, settle
+from cifar_exp.tracking import follower
+from cifar_exp.tracking.follower import Follower
+from cifar_exp.tracking.recorder import Recording
 
 
 class Unreliable:
@@ -58,8 +59,8 @@ def journal(run_dir: Path, count: int) -> list[Entry]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "SHORTEST_PAUSE", 0.01)
-    monkeypatch.setattr(recording, "LAST_TRY", 0.3)
+    monkeypatch.setattr(follower, "SHORTEST_PAUSE", 0.01)
+    monkeypatch.setattr(follower, "LAST_TRY", 0.3)
 
 
 def test_what_is_refused_is_delivered_later_once_and_told_once(
@@ -114,9 +115,9 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
-    monkeypatch.setattr(recording, "LONGEST", 10_000.0)  # of a run that was not
-    monkeypatch.setattr(recording, "STOPPED_PATIENCE", 0.3)
-    monkeypatch.setattr(recording, "LEAST_PATIENCE", 0.1)
+    monkeypatch.setattr(follower, "LONGEST", 10_000.0)  # of a run that was not
+    monkeypatch.setattr(follower, "STOPPED_PATIENCE", 0.3)
+    monkeypatch.setattr(follower, "LEAST_PATIENCE", 0.1)
     answer = threading.Event()
     sink = Unreliable(lambda name: None if name != hangs else answer.wait() and None)
 
@@ -133,8 +134,8 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
 
 
 def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "PATIENCE", 1.0)
-    monkeypatch.setattr(recording, "LEAST_PATIENCE", 0.01)
+    monkeypatch.setattr(follower, "PATIENCE", 1.0)
+    monkeypatch.setattr(follower, "LEAST_PATIENCE", 0.01)
     page = Unreliable(lambda name: time.sleep(1.5) if name == "close" else None)
     tracker = Unreliable(lambda name: time.sleep(0.3) if name == "close" else None)
     with Recording(tmp_path, time.monotonic(), tracker) as closing:

@@ -19,19 +19,23 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from cifar_exp import loader
-from cifar_exp.array_cache import DatasetFiles, Split
-from cifar_exp.augment import Shift
-from cifar_exp.config import build, read_config
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches, epoch_order
-from cifar_exp.datasets import cifar10, folders, synthetic
-from cifar_exp.distributed import World
+from cifar_exp.config.reading import read_config
+from cifar_exp.data import image_files
+from cifar_exp.data.augment import Shift
+from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, epoch_order
+from cifar_exp.data.cifar10 import cifar10
+from cifar_exp.data.class_folders import folders
+from cifar_exp.data.dataset_files import DatasetFiles, Split
+from cifar_exp.data.image_files import ImageFiles
+from cifar_exp.data.prefetch import ahead
+from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
+from cifar_exp.data.synthetic import synthetic
+from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
-from cifar_exp.graph import CapturedStep
-from cifar_exp.loader import ImageFiles
-from cifar_exp.residency import HostSource, Source, ahead, fetch, opened, residency_on
-from cifar_exp.resume import config_hash
-from cifar_exp.train import evaluate
+from cifar_exp.runs.components import build
+from cifar_exp.runs.config_changes import config_hash
+from cifar_exp.training.cuda_graph import CapturedStep
+from cifar_exp.training.evaluation import evaluate
 from tests.conftest import TINY, Command
 from tests.test_config import composed
 from tests.test_failures import assert_nothing_is_left, training_ranks
@@ -244,7 +248,7 @@ def test_auto_is_a_worker_a_thread_and_at_most_eight(
         asked.append(num_workers)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loader, "DataLoader", noted)
+    monkeypatch.setattr(image_files, "DataLoader", noted)
     files = folders(equal, residency="loader", image_size=SIDE)
     with pytest.raises(KeyboardInterrupt), opened(files, CPU, threads):
         pass
@@ -279,7 +283,7 @@ def test_statistics_are_computed_once_and_the_hash_follows_files_and_size(
     assert (first.train_count, first.test_count, first.image_size) == (26, 11, (SIDE, SIDE))
     assert first.classes == ("ant", "bee")
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "decode_image", lambda _path: pytest.fail("a file was read again"))
+        patch.setattr(image_files, "decode_image", lambda _path: pytest.fail("a file was read again"))
         assert folders(tmp_path, residency="loader", image_size=SIDE) == first
     assert folders(tmp_path, residency="loader", image_size=SIDE + 1).content_hash != first.content_hash
     os.utime(tmp_path / "test" / "bee" / "01.png", ns=(1, 1))
@@ -290,10 +294,10 @@ def test_statistics_are_computed_once_and_the_hash_follows_files_and_size(
 
 
 def test_statistics_are_those_of_a_sample_where_there_are_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "SAMPLE", 5)
+    monkeypatch.setattr(image_files, "SAMPLE", 5)
     read: list[Path] = []
-    original = loader.read_image
-    monkeypatch.setattr(loader, "read_image", lambda path, size: (read.append(path), original(path, size))[1])
+    original = image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda path, size: (read.append(path), original(path, size))[1])
     files = folders(tree(tmp_path), residency="loader", image_size=SIDE)
     assert len(set(read)) == len(read) == 5
     pixels = np.stack([np.asarray(Image.open(path)) for path in read])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_exp import checkpoint, journal
-from cifar_exp.tracking import PARENT_TAG
+from cifar_exp.records import checkpoint, journal
+from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
 from tests.test_checkpoint import reseal

@@ -11,13 +11,13 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from cifar_exp import journal
-from cifar_exp.data import resized
-from cifar_exp.models import convnet, parameter_count
-from cifar_exp.predict import Classifier
-from cifar_exp.rank_times import by_rank, training_seconds
-from cifar_exp.speednet import patches_of
-from cifar_exp.tracking import MLflowTracker
+from cifar_exp.cli.predict import Classifier
+from cifar_exp.data.batches import resized
+from cifar_exp.distributed.rank_times import by_rank, training_seconds
+from cifar_exp.models.networks import convnet, parameter_count
+from cifar_exp.models.speednet import patches_of
+from cifar_exp.records import journal
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, the_run
 from tests.test_datasets import REAL_IMAGES
 
@@ -85,12 +85,12 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert "3 (0 images dropped)" in plan
 
     images = sorted(workplace.rglob("*.png"))
-    predicted = cifar_exp("run=latest", "--json", str(images[0]), module="cifar_exp.predict")
+    predicted = cifar_exp("run=latest", "--json", str(images[0]), module="cifar_exp.cli.predict")
     assert predicted.returncode == 0, predicted.stderr
     answer = json.loads(predicted.stdout)
     assert answer["image"] == str(images[0])
     assert 0 < answer["probability"] <= 1
-    by_id = cifar_exp(f"run={run.info.run_id}", "--json", str(images[0]), module="cifar_exp.predict")
+    by_id = cifar_exp(f"run={run.info.run_id}", "--json", str(images[0]), module="cifar_exp.cli.predict")
     assert by_id.stdout == predicted.stdout
 
 

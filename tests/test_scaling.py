@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from cifar_exp.scaling import Group, RunResult, SpeedupRow, grouped, speedup_rows
-from cifar_exp.schema import Report
+from cifar_exp.config.schema import Report
+from cifar_exp.study.finished_runs import grouped
+from cifar_exp.study.group import Group
+from cifar_exp.study.run_result import RunResult
+from cifar_exp.study.speedup import SpeedupRow, speedup_rows
 
 FIVE = [
     RunResult(devices=2, global_batch_size=512, images_per_second=300.0, train_seconds=60.0, test_accuracy=0.90),

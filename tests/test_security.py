@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifar_exp import download
-from cifar_exp.privacy import is_secret, masked, masked_text
-from cifar_exp.record import make_private
+from cifar_exp import errors
+from cifar_exp.data import download
+from cifar_exp.records.run_folder import make_private
+from cifar_exp.system.redaction import is_secret, masked, masked_text
 from tests.conftest import TINY, Command, the_run
 from tests.servers import Relay, relay  # noqa: F401
 from tests.test_download import ARCHIVE, Server, server  # noqa: F401
@@ -81,7 +82,7 @@ def test_a_run_uses_its_secrets_and_leaves_none(
     """A secret in each place where a user may put one; the dataset fails unless it gets the real values."""
     code = tmp_path_factory.mktemp("code")
     (code / "mine.py").write_text(
-        "from cifar_exp.datasets import synthetic\n"
+        "from cifar_exp.data.class_folders import synthetic\n"
         "def images(token: str, options: dict[str, str], mirror: str, **settings):\n"
         "    assert token == 'hush' + '-named' and options['password'] == 'hush' + '-deep', 'masked too early'\n"
         "    assert mirror == 'https://me:hush' + '-mirror@host/x?token=hush' + '-query', mirror\n"
@@ -133,7 +134,7 @@ def test_a_mirrors_password_is_sent_to_it_alone(tmp_path: Path, server: Server) 
     with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as redirecting:
         threading.Thread(target=redirecting.serve_forever, daemon=True).start()
         own = f"http://127.0.0.1:{redirecting.server_port}"
-        with pytest.raises(download.DataError) as caught:
+        with pytest.raises(errors.DataError) as caught:
             download.fetch(
                 tmp_path,
                 mirror=f"{own.replace('//', '//me:p%40w@')}/x",
@@ -206,7 +207,7 @@ def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace:
             (["uri=x"], "it must be tracking.uri="),
             ([store, "--port=70000"], "--port=70000"),
         ):
-            refused = cifar_exp(*arguments, module="cifar_exp.ui")
+            refused = cifar_exp(*arguments, module="cifar_exp.cli.ui")
             assert refused.returncode == 2
             assert message in refused.stderr
             assert "Traceback" not in refused.stderr

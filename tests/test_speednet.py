@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_exp.models import initialize_from_images, parameter_count, seeded
-from cifar_exp.speednet import GlobalMaxPool, Whitening, patches_of, speednet
+from cifar_exp.models.networks import initialize_from_images, parameter_count, seeded
+from cifar_exp.models.speednet import GlobalMaxPool, Whitening, patches_of, speednet
 
 
 def correlated_images(count: int = 200) -> Tensor:

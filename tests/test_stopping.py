@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cifar_exp import checkpoint, journal, worker
-from cifar_exp.control import LEAVE_FILE, Control
-from cifar_exp.data import EvaluationBatches
-from cifar_exp.distributed import World
+from cifar_exp.data.batches import EvaluationBatches
+from cifar_exp.distributed.heartbeat import LEAVE_FILE, Control
+from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import DivergenceError
-from cifar_exp.metrics import Averages
+from cifar_exp.records import checkpoint, journal
+from cifar_exp.training.metrics import Averages
+from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
 from tests.test_distributed import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
@@ -224,5 +225,5 @@ def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_
     ours = validation(only_rank)
     batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch_size=4)
     job = SimpleNamespace(data=SimpleNamespace(validation_count=1), train=SimpleNamespace(mirrored_evaluation=True))
-    worker._tested(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
+    final_metrics._tested(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
     assert len(signs) == len(set(signs)) == 6

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cifar_exp.breakdown import PARTS, Breakdown, rank_table
-from cifar_exp.comparison import Comparison
+from cifar_exp.config.schema import Report
 from cifar_exp.errors import ConfigError
-from cifar_exp.schema import Report
-from cifar_exp.study import FinishedRun, Study
+from cifar_exp.study.comparison import Comparison
+from cifar_exp.study.finished_runs import FinishedRun
+from cifar_exp.study.report import Study
+from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 
 def finished(devices: int, seed: int, rate: float, accuracy: float = 0.8, *more: str, load: float = 0.0) -> FinishedRun:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.temporary import private_folder
+from cifar_exp.system.temp_folder import private_folder
 from tests.conftest import environment
 
 HOLD = """

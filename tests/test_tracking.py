@@ -18,13 +18,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from cifar_exp import journal
-from cifar_exp.journal import RUN_ID_FILE, Entry
-from cifar_exp.owner import Owner
-from cifar_exp.record import UNDELIVERED_FILE, Outcome, RunInfo
-from cifar_exp.recording import Follower
-from cifar_exp.stale import owner_tags
-from cifar_exp.tracking import MLflowTracker
+from cifar_exp.records import journal
+from cifar_exp.records.journal import RUN_ID_FILE, Entry
+from cifar_exp.records.run_folder import UNDELIVERED_FILE, Outcome, RunInfo
+from cifar_exp.system.locks import Owner
+from cifar_exp.tracking.dead_runs import owner_tags
+from cifar_exp.tracking.follower import Follower
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, environment, the_run
 from tests.servers import Relay, relay  # noqa: F401
 from tests.test_failures import wait_for
@@ -166,7 +166,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
             wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
             relay.turn("pass")
             wait_for(lambda told=told: (workplace / "errors").read_text().count("is back") > told, process)
-        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("run", module="cifar_exp.sync")):
+        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("run", module="cifar_exp.cli.sync")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -177,7 +177,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     finally:
         process.kill()
     assert (workplace / "errors").read_text().count("\n") <= 6  # two outages, and the end
-    done = cifar_exp("run", module="cifar_exp.sync")  # what there was no time for
+    done = cifar_exp("run", module="cifar_exp.cli.sync")  # what there was no time for
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)
     assert record.info.status == "KILLED"
@@ -265,7 +265,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     again = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert again.returncode == 5  # it has been trained, and is as unknown as before
     assert "finished before, test accuracy" in again.stdout
-    refused = cifar_exp(str(folder), module="cifar_exp.sync")
+    refused = cifar_exp(str(folder), module="cifar_exp.cli.sync")
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
@@ -273,7 +273,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
     assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
-    again = cifar_exp("outputs", module="cifar_exp.sync")
+    again = cifar_exp("outputs", module="cifar_exp.cli.sync")
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
     assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout
@@ -298,10 +298,10 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     (folder,) = (workplace / "outputs").glob("multirun/*/*")
     shutil.move(workplace / "outputs" / "mlflow.db", workplace / "lost.db")
     other = f"sqlite:///{workplace / 'other.db'}"
-    brought = cifar_exp(str(folder / "1"), f"tracking.uri={other}", module="cifar_exp.sync")
+    brought = cifar_exp(str(folder / "1"), f"tracking.uri={other}", module="cifar_exp.cli.sync")
     assert brought.returncode == 0, brought.stderr
     assert len(brought.stdout.splitlines()) == 2  # the job, and the sweep that it belongs to
-    brought = cifar_exp(str(folder), f"tracking.uri={other}", module="cifar_exp.sync")
+    brought = cifar_exp(str(folder), f"tracking.uri={other}", module="cifar_exp.cli.sync")
     assert brought.returncode == 0, brought.stderr
     store = MlflowClient(other)
     runs = all_runs(store)
@@ -318,6 +318,6 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
         (str(folder), "tracking.url=x"): "tracking.uri=<address> or tracking.experiment=<name>",
         (str(folder), "tracking.uri=ftp://x"): "it must begin with one of",
     }.items():
-        refused = cifar_exp(*wrong, module="cifar_exp.sync")
+        refused = cifar_exp(*wrong, module="cifar_exp.cli.sync")
         assert refused.returncode == 2
         assert message in refused.stderr

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cifar_exp.train import Mirrored
+from cifar_exp.training.evaluation import Mirrored
 
 
 def test_mirrored_logits_are_the_mean_over_the_image_and_its_mirror_image() -> None:

@@ -17,21 +17,24 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cifar_exp import checkpoint, journal, schema
-from cifar_exp.array_cache import DatasetFiles, Split
-from cifar_exp.augment import Identity
-from cifar_exp.config import build, conf_dir, read_config
-from cifar_exp.data import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.datasets import folders
-from cifar_exp.early_stopping import EarlyStopping
+from cifar_exp.cli.predict import Classifier
+from cifar_exp.config import schema
+from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.reading import read_config
+from cifar_exp.data.augment import Identity
+from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data.class_folders import folders
+from cifar_exp.data.dataset_files import DatasetFiles, Split
+from cifar_exp.data.sources import opened
+from cifar_exp.data.validation_split import divided, division, keep_apart
+from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError
-from cifar_exp.figures import RunFacts
-from cifar_exp.journal import Entry
-from cifar_exp.metrics import Averages
-from cifar_exp.predict import Classifier
-from cifar_exp.progress import Display
-from cifar_exp.residency import opened
-from cifar_exp.validation import divided, division, keep_apart
+from cifar_exp.records import checkpoint, journal
+from cifar_exp.records.journal import Entry
+from cifar_exp.runs.components import build
+from cifar_exp.training.early_stopping import EarlyStopping
+from cifar_exp.training.metrics import Averages
 from tests.conftest import TINY, Command
 from tests.test_config import composed
 from tests.test_residency import CPU, SIDE, tree
@@ -366,7 +369,9 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
     Image.new("RGB", (32, 32)).save(workplace / "black.png")
     for words, saved in (([], best), (["checkpoint=last"], newest)):
         trusted = "trusted_modules=[bias]"
-        predicted = cifar_exp("run=outputs/whole", *words, trusted, "--json", "black.png", module="cifar_exp.predict")
+        predicted = cifar_exp(
+            "run=outputs/whole", *words, trusted, "--json", "black.png", module="cifar_exp.cli.predict"
+        )
         assert predicted.returncode == 0, predicted.stderr
         expected = float(saved.model["bias"].softmax(0).max())
         assert json.loads(predicted.stdout)["probability"] == pytest.approx(expected, abs=1e-4)
@@ -390,7 +395,9 @@ def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, word: str
 ) -> None:
     drawn: list[RunFacts] = []
-    monkeypatch.setattr("cifar_exp.figures.draw_training", lambda _entries, facts, _path: drawn.append(facts))
+    monkeypatch.setattr(
+        "cifar_exp.display.training_figure.draw_training", lambda _entries, facts, _path: drawn.append(facts)
+    )
     facts = RunFacts("a run", "starting", 20, 10, [(15, 0.1)], {"devices": "one", "epochs": "20 (200 steps)"})
     display = Display(tmp_path, facts, "quiet", Console(quiet=True), started=0.0)
     display.open()
@@ -420,7 +427,7 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
 
     with pytest.raises(ConfigError, match=r"checkpoint=best: run was trained without data.validation and keeps none"):
         Classifier.of_run(Path("run"), "best")
-    refused = cifar_exp("run=run", "checkpoint=newest", "black.png", module="cifar_exp.predict")
+    refused = cifar_exp("run=run", "checkpoint=newest", "black.png", module="cifar_exp.cli.predict")
     assert refused.returncode == 2
     assert "checkpoint=newest: it must be best or last. Type checkpoint=best" in refused.stderr
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cifar_exp.cli.verify import configurations
 from cifar_exp.errors import ConfigError, MachineError
-from cifar_exp.metrics import Averages
-from cifar_exp.parity import Measurement, digests
-from cifar_exp.parity_checks import Check, compared, relative_difference, tolerances
-from cifar_exp.parity_report import Report, Result
-from cifar_exp.plan import Plan
-from cifar_exp.verify import configurations
+from cifar_exp.parity.checks import Check, compared, relative_difference, tolerances
+from cifar_exp.parity.measure import Measurement, digests
+from cifar_exp.parity.report import Report, Result
+from cifar_exp.training.metrics import Averages
+from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
 from tests.test_failures import wait_for
 
@@ -30,7 +30,7 @@ SMALL = [
     *("data=synthetic", "data.train_count=100", "data.test_count=33", "train.batch_size=8", "train.epochs=2"),
     *("model.width=4", "model.depth=1", "devices=cpu", "devices.oversubscribe=true"),
 ]
-VERIFY = "cifar_exp.verify"
+VERIFY = "cifar_exp.cli.verify"
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_parity_holds_for_all_that_changes_a_step(cifar_exp: Command, workplace:
 FAULTS = {
     "ranks draw the same images": (
         "from dataclasses import replace\n"
-        "from cifar_exp.data import TrainBatches\n"
+        "from cifar_exp.data.batches import TrainBatches\n"
         "honest = TrainBatches._draws\n"
         "TrainBatches._draws = lambda self, epoch, steps: honest(replace(self, rank=0), epoch, steps)\n",
         {"micro-batches that differ in a bit", "images doubled or foreign", "images left out", "gradient of step 1"},
@@ -161,7 +161,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_by_the_checks_that_are_about_it(cifar_exp: Command, workplace: Path, fault: str) -> None:
     code, expected = FAULTS[fault]
-    network = "from cifar_exp.models import convnet\ndef model(*, num_classes, width, depth):\n"
+    network = "from cifar_exp.models.networks import convnet\ndef model(*, num_classes, width, depth):\n"
     network += "    return convnet(num_classes=num_classes, width=width, depth=depth)\n"
     (workplace / "faulty.py").write_text(code + network)
     own = ("model._target_=faulty.model", "trusted_modules=[faulty]")
@@ -183,7 +183,7 @@ def test_a_fault_is_found_by_the_checks_that_are_about_it(cifar_exp: Command, wo
 
 
 def test_quiet_prints_the_verdict_alone_and_needs_no_mlflow(workplace: Path) -> None:
-    code = "import sys\nfrom cifar_exp.verify import main\nif __name__ == '__main__':\n"
+    code = "import sys\nfrom cifar_exp.cli.verify import main\nif __name__ == '__main__':\n"
     code += "    try: main()\n    finally: print('mlflow:', 'mlflow' in sys.modules, file=sys.stderr)\n"
     (workplace / "command.py").write_text(code)
     words = [sys.executable, "command.py", *SMALL, "devices.count=2", "progress=quiet", "hydra.run.dir=here"]
@@ -247,7 +247,7 @@ def test_ranks_are_powers_of_two_up_to_the_machines_and_strictness_can_be_typed(
     configs, folder = configurations(["devices=cpu", "experiment=quickstart"])
     assert [config.devices.count for config in configs] == [1, 2, 4]
     assert {(config.train.precision, config.train.deterministic) for config in configs} == {("fp32", True)}
-    assert configs[0].tracking == {"_target_": "cifar_exp.tracking.NoTracker"}
+    assert configs[0].tracking == {"_target_": "cifar_exp.tracking.tracker.NoTracker"}
     assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-\d{6}", str(folder))
     typed = ["train.precision=bf16", "train.deterministic=false", "devices.count=2,3,2", "tracking.uri=http://x"]
     configs, _ = configurations(typed)
@@ -257,9 +257,9 @@ def test_ranks_are_powers_of_two_up_to_the_machines_and_strictness_can_be_typed(
 
 def test_a_users_own_config_folder_counts(workplace: Path) -> None:
     (workplace / "mi ne" / "model").mkdir(parents=True)
-    (workplace / "mi ne" / "model" / "tiny.yaml").write_text("_target_: cifar_exp.models.convnet\nwidth: 3\n")
+    (workplace / "mi ne" / "model" / "tiny.yaml").write_text("_target_: cifar_exp.models.networks.convnet\nwidth: 3\n")
     configs, _ = configurations(["--config-dir", "mi ne", "model=tiny", "devices.count=1,2"])
-    assert configs[0].model == {"_target_": "cifar_exp.models.convnet", "width": 3}
+    assert configs[0].model == {"_target_": "cifar_exp.models.networks.convnet", "width": 3}
     with pytest.raises(ConfigError, match="model=tiny"):
         configurations(["model=tiny", "devices.count=1,2"])
 
@@ -267,7 +267,7 @@ def test_a_users_own_config_folder_counts(workplace: Path) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["-h", "train.epochs=0"], ["train.epochs=0"]])
 def test_help_and_refusals_do_not_wait_for_torch(workplace: Path, words: list[str]) -> None:
     code = (
-        "import sys\nfrom cifar_exp.verify import main\n"
+        "import sys\nfrom cifar_exp.cli.verify import main\n"
         "try: main()\nfinally: print('heavy:', {'torch', 'mlflow', 'torchvision', 'matplotlib'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, *words]
@@ -281,7 +281,7 @@ def test_help_and_refusals_do_not_wait_for_torch(workplace: Path, words: list[st
 @pytest.mark.parametrize("moment", ["at once", "while ranks compute"])
 def test_ctrl_c_ends_it_without_a_traceback(workplace: Path, moment: str) -> None:
     large = ["data.train_count=20000", "train.batch_size=256", "model.width=32", "model.depth=4", "devices.count=1,2"]
-    words = [sys.executable, "-c", "from cifar_exp.verify import main; main()", *SMALL, *large]
+    words = [sys.executable, "-c", "from cifar_exp.cli.verify import main; main()", *SMALL, *large]
     process = subprocess.Popen(
         words, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_exp import winograd
-from cifar_exp.fused import WinogradConvolution, fused
-from cifar_exp.models import convnet, seeded
-from cifar_exp.worker import fuse_layers
+from cifar_exp.cpu_kernels import winograd
+from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.cpu_kernels.layers import WinogradConvolution
+from cifar_exp.cpu_kernels.replace import fused
+from cifar_exp.models.networks import convnet, seeded
 from tests.conftest import environment
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -192,7 +193,9 @@ def test_another_convolution_stays(change: dict[str, object]) -> None:
 def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(fused(layers(), torch.float32)[0]) is nn.Conv2d
     for features in ({"avx512bf16", "avx512bw", "amx-bf16"}, {"avx512bw"}):
-        monkeypatch.setattr("cifar_exp.winograd.target", lambda features=features: ("", "", frozenset(features)))
+        monkeypatch.setattr(
+            "cifar_exp.cpu_kernels.numba_runtime.target", lambda features=features: ("", "", frozenset(features))
+        )
         assert type(fused(layers(), torch.bfloat16)[0]) is nn.Conv2d
 
 
@@ -216,8 +219,8 @@ def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(mo
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr("cifar_exp.winograd.pays", lambda: True)
-    monkeypatch.setattr("cifar_exp.native.compiled", refuse)
+    monkeypatch.setattr("cifar_exp.cpu_kernels.winograd.pays", lambda: True)
+    monkeypatch.setattr("cifar_exp.cpu_kernels.numba_runtime.compiled", refuse)
     model = layers()
     assert fuse_layers(model, torch.bfloat16) == "RuntimeError: no such instruction"
     assert type(model[0]) is nn.Conv2d

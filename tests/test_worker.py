@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifar_exp import journal
-from cifar_exp.worker import RankFailure
+from cifar_exp.records import journal
+from cifar_exp.worker.failure import RankFailure
 from tests.conftest import TINY, Command
 
 
@@ -38,7 +38,7 @@ def test_a_profile_is_a_trace_of_six_steps(cifar_exp: Command, workplace: Path) 
 def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     (workplace / "spy.py").write_text(
-        "import os, pathlib\nfrom cifar_exp.models import convnet\n"
+        "import os, pathlib\nfrom cifar_exp.models.networks import convnet\n"
         "def model(*, num_classes, width, depth):\n"
         "    if 'RANK' in os.environ:\n"
         "        cores = ' '.join(map(str, os.sched_getaffinity(0)))\n"
@@ -55,7 +55,7 @@ def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: 
 def test_a_rank_keeps_the_memory_that_it_frees(cifar_exp: Command, workplace: Path) -> None:
     """A block of 40 MiB is allocated and freed twice: the second time the kernel has no page of it to find."""
     (workplace / "spy.py").write_text(
-        "import os, pathlib, resource\nfrom cifar_exp.models import convnet\n"
+        "import os, pathlib, resource\nfrom cifar_exp.models.networks import convnet\n"
         "def pages():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    bytearray(40 * 2**20)\n"

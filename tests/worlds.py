@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from cifar_exp import nursery
-from cifar_exp.distributed import World, joined_world
+from cifar_exp.distributed.process_group import World, joined_world
+from cifar_exp.launch import forkserver
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) 
     They are forked as a run's are, which end without Python's finalisation: that would abort a thread of gloo's which
     is still at a callback of Python's.
     """
-    nursery.warm_up()
-    start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=nursery.START_METHOD)
+    forkserver.warm_up()
+    start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=forkserver.START_METHOD)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]
 
 

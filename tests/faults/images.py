@@ -242,7 +242,7 @@ def choice(release: bytes, **settings: Any) -> dict[str, Any]:
     """A data YAML for which ``release`` is the archive as it was released."""
     known = {"size": len(release), "sha256": hashlib.sha256(release).hexdigest()}
     root = f"cifar-{hashlib.sha256(repr((settings, known)).encode()).hexdigest()[:8]}"
-    return {"_target_": "cifar_exp.datasets.cifar10", "root": root, **known, **settings}
+    return {"_target_": "cifar_exp.data.cifar10.cifar10", "root": root, **known, **settings}
 
 
 @contextmanager

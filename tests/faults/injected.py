@@ -35,7 +35,7 @@ def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
     """The reference network, with the planned fault in it."""
     from torch import nn
 
-    from cifar_exp.models import convnet
+    from cifar_exp.models.networks import convnet
 
     network = convnet(num_classes=num_classes, width=width, depth=depth)
     plan = _plan()
@@ -66,12 +66,12 @@ def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
 
 def synthetic(root: str, **settings: Any) -> Any:
     """The synthetic images, with the planned fault before them."""
-    from cifar_exp import datasets
+    from cifar_exp.data import synthetic
 
     plan = _plan()
     if plan.get("point") == "load":
         _action(plan)(None)
-    return datasets.synthetic(root, **settings)
+    return synthetic.synthetic(root, **settings)
 
 
 def _plan() -> dict[str, Any]:

@@ -10,9 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from cifar_exp.commandline import HYDRAS_ERRORS, explained
-from cifar_exp.config import build, conf_dir, default_settings, read_config, register_resolvers
+from cifar_exp.cli.hydra_app import HYDRAS_ERRORS, explained
+from cifar_exp.config.defaults import conf_dir, default_settings
+from cifar_exp.config.reading import read_config, register_resolvers
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
+from cifar_exp.runs.components import build
 from tests.faults.registry import case
 from tests.faults.scene import Scene
 
@@ -23,8 +25,24 @@ GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launc
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 KEYS = sorted(name for name in default_settings() if name not in ("trusted_modules", "resume"))
 TARGETS = (
-    *("os.system", "builtins.eval", "torch.hub.os.system", "torch.nn.Nothing", "cifar_exp", "cifar_exp.models.convnet"),
-    *("cifar_exp.models", "..", "torch.", ".torch", "cifar_exp.errors.ConfigError", "", "torch.optim.LBFGS", "1"),
+    *(
+        "os.system",
+        "builtins.eval",
+        "torch.hub.os.system",
+        "torch.nn.Nothing",
+        "cifar_exp",
+        "cifar_exp.models.networks.convnet",
+    ),
+    *(
+        "cifar_exp.models.networks",
+        "..",
+        "torch.",
+        ".torch",
+        "cifar_exp.errors.ConfigError",
+        "",
+        "torch.optim.LBFGS",
+        "1",
+    ),
 )
 
 numbers = st.one_of(
@@ -67,8 +85,8 @@ def outcome(typed: Sequence[str]) -> CifarExpError | None:
         composed = compose("config", list(typed))
     except HYDRAS_ERRORS as error:  # as in commandline.run_hydra
         return explained(error, typed)
-    from cifar_exp.launch import find_devices
-    from cifar_exp.plan import check_scaling, make_plan
+    from cifar_exp.launch.devices import find_devices
+    from cifar_exp.training.plan import check_scaling, make_plan
 
     try:
         config = read_config(composed)

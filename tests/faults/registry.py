@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_exp.config import default_settings
+from cifar_exp.config.defaults import default_settings
 
 if TYPE_CHECKING:
     from tests.faults.scene import Scene
@@ -93,7 +93,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "restarts": _setting("launcher.max_restarts"),
     "watchdog": _setting("launcher.max_restarts"),
     "stopping": _setting("train.max_seconds"),
-    "sync": _module("cifar_exp.sync"),
-    "stale": _module("cifar_exp.stale"),
-    "ui": _module("cifar_exp.ui"),
+    "sync": _module("cifar_exp.cli.sync"),
+    "stale": _module("cifar_exp.tracking.dead_runs"),
+    "ui": _module("cifar_exp.cli.ui"),
 }

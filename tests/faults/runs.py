@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cifar_exp import checkpoint, journal
-from cifar_exp.journal import Entry
+from cifar_exp.records import checkpoint, journal
+from cifar_exp.records.journal import Entry
 from tests.conftest import TINY
 from tests.faults.scene import Ended, Scene, says
 
@@ -83,7 +83,7 @@ def trains(scene: Scene, ended: Ended, code: int, *words: str, run_dir: str = "r
     undelivered = f"cifar-exp-sync {run_dir}{chr(10)}" in ended.err
     says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
     if undelivered:
-        says(scene.run(run_dir, module="cifar_exp.sync"), 0)
+        says(scene.run(run_dir, module="cifar_exp.cli.sync"), 0)
 
 
 def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:

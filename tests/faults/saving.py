@@ -10,9 +10,9 @@ from random import Random
 import pytest
 import torch
 
-from cifar_exp import checkpoint
-from cifar_exp.checkpoint import FOLDER
 from cifar_exp.errors import StorageError
+from cifar_exp.records import checkpoint
+from cifar_exp.records.checkpoint import FOLDER
 from tests.faults.registry import case
 from tests.faults.runs import (
     EPOCHS_A_TRY,
@@ -214,7 +214,7 @@ def malicious_pickle(scene: Scene) -> None:
     torch.save(dict(vars(trained())) | {"classes": Malicious(marker)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
-    says(scene.run("run=run", str(scene.folder), module="cifar_exp.predict"), 8, path.name, "cannot be read")
+    says(scene.run("run=run", str(scene.folder), module="cifar_exp.cli.predict"), 8, path.name, "cannot be read")
     assert not marker.exists(), "code in a checkpoint was executed"
     scene.handled("a malicious pickle as a checkpoint", "the same")
 

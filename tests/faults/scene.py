@@ -148,7 +148,7 @@ class Scene:
         *arguments: str,
         plan: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
-        module: str = "cifar_exp.main",
+        module: str = "cifar_exp.cli.main",
         before: Sequence[str] = (),
         tmp: Path | None = None,
     ) -> Running:

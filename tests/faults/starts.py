@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 
-from cifar_exp import journal
+from cifar_exp.records import journal
 from tests.conftest import environment
 from tests.faults.registry import case, faketime
 from tests.faults.runs import HERE, UNTRACKED, assert_recorded_once, assert_same_as_uninterrupted, settings, statuses

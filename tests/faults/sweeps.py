@@ -7,7 +7,7 @@ from statistics import linear_regression
 
 import psutil
 
-from cifar_exp import journal
+from cifar_exp.records import journal
 from tests.faults.registry import case
 from tests.faults.runs import assert_recorded_once, curve, rows, settings, statuses
 from tests.faults.scene import LIMIT, Running, Scene, says

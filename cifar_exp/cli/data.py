@@ -1,0 +1,103 @@
+"""``cifar-exp-data``: the CIFAR-10 archive -> a tree of class folders with PNG images, for people and other programs.
+
+The images are the release's, bit for bit; ``data=folders data.root=data/cifar10-folders`` trains on them.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from cifar_exp.data.cifar10 import cifar10
+from cifar_exp.data.dataset_files import SPLITS, DatasetFiles
+from cifar_exp.errors import CifarExpError, DataError, storage_errors
+from cifar_exp.system.progress_line import Progress
+from cifar_exp.system.redaction import masked_text
+
+Counts = Counter[tuple[str, str, str]]
+"""(split, class, ``written`` or ``skipped``) -> images."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code, which is that of the training command for the same error."""
+    settings = _parser().parse_args(arguments)
+    try:
+        files = cifar10(settings.root, mirror=settings.mirror, archive=settings.archive)
+        counts = export(files, settings.to)
+    except CifarExpError as error:
+        print(masked_text(str(error)), file=sys.stderr)
+        if isinstance(error, DataError):
+            print("For cifar-exp-data, these are --root, --archive and --mirror.", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped. What is written stays; start again to go on.", file=sys.stderr)
+        return 130
+    print(table(files.classes, counts))
+    print(f"To train on them: cifar-exp data=folders data.root={settings.to}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cifar-exp-data",
+        description="Fetch CIFAR-10, verify it, and write it as train/<class>/NNNN.png and test/<class>/NNNN.png.",
+    )
+    parser.add_argument("--root", default="data", help="folder for the archive and its decoded copy (%(default)s)")
+    parser.add_argument("--archive", metavar="FILE", help="a local cifar-10-python.tar.gz; then nothing is downloaded")
+    parser.add_argument("--mirror", metavar="URL", help="another address of cifar-10-python.tar.gz")
+    parser.add_argument(
+        "--to", type=Path, default=Path("data/cifar10-folders"), help="folder for the images (%(default)s)"
+    )
+    return parser
+
+
+def export(files: DatasetFiles, folder: Path) -> Counts:
+    """Write each image as ``<folder>/<split>/<class>/NNNN.png``, numbered from 1; files that exist stay as they are.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    counts: Counts = Counter()
+    for split in SPLITS:
+        data = files.load(split)
+        numbers: Counter[int] = Counter()
+        jobs: list[tuple[Tensor, Path]] = []
+        for image, label in zip(data.images, data.labels.tolist(), strict=True):
+            numbers[label] += 1
+            jobs.append((image, folder / split / files.classes[label] / f"{numbers[label]:04d}.png"))
+        with storage_errors(folder, "Make room, or choose another folder: --to <folder>"):
+            for name in files.classes:
+                (folder / split / name).mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor() as pool, Progress(f"Writing {split} images", len(jobs), "files") as progress:
+                for (_, path), outcome in zip(jobs, pool.map(_write, jobs), strict=True):
+                    counts[split, path.parent.name, outcome] += 1
+                    progress.add(1)
+    return counts
+
+
+def _write(job: tuple[Tensor, Path]) -> str:
+    """Write an image (3, H, W) uint8, so that a file of its final name is always whole."""
+    image, path = job
+    if path.exists():
+        return "skipped"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+    temporary.replace(path)
+    return "written"
+
+
+def table(classes: Sequence[str], counts: Counts) -> str:
+    """Images by class: written, and skipped because they were there."""
+    columns = [(split, outcome) for split in SPLITS for outcome in ("written", "skipped")]
+    rows = [(name, [counts[split, name, outcome] for split, outcome in columns]) for name in classes]
+    sums = ("all", [sum(cells) for cells in zip(*(cells for _, cells in rows), strict=True)])
+    width = max(len(name) for name in ("class", *classes))
+    lines = ["class".ljust(width) + "".join(f"{split + ' ' + outcome:>15}" for split, outcome in columns)]
+    lines += [name.ljust(width) + "".join(f"{cell:>15,}" for cell in cells) for name, cells in (*rows, sums)]
+    return "\n".join(lines)

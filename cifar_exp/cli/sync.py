@@ -1,0 +1,114 @@
+"""``cifar-exp-sync``: brings to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
+from cifar_exp.system.redaction import masked_text
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+
+SETTINGS = ("tracking.uri", "tracking.experiment")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: the first failure's, after all runs were tried."""
+    words: list[str] = _parser().parse_args(arguments).run
+    failures: list[CifarExpError] = []
+    try:
+        settings = _settings([word for word in words if "=" in word and not Path(word).exists()])
+        for folder in [Path(word) for word in words if "=" not in word or Path(word).exists()]:
+            failures += _deliver_all(folder, settings)
+    except CifarExpError as error:
+        failures.append(error)
+    except KeyboardInterrupt:
+        print("Stopped. What is delivered stays; start again to go on.", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"cifar-exp-sync: {masked_text(str(failure))}", file=sys.stderr)
+    return failures[0].exit_code if failures else 0
+
+
+def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:
+    """Deliver the runs in ``folder``, printing a line for each; what failed."""
+    failures: list[CifarExpError] = []
+    for run_dir in runs_in(folder):
+        try:
+            print(tracker_of(run_dir, settings).deliver(run_dir), flush=True)
+        except CifarExpError as error:
+            failures.append(error)
+    return failures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cifar-exp-sync",
+        description="Bring to MLflow what runs hold on disk and their store lacks: the run itself, parameters, tags, "
+        "every point once, files, and how it ended.",
+    )
+    parser.add_argument(
+        "run",
+        nargs="+",
+        help="a run's or a sweep's folder, or one that holds several; tracking.uri=<address> names another store than "
+        "the run's own, or the same with the password that its folder does not keep; tracking.experiment=<name>",
+    )
+    return parser
+
+
+def _settings(words: Sequence[str]) -> dict[str, str | None]:
+    """``tracking.uri`` and ``tracking.experiment`` as they were typed."""
+    settings: dict[str, str | None] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in SETTINGS or not value:
+            raise ConfigError(f"{word}: it must be {'=<address> or '.join(SETTINGS)}=<name>, or a folder that exists")
+        settings[name.partition(".")[2]] = None if value == "null" else value
+    return settings
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folders of all runs in ``folder``, then of the sweeps that they belong to.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
+    sweeps = {path.parent.resolve(): path.parent for path in folder.rglob(SWEEP_RUN_FILE)}
+    if not runs and not sweeps:
+        raise ConfigError(f"{folder}: there is no run in this folder. Type the folder of a run or a sweep")
+    for run_dir in runs:
+        with suppress(StorageError):  # told when the run's turn comes
+            sweep_dir = RunInfo.load(run_dir).sweep_dir
+            # One that is still running closes its parent run itself.
+            if sweep_dir and (sweep_dir / SWEEP_RUN_FILE).exists() and not is_claimed(sweep_dir):
+                sweeps.setdefault(sweep_dir.resolve(), sweep_dir)
+    return [*runs, *(path for _, path in sorted(sweeps.items()))]
+
+
+def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTracker:
+    """The store that a run's folder names, unless ``settings`` name another. Nothing else of the folder is believed.
+
+    Raises:
+        ConfigError: where the run was not to be tracked, and no store was typed.
+        StorageError: where its configuration cannot be read.
+    """
+    path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
+    try:
+        section: Any = OmegaConf.to_container(OmegaConf.load(path))
+        saved = {name: section["tracking"].get(name) for name in ("uri", "experiment")}
+        is_tracked = section["tracking"]["_target_"].endswith(".MLflowTracker")
+    except Exception as error:  # YAML's, OmegaConf's, the file system's
+        raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
+    if not is_tracked and "uri" not in settings:
+        raise ConfigError(
+            f"{run_dir}: the run has no MLflow store (tracking={section['tracking']['_target_']}). Type "
+            f"cifar-exp-sync {run_dir} tracking.uri=<address>"
+        )
+    chosen = {name: value for name, value in saved.items() if value} | dict(settings)
+    return MLflowTracker(**chosen)

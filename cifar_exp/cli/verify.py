@@ -1,0 +1,179 @@
+"""The command `cifar-exp-verify`: on this machine, with this configuration, do N ranks compute what one computes?"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, storage_errors
+from cifar_exp.system.process import allow_open_files, outlive_terminal
+from cifar_exp.system.signals import answer_signals, swallowed
+
+if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
+    from cifar_exp.config.schema import Config
+
+USAGE = """usage: cifar-exp-verify [<group>=<choice>] [<key>=<value>] ...
+
+Do N ranks compute, on this machine and with this configuration, what one rank computes? N ranks are started as for
+training, and beside them one rank that takes the same micro-batches one after the other. Compared are
+  - the images of one epoch, bit for bit and in their order;
+  - gradients, losses and parameters of the first three steps;
+  - the evaluation of the test set, each image of which is to count once.
+Nothing is tracked. parity.md and parity.json are written into a new folder under outputs/.
+
+  devices.count=1,2,4         how many ranks; left out: 1, 2, 4, ... up to what this machine has
+  devices.oversubscribe=true  more CPU ranks than there are cores
+  progress=quiet              prints nothing but the verdict
+  hydra.run.dir=<folder>      where to write
+  --config-dir <folder>       configuration of yours, as for cifar-exp
+  <group>=<choice>, <key>=<value>  all that cifar-exp takes; cifar-exp --help lists it. train.precision=fp32 and
+                              train.deterministic=true unless you type another value
+
+Exit codes: 0 the ranks compute the same, 1 they do not, 2 configuration, 3 images, 4 devices, 6 the loss is not finite,
+7 a worker died, 8 storage, 130 Ctrl-C, 143 SIGTERM
+"""
+# Rounding and the order of sums must not hide what is looked for.
+STRICT = ("train.precision=fp32", "train.deterministic=true")
+COUNT = "devices.count"
+CHECKED = "one rank is what others are compared with"
+
+
+def main() -> None:
+    """Print tables and a verdict, and write the report."""
+    words = sys.argv[1:]
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return
+    answer_signals()
+    try:
+        sys.exit(0 if verify(words) else 1)
+    except (Stopped, Exception) as error:
+        if stopped := Stopped.behind(error) or swallowed():
+            print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
+            sys.exit(stopped.exit_code)
+        if not isinstance(error, CifarExpError):
+            raise
+        from cifar_exp.system.redaction import masked_text
+
+        print(f"cifar-exp-verify: {masked_text(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def verify(words: Sequence[str]) -> bool:
+    """Check what was typed; whether the ranks compute what one computes.
+
+    Raises:
+        CifarExpError: whatever keeps it from being checked, with the exit code that scripts rely on.
+    """
+    from cifar_exp.launch.forkserver import warm_up
+    from cifar_exp.runs.components import build
+    from cifar_exp.system.redaction import masked
+
+    outlive_terminal()
+    allow_open_files()
+    configs, folder = configurations(words)
+    warm_up()
+    parts = [build(config) for config in configs]
+
+    from rich.console import Console
+
+    from cifar_exp.parity.run import check, prepared
+
+    cases = prepared(configs, parts)
+    _open(folder)
+    console = Console(quiet=configs[0].progress == "quiet", soft_wrap=True)
+    report = check(cases, shlex.join(["cifar-exp-verify", *masked(list(words))]), console)
+    report.print(console)
+    print(f"{report.verdict}: {report.write(folder)}")
+    return report.holds
+
+
+def configurations(words: Sequence[str]) -> "tuple[list[Config], Path]":
+    """The configuration of each number of ranks, and the folder to write to.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        MachineError: where nobody says how many ranks, and the machine has one device.
+    """
+    config_dir, overrides = _options(words)
+    typed = [word.partition("=")[2] for word in overrides if _key(word) == COUNT]
+    others = [word for word in overrides if _key(word) != COUNT]
+    counts = typed[-1].split(",") if typed else ["auto"]
+    if "auto" in counts and len(counts) > 1:
+        raise ConfigError(f"{COUNT}={typed[-1]}: it must be numbers, or auto alone. Type {COUNT}=1,2")
+    if counts == ["auto"]:
+        config, _ = _composed([*others, f"{COUNT}=auto"], config_dir)
+        counts = [*map(str, _powers_of_two(config))]
+    elif counts == ["1"]:
+        raise ConfigError(f"{COUNT}=1: {CHECKED}. Type {COUNT}=1,2")
+    composed = [_composed([*others, f"{COUNT}={count}"], config_dir) for count in dict.fromkeys(counts)]
+    return [config for config, _ in composed], composed[0][1]
+
+
+def _options(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--config-dir``, and the overrides."""
+    config_dir, overrides, rest = None, list[str](), iter(words)
+    for word in rest:
+        option, _, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            config_dir = value or next(rest, "")
+            if not Path(config_dir).is_dir():
+                raise ConfigError(f"{option} {config_dir}: there is no such folder")
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: there is no such option.\n\n{USAGE}")
+        else:
+            overrides.append(word)
+    return config_dir, overrides
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
+
+
+def _composed(overrides: Sequence[str], config_dir: str | None) -> "tuple[Config, Path]":
+    """The configuration, untracked and with every step's loss, and where Hydra would have a run of it write."""
+    from omegaconf import open_dict, read_write
+
+    from cifar_exp.cli.hydra_app import composed
+    from cifar_exp.config.reading import read_config
+
+    whole = composed([*STRICT, *overrides], config_dir)
+    folder = Path(whole.hydra.run.dir)
+    with read_write(whole), open_dict(whole):
+        del whole["hydra"]
+    config = read_config(whole)
+    train = replace(config.train, log_every=1, profile=False, max_seconds=None)
+    return replace(config, train=train, tracking={"_target_": "cifar_exp.tracking.tracker.NoTracker"}), folder
+
+
+def _powers_of_two(config: "Config") -> list[int]:
+    from cifar_exp.launch.devices import device_counts, find_devices
+
+    counts = device_counts(config.devices)
+    if counts == [1]:
+        found = find_devices(replace(config.devices, count=1))
+        cpu = "devices=cpu " if found.accelerator == "gpu" else ""
+        unit = "GPU" if found.accelerator == "gpu" else "core"
+        raise MachineError(
+            f"{COUNT}=auto: found {found.found} {unit}{'s'[: found.found > 1]} for ranks of {found.threads} thread(s), "
+            f"and {CHECKED}. Type {cpu}{COUNT}=1,2 devices.oversubscribe=true"
+        )
+    return counts
+
+
+def _open(folder: Path) -> None:
+    """Make the report's folder, which must hold nothing yet, and open the log in it."""
+    from cifar_exp.records.run_folder import make_private
+    from cifar_exp.system.redaction import MaskingFormatter
+
+    with storage_errors(folder, "Type hydra.run.dir=<a folder that you may write to>"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"hydra.run.dir={folder}: the folder holds other things. Type that of a new one")
+        make_private(folder)
+        handler = logging.FileHandler(folder / "cifar-exp-verify.log")
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)

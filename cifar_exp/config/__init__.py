@@ -1,0 +1,1 @@
+"""The settings: their types and ranges, how they are read, and the messages about wrong ones."""

@@ -1,0 +1,87 @@
+"""The messages about settings that are unknown or invalid."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from cifar_exp.config.defaults import conf_dir, default_settings
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`` Did you mean X?`` where something valid is close to ``name``, else the list of what is valid."""
+    names = sorted(valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Valid: {', '.join(names)}" if len(names) <= 12 else "cifar-exp --help lists them all"
+
+
+def _explain(error: ValidationError, prefix: str) -> str:
+    """The first problem as one sentence: setting, value, rule, what to type."""
+    problems = error.errors(include_url=False)
+    # A section and its key; what follows in pydantic's location is the member of a union (`4` or `auto`) it tried.
+    location = problems[0]["loc"][:2]
+    problems = [problem for problem in problems if problem["loc"][:2] == location]
+    setting, value = prefix + ".".join(map(str, location)), problems[0]["input"]
+    if problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return unknown_setting(setting)
+    if problems[0]["type"] == "missing":
+        return f"{setting}: it must be given. Type {setting}=<value>"
+    return _refused(setting, value, problems)
+
+
+def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
+    """Setting, value, rule, and the nearest valid value, or the default where none is near."""
+    rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
+    examples = [valid for problem in problems if (valid := _valid(problem)) is not None]
+    example = examples[0] if examples else default_settings().get(setting, "<value>")
+    return f"{setting}={shown(value)}: it must be {rule}. Type {setting}={shown(example)}"
+
+
+def unknown_setting(setting: str) -> str:
+    """The message for a setting that does not exist."""
+    if setting in default_settings():  # of another choice of the group
+        group = setting.partition(".")[0]
+        return (
+            f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"
+        )
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    valid = default_settings() if "." in setting else [*groups, *default_settings()]
+    return f"{setting}: there is no such setting. {nearest(setting, valid)}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
+
+
+def _rule(problem: Mapping[str, Any]) -> str:
+    limits = problem.get("ctx", {})
+    return {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "a word",
+        "string_too_short": "a word that is not empty",
+        "literal_error": str(limits.get("expected", "")).replace("'", ""),
+        "greater_than_equal": f"{limits.get('ge')} or more",
+        "greater_than": f"more than {limits.get('gt')}",
+        "less_than_equal": f"{limits.get('le')} or less",
+        "less_than": "finite" if limits.get("lt") == float("inf") else f"less than {limits.get('lt')}",
+        "dict_type": "a choice of the group",
+        "dataclass_type": "a mapping of settings",
+        "tuple_type": "a list",
+    }.get(problem["type"], str(problem["msg"]))
+
+
+def _valid(problem: Mapping[str, Any]) -> Any:
+    """A value near the refused one that would do, or None where only a default can be offered."""
+    limits = problem.get("ctx", {})
+    if problem["type"] == "literal_error":
+        words = str(limits["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        return (get_close_matches(str(problem["input"]), words, n=1) or words)[0]
+    return limits.get("ge", limits.get("le"))

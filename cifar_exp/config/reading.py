@@ -1,0 +1,78 @@
+"""Composed YAML -> the typed configuration and the parts it names. The only place that instantiates anything."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.messages import _explain
+from cifar_exp.config.schema import COMMON, Config
+from cifar_exp.errors import ConfigError
+
+TRUSTED = ("cifar_exp", "torch", "torchvision")
+SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
+
+
+def register_resolvers() -> None:
+    """``${cores:N}`` in YAML: N, or the number of cores this process may use if that is less."""
+    OmegaConf.register_new_resolver("cores", lambda wanted: min(wanted, len(os.sched_getaffinity(0))), replace=True)
+
+
+def read_config(composed: DictConfig) -> Config:
+    """The typed configuration, every setting of the package checked.
+
+    Raises:
+        ConfigError: naming the first setting that is unknown, of a wrong type, out of range or not trusted.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error
+    config: Config = _validated(Config, plain, "")
+    for name in SECTIONS:
+        section = plain[name]
+        if not isinstance(section.get("_target_"), str):
+            choices = ", ".join(sorted(path.stem for path in (conf_dir() / name).glob("*.yaml")))
+            raise ConfigError(
+                f"{name}: it has no _target_, so no choice of the group is loaded. Type {name}=<{choices}>"
+            )
+        if name in COMMON:
+            known = {field.name for field in fields(COMMON[name])}
+            _validated(COMMON[name], {key: value for key, value in section.items() if key in known}, f"{name}.")
+    _check_targets(plain, "", (*TRUSTED, *config.trusted_modules))
+    return config
+
+
+def _validated(schema: type, content: Mapping[str, Any], prefix: str) -> Any:
+    """``content`` as an instance of ``schema``. JSON mode is strict about types and still takes mappings."""
+    try:
+        return TypeAdapter(schema).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, prefix)) from error
+
+
+def _check_targets(content: Any, setting: str, trusted: Iterable[str]) -> None:
+    """Refuse every `_target_`, however deep, that lies outside the trusted packages, before it is imported."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            name = f"{setting}.{key}" if setting else str(key)
+            if key == "_target_" and not _is_trusted(str(value), trusted):
+                package = str(value).split(".")[0]
+                raise ConfigError(
+                    f"{name}={value}: only code of {', '.join(trusted)} is run. If you trust it, type "
+                    f"'trusted_modules=[{package}]'"
+                )
+            _check_targets(value, name, trusted)
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            _check_targets(value, f"{setting}.{index}", trusted)
+
+
+def _is_trusted(path: str, trusted: Iterable[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in trusted)

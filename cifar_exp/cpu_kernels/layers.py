@@ -1,0 +1,217 @@
+"""Layers for CPU ranks that compute less, or pass over memory less often, than PyTorch's.
+
+See :mod:`cifar_exp.cpu_kernels.winograd_kernels` and :mod:`cifar_exp.cpu_kernels.batch_norm`.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cifar_exp.cpu_kernels import batch_norm, max_pool, numba_runtime, winograd
+from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
+
+FUNCTIONS = {batch_norm.IDENTITY: lambda values: values, batch_norm.RELU: F.relu, batch_norm.GELU: F.gelu}
+
+
+def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels for ``dtype`` can take it."""
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype == dtype
+        and inputs.dim() == 4
+        and inputs.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class FusedBatchNorm(ReplacedBatchNorm):
+    """``nn.BatchNorm2d`` and an activation of what it returns."""
+
+    activation = batch_norm.IDENTITY
+    dtype = torch.float32  # of the inputs
+
+    @classmethod
+    def with_activation(cls, layer: _BatchNorm, activation: int, dtype: torch.dtype) -> "FusedBatchNorm":
+        """``layer``, its parameters and buffers shared with it, and what follows it."""
+        made = cls.of(layer)
+        made.activation, made.dtype = activation, dtype
+        return made
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``inputs``: (N, C, H, W) -> the same shape and type."""
+        by_batch = self.training or self.running_mean is None
+        if not (self._fits(inputs) and (_shape(inputs)[0] > 1 if by_batch else not self._derived(inputs))):
+            outputs: Tensor = FUNCTIONS[self.activation](super().forward(inputs))
+            return outputs
+        weight = torch.ones(self.num_features, dtype=torch.float32) if self.weight is None else self.weight
+        bias = torch.zeros(self.num_features, dtype=torch.float32) if self.bias is None else self.bias
+        if by_batch:
+            settings = (*self._tracked(), self.eps, self.activation)
+            normalized: Tensor = _NormalizedByBatch.apply(inputs, weight, bias, *settings)
+            return normalized
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = weight * (self.running_var.double() + self.eps).rsqrt()
+        affine = torch.stack([scale, bias - self.running_mean * scale])
+        outputs = torch.empty_like(inputs)
+        numba_runtime.launch(batch_norm.normalized, _shape(inputs), inputs, affine, outputs, variant=self.activation)
+        return outputs
+
+    def _fits(self, inputs: Tensor) -> bool:
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        return (
+            _fits(inputs, self.dtype)
+            and inputs.shape[1] == self.num_features
+            and all(
+                value is None
+                or (value.dtype == torch.float32 and value.is_contiguous() and value.numel() == self.num_features)
+                for value in own
+            )
+        )
+
+    def _derived(self, inputs: Tensor) -> bool:
+        """Whether gradients are wanted, for which there is a kernel in training alone."""
+        values = (inputs, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+    def _tracked(self) -> tuple[Tensor, Tensor, float]:
+        """The running statistics, or room for some, and how far they go towards the batch's."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            mean, variance = torch.zeros((2, self.num_features), dtype=torch.float32)
+            return mean, variance, 0.0
+        return self.running_mean, self.running_var, self.counted()
+
+
+def _shape(values: Tensor) -> tuple[int, int]:
+    """Rows and columns."""
+    return values.numel() // values.shape[1], values.shape[1]
+
+
+class _NormalizedByBatch(torch.autograd.Function):
+    """Batch norm in training and an activation. The running statistics are changed in place."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_variance: Tensor,
+        momentum: float,
+        eps: float,
+        activation: int,
+    ) -> Tensor:
+        rows, columns = _shape(inputs)
+        outputs, statistics = torch.empty_like(inputs), torch.empty((4, columns), dtype=torch.float64)
+        arrays = (inputs, weight, bias, running_mean, running_variance, outputs, statistics, _room(columns))
+        numba_runtime.launch(
+            batch_norm.batch_norm, (rows, columns), *arrays, numbers=(eps, momentum), variant=activation
+        )
+        context.save_for_backward(inputs, statistics)
+        context.activation = activation
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, statistics = context.saved_tensors
+        rows, columns = _shape(inputs)
+        outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns), dtype=torch.float32)
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        arrays = (gradient, inputs, statistics, outputs, parameters, _room(columns))
+        numba_runtime.launch(batch_norm.batch_norm_gradient, (rows, columns), *arrays, variant=context.activation)
+        return outputs, *parameters, None, None, None, None, None
+
+
+def _room(columns: int) -> Tensor:
+    """For a kernel's sums."""
+    return torch.empty((batch_norm.CHUNKS, 2, columns), dtype=torch.float64)
+
+
+class WinogradConvolution(nn.Conv2d):
+    """A 3x3 convolution of stride 1 with a border of zeros, under autocast: inputs are bfloat16, the weight float32."""
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Self:
+        """``layer``, its parameters shared with it."""
+        sizes = layer.in_channels, layer.out_channels
+        # On no device, where initial values take no random numbers.
+        made = cls(*sizes, 3, padding=1, bias=layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, H, W)."""
+        fits = (
+            torch.is_autocast_enabled("cpu")  # else PyTorch takes no two types
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and _fits(input, torch.bfloat16)
+            and winograd.fits(input, self.weight)
+            and (self.bias is None or self.bias.dtype == torch.float32)
+        )
+        if not fits:
+            return super().forward(input)
+        outputs: Tensor = _Convolved.apply(input, self.weight, self.bias)
+        return outputs
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(inputs, weight)
+        return winograd.convolve(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = context.saved_tensors
+        of_inputs, of_weight, of_bias = context.needs_input_grad
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        before = winograd.convolve(gradient, weight, None, backward=True) if of_inputs else None
+        weights, biases = winograd.gradients(inputs, gradient, weight) if of_weight or of_bias else (None, None)
+        return before, weights if of_weight else None, biases if of_bias else None
+
+
+class HalvingMaxPool(nn.MaxPool2d):
+    """Maxima of 2x2 windows that do not overlap."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """``dtype``: of the inputs."""
+        super().__init__(2)
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
+        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # PyTorch refuses to leave nothing
+        outputs: Tensor = _Pooled.apply(input) if fits else super().forward(input)
+        return outputs
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor) -> Tensor:
+        images, columns, height, width = inputs.shape
+        outputs = _empty((images, columns, height // 2, width // 2), inputs.dtype)
+        places = torch.empty(outputs.numel(), dtype=torch.uint8)
+        numba_runtime.launch(max_pool.pooled, (images, height, width, columns), inputs, outputs, places)
+        context.save_for_backward(places)
+        context.shape = inputs.shape
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        (places,) = context.saved_tensors
+        images, columns, height, width = context.shape
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        outputs = _empty(context.shape, gradient.dtype)
+        numba_runtime.launch(max_pool.unpooled, (images, height, width, columns), gradient, places, outputs)
+        return outputs
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)

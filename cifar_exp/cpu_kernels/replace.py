@@ -1,0 +1,103 @@
+"""Which layers of a network are replaced by fused ones."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from cifar_exp.cpu_kernels import batch_norm, max_pool, numba_runtime, winograd, winograd_kernels
+from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool, WinogradConvolution
+
+
+def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` with other layers in place of some of its own; parameters and buffers stay the same ones.
+
+    - ``nn.BatchNorm2d``, together with the ReLU or exact GELU behind it in an ``nn.Sequential``, which leaves an
+      ``nn.Identity`` so that the layers after it keep their names;
+    - ``nn.MaxPool2d`` over 2x2 windows;
+    - ``nn.Conv2d`` of 3x3 kernels that leaves images as large as they are, in bfloat16, on processors that multiply it
+      in AVX512 and have no AMX.
+
+    Layers that are in several places or have hooks stay. Kernels are compiled here rather than in the first step.
+
+    Args:
+        model: on the CPU, channels-last.
+        dtype: of its activations; where that is neither float32 nor bfloat16 all layers stay.
+
+    Raises:
+        Exception: what numba raises where it cannot compile a kernel; ``model`` is as it was.
+    """
+    if dtype not in numba_runtime.ELEMENTS:
+        return model
+    places = Counter(layer for parent in model.modules() for layer in parent._modules.values() if layer is not None)
+    single = {layer for layer, count in places.items() if count == 1}
+    found = [replacement for parent in model.modules() for replacement in _replacements(parent, dtype, single)]
+    for _, _, layer in found:
+        used: tuple[numba_runtime.Kernel, ...] = ()
+        if isinstance(layer, FusedBatchNorm):
+            used = (batch_norm.batch_norm, batch_norm.batch_norm_gradient, batch_norm.normalized)
+        elif isinstance(layer, HalvingMaxPool):
+            used = (max_pool.pooled, max_pool.unpooled)
+        elif isinstance(layer, WinogradConvolution):
+            used = (winograd_kernels.convolved, winograd_kernels.derived)
+        for kernel in used:
+            numba_runtime.compiled(kernel, dtype, getattr(layer, "activation", batch_norm.IDENTITY))
+    for parent, name, layer in found:
+        setattr(parent, name, layer)
+    return model
+
+
+def _replacements(
+    parent: nn.Module, dtype: torch.dtype, single: Collection[nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """What ``parent`` has to have under which names; ``single`` are layers that are in one place of the network."""
+    layers = {
+        name: layer
+        for name, layer in parent._modules.items()
+        if layer is not None and layer in single and not _has_hooks(layer)
+    }
+    names = list(parent._modules)
+    in_order = type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent)
+    for name, behind in zip_longest(names, names[1:] if in_order else []):
+        layer = layers.get(name)
+        if type(layer) is nn.BatchNorm2d:
+            activation = _activation(layers.get(behind))
+            yield parent, name, FusedBatchNorm.with_activation(layer, activation, dtype)
+            if activation != batch_norm.IDENTITY:
+                yield parent, behind, nn.Identity()
+        elif type(layer) is nn.MaxPool2d and _halves(layer):
+            yield parent, name, HalvingMaxPool(dtype)
+        elif type(layer) is nn.Conv2d and dtype == torch.bfloat16 and winograd.pays() and _keeps_size(layer):
+            yield parent, name, WinogradConvolution.of(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody relies on its being called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return "forward" in vars(layer) or any(getattr(layer, name, None) for name in hooks)
+
+
+def _activation(layer: nn.Module | None) -> int:
+    """That of a layer which is nothing else."""
+    if type(layer) is nn.ReLU:
+        return batch_norm.RELU
+    return batch_norm.GELU if type(layer) is nn.GELU and layer.approximate == "none" else batch_norm.IDENTITY
+
+
+def _halves(layer: nn.MaxPool2d) -> bool:
+    settings = [layer.kernel_size, layer.stride, layer.padding, layer.dilation]
+    pairs = [value if isinstance(value, tuple) else (value, value) for value in settings]
+    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and not (layer.ceil_mode or layer.return_indices)
+
+
+def _keeps_size(layer: nn.Conv2d) -> bool:
+    """Whether it is of 3x3 kernels and leaves images as large as they are."""
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.padding in ("same", (1, 1))
+        and layer.padding_mode == "zeros"
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+    )

@@ -1,0 +1,171 @@
+"""Decoded images on disk: ``.npy`` arrays, keyed by content, written once and mapped into memory by every rank.
+
+``<cache>/<content hash>/`` holds a dataset, ``{train,test}_{images,labels}.npy`` and ``meta.json``;
+``<cache>/index.json`` says which content hash a source had when it last looked like this. All of it may be deleted at
+any time.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, _array_names
+from cifar_exp.errors import ConfigError, storage_errors
+from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+
+_FORMAT = 2  # of the files; another number means that they are made anew
+
+
+def prepare(
+    cache: Path,
+    fingerprint: str,
+    content_hash: Callable[[], str],
+    decode: Callable[[], tuple[tuple[str, ...], Arrays]],
+    setting: str,
+    too_large: str = "",
+) -> DatasetFiles:
+    """The dataset's files: found by the fingerprint, else by the content hash, else decoded and written.
+
+    A cache that has them is only read, so that it may lie on read-only storage and need no lock.
+
+    Args:
+        cache: absolute folder of all cached datasets of a source.
+        fingerprint: what is cheap to know about the source; the same fingerprint means the same content.
+        content_hash: the dear way to know: sha256 of the content, in hex.
+        decode: class names and arrays.
+        setting: the setting that names ``cache``.
+        too_large: what to do where the arrays do not fit there, other than to make room; one sentence.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    files = _lookup(cache, fingerprint)
+    if files is not None:
+        return files
+    advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
+    with locked(cache / ".lock", advice):
+        remove_leftovers(cache)
+        files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
+        if files is not None:
+            return files
+        digest = content_hash()
+        files = _open_dataset(cache / digest)
+        if files is None:
+            classes, arrays = decode()
+            with storage_errors(cache, f"{advice}. {too_large}" if too_large else advice):
+                files = _write_dataset(cache / digest, classes, arrays)
+        with storage_errors(cache, advice):
+            _write_index(cache, {**_read_index(cache), fingerprint: digest})
+    return files
+
+
+def _lookup(cache: Path, fingerprint: str) -> DatasetFiles | None:
+    digest = _read_index(cache).get(fingerprint)
+    return None if digest is None else _open_dataset(cache / str(digest))
+
+
+def _read_index(cache: Path) -> dict[str, str]:
+    """Content hash by fingerprint; empty where there is no readable index."""
+    try:
+        index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _write_index(cache: Path, index: dict[str, str]) -> None:
+    temporary = cache / "index.json.tmp"
+    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    temporary.replace(cache / "index.json")
+
+
+def _open_dataset(folder: Path) -> DatasetFiles | None:
+    """The dataset in ``folder``; None unless it is whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != _FORMAT or meta["file_bytes"] != _file_bytes(folder):
+            return None
+        return DatasetFiles(
+            folder=folder,
+            classes=tuple(meta["classes"]),
+            train_count=meta["train_count"],
+            test_count=meta["test_count"],
+            image_size=(meta["image_size"][0], meta["image_size"][1]),
+            mean=(meta["mean"][0], meta["mean"][1], meta["mean"][2]),
+            std=(meta["std"][0], meta["std"][1], meta["std"][2]),
+            content_hash=meta["content_hash"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> DatasetFiles:
+    with new_folder(folder) as unfinished:
+        for split in SPLITS:
+            images, labels = arrays[split]
+            pair: tuple[NDArray[Any], ...] = (np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
+            for name, array in zip(_array_names(split), pair, strict=True):
+                with durable(unfinished / name) as file:
+                    np.save(file, array, allow_pickle=False)
+        train_images = arrays["train"][0]
+        counts = np.zeros((3, 256), dtype=np.int64)
+        for start in range(0, len(train_images), 1024):  # bincount makes an int64 copy of what it counts
+            counts += value_counts(train_images[start : start + 1024])
+        mean, std = channel_statistics(counts)
+        meta = {
+            "format": _FORMAT,
+            "file_bytes": _file_bytes(unfinished),
+            "classes": classes,
+            "train_count": len(train_images),
+            "test_count": len(arrays["test"][0]),
+            "image_size": train_images.shape[2:],
+            "mean": mean,
+            "std": std,
+            "content_hash": folder.name,
+        }
+        with durable(unfinished / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+    files = _open_dataset(folder)
+    if files is None:
+        raise OSError(f"{folder} is not as it was written")
+    return files
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for split in SPLITS for name in _array_names(split)}
+
+
+def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each channel has each value: (N, 3, H, W) -> (3, 256)."""
+    return np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
+
+
+def channel_statistics(counts: NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, 0 to 255; exact, from ``value_counts``."""
+    pixels, values = counts.sum(axis=1), np.arange(256)
+    mean = counts @ values / pixels
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
+    return mean.tolist(), np.sqrt(variance).tolist()
+
+
+Decoded = Literal["auto", "device", "host"]  # where images lie that were decoded before training starts
+
+
+def _check_decoded(residency: str) -> None:
+    if residency not in get_args(Decoded):
+        raise ConfigError(
+            f"data.residency={residency}: it must be auto, device or host, since only data=folders can leave images in "
+            f"their files. Type data.residency=auto"
+        )
+
+
+def _path(path: str | Path) -> Path:
+    return Path(path).expanduser()  # no shell expands the ~ in a YAML file
+
+
+def _cache_folder(root: Path, cache: str | Path | None) -> Path:
+    return (root / ".cache" if cache is None else _path(cache)).absolute()

@@ -1,0 +1,175 @@
+"""From images on disk to the batches of one rank.
+
+Training order is a permutation keyed by (seed, epoch). Step s takes positions [s * global batch, (s + 1) * global
+batch), rank r the r-th slice of them: which images a step sees does not depend on how many ranks share it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cifar_exp.data.augment import Augmentation
+from cifar_exp.data.keyed_rng import keyed_generator
+from cifar_exp.data.sources import Source
+
+Draw = tuple[Tensor, ...]  # a source's own draw, then augmentation parameters (B, K) float32, on the training device
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The image at each position of an epoch: a permutation of 0 ... count - 1, (count,) int64."""
+    return torch.randperm(count, generator=keyed_generator(seed, "order", epoch))
+
+
+def shard(count: int, rank: int, world_size: int) -> range:
+    """The images that a rank evaluates: unpadded and contiguous, at most one more than another rank's."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(pixel - shift) * scale`` per channel; pixels and ``shift`` in 0..255.
+
+    It follows the augmentation, so that what a translation uncovers is black, not the mean.
+    """
+
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def of(cls, kind: str, mean: tuple[float, ...], std: tuple[float, ...]) -> "Normalization":
+        """The choice of ``train.normalization`` with the training set's figures (per channel, 0..255)."""
+        if kind == "zerocenter":
+            return cls(shift=mean)
+        if kind == "zscore":
+            return cls(shift=mean, scale=tuple(1 / value if value else 1.0 for value in std))  # 0: always the mean
+        return cls()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..255, any type -> float32, channels-last."""
+        # Whole images of the mean, and in place: three channels to broadcast over defeat vectors, new memory costs as
+        # much as the arithmetic. 0.4 us an image instead of 5.
+        images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        images -= _constant_images(self.shift, images.shape[2:], images.device)
+        if set(self.scale) != {1.0}:
+            images *= _constant_images(self.scale, images.shape[2:], images.device)
+        return images
+
+
+@lru_cache(maxsize=32)
+def _constant_images(values: tuple[float, ...], size: Sequence[int], device: torch.device) -> Tensor:
+    """(1, 3, H, W) with one value a channel; kept, since a step that is being captured must not copy from the host."""
+    with torch.inference_mode(mode=False):
+        channels = torch.tensor(values, device=device).view(1, -1, 1, 1)
+        return channels.expand(1, len(values), *size).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """One rank's training batches, epoch by epoch.
+
+    Attributes:
+        source: all training images, wherever they lie; they come out on the training device.
+        augmentation: applied to whole batches on that device.
+        normalization: applied after it.
+        seed: of order and augmentation.
+        rank: this rank.
+        world_size: number of ranks.
+        batch_size: images of this rank and micro-batch.
+        scales: side of the images in each epoch, as a share of their own; none: full size.
+        accumulate: micro-batches of this rank a step. They are those that as many ranks would have.
+    """
+
+    source: Source
+    augmentation: Augmentation
+    normalization: Normalization
+    seed: int
+    rank: int
+    world_size: int
+    batch_size: int
+    scales: tuple[float, ...] = ()
+    accumulate: int = 1
+
+    def noise_seed(self, epoch: int) -> int:
+        """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
+        return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch; the last partial global batch is dropped."""
+        return len(self.source) // (self.batch_size * self.world_size * self.accumulate)
+
+    def draws(self, epoch: int, done: int = 0) -> Iterator[Draw]:
+        """What each micro-batch of an epoch (counted from 1) trains on, after those of the first ``done`` steps."""
+        return self._draws(epoch, range(done, self.steps))
+
+    def example(self) -> Draw:
+        """The first draw, and nothing is fetched beyond it: a GPU that is being captured must not be copied to."""
+        (draw,) = self._draws(1, range(1))
+        return draw
+
+    def _draws(self, epoch: int, steps: range) -> Iterator[Draw]:
+        order = epoch_order(len(self.source), self.seed, epoch)
+        # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
+        parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
+        ranks = self.world_size * self.accumulate  # that would share a step without accumulation
+        places = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+        starts = [(step * ranks + rank) * self.batch_size for step in steps for rank in places]
+        mine = [slice(start, start + self.batch_size) for start in starts]
+        for part, draw in zip(mine, self.source.draws(order, mine), strict=True):
+            yield *draw, parameters[part]
+
+    def scale(self, epoch: int) -> float:
+        """Side of the images in an epoch, as a share of their own."""
+        return self.scales[epoch - 1] if self.scales else 1.0
+
+    def make(self, *draw: Tensor, scale: float = 1.0) -> Batch:
+        """The batch of a draw: gathered, augmented, normalised and resized on the training device."""
+        *drawn, parameters = draw
+        images, labels = self.source.pick(tuple(drawn))
+        return resized(self.normalization(self.augmentation(images, parameters)), scale), labels
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch."""
+        return (self.make(*draw, scale=self.scale(epoch)) for draw in self.draws(epoch))
+
+
+def resized(images: Tensor, scale: float) -> Tensor:
+    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), as :func:`scaled`; bilinear with antialiasing."""
+    if scale == 1:
+        return images
+    height, width = images.shape[2:]
+    return F.interpolate(images, scaled((height, width), scale), mode="bilinear", antialias=True)
+
+
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width at ``scale``, in whole pixels."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any device
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """One rank's share of a set that is evaluated, each image once, in order, at ``scale`` of its size."""
+
+    source: Source
+    normalization: Normalization
+    rank: int
+    world_size: int
+    batch_size: int = EVALUATION_BATCH
+    scale: float = 1.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self.source)
+        mine = shard(count, self.rank, self.world_size)
+        starts = range(mine.start, mine.stop, self.batch_size)
+        parts = [slice(start, min(start + self.batch_size, mine.stop)) for start in starts]
+        for draw in self.source.draws(torch.arange(count), parts):
+            images, labels = self.source.pick(draw)
+            yield resized(self.normalization(images), self.scale), labels

@@ -1,0 +1,186 @@
+"""The CIFAR-10 release: fetched once, verified always, and read without trusting what is in it.
+
+The archive is a tar of pickles, two formats that can write anywhere and run anything. So no member is unpacked to disk,
+and the pickles are read by an unpickler that knows arrays and nothing else.
+
+Source: https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import base64
+import hashlib
+import http.client
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+from cifar_exp.data.cifar10_archive import FILE_NAME
+from cifar_exp.errors import ConfigError, DataError, storage_errors
+from cifar_exp.system.atomic_files import locked
+from cifar_exp.system.progress_line import Progress
+
+ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SIZE = 170_498_071  # bytes
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+_TIMEOUT = 30.0  # seconds without a byte
+_CHUNK = 2**20  # bytes
+_GZIP = b"\x1f\x8b"
+_WHAT_TO_TYPE = f"""What to type instead:
+  data.archive=<file>     a copy of {FILE_NAME} that is on this machine
+  data.mirror=<address>   another address of the same file
+  data=folders data.root=<folder>   images of your own, in train/<class>/ and test/<class>/
+  experiment=quickstart   synthetic images, no download"""
+
+
+def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
+    """The verified archive: ``archive`` where it is given, else ``root / FILE_NAME``, downloaded if it is not there.
+
+    Args:
+        root: folder that a download goes to, made if missing.
+        mirror: address to download from instead of the release's own.
+        archive: a local copy; then there is no network access, and ``root`` is not touched.
+        size: of the archive in bytes.
+        sha256: of the archive, in hex.
+
+    Raises:
+        ConfigError: the mirror is no http or https address.
+        DataError: there is no archive to be had, or not the right one.
+        StorageError: ``root`` cannot be written.
+    """
+    if archive is not None:
+        path = Path(archive).expanduser()
+        if not path.is_file():
+            raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
+        _check(path, f"data.archive={archive}", size, sha256, f"It must be {FILE_NAME} as it was released.")
+        return path
+    address = mirror or ADDRESS
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"data.mirror={address} must begin with http:// or https://; a local file is data.archive=<file>"
+        )
+    target = root / FILE_NAME
+    advice = "Choose another folder with data.root=<folder>, or make room in this one."
+    with locked(root / f".{FILE_NAME}.lock", advice):
+        if target.exists():
+            mend = "Delete it to download it again, or name another: data.archive=<file>"
+            _check(target, str(target), size, sha256, mend)
+            return target
+        part = target.with_suffix(".gz.part")
+        with storage_errors(target, advice):
+            _download(address, part, size, sha256, advice)
+            part.replace(target)
+        return target
+
+
+def _problem(path: Path, size: int, sha256: str) -> str | None:
+    """What is wrong with a file that must have this size and hash; None if nothing is."""
+    found_size = path.stat().st_size
+    if found_size != size:
+        return f"{found_size:,} bytes where {size:,} are expected"
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if found == sha256 else f"sha256 {found} where {sha256} is expected"
+
+
+def _check(path: Path, name: str, size: int, sha256: str, advice: str) -> None:
+    try:
+        problem = _problem(path, size, sha256)
+    except OSError as error:
+        problem = f"no readable content ({error.strerror or error})"
+    if problem is not None:
+        raise DataError(f"{name} is not the CIFAR-10 archive: it has {problem}.\n{advice}")
+
+
+def _download(address: str, part: Path, size: int, sha256: str, advice: str) -> None:
+    """Fill ``part`` from ``address``, going on where an earlier download stopped, until size and hash are right."""
+    while True:
+        begun = part.stat().st_size if part.exists() else 0
+        if begun < size:
+            _receive(address, part, begun, size, advice)
+        problem = _problem(part, size, sha256)
+        if problem is None:
+            return
+        part.unlink()
+        if not begun:
+            raise DataError(f"The file at {address} is not the CIFAR-10 archive: it has {problem}.\n{_WHAT_TO_TYPE}")
+
+
+def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> None:
+    """Append the bytes from ``begun`` on to ``part``, or write all of it where the server sends all."""
+    with _network_errors(address), _request(address, begun) as response:
+        resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
+        received = begun if resumes else 0
+        promised = response.headers.get("Content-Length")
+        chunk = response.read(_CHUNK)
+        if not received and not chunk.startswith(_GZIP):
+            raise DataError(
+                f"{address} answered with something else than an archive (a web page for logging in?). "
+                f"It begins with {chunk[:40]!r}.\n{_WHAT_TO_TYPE}"
+            )
+        if promised is not None and received + int(promised) != size:
+            found = received + int(promised)
+            raise DataError(
+                f"The file at {address} is not the CIFAR-10 archive: it has {found:,} bytes where {size:,} are "
+                f"expected.\n{_WHAT_TO_TYPE}"
+            )
+        with storage_errors(part, advice):
+            file = part.open("ab" if resumes else "wb")
+        with file, Progress("Downloading CIFAR-10", size, "bytes") as progress:
+            progress.add(received)
+            while chunk and received <= size:
+                with storage_errors(part, advice):
+                    file.write(chunk)
+                    file.flush()
+                received += len(chunk)
+                progress.add(len(chunk))
+                chunk = response.read(_CHUNK)
+    if received < size:
+        raise DataError(
+            f"The connection to {address} ended after {received:,} of {size:,} bytes. They are kept in {part}: "
+            f"start again to go on from there.\n{_WHAT_TO_TYPE}"
+        )
+
+
+def _request(address: str, begun: int) -> Any:
+    """The open answer of the server; the whole file where it has nothing from ``begun`` on."""
+    if not begun:
+        return _open(address, {})
+    try:
+        return _open(address, {"Range": f"bytes={begun}-"})
+    except HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        return _open(address, {})
+
+
+def _open(address: str, headers: dict[str, str]) -> Any:
+    """The answer to one request. A user's name and password in the address, which urllib does not know, are sent."""
+    parts = urlsplit(address)
+    user_info, _, host = parts.netloc.rpartition("@")
+    request = Request(
+        urlunsplit(parts._replace(netloc=host)),
+        headers={"User-Agent": "cifar-exp", "Accept-Encoding": "identity", **headers},
+    )
+    if user_info:
+        login = base64.b64encode(unquote(user_info).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {login}")  # for this server alone
+    return urlopen(request, timeout=_TIMEOUT)
+
+
+@contextmanager
+def _network_errors(address: str) -> Iterator[None]:
+    """Turn what a network can do to the block into a ``DataError``."""
+    try:
+        yield
+    except HTTPError as error:
+        reason: object = f"the server answered {error.code} {error.reason}"
+    except URLError as error:
+        reason = getattr(error.reason, "strerror", None) or error.reason
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    else:
+        return
+    raise DataError(f"CIFAR-10 cannot be downloaded from {address}: {reason}.\n{_WHAT_TO_TYPE}")

@@ -1,0 +1,219 @@
+"""Images that stay in their files: read, decoded and resized by worker processes while a rank trains.
+
+For sets that are larger than memory, or of images of several sizes. Nothing is decoded ahead; what is kept on disk is
+the list of files, the labels, and the channels' statistics over a sample.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cifar_exp.data.array_cache import channel_statistics, value_counts
+from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, Split, SplitName
+from cifar_exp.data.keyed_rng import keyed_generator
+from cifar_exp.errors import DataError, storage_errors
+from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+from cifar_exp.system.progress_line import Progress
+
+SAMPLE = 5000  # images that the statistics are taken over
+_FORMAT = 1  # of the files; another number means that they are made anew
+_DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
+_MAX_PIXELS = 4096 * 4096  # a small file can claim to be gigabytes of pixels
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
+
+
+def decode_image(path: Path) -> NDArray[np.uint8] | str:
+    """The image (3, H, W) uint8, or what is wrong with the file."""
+    try:
+        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
+            if image.width * image.height > _MAX_PIXELS:
+                return f"claims {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,} in all"
+            if image.mode in _DEEP_MODES:
+                return f"has more than 8 bits a channel (mode {image.mode})"
+            # A palette may hold transparency, and Pillow warns where it goes straight to RGB.
+            opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+            return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        if path.exists() and path.stat().st_size == 0:
+            return "is empty"
+        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def read_image(path: Path, size: int) -> Tensor | str:
+    """The image (3, size, size) uint8, or what is wrong with the file, its path first.
+
+    The shorter side is resized to ``size`` with antialiasing, then the centre is cut out; an image of that size stays
+    as it is.
+    """
+    from torchvision.transforms.v2 import functional  # a second and a half, which no other residency has to wait for
+
+    decoded = decode_image(path)
+    if isinstance(decoded, str):
+        return f"{path}: {decoded}"
+    resized = functional.resize(torch.from_numpy(decoded), [size], antialias=True)
+    cropped: Tensor = functional.center_crop(resized, [size, size])
+    return cropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles(DatasetFiles):
+    """A dataset whose images stay files. ``folder`` holds their list; mean and deviation are those of a sample.
+
+    Attributes:
+        root: folder that the listed paths start from, absolute.
+        workers: processes a rank that read images; 0 reads them in the rank itself, ``auto`` is its number of threads,
+            at most 8.
+    """
+
+    root: Path
+    workers: int | Literal["auto"] = "auto"
+
+    def load(self, split: SplitName) -> Split:
+        """One split decoded into memory, for sets that fit.
+
+        Raises:
+            DataError: an image cannot be read.
+            StorageError: the list is gone or cannot be read.
+        """
+        paths, labels = self.listed(split)
+        images = torch.stack([_sound(read_image(self.root / os.fsdecode(path), self.image_size[0])) for path in paths])
+        return Split(images.contiguous(memory_format=torch.channels_last), labels)
+
+    def listed(self, split: SplitName) -> tuple[NDArray[np.bytes_], Tensor]:
+        """Paths (N,) relative to ``root``, mapped and not copied, and labels (N,) int64.
+
+        Raises:
+            StorageError: the list is gone or cannot be read.
+        """
+        paths, labels = map(self._mapped, _list_names(split))
+        return paths, torch.from_numpy(labels)
+
+    def labels(self, split: SplitName) -> Tensor:
+        return self.listed(split)[1]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a tree of class folders holds, as far as it can be known without opening its files.
+
+    Attributes:
+        root: absolute folder.
+        classes: names by label.
+        paths: relative to ``root``, the training images first.
+        labels: one for each path.
+        train_count: training images.
+        digest: hash of the listing and of the files' sizes and times, in hex.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: Sequence[str]
+    labels: Sequence[int]
+    train_count: int
+    digest: str
+
+
+def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int | Literal["auto"]) -> ImageFiles:
+    """The dataset of a listing; its statistics are computed where the cache does not have them.
+
+    Args:
+        cache: absolute folder of all cached datasets of a source.
+        listing: the files.
+        image_size: height and width in pixels that they are resized to.
+        workers: as in :class:`ImageFiles`.
+
+    Raises:
+        DataError: an image of the sample cannot be read.
+        StorageError: the cache cannot be written.
+    """
+    folder = cache / listing.digest
+    statistics = _read_statistics(folder)
+    if statistics is None:
+        advice = "Make room, or choose a folder that can be written: data.cache=<folder>"
+        with locked(cache / ".lock", advice):
+            remove_leftovers(cache)
+            statistics = _read_statistics(folder)  # another process may have finished it while this one waited
+            if statistics is None:
+                statistics = _sample_statistics(listing, image_size)
+                with storage_errors(cache, advice):
+                    _write_lists(folder, listing, statistics)
+    mean, std = statistics
+    return ImageFiles(
+        folder=folder,
+        classes=listing.classes,
+        train_count=listing.train_count,
+        test_count=len(listing.paths) - listing.train_count,
+        image_size=(image_size, image_size),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        content_hash=listing.digest,
+        residency="loader",
+        root=listing.root,
+        workers=workers,
+    )
+
+
+def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation of the dataset in ``folder``; None unless that is whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        whole = meta["format"] == _FORMAT and meta["file_bytes"] == _file_bytes(folder)
+        return (list(meta["mean"]), list(meta["std"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sample_statistics(listing: Listing, size: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, 0 to 255, over at most ``SAMPLE`` training images after resizing."""
+    order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
+    paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]
+
+    def counted(path: Path) -> NDArray[np.int64]:
+        return value_counts(_sound(read_image(path, size)).numpy()[None])
+
+    counts = np.zeros((3, 256), dtype=np.int64)
+    with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(paths), "files") as progress:
+        for start in range(0, len(paths), 256):
+            part = paths[start : start + 256]
+            counts += sum(pool.map(counted, part))
+            progress.add(len(part))
+    return channel_statistics(counts)
+
+
+def _write_lists(folder: Path, listing: Listing, statistics: tuple[list[float], list[float]]) -> None:
+    parts = {"train": slice(0, listing.train_count), "test": slice(listing.train_count, None)}
+    with new_folder(folder) as unfinished:
+        for split in SPLITS:
+            # Bytes of fixed length can be mapped: no rank and no worker has a copy of a million names.
+            paths = np.array([os.fsencode(path) for path in listing.paths[parts[split]]], dtype=np.bytes_)
+            labels = np.array(listing.labels[parts[split]], dtype=np.int64)
+            for name, array in zip(_list_names(split), (paths, labels), strict=True):
+                with durable(unfinished / name) as file:
+                    np.save(file, array, allow_pickle=False)
+        meta = {"format": _FORMAT, "file_bytes": _file_bytes(unfinished), "mean": statistics[0], "std": statistics[1]}
+        with durable(unfinished / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+
+
+def _list_names(split: SplitName) -> tuple[str, str]:
+    return f"{split}_files.npy", f"{split}_labels.npy"
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for split in SPLITS for name in _list_names(split)}
+
+
+def _sound(image: Tensor | str) -> Tensor:
+    if isinstance(image, str):
+        raise DataError(f"data.residency=loader: {image}. Replace or delete it.")
+    return image

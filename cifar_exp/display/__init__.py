@@ -1,0 +1,1 @@
+"""What a person sees of one run: terminal, live page, figures."""

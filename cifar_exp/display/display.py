@@ -1,0 +1,97 @@
+"""What a person sees of a run in the terminal and on its page, from the journal alone."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cifar_exp.display import page, training_figure
+from cifar_exp.display.curves import RunFacts
+from cifar_exp.records.journal import Entry
+from cifar_exp.records.run_folder import Status
+
+Mode = Literal["auto", "bar", "lines", "quiet"]
+PAGE_SHARE = 0.002  # of the time may go into drawing the page again
+
+
+class Display:
+    """Progress in the terminal: a bar, a line an epoch, or nothing; and the run's page, always."""
+
+    def __init__(self, run_dir: Path, facts: RunFacts, mode: Mode, console: Console, started: float) -> None:
+        if mode == "auto":
+            mode = "bar" if console.is_terminal else "lines"
+        self._run_dir, self._facts, self._mode, self._console = run_dir, facts, mode, console
+        self._started = started
+        self._entries: list[Entry] = []
+        self._latest: dict[str, float] = {}
+        self._next_page = 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def open(self) -> None:
+        """Draw the empty page and bar."""
+        self._draw_page("starting")
+        if self._mode == "bar":
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("starting", total=self._facts.epochs * self._facts.steps_per_epoch)
+            self._bar.start()
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Show what is new."""
+        self._entries += entries
+        for entry in entries:
+            self._latest |= entry.metrics
+            if "val/accuracy" in entry.metrics and self._mode in ("bar", "lines"):
+                self._console.print(epoch_line(entry, self._facts.epochs), highlight=False)
+        if self._bar:
+            self._bar.update(self._task, completed=entries[-1].step, description=self._state(entries[-1].epoch))
+        if time.monotonic() >= self._next_page:
+            self._draw_page("running")
+
+    def close(self, status: Status) -> None:
+        """The last state of the page, and the figure."""
+        if self._bar:
+            self._bar.stop()
+        ended = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status]
+        self._facts = replace(self._facts, status=ended)
+        if "stopped_epoch" in self._latest:  # nothing waits for the epochs that were left out
+            done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
+            told = {"epochs": f"{done} of {planned}: early stopping"}
+            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **told})
+        self._draw_page(ended)
+        if self._entries:
+            training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")
+
+    def is_final(self, error: Exception) -> bool:  # noqa: ARG002
+        """Always: what was shown must not be shown again."""
+        return True
+
+    def _state(self, epoch: int) -> str:
+        loss, accuracy = self._latest.get("step/loss"), self._latest.get("step/accuracy")
+        if loss is None or accuracy is None:
+            return f"epoch {epoch}/{self._facts.epochs}"
+        rate = self._latest.get("step/images_per_second", 0.0)
+        return f"epoch {epoch}/{self._facts.epochs}  loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:,.0f} images/s"
+
+    def _draw_page(self, status: str) -> None:
+        began = time.monotonic()
+        facts = RunFacts(**{**vars(self._facts), "status": status})
+        page.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
+        cost = time.monotonic() - began
+        self._next_page = began + max(2.0, cost / PAGE_SHARE)
+
+
+def epoch_line(entry: Entry, epochs: int) -> str:
+    """One epoch in words."""
+    metrics = entry.metrics
+    return (
+        f"epoch {entry.epoch:>{len(str(epochs))}}/{epochs}  loss {metrics['train/loss']:.4f}  "
+        f"accuracy {metrics['train/accuracy']:.4f}  val loss {metrics['val/loss']:.4f}  "
+        f"val accuracy {metrics['val/accuracy']:.4f}  lr {metrics['lr']:.4g}  "
+        f"{metrics['images_per_second']:,.0f} images/s  {metrics['time/epoch_seconds']:.1f} s"
+    )

@@ -1,0 +1,26 @@
+"""The colours and the look of all figures."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color/
+BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#8a3f74"
+SERIES_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, SOFT, BAND = "#1b1f24", "#59636e", "#f2f4f7"
+DPI = 120  # 10 inches wide: 1200 pixels
+
+
+def _empty_figure(height: float) -> "Figure":
+    """10 inches wide, ``height`` inches high."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(10, height), dpi=DPI, layout="constrained")
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(color="#e2e6eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

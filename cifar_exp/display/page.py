@@ -1,0 +1,172 @@
+"""The run's live page: one HTML file that needs nothing else, from the journal alone.
+
+It is drawn in the parent while the ranks train, so it has to be cheap: curves are thinned before they become SVG, and
+no plotting library is imported. The curves are drawn on a plane of ``PLANE`` x ``PLANE`` units that the browser
+stretches to the window; texts are placed in percent beside it and keep their size.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+from cifar_exp.display.curves import Curves, RunFacts
+from cifar_exp.display.page_assets import HOVER_SCRIPT, RELOAD_SCRIPT, STYLE
+from cifar_exp.display.svg import ABSENT, _number, _plots
+from cifar_exp.errors import FREE_SPACE, storage_errors
+from cifar_exp.records.journal import Entry
+
+FILE_NAME = "progress.html"
+LIVE = ("starting", "running")
+
+
+def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> Path:
+    """Put ``progress.html`` into the run's folder; a reader finds the old page or the new one, never a part.
+
+    Args:
+        run_dir: the run's folder.
+        entries: the journal so far.
+        facts: what else there is to say.
+        elapsed: seconds since the run began.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        StorageError: where the file system refuses.
+    """
+    page = run_dir / FILE_NAME
+    temporary = page.with_suffix(".tmp")
+    text = page_html(entries, facts, elapsed)
+    try:
+        with storage_errors(page, FREE_SPACE):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(page)
+    finally:
+        with suppress(OSError):  # of the same cause
+            temporary.unlink(missing_ok=True)
+    return page
+
+
+def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
+    """The whole page. It loads itself again every two seconds until the run has ended."""
+    latest: dict[str, float] = {}
+    for entry in entries:
+        latest.update(entry.metrics)
+    step = entries[-1].step if entries else 0
+    done = step / (facts.epochs * facts.steps_per_epoch)
+    accuracy = Curves.of(entries, "accuracy", facts.steps_per_epoch)
+    loss = Curves.of(entries, "loss", facts.steps_per_epoch)
+    live = facts.status in LIVE
+    tiles = _tiles(latest, accuracy, facts, elapsed, seconds_left(entries, facts) if live else None)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{done:.0%} {escape(facts.title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escape(facts.title)}</h1><span class="badge {escape(facts.status)}">{escape(facts.status)}</span>
+</header>
+{_progress_bar(step, done, facts)}
+<dl class="tiles">{"".join(_tile(name, text) for name, text in tiles.items())}</dl>
+<main>
+{_plots(accuracy, loss, step, facts)}
+<aside>
+{_time_split(latest)}
+{_details(facts.details)}
+</aside>
+</main>
+<footer>Drawn {time.strftime("%Y-%m-%d %H:%M:%S")} from metrics.jsonl in this folder.</footer>
+<script>{HOVER_SCRIPT}{RELOAD_SCRIPT if live else ""}</script>
+</body>
+</html>
+"""
+
+
+def seconds_left(entries: Sequence[Entry], facts: RunFacts) -> float | None:
+    """Estimated from the pace since the first entry; None before there is a pace."""
+    if not entries or entries[-1].step <= entries[0].step:
+        return None
+    first, last = entries[0], entries[-1]
+    pace = (last.time - first.time) / (last.step - first.step)
+    return pace * (facts.epochs * facts.steps_per_epoch - last.step)
+
+
+def duration(seconds: float | None) -> str:
+    """As in ``4.2 s``, ``42 s``, ``3 min 05 s``, ``1 h 02 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return ABSENT
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _tiles(
+    latest: Mapping[str, float], accuracy: Curves, facts: RunFacts, elapsed: float, left: float | None
+) -> dict[str, str]:
+    rate = latest.get("steady_images_per_second", latest.get("step/images_per_second"))
+    tiles = {
+        "elapsed": duration(elapsed),
+        "time left": duration(left),
+        "images/s": _number(rate, ",.0f"),
+        "learning rate": _number(latest.get("lr"), ".4g"),
+        "training accuracy": _number(accuracy.smooth[-1][1] if accuracy.smooth else None, ".1%"),
+        "validation accuracy": _number(latest.get("val/accuracy"), ".1%"),
+        "test accuracy": _number(latest.get("test/accuracy"), ".2%"),
+    }
+    if facts.status not in LIVE:
+        del tiles["time left"]
+    if "test/accuracy" not in latest:
+        del tiles["test accuracy"]
+    return tiles
+
+
+def _tile(name: str, text: str) -> str:
+    return f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
+
+
+def _progress_bar(step: int, done: float, facts: RunFacts) -> str:
+    steps = facts.epochs * facts.steps_per_epoch
+    epochs = step // facts.steps_per_epoch
+    return f"""<div class="progress {escape(facts.status)}" role="progressbar" aria-label="epochs done"
+ aria-valuemin="0" aria-valuemax="{facts.epochs}" aria-valuenow="{epochs}"><i style="width:{done:.2%}"></i></div>
+<p class="progress-text"><span>{epochs} of {facts.epochs} epochs done</span>
+<span>{step:,} of {steps:,} iterations</span></p>"""
+
+
+def _time_split(latest: Mapping[str, float]) -> str:
+    """A bar of where the time went, with names, seconds and shares; nothing before that is known."""
+    prefix = "time_split/"
+    seconds = {
+        name.removeprefix(prefix): value
+        for name, value in latest.items()
+        if name.startswith(prefix) and math.isfinite(value) and value > 0
+    }
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    bar = "".join(
+        f'<i class="part{place % 9}" style="flex-grow:{value / total:.4f}" title="{escape(name)}"></i>'
+        for place, (name, value) in enumerate(ordered)
+    )
+    rows = "".join(
+        f'<tr><th><i class="part{place % 9}"></i>{escape(name.capitalize())}</th><td>{duration(value)}</td>'
+        f"<td>{value / total:.1%}</td></tr>"
+        for place, (name, value) in enumerate(ordered)
+    )
+    return f"""<section><h2>Where the time went</h2>
+<div class="split" role="img" aria-label="shares of {duration(total)}, listed below">{bar}</div>
+<table class="shares">{rows}</table></section>"""
+
+
+def _details(details: Mapping[str, str]) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in details.items())
+    return f"<section><h2>Details</h2><table>{rows}</table></section>"

@@ -1,0 +1,93 @@
+"""A network that learns in few epochs: a fixed whitening layer, few convolutions, pooling early.
+
+The shape is that of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498).
+"""
+
+from typing import Annotated
+
+import torch
+from annotated_types import Gt, Le
+from torch import Tensor, nn
+
+from cifar_exp.models.networks import Count
+
+PATCH_SIDE = 2  # pixels of the first layer's kernels
+SMALLEST_VARIANCE = 5e-4  # added to each variance, as a share of their mean, so that noise is not blown up (airbench)
+
+
+class Whitening(nn.Conv2d):
+    """Decorrelates patches: each component of the patch's principal axes at unit variance, and its negative.
+
+    The weights follow from training images and are not trained. A network whose first layer has to learn this spends
+    a good part of a short training on it (Page 2019, "How to Train Your ResNet", part 8).
+    """
+
+    def __init__(self, side: int = PATCH_SIDE) -> None:
+        super().__init__(3, 2 * 3 * side**2, side, bias=False)
+        self.weight.requires_grad_(False)
+
+    def initialize_from(self, images: Tensor) -> None:
+        """Set the weights from ``images``: (N, 3, H, W) float32, normalised, all of them of the training set."""
+        patches = patches_of(images, self.kernel_size[0]).double()
+        variances, axes = torch.linalg.eigh(patches.T @ patches / len(patches))
+        scales = (variances + SMALLEST_VARIANCE * variances.mean()).rsqrt()
+        components = (axes * scales).T.reshape(-1, *self.weight.shape[1:])
+        with torch.no_grad():
+            self.weight.copy_(torch.cat([components, -components]))  # a nonlinearity follows: keep both signs
+
+
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel: (N, C, H, W) -> (N, C, 1).
+
+    On a GPU the gradient of ``nn.AdaptiveMaxPool2d``, which is the same, is refused by ``train.deterministic=true``.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``images``: (N, C, H, W) -> (N, C, 1)."""
+        return images.flatten(2).max(2, keepdim=True).values
+
+
+def patches_of(images: Tensor, side: int) -> Tensor:
+    """All ``side`` x ``side`` patches. ``images``: (N, 3, H, W) -> (N * places, 3 * side * side), as kernels lie."""
+    patches = images.unfold(2, side, 1).unfold(3, side, 1)
+    return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * side**2)
+
+
+def speednet(
+    *,
+    num_classes: int,
+    widths: tuple[Count, Count, Count] = (64, 128, 256),
+    depth: Count = 2,
+    whitening: bool = True,
+    batch_norm_momentum: Annotated[float, Gt(0), Le(1)] = 0.4,
+    logit_scale: Annotated[float, Gt(0)] = 0.11,
+) -> nn.Sequential:
+    """Whitening of 2x2 patches, three blocks of ``depth`` x (3x3 convolution, batch norm, GELU), the classifier.
+
+    2x2 max-pooling follows each block's first convolution, and the maximum over what is left of the image the last
+    block, so that any image of 16 pixels or more will do. Convolutions start as the identity on their first channels,
+    batch norm shifts but does not scale, the classifier has no bias.
+
+    Args:
+        num_classes: number of labels.
+        widths: channels of the three blocks.
+        depth: convolutions a block.
+        whitening: whether the first layer whitens; else it is trained like the others.
+        batch_norm_momentum: weight of a batch in the running statistics; 200 steps are too few for 0.1.
+        logit_scale: standard deviation of the classifier's initial weights.
+    """
+    first = Whitening() if whitening else nn.Conv2d(3, 6 * PATCH_SIDE**2, PATCH_SIDE, bias=False)
+    layers: list[nn.Module] = [first, nn.GELU()]
+    channels = first.out_channels
+    for width in widths:
+        for place in range(depth):
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            nn.init.dirac_(convolution.weight[:channels])  # the other filters stay random
+            pooling = [nn.MaxPool2d(2)] if place == 0 else []
+            norm = nn.BatchNorm2d(width, momentum=batch_norm_momentum)
+            norm.weight.requires_grad_(False)
+            layers += [convolution, *pooling, norm, nn.GELU()]
+            channels = width
+    classifier = nn.Linear(channels, num_classes, bias=False)
+    nn.init.normal_(classifier.weight, std=logit_scale)
+    return nn.Sequential(*layers, GlobalMaxPool(), nn.Flatten(), classifier)

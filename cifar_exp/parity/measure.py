@@ -1,0 +1,296 @@
+"""What ranks have seen and computed in a few steps, written down to be compared with what one rank has.
+
+All of it is made of a real run's parts (``worker.assembled``): network, batches, DDP, optimizer, loop and evaluation.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_exp.data.batches import TrainBatches
+from cifar_exp.data.sources import Source, fetch, opened
+from cifar_exp.data.validation_split import divided
+from cifar_exp.distributed.heartbeat import STOP_FILE, Control
+from cifar_exp.distributed.process_group import World
+from cifar_exp.training.evaluation import evaluate
+from cifar_exp.training.metrics import Averages
+from cifar_exp.worker.assembly import Assembly, assembled
+from cifar_exp.worker.first_steps import prepare_steps
+from cifar_exp.worker.job import Job
+from cifar_exp.worker.process import live
+
+STEPS = 3  # of training; a shorter run has all of its own
+REFERENCE_FILE = "reference.pt"
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DIGEST_BYTES = 32  # of sha256
+_READ_AT_ONCE = 500  # images
+
+Parameters = dict[str, Tensor]  # by name, on the host
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one rank has seen and computed.
+
+    Attributes:
+        precision: what it multiplied in: ``fp32``, ``bf16`` or ``fp16``.
+        inputs: sha256 of each image of the first epoch as the network gets it, with its label: (steps, images of this
+            rank and step, 32) uint8.
+        drawn: the same of these images as they are in the training set.
+        losses: of each training step, over all ranks.
+        gradients: by training step, counted from 1, as the optimizer gets them; the first rank's alone. Steps that
+            float16 skips for an overflow are not in it.
+        parameters: after each training step; 0 is before the first one; the first rank's alone.
+        parameter_digests: sha256 in hex of this rank's parameters after each step.
+        evaluated: loss, accuracy and count over all ranks of the reference's network on the test set.
+        tested: sha256 of each test image that this rank has evaluated, with its label, in order: (N, 32) uint8.
+        training_set: the same of all training images in the order of the set; the reference's alone.
+        test_set: the same of all test images.
+        network: state of the network that is evaluated; the reference's alone.
+    """
+
+    precision: str
+    inputs: Tensor
+    drawn: Tensor
+    losses: list[float]
+    gradients: dict[int, Parameters]
+    parameters: dict[int, Parameters]
+    parameter_digests: list[str]
+    evaluated: Averages
+    tested: Tensor
+    training_set: Tensor
+    test_set: Tensor
+    network: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        temporary = path.with_suffix(".tmp")
+        torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Measurement":
+        """What :meth:`save` has written."""
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return cls(**content | {"evaluated": Averages(**content["evaluated"])})
+
+
+def rank_file(rank: int) -> str:
+    """Where a rank of several writes its measurement, in the job's folder."""
+    return f"rank-{rank}.pt"
+
+
+def measure_reference(job: Job, exchange: Path) -> None:
+    """What the process of the one rank runs: measure, and leave ``REFERENCE_FILE`` in the job's folder."""
+    live(job, exchange, partial(_measure_to, file=REFERENCE_FILE, reference_file=None))
+
+
+def measure_ranks(job: Job, exchange: Path) -> None:
+    """What each process of several ranks runs: measure, and evaluate the network that ``REFERENCE_FILE`` holds."""
+    live(job, exchange, partial(_measure_to, file=None, reference_file=REFERENCE_FILE))
+
+
+def _measure_to(job: Job, world: World, control: Control, file: str | None, reference_file: str | None) -> None:
+    reference = Measurement.load(job.run_dir / reference_file) if reference_file else None
+    with opened(job.data, world.device, job.threads) as (train_images, test_images):
+        training, _ = divided(train_images, job.data)
+        measured = measure(job, world, control, training, test_images, reference)
+    measured.save(job.run_dir / (file or rank_file(world.rank)))
+
+
+def measure(
+    job: Job, world: World, control: Control, train_images: Source, test_images: Source, reference: Measurement | None
+) -> Measurement:
+    """Look at one epoch's batches, train ``STEPS`` steps, evaluate.
+
+    Each step begins with the reference's parameters. Else rounding would grow from step to step, most of all where a
+    ReLU opens that is closed on the other side: with the reference recipe on four ranks from 2e-8 of the gradient to
+    6e-4 in the second step and 6e-3 in the third.
+
+    The process ends where the launcher wants its ranks to.
+
+    Args:
+        job: the whole run.
+        world: this rank among the others.
+        control: gives signs of life.
+        train_images: without those kept apart.
+        test_images: all.
+        reference: None where this is the reference.
+    """
+    losses: list[float] = []
+    parts = assembled(
+        *(job, world, control),
+        lambda _step, _epoch, metrics: losses.append(metrics["step/loss"]),
+        *(train_images, test_images),
+    )
+    inputs, drawn = _one_epoch(parts.batches, control)
+    prepare_steps(parts.trainer, parts.batches, job.train.compile, world)
+    steps = _Steps(parts, reference)
+    steps.take(min(STEPS, job.plan.steps), job.run_dir / STOP_FILE if world.is_first else None, control)
+    if reference:
+        parts.trainer.evaluated.load_state_dict(reference.network)
+    network = {name: value.cpu().clone() for name, value in parts.trainer.evaluated.state_dict().items()}
+    evaluated, tested = _evaluated(parts, control)
+    return Measurement(
+        precision=PRECISIONS[parts.trainer.precision],
+        inputs=inputs,
+        drawn=drawn,
+        losses=losses,
+        gradients=steps.gradients if world.is_first else {},
+        parameters=steps.parameters if world.is_first else {},
+        parameter_digests=[parameter_digest(steps.parameters[step + 1]) for step in range(len(losses))],
+        evaluated=evaluated,
+        tested=tested,
+        training_set=_joined([]) if reference else _whole(train_images, control),
+        test_set=_joined([]) if reference else _whole(test_images, control),
+        network={} if reference else network,
+    )
+
+
+def digests(images: Tensor, labels: Tensor) -> Tensor:
+    """sha256 of each image's values and its label: (B, 3, H, W) of any type, (B,) int64 -> (B, 32) uint8."""
+    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    found = []
+    for image, label in zip(pixels, labels.cpu().numpy(), strict=True):
+        digest = hashlib.sha256(image)
+        digest.update(label.tobytes())
+        found.append(digest.digest())
+    return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(-1, DIGEST_BYTES)
+
+
+def parameter_digest(parameters: Parameters) -> str:
+    """sha256 in hex of all values, in order."""
+    digest = hashlib.sha256()
+    for value in parameters.values():
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A source that notes what is taken from it.
+
+    Attributes:
+        source: whose images these are.
+        taken: digests of each batch that was picked, (B, 32) uint8.
+    """
+
+    source: Source
+    taken: list[Tensor] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.source.image_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
+        return self.source.draws(order, parts)
+
+    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        images, labels = self.source.pick(draw)
+        self.taken.append(digests(images, labels))
+        return images, labels
+
+
+def _one_epoch(batches: TrainBatches, control: Control) -> tuple[Tensor, Tensor]:
+    """Digests of the first epoch's images as the network gets them, and as they are in the set."""
+    recorded = Recorded(batches.source)
+    inputs = []
+    for images, labels in replace(batches, source=recorded).epoch(1):
+        inputs.append(digests(images, labels))
+        _go_on(control)
+    shape = (-1, batches.accumulate * batches.batch_size, DIGEST_BYTES)
+    return _joined(inputs).view(shape), _joined(recorded.taken).view(shape)
+
+
+class _Steps:
+    """Training steps of which notes are taken: what the optimizer gets, and what it makes of the parameters."""
+
+    def __init__(self, parts: Assembly, reference: Measurement | None) -> None:
+        self.gradients: dict[int, Parameters] = {}
+        self.parameters = {0: _copied(parts.model)}
+        self._parts, self._reference = parts, reference
+        parts.trainer.optimizer.register_step_pre_hook(self._before_update)
+        parts.trainer.after_step = self._after_step
+
+    def take(self, steps: int, stop: Path | None, control: Control) -> None:
+        """Train ``steps`` steps. ``stop``: the file that tells training to end, where it is this rank's to make it."""
+        self._steps, self._stop = steps, stop
+        trainer, epoch = self._parts.trainer, 0
+        self._end_if_last()
+        while trainer.step < steps:
+            epoch += 1
+            trainer.train_one_epoch(epoch, self._parts.batches)
+            trainer.close_epoch(epoch, self._parts.batches)
+            _go_on(control)
+
+    def _before_update(self, *_: object) -> None:
+        found = {name: parameter.grad for name, parameter in self._parts.model.named_parameters()}
+        self.gradients[self._parts.trainer.step + 1] = {
+            name: gradient.detach().to("cpu", copy=True) for name, gradient in found.items() if gradient is not None
+        }
+
+    def _after_step(self) -> None:
+        step = self._parts.trainer.step
+        self.parameters[step] = _copied(self._parts.model)
+        if self._reference:
+            with torch.no_grad():
+                for name, parameter in self._parts.model.named_parameters():
+                    parameter.copy_(self._reference.parameters[step][name])
+        self._end_if_last()
+
+    def _end_if_last(self) -> None:
+        """Before the last step, tell training to end after it, as a user would."""
+        if self._stop and self._parts.trainer.step == self._steps - 1:
+            self._stop.touch()
+
+
+def _evaluated(parts: Assembly, control: Control) -> tuple[Averages, Tensor]:
+    """Loss and accuracy on the test set, over all ranks, and the digests of what this one has evaluated."""
+    recorded = Recorded(parts.test.source)
+    batches = replace(parts.test, source=recorded)
+    trainer = parts.trainer
+
+    def go_on() -> bool:
+        _go_on(control)
+        return True
+
+    return evaluate(trainer.evaluated, batches, trainer.precision, go_on), _joined(recorded.taken)
+
+
+def _whole(source: Source, control: Control) -> Tensor:
+    """The digests of a whole set, in its order."""
+    found = []
+    for start in range(0, len(source), _READ_AT_ONCE):
+        found.append(digests(*fetch(source, torch.arange(start, min(start + _READ_AT_ONCE, len(source))))))
+        _go_on(control)
+    return _joined(found)
+
+
+def _go_on(control: Control) -> None:
+    """Give a sign of life, or end where the launcher waits for that."""
+    control.beat()
+    if control.is_leaving():
+        sys.exit(1)
+
+
+def _copied(model: nn.Module) -> Parameters:
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """(B, 32) each -> (all, 32); none are none."""
+    return torch.cat([torch.empty(0, DIGEST_BYTES, dtype=torch.uint8), *parts])

@@ -1,0 +1,211 @@
+"""The report of a parity check: tables in the terminal, ``parity.md`` to read and to attach, ``parity.json``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from cifar_exp.errors import FREE_SPACE, storage_errors
+from cifar_exp.parity.checks import Check, Subject
+from cifar_exp.system.atomic_files import write_json
+
+FILE_NAMES = ("parity.md", "parity.json")
+FAILED = "DOES NOT HOLD"
+TITLES = {
+    "images": "The same images in the same order",
+    "gradients": "The same gradients, losses and steps",
+    "evaluation": "Every test image counted once",
+}
+METHOD = """\
+N ranks are compared with one rank that takes their micro-batches one after the other and adds up the gradients, as
+`train.accumulate` does: so each batch norm sees the same images. (Under `train.batch_norm=synchronized`, where it sees
+those of all ranks, the one rank takes them as one batch.) Where N is 1, the same is done twice: what this machine does
+not repeat would show there."""
+HOW = {
+    "images": """\
+For one whole epoch the images are compared as the network gets them, augmented and normalised, each with its label, by
+their sha256: step by step, the micro-batch of rank r must be the r-th that the single rank takes. Before augmentation
+they are counted: in an epoch none comes twice, all are of the training set, and as many are left out as do not fill a
+step.""",
+    "gradients": """\
+All train the first steps of the run from the same initial values; after each step all go on with the single rank's
+parameters, so that rounding does not grow from one to the next. *Gradient*: as the optimizer gets it; the norm of a
+tensor's difference, of the tensor where it is largest, over the norm of the whole gradient. *Loss*: over all ranks; the
+largest relative difference. *Parameters*: the distance between both networks after a step, over the distance that the
+step has moved them; the largest. They need not agree to the last bit, since the ranks' gradients are added up in
+another order. {rounding} The parameters of all ranks must be the same to the last bit.""",
+    "evaluation": """\
+All evaluate one network, the single rank's after these steps, on the test set. sha256 of the images that the ranks
+evaluate, joined in the order of the ranks, must be that of the test set, image by image: none is missing, doubled, or
+added to fill a batch. *Accuracy*: the difference. *Loss*: the relative difference.""",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one number of ranks.
+
+    Attributes:
+        ranks: how many.
+        devices: in words.
+        checks: all of them; the same ones for each number of ranks.
+        figures: what else was measured, for the JSON file.
+    """
+
+    ranks: int
+    devices: str
+    checks: Sequence[Check]
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole parity check.
+
+    Attributes:
+        title: network and data in a few words.
+        command: as it was typed, without secrets.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        rounding: how much of it is allowed, in words.
+        about: what was checked, and where: names and texts.
+        settings: the resolved configuration, without secrets.
+        results: by number of ranks.
+    """
+
+    title: str
+    command: str
+    precision: str
+    rounding: str
+    about: Mapping[str, str]
+    settings: Mapping[str, Any]
+    results: Sequence[Result]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check does."""
+        return all(check.holds for result in self.results for check in result.checks)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.holds:
+            return f"{listed([result.ranks for result in self.results])} compute what one rank computes"
+        failed = [
+            f"{listed([result.ranks])}: {check.name} ({check.found}, must be {check.wanted})"
+            for result in self.results
+            for check in result.checks
+            if not check.holds
+        ]
+        return f"{FAILED}: {failed[0]}" + (f", and {len(failed) - 1} more" if failed[1:] else "")
+
+    def print(self, console: Console) -> None:
+        """A table a subject."""
+        for subject in get_args(Subject):
+            headings, *rows = self._cells(subject)
+            table = Table(title=TITLES[subject], title_justify="left")
+            for place, heading in enumerate(headings):
+                table.add_column(heading, justify="right" if place > 1 else "left")
+            for row in rows:
+                table.add_row(*row, style="red" if any(FAILED in cell for cell in row) else None)
+            console.print(table)
+
+    def write(self, folder: Path) -> Path:
+        """``parity.md`` and ``parity.json`` in ``folder``; the former's path.
+
+        Raises:
+            StorageError: where the file system refuses.
+        """
+        page, figures = (folder / name for name in FILE_NAMES)
+        with storage_errors(folder, FREE_SPACE):
+            write_json(figures, self.content())
+            page.write_text(self.markdown(), encoding="utf-8")
+        return page
+
+    def content(self) -> dict[str, Any]:
+        """All figures as plain values; None for what is not finite, which JSON has no number for."""
+        return {
+            "title": self.title,
+            "holds": self.holds,
+            "verdict": self.verdict,
+            "command": self.command,
+            "precision": self.precision,
+            "rounding": self.rounding,
+            "about": dict(self.about),
+            "results": [
+                {
+                    "ranks": result.ranks,
+                    "devices": result.devices,
+                    "holds": all(check.holds for check in result.checks),
+                    "checks": [_plain(check) for check in result.checks],
+                    **result.figures,
+                }
+                for result in self.results
+            ],
+            "settings": self.settings,
+        }
+
+    def markdown(self) -> str:
+        """The report in words and tables."""
+        about = _table([["", ""], *([name, text] for name, text in self.about.items())])
+        parts = [
+            f"# Do N ranks compute what one computes? {self.title}",
+            f"**{self.verdict}.**",
+            f"`{self.command}`",
+            about,
+            METHOD,
+        ]
+        for subject in get_args(Subject):
+            how = HOW[subject].replace("{rounding}", self.rounding)
+            parts += [f"## {TITLES[subject]}", fill(how, 120), _table(self._cells(subject)), *self._details(subject)]
+        return "\n\n".join(parts) + "\n"
+
+    def _cells(self, subject: Subject) -> list[list[str]]:
+        """Headings, then a list of texts a check: what it must be, and what it is for each number of ranks."""
+        columns = [[check for check in result.checks if check.subject == subject] for result in self.results]
+        rows = [
+            [checks[0].name, _common([check.wanted for check in checks]), *map(_cell, checks)]
+            for checks in zip(*columns, strict=True)
+        ]
+        return [["check", "must be", *(listed([result.ranks]) for result in self.results)], *rows]
+
+    def _details(self, subject: Subject) -> list[str]:
+        """What the tables have no room for, as a list."""
+        ranks: dict[tuple[str, str], list[int]] = {}
+        for result in self.results:
+            for check in result.checks:
+                if check.subject == subject and check.detail:
+                    ranks.setdefault((check.name, check.detail), []).append(result.ranks)
+        lines = [f"- {name}, {listed(counts)}: {detail}" for (name, detail), counts in ranks.items()]
+        return ["\n".join(lines)] if lines else []
+
+
+def _plain(check: Check) -> dict[str, Any]:
+    measured = check.measured if math.isfinite(check.measured) else None
+    return asdict(check) | {"measured": measured, "holds": check.holds}
+
+
+def _cell(check: Check) -> str:
+    return f"{check.found}, {'holds' if check.holds else FAILED}"
+
+
+def _common(texts: Sequence[str]) -> str:
+    """One text where all are the same, else each."""
+    return ", ".join(dict.fromkeys(filter(None, texts))) if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def listed(counts: Sequence[int]) -> str:
+    """As in ``1, 2 and 4 ranks``."""
+    words = [*map(str, counts)]
+    listed = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+    return f"{listed} rank{'s'[: counts != [1]]}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the headings."""
+    headings, *cells = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([headings, f"|{'---|' * len(rows[0])}", *cells])

@@ -1,0 +1,191 @@
+"""One parity check in the parent process: ranks are launched, their measurements compared with one rank's."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cifar_exp.config.schema import Config
+from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.launch.devices import DeviceSet, find_devices
+from cifar_exp.models.networks import parameter_count
+from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
+from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
+from cifar_exp.parity.report import Report, Result, listed
+from cifar_exp.runs import model_check
+from cifar_exp.runs.components import Parts
+from cifar_exp.runs.job_setup import new_job, title
+from cifar_exp.runs.model_check import check_scales, checked_model
+from cifar_exp.system import machine
+from cifar_exp.system.redaction import masked
+from cifar_exp.system.temp_folder import private_folder
+from cifar_exp.training.plan import Plan, check_scaling, make_plan
+from cifar_exp.worker.job import Job
+
+
+@dataclass(frozen=True)
+class Case:
+    """One number of ranks, ready to be measured.
+
+    Attributes:
+        config: theirs.
+        parts: what it names.
+        devices: theirs.
+    """
+
+    config: Config
+    parts: Parts
+    devices: DeviceSet
+
+    def plan(self, data: DatasetFiles) -> Plan:
+        """What they would do in a whole run."""
+        return make_plan(self.config, self.devices.count, data.train_count, self.parts.schedule)
+
+    def on_one_rank(self) -> "Case":
+        """One rank that takes the micro-batches of all ranks in turn, each through batch norm by itself.
+
+        Where batch norm sees the batches of all ranks at once, it is one batch of that size.
+        """
+        ranks, train = self.devices.count, self.config.train
+        in_turn = replace(train, accumulate=ranks * train.accumulate)
+        at_once = replace(train, batch_size=train.batch_size * (ranks if train.scaling == "weak" else 1))
+        train = at_once if train.batch_norm == "synchronized" else in_turn
+        return Case(replace(self.config, train=train), self.parts, replace(self.devices, count=1))
+
+    def allowed(self, precision: str) -> Tolerances:
+        """What rounding in ``precision`` may leave between both."""
+        return tolerances(precision, self.devices.count, self.config.train.batch_norm == "synchronized")
+
+
+def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
+    """The numbers of ranks of the configurations.
+
+    Raises:
+        ConfigError: where ranks cannot share the batch, or no single rank can do the same.
+        MachineError: where there are too few devices.
+    """
+    cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, parts, strict=True)]
+    for case in cases:
+        check_scaling(case.config, case.devices.count)
+    return cases
+
+
+def check(cases: Sequence[Case], command: str, console: Console) -> Report:
+    """Measure each number of ranks and compare it with one rank.
+
+    Args:
+        cases: at least one.
+        command: as it was typed, without secrets.
+        console: told what is being done.
+
+    Raises:
+        CifarExpError: whatever keeps a rank from its end, as in training.
+    """
+    first = cases[0]
+    data = keep_apart(first.parts.dataset(), first.config.validation)
+    with private_folder() as work:
+        results = [_result(case, data, work / str(case.devices.count), console) for case in cases]
+    precision = results[0].figures["precision"]
+    return Report(
+        title=title(first.config),
+        command=command,
+        precision=precision,
+        rounding=_rounding({case.devices.count: case.allowed(precision).why for case in cases}),
+        about=_about(cases, data),
+        settings=masked(asdict(first.config)),
+        results=results,
+    )
+
+
+def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> Result:
+    """One number of ranks. ``folder``: a new one, for their measurements."""
+    plan, count = case.plan(data), case.devices.count
+    _look_at_network(case, plan, data)
+    folder.mkdir()
+    one = case.on_one_rank()
+    console.print(f"measuring {listed([count])}, after one rank in their place ...", highlight=False)
+    one.parts.launcher.launch(measure_reference, _job(one, data, folder))
+    case.parts.launcher.launch(measure_ranks, _job(case, data, folder))
+    reference = Measurement.load(folder / REFERENCE_FILE)
+    ranks = [Measurement.load(folder / rank_file(rank)) for rank in range(count)]
+    checks = compared(reference, ranks, plan, case.allowed(reference.precision))
+    return Result(count, str(case.devices), checks, _figures(plan, reference, ranks))
+
+
+def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
+    return new_job(case.config, case.parts, case.devices, case.plan(data), data, folder, time.monotonic())
+
+
+def _look_at_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
+    """Raise a ConfigError where the network cannot be built, or cannot take the images."""
+    model = checked_model(case.config, case.parts, len(data.classes))
+    model_check.layer_shapes(model, data.image_size)
+    check_scales(plan, model, data.image_size)
+
+
+def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -> dict[str, Any]:
+    """What the checks are made of."""
+    first = ranks[0]
+    return {
+        "precision": reference.precision,
+        "per_device_batch_size": plan.per_device_batch_size,
+        "micro_batches_a_rank": plan.accumulate,
+        "global_batch_size": plan.global_batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "dropped_images": plan.dropped_images,
+        "learning_rates": plan.learning_rates[: len(reference.losses)],
+        "losses": {"ranks": first.losses, "one_rank": reference.losses},
+        "evaluated": {"ranks": vars(first.evaluated), "one_rank": vars(reference.evaluated)},
+        "epoch_sha256": {"ranks": epoch_digest(ranks), "one_rank": epoch_digest([reference])},
+        "parameters_sha256": {
+            "ranks": [rank.parameter_digests for rank in ranks],
+            "one_rank": reference.parameter_digests,
+        },
+    }
+
+
+def _rounding(why: Mapping[int, str]) -> str:
+    """What is said of each number of ranks, once."""
+    texts = {text: [count for count in why if why[count] == text] for text in why.values()}
+    return " ".join(f"{listed(counts)}: {text}" if len(texts) > 1 else text for text, counts in texts.items())
+
+
+def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
+    """What was checked and where, as names and texts."""
+    first = cases[0]
+    config, train = first.config, first.config.train
+    model = checked_model(config, first.parts, len(data.classes))
+    share = "a device" if train.scaling == "weak" else "in all"
+    micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
+    devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))
+    backend = "NCCL" if first.devices.accelerator == "gpu" else "gloo"
+    described = machine.description(first.devices.accelerator, max(case.devices.count for case in cases))
+    return {
+        "data": f"{data.train_count:,} training and {data.test_count:,} test images in {len(data.classes)} classes, "
+        f"{data.image_size[0]} x {data.image_size[1]} pixels; sha256 {data.content_hash}",
+        "network": f"{_in_short(config.model)}; {parameter_count(model):,} parameters",
+        "batch": f"{train.batch_size} images {share}{micro_batches}; train.scaling={train.scaling}",
+        "augmentation": f"{_in_short(config.augment)}; train.normalization={train.normalization}",
+        "batch norm": f"train.batch_norm={train.batch_norm}",
+        "optimizer": f"{_in_short(config.optimizer)}; train.lr_scaling={train.lr_scaling}",
+        "arithmetic": f"train.precision={train.precision}, train.deterministic={str(train.deterministic).lower()}, "
+        f"seed={config.seed}",
+        "extent": f"one epoch's images, {STEPS} training steps, the whole test set",
+        "devices": f"{devices}; {backend}",
+        "machine": machine.in_one_line(described),
+        "versions": f"cifar-exp {version('cifar-exp')}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy")),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _in_short(section: Mapping[str, Any]) -> str:
+    """As in ``SGD lr=0.1 momentum=0.9``."""
+    settings = [f"{name}={value}" for name, value in masked(section).items() if name != "_target_"]
+    return " ".join([section["_target_"].rpartition(".")[2], *settings])

@@ -1,0 +1,50 @@
+"""The network of a run for use elsewhere: ``model.safetensors``, which plain PyTorch reads (the README shows how)."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from cifar_exp.errors import FREE_SPACE, storage_errors
+from cifar_exp.records import checkpoint
+from cifar_exp.records.checkpoint import Checkpoint
+from cifar_exp.system import atomic_files
+
+FILE_NAME = "model.safetensors"
+
+
+def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]) -> Path:
+    """Write the network of a run's best epoch, where that one is kept, else the last one's.
+
+    Each entry of the file's metadata is JSON: ``classes``, ``shift`` and ``scale`` (of each channel, 0 to 255: the
+    network takes ``(pixel - shift) * scale``), ``image_size`` (height and width), ``epoch``, and ``model``.
+
+    Args:
+        run_dir: the run's folder; the file is made in it, whole or not at all.
+        model: the configuration's section: `_target_` and its settings, as the metadata has them.
+        warn: called with a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        StorageError: where the network cannot be read back, or the file cannot be written.
+    """
+    saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
+    path = run_dir / FILE_NAME
+    with storage_errors(path, FREE_SPACE):
+        atomic_files.write_whole(path, _content(saved, model))
+    return path
+
+
+def _content(saved: Checkpoint, model: Mapping[str, Any]) -> bytes:
+    # In rows, and each in memory of its own: the format knows neither strides nor tensors that share their values.
+    weights = {name: value.contiguous().clone() for name, value in saved.model.items()}
+    facts = {
+        "classes": saved.classes,
+        "shift": saved.shift,
+        "scale": saved.scale,
+        "image_size": saved.image_size,
+        "epoch": saved.training["epoch"],
+        "model": dict(model),
+    }
+    return save(weights, {name: json.dumps(value) for name, value in facts.items()})

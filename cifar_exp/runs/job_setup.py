@@ -1,0 +1,46 @@
+"""The job that the ranks of a new run get, and the run's title."""
+
+from pathlib import Path
+
+from cifar_exp.config.schema import Config
+from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.launch.devices import DeviceSet
+from cifar_exp.runs import config_changes
+from cifar_exp.runs.components import Parts
+from cifar_exp.training.plan import Plan
+from cifar_exp.worker.job import Job
+
+
+def new_job(
+    config: Config, parts: Parts, devices: DeviceSet, plan: Plan, data: DatasetFiles, run_dir: Path, started: float
+) -> Job:
+    """What the ranks of a new run are told. ``started``: on the monotonic clock."""
+    return Job(
+        run_dir=run_dir,
+        started=started,
+        elapsed=0.0,
+        config_hash=config_changes.config_hash(config),
+        resume_from=None,
+        seed=config.seed,
+        plan=plan,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        early_stopping=config.early_stopping,
+        data=data,
+        augmentation=parts.augmentation,
+        make_model=parts.make_model,
+        make_optimizer=parts.make_optimizer,
+        accelerator=devices.accelerator,
+        threads=devices.threads,
+        timeout=parts.launcher.timeout,
+    )
+
+
+def title(config: Config) -> str:
+    """The network and the data in a few words, as in ``convnet 32x4 on cifar10``."""
+    model = config.model["_target_"].rpartition(".")[2]
+    size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
+    data = config.data["_target_"].rpartition(".")[2]
+    if data == "folders":  # says how, not what; the root's name does
+        data = Path(config.data["root"]).resolve().name
+    return f"{model} {size} on {data}".replace("  ", " ")

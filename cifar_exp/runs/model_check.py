@@ -1,0 +1,49 @@
+"""Try the network before any rank builds it."""
+
+import torch
+import torchinfo
+from torch import nn
+
+from cifar_exp.config.schema import Config
+from cifar_exp.data.batches import scaled
+from cifar_exp.errors import ConfigError
+from cifar_exp.models.networks import seeded
+from cifar_exp.runs import model_check
+from cifar_exp.runs.components import Parts
+from cifar_exp.training.plan import Plan
+
+
+def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[str, tuple[int, ...], int]]:
+    """Each layer's type, output shape without the batch, and parameters.
+
+    Raises:
+        ConfigError: where the network cannot take such images.
+    """
+    batch = torch.zeros(2, 3, *image_size)
+    try:
+        summary = torchinfo.summary(model, input_data=batch, verbose=0, mode="eval", depth=10)
+    except RuntimeError as error:
+        shape = " x ".join(map(str, batch.shape))
+        raise ConfigError(f"model: it fails on {shape} images: {error.__cause__ or error}") from error
+    leaves = [layer for layer in summary.summary_list if layer.is_leaf_layer]
+    return [(layer.class_name, tuple(layer.output_size[1:]), layer.num_params) for layer in leaves]
+
+
+def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
+    """The network, to look at before any rank builds it; what it refuses is the user's to mend."""
+    try:
+        return seeded(parts.make_model, num_classes, config.seed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
+
+
+def check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> None:
+    """A network may be too deep for small images."""
+    for scale in sorted({*plan.image_scales} - {1.0}):
+        try:
+            model_check.layer_shapes(model, scaled(image_size, scale))
+        except ConfigError as error:
+            raise ConfigError(
+                f"train.image_scales: at {scale:g} of their size images are too small for this network. Type larger "
+                f"shares, as in train.image_scales=[0.5,0.75,1]. {error}"
+            ) from error

@@ -1,0 +1,94 @@
+"""The parent run of a sweep in MLflow."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from cifar_exp.errors import FREE_SPACE, Stopped, StorageError, TrackingError, storage_errors
+from cifar_exp.records import journal
+from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
+from cifar_exp.runs.components import build_tracker
+
+if TYPE_CHECKING:
+    from cifar_exp.records.run_folder import Status
+
+
+class ParentRun:
+    """The sweep's parent run, a record on disk like any other run's.
+
+    The first job that opens in the tracker opens the parent there; the rest is passed on at the end, so that no job
+    ever waits for a tracker.
+    """
+
+    def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
+        tracker = build_tracker(config)
+        self.hint = tracker.hint()  # what to type to look at the sweep
+        new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
+        self._info = RunInfo.load(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
+        self._info.save_sweep()
+        self._tracker = tracker
+        Outcome.forget(sweep_dir)
+
+    def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[str], tags: Mapping[str, str]) -> None:
+        """Metrics as (name, value, step), files of the sweep's folder, and tags."""
+        self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
+        self._info.save_sweep()
+        known = set()
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged one is written again
+            entries = journal.read(self._info.run_dir)
+            known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
+        if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
+            return
+        (self._info.run_dir / journal.FILE_NAME).unlink(missing_ok=True)  # the whole summary is written again
+        if not metrics:
+            return
+        writer = journal.JournalWriter(self._info.run_dir)
+        elapsed = time.time() - self._info.started
+        for step in sorted({step for _, _, step in metrics}):
+            values = {name: value for name, value, there in metrics if there == step}
+            writer.write(journal.Entry(step, 0, elapsed, values))
+        writer.close()
+
+    def __enter__(self) -> "ParentRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the run as FINISHED, FAILED or KILLED.
+
+        Raises:
+            TrackingError: where all jobs went well, but the tracker did not get everything.
+        """
+        from cifar_exp.tracking.follower import LEAST_PATIENCE, LONGEST, PATIENCE, STOPPED_PATIENCE, Follower, lacking
+
+        stopped = kind is not None and issubclass(kind, Stopped)
+        status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        try:
+            with storage_errors(self._info.run_dir, FREE_SPACE):
+                Outcome(status, time.time()).save(self._info.run_dir)
+        except StorageError:
+            if error is None:
+                raise
+        sink = self._tracker.sink(self._info)
+        if sink is None:
+            return
+        follower = Follower(self._info.run_dir, sink, interval=PATIENCE)
+        follower.start()
+        if isinstance(error, Stopped):
+            left = max(LEAST_PATIENCE, error.received + STOPPED_PATIENCE - time.monotonic())
+            follower.finish(status, left, longest=left)
+        else:
+            follower.finish(status, PATIENCE, LONGEST)
+        if follower.error:
+            told = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
+            if error is None:
+                raise TrackingError(told)
+            print(f"cifar-exp: {told}", file=sys.stderr, flush=True)

@@ -1,0 +1,194 @@
+"""What a run goes on from: its own folder after an interruption, or another run's checkpoint."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cifar_exp.config.messages import shown
+from cifar_exp.config.schema import Config
+from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.records import checkpoint, journal
+from cifar_exp.records.checkpoint import Manifest
+from cifar_exp.records.find_run import _named
+from cifar_exp.records.run_folder import CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
+from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a run continues.
+
+    Attributes:
+        run_dir: the folder of the run that is continued.
+        manifest: the checkpoint to start from; None where the run was stopped before its first.
+        elapsed: seconds that the run took before; 0 where a new run starts from another one's checkpoint.
+        finished: whether nothing is left to train.
+        changes: settings that differ from those of the run that is continued: (then, now).
+        in_place: whether the run itself goes on, in its folder; else a new one starts from its checkpoint.
+        source: the folder of the checkpoint: ``run_dir``, or of the run that this one once started from.
+    """
+
+    run_dir: Path
+    manifest: Manifest | None
+    elapsed: float
+    finished: bool
+    changes: Mapping[str, tuple[Any, Any]]
+    in_place: bool
+    source: Path
+
+    @property
+    def kept_batch(self) -> int | None:
+        """Images a step of the checkpoint, which stay on any number of devices; None where another batch was typed."""
+        if self.manifest is None or {"train.batch_size", "train.scaling"} & self.changes.keys():
+            return None
+        return self.manifest.global_batch_size
+
+    def check_images(self, data_hash: str) -> None:
+        """Raise a DataError where a run would go on with other images than it began with."""
+        own = self.in_place and self.source == self.run_dir
+        if own and self.manifest and self.manifest.data_hash != data_hash:
+            raise DataError(
+                f"data: the images are not those that {self.run_dir} was trained on. Restore them, or type resume=never"
+            )
+
+    def description(self, world_size: int) -> list[str]:
+        """What goes on, from where, and what is different now, in lines."""
+        folder = os.path.relpath(self.run_dir)
+        if self.manifest is None:
+            return [f"{folder} was stopped before its first checkpoint: it starts again"]
+        verb = "goes on" if self.in_place else "is where this new run starts,"
+        if self.source != self.run_dir:
+            verb = f"starts again from {os.path.relpath(self.source)},"
+        lines = [f"{folder} {verb} after epoch {self.manifest.epoch} (step {self.manifest.step})"]
+        lines += [f"  {name}: {shown(then)} then, {shown(now)} now" for name, (then, now) in self.changes.items()]
+        if self.manifest.world_size != world_size:
+            batch = self.kept_batch
+            same = f": {batch} images a step in the same order, {batch // world_size} a device" if batch else ""
+            lines.append(f"  {self.manifest.world_size} device(s) then, {world_size} now{same}")
+        return lines
+
+
+def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], None]) -> Resumption | None:
+    """What ``config.resume`` asks to continue; None for a run that starts from the beginning.
+
+    Args:
+        config: of the run that is about to start.
+        run_dir: the folder it was given.
+        anywhere: whether the run may go on in another folder than ``run_dir``, which a sweep's job may not: ``auto``
+            then looks for an interrupted run under ``outputs/`` where ``run_dir`` holds none.
+        warn: called with a line for each damaged checkpoint.
+
+    Raises:
+        ConfigError: where there is no such run, or it cannot go on with these settings.
+        StorageError: where all its checkpoints are damaged.
+    """
+    if config.resume == "never":
+        return None
+    folder: Path | None
+    if config.resume != "auto":
+        folder = _named(config.resume)
+    elif (run_dir / RUN_FILE).exists():
+        folder = run_dir
+    else:
+        folder = _interrupted(config_hash(config), warn) if anywhere else None
+    if folder is None:
+        return None
+    try:
+        changes = _changes(folder, config)
+        if changes and config.resume == "auto":
+            told = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
+            raise ConfigError(
+                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Type {told}, another folder, or "
+                f"resume={run_dir} and another folder for a new run that starts from its checkpoint"
+            )
+        in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
+        return _resumption(folder, config, changes, in_place, warn)
+    except UNREADABLE as error:
+        raise StorageError(
+            f"{folder}: the run cannot be read: {error}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
+            f"{journal.FILE_NAME}, or type resume=never"
+        ) from error
+
+
+def _resumption(
+    folder: Path, config: Config, changes: Mapping[str, tuple[Any, Any]], in_place: bool, warn: Callable[[str], None]
+) -> Resumption:
+    finished = in_place and is_finished(folder)
+    manifest = None if finished else checkpoint.sound(folder, warn)
+    entries = journal.read(folder)
+    begun = None
+    if manifest is None and not finished:
+        if not in_place:
+            raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Type resume=never")
+        begun = _beginning(folder, config, warn)
+        # A checkpoint is on disk before the epoch after it has ended, so by the next one there was one.
+        every = int(_config_of(folder)["checkpoint"]["every"])
+        first = begun.manifest.epoch if begun and begun.manifest else 0
+        if any(entry.epoch > first + every + 1 for entry in entries):
+            raise StorageError(
+                f"{folder / checkpoint.FOLDER}: the run has trained whole epochs and its checkpoints are gone. Restore "
+                f"them, or type resume=never to start again from the beginning"
+            )
+    if manifest is not None and not in_place:
+        _check_changes(config, manifest, changes)
+    times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
+    elapsed = max(times, default=0.0) if in_place else 0.0
+    if begun:
+        return replace(begun, run_dir=folder, elapsed=elapsed, in_place=True)
+    return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
+
+
+def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption | None:
+    """What the run in ``folder`` started from, which was another run's checkpoint; None where it was none.
+
+    Raises:
+        StorageError: where that checkpoint is not there any more.
+    """
+    origin = RunInfo.load(folder).origin
+    if origin is None:
+        return None
+    source, step = origin
+    manifest = checkpoint.sound(source, warn)
+    if manifest is None or manifest.step != step:
+        found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
+        raise StorageError(
+            f"{folder}: the run was stopped before its first checkpoint and began with that of {source} after step "
+            f"{step}; {found}. Restore that, or type resume=never to start again from the beginning"
+        )
+    return _resumption(source, config, _changes(source, config), in_place=False, warn=warn)
+
+
+def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, (then, _) in changes.items():
+        if name.startswith("model.") or name == "optimizer._target_":
+            raise ConfigError(
+                f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Type "
+                f"{name}={shown(then)}, or resume=never"
+            )
+    if config.validation and "data.validation" in changes:
+        then = changes["data.validation"][0] or 0
+        raise ConfigError(
+            f"data.validation={config.validation}: the checkpoint was trained with {then}, so it knows images that "
+            f"would be kept apart now. Type data.validation={then}, or resume=never"
+        )
+    if manifest.epoch >= config.train.epochs:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Type "
+            f"train.epochs={manifest.epoch + 1} or more"
+        )
+
+
+def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
+    """The newest run under ``outputs/`` with this configuration that has not come to its end and is not running."""
+    found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        try:
+            same = json.loads(path.read_text())["config_hash"] == wanted
+            if same and not is_finished(path.parent) and not is_claimed(path.parent):
+                return path.parent
+        except UNREADABLE as error:
+            warn(f"{path.parent}: the run cannot be read and is passed over: {error}")
+    return None

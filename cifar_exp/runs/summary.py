@@ -1,0 +1,145 @@
+"""What a run is going to do and what came of it, for a person to read in the terminal."""
+
+import math
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from cifar_exp.config.schema import EarlyStopping
+from cifar_exp.data.batches import EVALUATION_BATCH, scaled, shard
+from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.distributed.rank_times import by_rank, straggler
+from cifar_exp.launch.devices import DeviceSet
+from cifar_exp.models.networks import parameter_count
+from cifar_exp.runs.model_check import layer_shapes
+from cifar_exp.system import load_watch
+from cifar_exp.training.plan import Plan
+
+
+def describe_plan(
+    plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module, stopping: EarlyStopping
+) -> dict[str, str]:
+    """The plan as names and texts, for the table and the run's page."""
+    rates = ", ".join(
+        f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
+        for first, last, low, high in _shortened(plan.learning_rate_ranges())
+    )
+    each = f"{plan.accumulate} micro-batches of " if plan.accumulate > 1 else ""
+    return {
+        "devices": str(devices),
+        "batch": f"{each}{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
+        "training images": f"{data.train_count:,} in {len(data.classes)} classes{_kept_apart(data)}",
+        "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
+        "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
+        "learning rate": rates,
+        **_image_sizes(plan, data),
+        **_validation(plan, data),
+        **_early_stopping(stopping),
+        "parameters": f"{parameter_count(model):,}",
+    }
+
+
+def print_plan(console: Console, plan: Mapping[str, str]) -> None:
+    """The plan as a table."""
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    for name, text in plan.items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]) -> None:
+    """The network as a table, a row a layer."""
+    layers = Table("layer", "output shape", title="Network", title_justify="left")
+    layers.add_column("parameters", justify="right")
+    for name, shape, count in layer_shapes(model, image_size):
+        layers.add_row(name, " x ".join(map(str, shape)), f"{count:,}" if count else "")
+    console.print(layers)
+
+
+def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
+    """Accuracy, speed, and where the time went, in two lines; then what disturbed the run."""
+    split = {
+        name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
+    }
+    label = " (CPU-simulated devices)" if simulated else ""
+    console.print(
+        f"test accuracy {metrics['test/accuracy']:.4f} on {metrics['test/count']:,.0f} images, "
+        f"trained at a steady {metrics['steady_images_per_second']:,.0f} images/s{label}, "
+        f"{metrics['time/train_seconds']:.1f} s of training, {metrics['time/total_seconds']:.1f} s in all",
+        highlight=False,
+    )
+    console.print(
+        "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
+        highlight=False,
+    )
+    if late := straggler(by_rank(metrics)):
+        console.print(late, highlight=False)
+    for text, share in load_watch.disturbances(metrics).items():
+        console.print(f"DISTURBED: {text.format(share)}", highlight=False)
+
+
+def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStopping) -> list[str]:
+    """What came of early stopping and of the best epoch, in lines; none where neither was asked for.
+
+    Args:
+        metrics: the last values of the run's.
+        epochs: planned.
+        settings: what better means.
+    """
+    lines = []
+    if "stopped_epoch" in metrics:
+        ended = f"after epoch {metrics['stopped_epoch']:.0f} of {epochs}"
+        lines.append(f"early stopping: training ended {ended}: {_no_better(settings)}")
+    if "test/accuracy_best" in metrics:
+        lines.append(
+            f"best {settings.metric} after epoch {metrics['best_epoch']:.0f}: test accuracy "
+            f"{metrics['test/accuracy_best']:.4f} with that network, which model.safetensors holds"
+        )
+    return lines
+
+
+def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
+    """Height and width by epoch, where they are not the images' own throughout."""
+    if set(plan.image_scales) == {1.0}:
+        return {}
+    sizes = [scaled(data.image_size, scale) for scale in plan.image_scales]
+    text = ", ".join(f"{height} x {width}" for height, width in sizes)
+    return {"image sizes": f"{text} by epoch; the last also in evaluation"}
+
+
+def _kept_apart(data: DatasetFiles) -> str:
+    return f" ({data.validation_count:,} more kept apart)" if data.validation_count else ""
+
+
+def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
+    if not data.validation_count:
+        return {"validation": f"{data.test_count:,} test images after each epoch, {_steps(data.test_count, plan)}"}
+    count = data.validation_count
+    return {
+        "validation": f"{count:,} training images after each epoch, {_steps(count, plan)}",
+        "test": f"{data.test_count:,} images at the end, {_steps(data.test_count, plan)}",
+    }
+
+
+def _early_stopping(settings: EarlyStopping) -> dict[str, str]:
+    return {"early stopping": f"after {_no_better(settings)}"} if settings.patience else {}
+
+
+def _no_better(settings: EarlyStopping) -> str:
+    """As in ``3 epochs in a row without a lower val/loss``."""
+    epochs = f"{settings.patience} epoch{'s'[: settings.patience != 1]} in a row"
+    better = "lower" if settings.metric == "val/loss" else "higher"
+    margin = f" (by more than {settings.min_delta:g})" if settings.min_delta else ""
+    return f"{epochs} without a {better} {settings.metric}{margin}"
+
+
+def _steps(count: int, plan: Plan) -> str:
+    steps = math.ceil(len(shard(count, plan.world_size - 1, plan.world_size)) / EVALUATION_BATCH)
+    return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} a rank"
+
+
+def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
+    """A schedule that moves every epoch is told by its first, middle and last epoch."""
+    return ranges if len(ranges) <= 6 else [ranges[0], ranges[len(ranges) // 2], ranges[-1]]

@@ -1,0 +1,159 @@
+"""Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
+
+import gc
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from cifar_exp.config.schema import Report
+from cifar_exp.errors import CifarExpError
+from cifar_exp.records.run_folder import MULTIRUN_FILE
+from cifar_exp.runs.parent_run import ParentRun
+from cifar_exp.runs.sweep_summary import JobRow, _common_tags, _summarize
+from cifar_exp.system.redaction import masked, masked_text
+
+POWERS_OF_TWO = "powers_of_two"  # what a preset says for the device counts: up to what the machine has
+
+
+class SweepFailedError(CifarExpError):
+    """Some jobs failed; each was reported when it did. The exit code is the first failure's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+class StudySweeper(BasicSweeper):
+    """Runs the cartesian product of the overrides under one parent run.
+
+    A failing job is reported at once and the others go on; then a table of all jobs is printed and, where device
+    counts differ, the speedup table, which the parent run keeps as metrics and files too.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        told = partial(_run_and_tell, task_function)
+        super().setup(hydra_context=hydra_context, task_function=told, config=config)
+
+    def sweep(self, arguments: list[str]) -> list[JobRow]:
+        """Run all jobs.
+
+        Raises:
+            SweepFailedError: where jobs failed, after the others have ended.
+            Stopped: on SIGINT and SIGTERM; jobs that had not begun are left out.
+        """
+        assert self.config is not None
+        from cifar_exp.runs import sweep_resume
+
+        jobs = self._jobs(arguments)  # all of them compose, or nothing is begun
+        wanted = Path(self.config.hydra.sweep.dir)
+        with sweep_resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir:
+            if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
+                jobs = self._jobs(self._continue_in(sweep_dir, arguments))
+            rows = self._sweep(sweep_dir, jobs)
+            sweep_resume.end_sweep(sweep_dir)
+        return rows
+
+    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobRow]:
+        assert self.config is not None
+        from cifar_exp.study.finished_runs import folder_run
+
+        OmegaConf.save(OmegaConf.create(masked(OmegaConf.to_container(self.config))), sweep_dir / MULTIRUN_FILE)
+        tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
+        with ParentRun(self.config, sweep_dir, tags) as parent:
+            rows = self._run(jobs)
+            finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
+            settings = Report(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
+            metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
+            parent.log(metrics, [path.name for path in artifacts], _common_tags(list(finished.values())))
+            if parent.hint and self.config.progress != "quiet":
+                print(f"compare: {parent.hint}")
+            if failed := [row for row in rows if row.failure]:
+                raise SweepFailedError(failed[0].exit_code)
+        return rows
+
+    def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
+        """Let each job find its own folder in the sweep's: what is finished is skipped, what is not goes on."""
+        assert self.config is not None
+        with read_write(self.config), open_dict(self.config):
+            self.config.hydra.sweep.dir = str(sweep_dir)
+            escaped = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
+            self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
+        if self.config.progress != "quiet":
+            print(f"{sweep_dir}: the sweep goes on", flush=True)
+        return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]
+
+    def _jobs(self, arguments: list[str]) -> list[list[str]]:
+        """The overrides of each job, all of which compose."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        preset = self._preset(arguments)
+        # What is typed takes the place of the preset's value for the same key, so the preset's order of keys stays.
+        self.overrides = self.split_arguments(parser.parse_overrides([*preset, *arguments]), None)
+        jobs = [list(job) for job in self.overrides[0]]
+        self.validate_batch_is_legal(jobs)
+        return jobs
+
+    def _preset(self, arguments: Sequence[str]) -> list[str]:
+        """``hydra.sweeper.params`` as overrides; device counts that nobody typed are this machine's."""
+        assert self.config is not None
+        preset = dict(self.params or {})
+        if preset.get("devices.count") == POWERS_OF_TWO:
+            typed = any(argument.partition("=")[0] == "devices.count" for argument in arguments)
+            preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
+        return [f"{name}={value}" for name, value in preset.items()]
+
+    def _run(self, jobs: list[list[str]]) -> list[JobRow]:
+        assert self.launcher is not None
+        # Hydra's own launcher keeps each job's whole configuration, 0.2 MB, until the last one has ended.
+        size = 1 if isinstance(self.launcher, BasicLauncher) else self.max_batch_size or len(jobs)
+        rows: list[JobRow] = []
+        for start in range(0, len(jobs), size):
+            done = self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
+            rows += [_row(start + number, job) for number, job in enumerate(done)]
+            if start == 0:  # what is there after the first job stays: what later ones leave is found among little else
+                gc.collect()
+                gc.freeze()
+        return rows
+
+
+def _counts(config: DictConfig) -> list[int]:
+    from cifar_exp.config.schema import Devices
+    from cifar_exp.launch.devices import device_counts
+
+    return device_counts(Devices(accelerator=config.devices.accelerator, threads=config.devices.threads))
+
+
+def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
+    """One job between two lines that say what it is and, at once, why it failed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if composed.progress != "quiet":
+        print(f"\n== job {hydra.job.num}: {' '.join(masked(list(hydra.overrides.task)))}", flush=True)
+    try:
+        return task_function(composed)
+    except CifarExpError as error:
+        print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {error}"), file=sys.stderr, flush=True)
+        raise
+    except Exception:
+        told = masked_text(traceback.format_exc())
+        print(f"cifar-exp: job {hydra.job.num} failed:\n{told}", file=sys.stderr, flush=True)
+        raise
+
+
+def _row(number: int, job: JobReturn) -> JobRow:
+    assert job.hydra_cfg is not None
+    failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
+    if failure is not None:
+        failure = failure.with_traceback(None)  # it was shown, and holds on to the whole job
+    return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)

@@ -1,0 +1,94 @@
+"""The table of a sweep's jobs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar_exp.config.schema import Report
+from cifar_exp.errors import TrackingError
+from cifar_exp.system.redaction import masked_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cifar_exp.study.finished_runs import FinishedRun
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of a sweep in its closing table."""
+
+    number: int
+    overrides: Sequence[str]
+    run_dir: Path
+    failure: BaseException | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to the end; a tracker that failed loses nothing."""
+        return self.failure is None or isinstance(self.failure, TrackingError)
+
+    @property
+    def exit_code(self) -> int:
+        return getattr(self.failure, "exit_code", 1) if self.failure else 0
+
+
+def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
+    """The device counts and accelerators of a sweep's jobs, as tags of the parent."""
+    values = {name: {run.tags[name] for run in runs} for name in ("devices", "accelerator")}
+    return {name: ",".join(sorted(found)) for name, found in values.items() if found}
+
+
+def _summarize(
+    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: Report, quiet: bool
+) -> tuple[list[tuple[str, float, int]], list[Path]]:
+    """Print the jobs and the speedup; the parent run's metrics and files."""
+    from rich.console import Console
+
+    from cifar_exp.study.report import Study
+
+    console = Console(quiet=quiet)
+    _print_jobs(console, rows, finished)
+    unfinished = [f"{' '.join(row.overrides)}: {_reason(row)}" for row in rows if not row.is_finished]
+    study = Study.of(list(finished.values()), settings, unfinished)
+    if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
+        console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core say nothing of speedup")
+    if study is None:
+        return [], []
+    study.print(console)
+    artifacts = study.write(sweep_dir)
+    console.print(f"written: {', '.join(map(str, artifacts))}", highlight=False, soft_wrap=True)
+    return study.metrics(), artifacts
+
+
+def _reason(row: JobRow) -> str:
+    """Why a job failed, in a line."""
+    told = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+    return f"failed ({row.exit_code}): {told}"
+
+
+def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:
+    from rich.table import Table
+
+    common = set.intersection(*(set(row.overrides) for row in rows))
+    table = Table("job", "overrides", "result", title="Jobs", title_justify="left")
+    table.add_column("test accuracy", justify="right")
+    table.add_column("images/s", justify="right")
+    table.add_column("seconds", justify="right")
+    for row in rows:
+        overrides = " ".join(override for override in row.overrides if override not in common)
+        if not row.is_finished:
+            table.add_row(str(row.number), overrides, _reason(row))
+            continue
+        metrics = finished[row.number].metrics if row.number in finished else {}
+        figures = [
+            f"{metrics[name]:{form}}" if name in metrics else ""
+            for name, form in (
+                ("test/accuracy", ".4f"),
+                ("steady_images_per_second", ",.0f"),
+                ("time/total_seconds", ".1f"),
+            )
+        ]
+        table.add_row(str(row.number), overrides, "done, not recorded" if row.failure else "done", *figures)
+    console.print(table)

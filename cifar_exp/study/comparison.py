@@ -1,0 +1,263 @@
+"""Two sweeps side by side, before and after a change or on two machines: how sure is each difference?"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import exp
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from cifar_exp.errors import FREE_SPACE, ConfigError, storage_errors
+from cifar_exp.study import figures, report_page
+from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
+from cifar_exp.study.group import SIGNIFICANT, Group
+from cifar_exp.study.intervals import Interval, Means, adjusted, difference
+from cifar_exp.study.report import ends_of
+from cifar_exp.study.run_result import RunResult
+from cifar_exp.study.speedup import accuracy_means, by_count, log_means
+
+TEST = (
+    "Welch's t test of each difference (rates and times in logarithms, the noise of each sweep pooled over its device "
+    "counts); p adjusted for the number of differences (Holm)"
+)
+# Settings that sweeps may differ in and be repeats of each other, or that do not bear on what is measured.
+INCIDENTAL = (
+    "seed",
+    "devices",
+    "resume",
+    "progress",
+    "trusted_modules",
+    "tracking",
+    "checkpoint",
+    "launcher",
+    "report",
+)
+WITHIN_RUNS = (
+    "a sweep has one run a device count: its noise is that of blocks within runs, which says less than repeats"
+)
+RunsByCount = Mapping[int, Sequence[RunResult]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure at one device count in both sweeps.
+
+    Attributes:
+        group: name of the group.
+        devices: number of ranks.
+        figure: ``images_per_second``, ``speedup`` (over the smallest count that both have, and not at that),
+            ``train_seconds`` or ``test_accuracy``.
+        first: median in the first sweep.
+        second: median in the second one.
+        change: second over first; of the accuracy second minus first.
+        interval: 95 % interval of the change; None where the noise is not known.
+        probability: that such a difference comes of noise alone, adjusted for the number of differences.
+    """
+
+    group: str
+    devices: int
+    figure: str
+    first: float
+    second: float
+    change: float
+    interval: Interval | None
+    probability: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.probability is None:
+            return "noise not known"
+        return "beyond noise" if self.probability < SIGNIFICANT else "within noise"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sweeps.
+
+    Attributes:
+        names: of the two.
+        pairs: for each group that both have, its name and its results in each.
+        differences: of all figures at all counts that both have.
+        simulated: whether in one of them ranks shared one CPU.
+        notes: what a reader has to know.
+    """
+
+    names: tuple[str, str]
+    pairs: Sequence[tuple[str, Sequence[RunResult], Sequence[RunResult]]]
+    differences: Sequence[Difference]
+    simulated: bool
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, names: tuple[str, str], first: Sequence[FinishedRun], second: Sequence[FinishedRun]) -> "Comparison":
+        """Compare what the two sweeps have in common.
+
+        Raises:
+            ConfigError: where that is nothing.
+        """
+        pairs = _common_groups(results_by_group(first), results_by_group(second))
+        found = [item for pair in pairs for item in _differences(*pair)]
+        if not found:
+            raise ConfigError(
+                f"{names[0]} and {names[1]}: they have no finished runs of the same group and device count. Type two "
+                f"sweeps over the same devices.count and settings"
+            )
+        known = [item.probability for item in found if item.probability is not None]
+        corrected = iter(adjusted(known))
+        differences = [
+            item if item.probability is None else replace(item, probability=next(corrected)) for item in found
+        ]
+        notes = [TEST, *([WITHIN_RUNS] if any(_has_no_repeats(group) for _, *both in pairs for group in both) else [])]
+        notes += _other_settings(names, first, second)
+        for name, runs in zip(names, (first, second), strict=True):
+            notes += [f"{name}: {line}" for line in machines(runs)]
+        for name, *both in pairs:
+            for sweep, results in zip(names, both, strict=True):
+                lines = Group.of(results).notes
+                notes += [f"{sweep} {name}: {line}" for line in lines if line.startswith("DISTURBED")]
+        return cls(names, pairs, differences, is_simulated([*first, *second]), notes)
+
+    def print(self, console: Console) -> None:
+        """One table of all differences, and the notes."""
+        table = Table(title=self._title(), title_justify="left")
+        headings, *cells = self._cells()
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading in ("devices", "figure", "difference") else "right")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+        for line in self.notes:
+            console.print(line, highlight=False, markup=False)
+
+    def write(self, folder: Path) -> list[Path]:
+        """``comparison.csv``, ``comparison.png`` and ``comparison.html`` in ``folder``.
+
+        Raises:
+            StorageError: where the file system refuses.
+        """
+        table, figure, page = (folder / f"comparison.{kind}" for kind in ("csv", "png", "html"))
+        with storage_errors(folder, FREE_SPACE):
+            with table.open("w", newline="", encoding="utf-8") as file:
+                rows = [_csv_row(item) for item in self.differences]
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            drawn = [(name, Group.of(one), Group.of(two), self._ratios(name)) for name, one, two in self.pairs]
+            figures.draw_comparison(self.names, drawn, figure, self.simulated)
+            sections = [("Differences", self._cells(), self.notes)]
+            page.write_text(report_page.page_html(self._title(), figure, sections, ()), encoding="utf-8")
+        return [table, figure, page]
+
+    def _title(self) -> str:
+        return f"{self.names[1]} against {self.names[0]}" + (" (CPU-simulated)" if self.simulated else "")
+
+    def _ratios(self, group: str) -> dict[int, tuple[float, Interval | None]]:
+        return {
+            item.devices: (item.change, item.interval)
+            for item in self.differences
+            if item.group == group and item.figure == "images_per_second"
+        }
+
+    def _cells(self) -> list[list[str]]:
+        """Headings, then a list of texts a difference: change and p with their intervals and verdicts below."""
+        short = [name.partition(":")[0] for name in self.names]
+        return [
+            ["devices", "figure", *short, f"{short[1]} / {short[0]}, or minus", "difference"],
+            *map(_texts, self.differences),
+        ]
+
+
+def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second: Sequence[FinishedRun]) -> list[str]:
+    """A sentence for each setting that bears on the figures and is not the same in both sweeps."""
+    lines = []
+    for name in sorted({name for run in (*first, *second) for name in run.params}):
+        if name.partition(".")[0] in INCIDENTAL:
+            continue
+        one, two = (sorted({str(run.params.get(name)) for run in sweep}) for sweep in (first, second))
+        if one != two:
+            first_name, second_name = (text.partition(":")[0] for text in names)
+            lines.append(f"{first_name} has {name}={','.join(one)}, {second_name} {name}={','.join(two)}")
+    return lines
+
+
+def _common_groups(
+    first: Mapping[str, Sequence[RunResult]], second: Mapping[str, Sequence[RunResult]]
+) -> list[tuple[str, Sequence[RunResult], Sequence[RunResult]]]:
+    """Groups of one name; two sweeps of one group each are compared whatever these are called."""
+    if len(first) == len(second) == 1:
+        ((name, two),) = second.items()
+        return [(name, next(iter(first.values())), two)]
+    return [(name, first[name], second[name]) for name in first if name in second]
+
+
+def _differences(group: str, first: Sequence[RunResult], second: Sequence[RunResult]) -> list[Difference]:
+    one, two = by_count(first), by_count(second)
+    shared = [count for count in one if count in two]
+    found = []
+    for devices in shared:
+        found.append(_difference(group, one, two, "images_per_second", devices))
+        if devices > shared[0]:
+            found.append(_difference(group, one, two, "speedup", devices, over=shared[0]))
+        found += [_difference(group, one, two, figure, devices) for figure in ("train_seconds", "test_accuracy")]
+    return found
+
+
+def _difference(
+    group: str, one: RunsByCount, two: RunsByCount, figure: str, devices: int, over: int | None = None
+) -> Difference:
+    """Of one figure at one device count; ``over``: of its ratio to that of another count."""
+    measured = "images_per_second" if figure == "speedup" else figure
+    before, after = (
+        _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
+    )
+    first, second = ([(count == devices) - float(count == over) for count in sweep] for sweep in (one, two))
+    interval, probability = difference(_means(one, measured), _means(two, measured), (first, second))
+    change = after - before
+    if figure != "test_accuracy":
+        change = after / before
+        interval = interval.mapped(exp) if interval else None
+    interval = interval.around(change) if interval else None
+    return Difference(group, devices, figure, before, after, change, interval, probability)
+
+
+def _median(results: Sequence[RunResult], figure: str) -> float:
+    return float(median(getattr(result, figure) for result in results))
+
+
+def _means(results: RunsByCount, figure: str) -> Means:
+    """Of the accuracy itself, of rates and times in logarithms."""
+    if figure == "test_accuracy":
+        return accuracy_means(results)
+    return log_means(results, attrgetter(figure))
+
+
+def _has_no_repeats(results: Sequence[RunResult]) -> bool:
+    return all(len(runs) == 1 for runs in by_count(results).values())
+
+
+def _texts(item: Difference) -> list[str]:
+    """One difference as the cells of a row."""
+    figure, form, change = {
+        "images_per_second": ("images/s", ",.0f", ".3f"),
+        "speedup": ("speedup", ".2f", ".3f"),
+        "train_seconds": ("training, s", ",.1f", ".3f"),
+        "test_accuracy": ("test accuracy", ".4f", "+.4f"),
+    }[item.figure]
+    return [
+        f"{item.devices} {item.group}".rstrip(),
+        figure,
+        format(item.first, form),
+        format(item.second, form),
+        format(item.change, change) + (f"\n{ends_of(item.interval, change)}" if item.interval else ""),
+        item.verdict if item.probability is None else f"{item.verdict}\np = {item.probability:.2g}",
+    ]
+
+
+def _csv_row(item: Difference) -> dict[str, object]:
+    figures_of = {name: value for name, value in asdict(item).items() if name != "interval"}
+    ends = {"change_low": item.interval.low, "change_high": item.interval.high} if item.interval else {}
+    return figures_of | {"change_low": None, "change_high": None} | ends | {"difference": item.verdict}

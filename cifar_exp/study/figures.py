@@ -1,0 +1,219 @@
+"""The figures of a study: speedup by device count, two sweeps compared."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar_exp.display.figure_style import SERIES_COLOURS, SOFT, _empty_figure, _tidy
+from cifar_exp.study.group import Group
+from cifar_exp.study.intervals import Interval
+from cifar_exp.study.speedup import SpeedupRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BOTH_LAWS = 2  # groups beside which both laws are drawn; more of them only have the one for their way of scaling
+Pair = tuple[str, Group, Group, Mapping[int, tuple[float, Interval | None]]]
+"""A group's name, its figures in the first and in the second sweep, and the ratios of their rates by device count."""
+
+
+def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> None:
+    """Speedup, efficiency, training time and test accuracy over the device count as a PNG at ``path``.
+
+    Args:
+        groups: by the group's name (empty where there is one group).
+        path: where to write.
+        simulated: whether the devices were processes on one CPU; the title says so.
+    """
+    speedup_figure(groups, simulated).savefig(path)
+
+
+def draw_comparison(names: tuple[str, str], pairs: Sequence[Pair], path: Path, simulated: bool) -> None:
+    """Two sweeps over the device count as a PNG at ``path``; see :func:`comparison_figure`."""
+    comparison_figure(names, pairs, simulated).savefig(path)
+
+
+def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
+    """Four panels, a colour a group: speedup with the ideal line and the fitted laws, efficiency, time, accuracy.
+
+    Bars at the points are 95 % intervals.
+    """
+    figure = _empty_figure(height=8.6)
+    (speedup, efficiency), (time, accuracy) = figure.subplots(2, 2)
+    counts = sorted({row.devices for group in groups.values() for row in group.rows})
+    _draw_ideal(speedup, [group.rows for group in groups.values()])
+    efficiency.axhline(100, linestyle="--", color=SOFT, linewidth=1.3)
+    for place, (name, group) in enumerate(groups.items()):
+        colour = _colour(place)
+        _draw_laws(speedup, group, name, colour, both=len(groups) <= BOTH_LAWS)
+        _draw_points(speedup, group.rows, "speedup", 1, colour, name or "measured")
+        _label_speedups(speedup, group.rows, colour)
+        _draw_points(efficiency, group.rows, "efficiency", 100, colour, name)
+        _draw_points(accuracy, group.rows, "test_accuracy", 100, colour, name)
+    _scale_by_devices(speedup, counts)
+    _draw_times(time, {name: group.rows for name, group in groups.items()}, counts)
+    for axes in (efficiency, accuracy):
+        _mark_devices(axes, counts)
+    xlabel = "devices (CPU-simulated)" if simulated else "devices"
+    for axes, title, ylabel in (
+        (speedup, "Images/s over those of the smallest count", "speedup"),
+        (efficiency, "Speedup over the ideal one", "efficiency (%)"),
+        (time, "Training time", time.get_ylabel()),
+        (accuracy, "Test accuracy", "test accuracy (%)"),
+    ):
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    speedup.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.suptitle("Speedup by device count" + (", CPU-simulated" if simulated else ""), fontweight="bold")
+    return figure
+
+
+def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: bool) -> "Figure":
+    """Two panels, a colour a group: images/s of both sweeps, and the second's over the first's, with 95 % intervals.
+
+    Args:
+        names: of the two sweeps, as in ``A: before``.
+        pairs: the groups that both have.
+        simulated: whether the devices of one of them were processes on one CPU.
+    """
+    figure = _empty_figure(height=4.6)
+    rates, ratios = figure.subplots(1, 2)
+    counts = sorted({row.devices for _, *both, _ in pairs for group in both for row in group.rows})
+    ratios.axhline(1, linestyle="--", color=SOFT, linewidth=1.3)
+    for place, (name, first, second, found) in enumerate(pairs):
+        colour = _colour(place)
+        for sweep, group, line in ((names[0], first, "--"), (names[1], second, "-")):
+            _draw_points(rates, group.rows, "images_per_second", 1, colour, f"{sweep} {name}".rstrip(), line)
+        devices, values = list(found), [ratio for ratio, _ in found.values()]
+        ratios.plot(devices, values, "o", color=colour, label=name)
+        _draw_bars(ratios, devices, values, [interval for _, interval in found.values()], colour)
+    _scale_by_devices(rates, counts)
+    _mark_devices(ratios, counts)
+    xlabel = "devices (CPU-simulated)" if simulated else "devices"
+    rates.set(title="Images/s", xlabel=xlabel)
+    before, after = (name.partition(":")[0] for name in names)
+    ratios.set(title=f"Images/s of {after} over those of {before}", xlabel=xlabel)
+    rates.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.suptitle("Two sweeps" + (", CPU-simulated" if simulated else ""), fontweight="bold")
+    return figure
+
+
+def _draw_ideal(axes: "Axes", groups: Sequence[Sequence[SpeedupRow]]) -> None:
+    """N times the devices, N times the speed: one dashed line for each smallest count."""
+    largest = max(rows[-1].devices for rows in groups)
+    for place, first in enumerate(sorted({rows[0].devices for rows in groups})):
+        label = None if place else "ideal"
+        axes.plot([first, largest], [1, largest / first], "--", color=SOFT, linewidth=1.3, label=label)
+
+
+def _draw_laws(axes: "Axes", group: Group, name: str, colour: str, both: bool) -> None:
+    """Amdahl's and Gustafson's law as fitted, thin lines over the measured range."""
+    first, last = group.rows[0].devices, group.rows[-1].devices
+    steps = [first * (last / first) ** (step / 40) for step in range(41)]
+    for fit, line in list(zip(group.fits, ("-.", ":"), strict=True))[: 2 if both else 1]:
+        label = f"{fit.law}, {fit.serial_fraction:.1%} serial" + (f" ({name})" if name else "")
+        speedups = [fit.speedup(devices, over=first) for devices in steps]
+        axes.plot(steps, speedups, line, color=colour, linewidth=1, alpha=0.8, label=label)
+
+
+def _draw_points(
+    axes: "Axes", rows: Sequence[SpeedupRow], figure: str, scale: float, colour: str, label: str, line: str = "-"
+) -> None:
+    """One figure of the rows, times ``scale``, as joined dots with their intervals."""
+    devices, values = [row.devices for row in rows], [getattr(row, figure) * scale for row in rows]
+    axes.plot(devices, values, f"o{line}", color=colour, linewidth=2, markersize=5, label=label)
+    intervals = [row.intervals.get(figure) for row in rows]
+    scaled = [interval and interval.mapped(lambda value: value * scale) for interval in intervals]
+    _draw_bars(axes, devices, values, scaled, colour)
+
+
+def _draw_bars(
+    axes: "Axes", devices: Sequence[int], values: Sequence[float], intervals: Sequence[Interval | None], colour: str
+) -> None:
+    """The intervals as bars at the points."""
+    known = [(*point, interval) for *point, interval in zip(devices, values, intervals, strict=True) if interval]
+    if known:
+        across, up, _ = zip(*known, strict=True)
+        axes.errorbar(across, up, _reaches(known), fmt="none", ecolor=colour, capsize=4, elinewidth=1.4)
+
+
+def _reaches(points: Sequence[Sequence[Any]]) -> list[list[float]]:
+    """How far the intervals reach below and above their values; points end in a value and an interval."""
+    return [[value - interval.low for *_, value, interval in points], [i.high - value for *_, value, i in points]]
+
+
+def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> None:
+    """Each speedup below its dot, to the right, where a rising line leaves room.
+
+    The smallest count is what the others are compared with: it needs no label.
+    """
+    from matplotlib.patheffects import withStroke
+
+    for row in rows[1:]:
+        axes.annotate(
+            f"{row.speedup:.2f}",
+            (row.devices, row.speedup),
+            xytext=(6, -12),
+            textcoords="offset points",
+            color=colour,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # other groups' lines may pass there
+        )
+
+
+def _colour(place: int) -> str:
+    return SERIES_COLOURS[place % len(SERIES_COLOURS)]
+
+
+def _scale_by_devices(axes: "Axes", counts: Sequence[int]) -> None:
+    """Ticks at the measured counts; doublings at equal distances where all counts are powers of two."""
+    if _all_doublings(counts):
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+    _mark_devices(axes, counts)
+
+
+def _mark_devices(axes: "Axes", counts: Sequence[int]) -> None:
+    """Ticks at the measured counts, on an axis as that of the speedups."""
+    if _all_doublings(counts):
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, labels=[str(count) for count in counts], minor=False)
+    axes.margins(0.14)
+    _tidy(axes)
+
+
+def _all_doublings(counts: Sequence[int]) -> bool:
+    return all(count & (count - 1) == 0 for count in counts)
+
+
+def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts: Sequence[int]) -> None:
+    """Training time as bars side by side with their intervals, labelled in the unit of the axis."""
+    longest = max(row.train_seconds for rows in groups.values() for row in rows)
+    unit, seconds = ("min", 60) if longest >= 120 else ("s", 1)
+    width = 0.75 / len(groups)
+    rotation = 90 if len(groups) * len(counts) > 8 else 0  # more labels than that run into each other
+    for place, (name, rows) in enumerate(groups.items()):
+        shift = (place - (len(groups) - 1) / 2) * width
+        points = [(row.train_seconds, row.intervals.get("train_seconds")) for row in rows]
+        known = [(value / seconds, (i or Interval(value, value)).mapped(lambda x: x / seconds)) for value, i in points]
+        bars = axes.bar(
+            [counts.index(row.devices) + shift for row in rows],
+            [value for value, _ in known],
+            0.92 * width,
+            yerr=_reaches(known) if any(interval for _, interval in points) else None,
+            capsize=4,
+            color=_colour(place),
+            label=name,
+        )
+        axes.bar_label(bars, fmt=lambda time: f"{_short(time)} {unit}", padding=3, fontsize=9, rotation=rotation)
+    axes.set_xticks(range(len(counts)), labels=[str(count) for count in counts])
+    axes.set_ylabel(f"training time ({unit})")
+    axes.margins(y=0.25 if rotation else 0.1)
+    _tidy(axes)
+    axes.grid(visible=False, axis="x")
+
+
+def _short(value: float) -> str:
+    """Two digits, and all of them before the point: ``0.75``, ``2.6``, ``142``."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

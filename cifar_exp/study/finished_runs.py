@@ -1,0 +1,167 @@
+"""Finished runs, from the MLflow store or from their folders."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
+from cifar_exp.records import journal
+from cifar_exp.records.journal import run_id
+from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
+from cifar_exp.study.run_result import RunResult, Sample
+from cifar_exp.system import load_watch, machine
+from cifar_exp.tracking.follower import shortened
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+NOT_GROUPING = ("devices.count", "seed")  # the axis of the study, and its repeats
+
+
+def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """The group of each job of a sweep: the values that tell it apart, but for its device count and its seed.
+
+    Args:
+        overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
+
+    Returns:
+        A name for each job, such as ``strong``; empty where nothing else differs.
+    """
+    rest = [
+        [override for override in job if override.split("=")[0].lstrip("+") not in NOT_GROUPING] for job in overrides
+    ]
+    common = set.intersection(*(set(job) for job in rest)) if rest else set()
+    return [" ".join(override.partition("=")[2] for override in job if override not in common) for job in rest]
+
+
+OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # where one override of a job ends and the next begins
+SERIES = ("step/images_per_second", "val/accuracy")  # whose course a study needs, beside last values
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run as a report sees it.
+
+    Attributes:
+        tags: of the run.
+        metrics: the last value of each metric.
+        series: the course of those that ``SERIES`` names.
+        params: the resolved configuration, flattened; texts where they come from MLflow.
+    """
+
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    series: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
+    """What each finished run contributes, by the name of its group.
+
+    Runs whose ranks shared a device say nothing about more devices and are left out.
+    """
+    counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
+    names = grouped([OVERRIDE_START.split(run.tags.get("overrides", "")) for run in counted])
+    groups: dict[str, list[RunResult]] = {name: [] for name in names}
+    for run, name in zip(counted, names, strict=True):
+        groups[name].append(RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics)))
+    return groups
+
+
+def is_simulated(runs: Sequence[FinishedRun]) -> bool:
+    """Whether several ranks shared one CPU, which says nothing of several machines."""
+    return any(run.tags.get("accelerator") == "cpu" for run in runs)
+
+
+def machines(runs: Sequence[FinishedRun]) -> list[str]:
+    """The machines of the runs, each in a line."""
+    lines = [machine.in_one_line(run.tags) for run in runs]
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
+    """The finished runs of a sweep: from its folder where that is given and no ``uri`` is, else from MLflow.
+
+    Raises:
+        ConfigError: where there is no such sweep.
+    """
+    folder = Path(sweep)
+    if uri is None and folder.is_dir():
+        sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})
+        if len(sweeps) > 1:  # their runs would pass for repeats of one
+            raise ConfigError(f"{sweep}: there are {len(sweeps)} sweeps in this folder. Type one, as {sweeps[-1]}")
+        found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
+        if found:
+            runs = [folder_run(path.parent) for path in found]
+            return [run for run in runs if run and "time/total_seconds" in run.metrics]
+    return stored_children(MLflowTracker(uri=uri), sweep)
+
+
+def folder_run(run_dir: Path) -> FinishedRun | None:
+    """A run as it left its tags and metrics in its folder; None for a folder that holds no run of ours."""
+    if not (run_dir / RUN_FILE).exists():
+        return None
+    entries = journal.read(run_dir)
+    series = {
+        name: [(entry.step, entry.time, entry.metrics[name]) for entry in entries if name in entry.metrics]
+        for name in SERIES
+    }
+    run = RunInfo.load(run_dir)
+    return FinishedRun(run.tags, journal.last_values(run_dir), series, run.params)
+
+
+def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
+    """The finished runs of a sweep, from MLflow.
+
+    Raises:
+        ConfigError: where there is no such sweep in the store.
+        TrackingError: where the store cannot be read.
+    """
+    try:
+        client = tracker.client()
+        return _children(client, tracker, sweep)
+    except CifarExpError:
+        raise
+    except Exception as error:  # MLflow raises whatever its store does
+        raise TrackingError(
+            f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or type "
+            f"another address"
+        ) from error
+
+
+def _children(client: "MlflowClient", tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
+    from mlflow.exceptions import MlflowException
+
+    parent = run_id(Path(sweep)) or sweep
+    try:
+        experiment = client.get_run(parent).info.experiment_id
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: no id at all
+            raise
+        raise ConfigError(
+            f"{sweep}: there is no such run in {tracker.address()}. Type a parent run's id or a folder under "
+            f"outputs/multirun, and --uri where the store lies elsewhere"
+        ) from error
+    children: Sequence[Run] = client.search_runs(
+        [experiment],
+        f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'FINISHED'",
+        max_results=1000,
+        order_by=["attributes.start_time ASC"],
+    )
+    return [_stored_run(client, run) for run in children]
+
+
+def _stored_run(client: "MlflowClient", run: "Run") -> FinishedRun:
+    began = run.info.start_time
+    series = {
+        name: sorted(
+            (point.step, (point.timestamp - began) / 1000, point.value)
+            for point in client.get_metric_history(run.info.run_id, name)
+        )
+        for name in SERIES
+    }
+    return FinishedRun(run.data.tags, run.data.metrics, series, run.data.params)

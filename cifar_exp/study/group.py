@@ -1,0 +1,131 @@
+"""From measured runs to speedup over device counts: pure arithmetic, no store and no plots."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cifar_exp.config.schema import Report
+from cifar_exp.study.intervals import Means, f_probability, variance_ratio
+from cifar_exp.study.laws import Fit, fitted
+from cifar_exp.study.run_result import RunResult
+from cifar_exp.study.speedup import NOTHING_MORE, SpeedupRow, _rows, accuracy_means, by_count, log_means
+from cifar_exp.study.time_breakdown import Breakdown
+
+ENOUGH_BLOCKS = 10  # steady ones, a run
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their device count and their seed alone.
+
+    Attributes:
+        rows: one a device count, in ascending order.
+        fits: Amdahl's and Gustafson's law beside the rates; the one that is made for the group's way of scaling first.
+            None with less than two counts.
+        notes: what a reader has to know to believe the figures, in sentences.
+        breakdowns: where the time went, one a device count; those whose runs do not say are left out.
+    """
+
+    rows: Sequence[SpeedupRow]
+    fits: Sequence[Fit]
+    notes: Sequence[str]
+    breakdowns: Sequence[Breakdown] = ()
+
+    @classmethod
+    def of(cls, results: Sequence[RunResult], report: Report = NOTHING_MORE) -> "Group":
+        """The study of one group. ``report``: what to work out beside the speedup."""
+        repeats = by_count(results)
+        rates = log_means(repeats, lambda result: result.images_per_second)
+        rows = _rows(repeats, rates, report)
+        fits = []
+        if len(rows) > 1:
+            same_work = rows[0].global_batch_size == rows[-1].global_batch_size
+            fits = [fitted(law, list(repeats), rates) for law in ("Amdahl", "Gustafson")][:: 1 if same_work else -1]
+        breakdowns = [
+            found
+            for count, runs in repeats.items()
+            if (found := Breakdown.of(count, [run.times for run in runs], runs[0].steps))
+        ]
+        notes = [*_notes(repeats, rates), *(note for breakdown in breakdowns for note in breakdown.notes)]
+        return cls(rows, fits, notes, breakdowns)
+
+
+def _notes(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> list[str]:
+    few = {count: fewest for count, fewest in _blocks(repeats).items() if fewest < ENOUGH_BLOCKS}
+    notes = [_interval_note(repeats, rates)]
+    if few:
+        told = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
+        notes.append(
+            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Type a larger "
+            f"train.epochs or a smaller train.log_every"
+        )
+    notes += _disturbance_notes(repeats)
+    if len(repeats) > 1:
+        notes.append(accuracy_sentence(repeats))
+    return notes
+
+
+def _disturbance_notes(repeats: Mapping[int, Sequence[RunResult]]) -> list[str]:
+    """A sentence for each kind: how many runs at which counts, and the worst of them."""
+    runs = {count: [result.disturbances for result in results] for count, results in repeats.items()}
+    notes = []
+    for text in dict.fromkeys(text for disturbed in runs.values() for found in disturbed for text in found):
+        shares = {count: [found[text] for found in disturbed if text in found] for count, disturbed in runs.items()}
+        told = [
+            f"{len(values)} of {len(repeats[count])} runs on {count} {_devices(count)}"
+            for count, values in shares.items()
+            if values
+        ]
+        worst = max(value for values in shares.values() for value in values)
+        notes.append(f"DISTURBED: {', '.join(told)}: {text.format(worst)} at worst")
+    return notes
+
+
+def _blocks(repeats: Mapping[int, Sequence[RunResult]]) -> dict[int, int]:
+    return {count: min(len(result.block_rates) for result in results) for count, results in repeats.items()}
+
+
+def _interval_note(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> str:
+    if any(len(results) > 1 for results in repeats.values()):
+        runs = "/".join(str(number) for number in dict.fromkeys(len(results) for results in repeats.values()))
+        return (
+            f"95 % intervals: Student's t over {runs} runs a device count, their relative noise pooled over the counts "
+            f"({rates.freedom:.0f} degrees of freedom)"
+        )
+    if rates.freedom:
+        return (
+            "95 % intervals come from blocks of steps within one run a device count (block bootstrap): how far off "
+            "another run would be is not in them. Type seed=0,1,2"
+        )
+    return "no intervals: one run a device count, and too few blocks of steps in it. Type seed=0,1,2"
+
+
+def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
+    """What more devices cost in test accuracy, and whether that is within the noise of the seeds."""
+    smallest, largest = min(repeats), max(repeats)
+    accuracies = accuracy_means(repeats)
+    points = round(100 * float(accuracies.values[-1] - accuracies.values[0]), 2) + 0.0  # no minus zero
+    subject = f"test accuracy: {points:+.2f} points on {largest} devices against {smallest}"
+    samples = [[result.test_accuracy for result in results] for results in repeats.values()]
+    if not accuracies.freedom:
+        return f"{subject}; whether that is within the noise of the seeds one run a count cannot tell. Type seed=0,1,2"
+    ratio, between, within = variance_ratio(samples)
+    if math.isnan(ratio):
+        return f"{subject}: the same in all runs"
+    ends = np.eye(len(repeats))[-1] - np.eye(len(repeats))[0]
+    interval = accuracies.interval(ends)
+    assert interval
+    probability = f_probability(ratio, between, within)
+    verdict = "are within" if probability >= SIGNIFICANT else "go beyond"
+    return (
+        f"{subject} (95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}); the differences between "
+        f"the device counts {verdict} the noise of the seeds (one-way analysis of variance, "
+        f"F({between:.0f}, {within:.0f}) = {ratio:.3g}, p = {probability:.2g})"
+    )
+
+
+def _devices(count: int) -> str:
+    return "device" if count == 1 else "devices"

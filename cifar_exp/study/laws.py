@@ -1,0 +1,135 @@
+"""Amdahl's and Gustafson's law, fitted to measured rates: what share of the work more devices do not speed up.
+
+Both say how the rate of n devices compares with that of one, given the serial fraction f:
+
+- Amdahl 1967, of a fixed amount of work: 1 / (f + (1 - f) / n). The time of a step is a + b / n.
+- Gustafson 1988, of work that grows with the devices: f + (1 - f) n. The rate is c + d n.
+
+Either is a straight line, in 1 / n or in n, whose value at n = 1 is split by f: weighted least squares find it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cifar_exp.study.intervals import ROUNDING, Array, Interval, Means, f_probability, percentile_interval
+
+Name = Literal["Amdahl", "Gustafson"]
+NOISE_LEVEL = 0.05  # residuals that would be seen less often than this by chance are no noise
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One law beside the measured rates.
+
+    Attributes:
+        law: ``Amdahl`` or ``Gustafson``.
+        serial_fraction: as fitted; outside 0 to 1 the law does not describe what was measured.
+        interval: of the serial fraction; None where nothing is known of the noise.
+        devices: the largest count that was measured.
+        gain: rate of twice as many devices over theirs, as the law predicts it.
+        gain_interval: of the gain.
+        warnings: why the data does not support the fit.
+    """
+
+    law: Name
+    serial_fraction: float
+    interval: Interval | None
+    devices: int
+    gain: float
+    gain_interval: Interval | None
+    warnings: Sequence[str]
+
+    def speedup(self, devices: float, over: float = 1) -> float:
+        """Rate of ``devices`` over the rate of ``over`` devices."""
+        fraction = self.serial_fraction
+        return relative_rate(self.law, fraction, devices) / relative_rate(self.law, fraction, over)
+
+    def __str__(self) -> str:
+        sure = f" [{self.interval.low:.1%}, {self.interval.high:.1%}]" if self.interval else ""
+        gain = f" [{self.gain_interval.low:.2f}, {self.gain_interval.high:.2f}]" if self.gain_interval else ""
+        return (
+            f"{self.law}'s law: serial fraction {self.serial_fraction:.1%}{sure}; {2 * self.devices} devices instead "
+            f"of {self.devices} would give {self.gain:.2f}{gain} times the rate"
+        )
+
+
+def relative_rate(law: Name, fraction: float, devices: float) -> float:
+    """Rate of ``devices`` over that of one."""
+    if law == "Amdahl":
+        return 1 / (fraction + (1 - fraction) / devices)
+    return fraction + (1 - fraction) * devices
+
+
+def fitted(law: Name, counts: Sequence[int], log_rates: Means) -> Fit:
+    """``law`` fitted to the rates of at least two device counts.
+
+    Args:
+        law: which one.
+        counts: the device counts, in ascending order.
+        log_rates: logarithms of their rates, with errors.
+    """
+    devices = np.array(counts, dtype=float)
+    known = bool(log_rates.freedom) and bool(np.all(log_rates.errors > 0))
+    weights = 1 / log_rates.errors**2 if known else np.ones(len(counts))
+    start, slope = _line(law, devices, np.exp(log_rates.values), weights)
+    fraction = float(start / (start + slope))
+    interval = gain_interval = None
+    if known:
+        interval = percentile_interval(serial_fractions(law, counts, log_rates.draws(), weights))
+        gain_interval = interval.mapped(lambda value: _gain(law, value, counts[-1]))
+    fitted_line = start + slope * (1 / devices if law == "Amdahl" else devices)
+    residuals = log_rates.values - np.log(1 / fitted_line if law == "Amdahl" else fitted_line)
+    warnings = [*_design_warnings(counts), *_residual_warnings(law, residuals, log_rates, known)]
+    if not -ROUNDING <= fraction <= 1 + ROUNDING:
+        why = "more than the ideal speedup" if fraction < 0 else "more devices are slower than one"
+        warnings.append(f"{law}'s serial fraction of {fraction:.1%} lies outside 0 to 1: {why}")
+    return Fit(law, fraction, interval, counts[-1], _gain(law, fraction, counts[-1]), gain_interval, warnings)
+
+
+def serial_fractions(law: Name, counts: Sequence[int], log_rates: Array, weights: Array) -> Array:
+    """The fitted serial fraction of each of many studies: (..., k) logarithms of rates -> (...)."""
+    start, slope = _line(law, np.array(counts, dtype=float), np.exp(log_rates), weights)
+    return start / (start + slope)
+
+
+def _line(law: Name, devices: Array, rates: Array, weights: Array) -> tuple[Array, Array]:
+    """Start and slope of the law's line through each (..., k) of ``rates``, least squares of the relative errors."""
+    across, up = (1 / devices, 1 / rates) if law == "Amdahl" else (devices, rates)
+    weights = weights / up**2
+    total = weights.sum(-1)
+    middle_across, middle_up = (weights * across).sum(-1) / total, (weights * up).sum(-1) / total
+    offset = across - middle_across[..., None]
+    slope = (weights * offset * up).sum(-1) / (weights * offset**2).sum(-1)
+    return middle_up - slope * middle_across, slope
+
+
+def _gain(law: Name, fraction: float, devices: int) -> float:
+    """Rate of twice the devices over theirs. Outside 0 to 1 a law predicts nothing; there the nearest end counts."""
+    fraction = min(1.0, max(0.0, fraction))
+    return relative_rate(law, fraction, 2 * devices) / relative_rate(law, fraction, devices)
+
+
+def _design_warnings(counts: Sequence[int]) -> list[str]:
+    if len(counts) > 2:
+        return []
+    return ["two device counts only: every law passes through them, so nothing tests the fit"]
+
+
+def _residual_warnings(law: Name, residuals: Array, log_rates: Means, known: bool) -> list[str]:
+    """Whether the rates leave the law by more than their noise: an F test of the lack of fit."""
+    free = len(residuals) - 2
+    if free < 1 or not known:
+        return []
+    ratio = float(((residuals / log_rates.errors) ** 2).sum()) / free
+    probability = f_probability(ratio, free, log_rates.freedom)
+    if probability >= NOISE_LEVEL:
+        return []
+    worst = math.expm1(float(np.abs(residuals).max()))
+    return [
+        f"the rates leave {law}'s law by up to {worst:.1%}, which is more than their noise "
+        f"(F({free}, {log_rates.freedom:.3g}) = {ratio:.3g}, p = {probability:.2g})"
+    ]

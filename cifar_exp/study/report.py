@@ -1,0 +1,203 @@
+"""Finished runs -> the scaling study of a sweep: tables, figure, page, CSV, and metrics of the parent run."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cifar_exp.config.schema import Report
+from cifar_exp.errors import FREE_SPACE, storage_errors
+from cifar_exp.study import figures, report_page
+from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
+from cifar_exp.study.group import Group
+from cifar_exp.study.intervals import Interval
+from cifar_exp.study.report_page import Section
+from cifar_exp.study.speedup import NOTHING_MORE, UNCERTAIN, SpeedupRow
+from cifar_exp.study.time_breakdown import PARTS, rank_table
+
+
+@dataclass(frozen=True)
+class Study:
+    """Speedup over device counts, in groups of runs that differ in nothing else but their seed.
+
+    Attributes:
+        groups: by the group's name (empty where there is one group).
+        simulated: whether several ranks shared one CPU, which says nothing of several machines.
+        machines: what the runs ran on, a line each.
+        missing: the jobs that did not finish, a line each: what a learning rate that diverges leaves behind.
+        report: what was worked out beside the speedup.
+    """
+
+    groups: Mapping[str, Group]
+    simulated: bool
+    machines: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    report: Report = NOTHING_MORE
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[FinishedRun], report: Report = NOTHING_MORE, unfinished: Sequence[str] = ()
+    ) -> "Study | None":
+        """The study that ``runs`` make up; None where no group has two device counts.
+
+        ``unfinished``: the jobs of the same sweep that are not among them, in a few words each.
+        """
+        groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
+        groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
+        missing = [f"warning: not in these figures: {job}" for job in unfinished]
+        return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
+
+    def print(self, console: Console) -> None:
+        """For each group one table, the fitted laws, and what has to be known to believe the figures."""
+        for title, cells, lines in self._sections():
+            table = Table(title=title, title_justify="left")
+            headings, *rows = cells
+            for place, heading in enumerate(headings):
+                table.add_column(heading, justify="right" if place else "left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            for line in lines:
+                console.print(line, highlight=False, markup=False)
+        for line in self.missing:
+            console.print(line, highlight=False, markup=False)
+        for line in self.machines:
+            console.print(f"machine: {line}", highlight=False, markup=False)
+
+    def write(self, folder: Path) -> list[Path]:
+        """``speedup.csv``, ``speedup.png`` and ``speedup.html`` in ``folder``.
+
+        Raises:
+            StorageError: where the file system refuses.
+        """
+        table, figure, page = (folder / f"speedup.{kind}" for kind in ("csv", "png", "html"))
+        with storage_errors(folder, FREE_SPACE):
+            with table.open("w", newline="", encoding="utf-8") as file:
+                rows = [
+                    {"group": name, "cpu_simulated": self.simulated} | csv_row(row)
+                    for name, group in self.groups.items()
+                    for row in group.rows
+                ]
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            figures.draw_speedup(self.groups, figure, self.simulated)
+            title = "Speedup by device count" + self._label()
+            sections = self._sections()
+            if self.missing:
+                sections.append(("Jobs that did not finish", [[]], self.missing))
+            page.write_text(report_page.page_html(title, figure, sections, self.machines), encoding="utf-8")
+        return [table, figure, page]
+
+    def metrics(self) -> list[tuple[str, float, int]]:
+        """(name, value, device count) for the parent run; with several groups the name carries the group's."""
+        several = len(self.groups) > 1
+        return [
+            (f"{metric}/{name}" if several and name else metric, value, devices)
+            for name, group in self.groups.items()
+            for metric, value, devices in _group_metrics(group)
+        ]
+
+    def _label(self) -> str:
+        return " (CPU-simulated)" if self.simulated else ""
+
+    def _title(self, group: str) -> str:
+        return f"Speedup{self._label()}{f': {group}' if group else ''}"
+
+    def _sections(self) -> list[Section]:
+        """For each group its figures, then where the time went by rank."""
+        sections: list[Section] = []
+        for name, group in self.groups.items():
+            sections.append((self._title(name), self._cells(group), lines_below(group)))
+            if by_rank := rank_table(group.breakdowns):
+                sections.append((f"Where the time went, by rank{f': {name}' if name else ''}", by_rank, ()))
+        return sections
+
+    def _cells(self, group: Group) -> list[list[str]]:
+        """The device counts as headings, then a list of texts a figure; figures that say nothing are left out."""
+        rows = group.rows
+        lines = {
+            "runs": [str(row.repeats) for row in rows],
+            "global batch": [str(row.global_batch_size) for row in rows],
+            "images/s": [with_interval(row, "images_per_second", ",.0f") for row in rows],
+            "speedup": [with_interval(row, "speedup", ".2f") for row in rows],
+            "efficiency": [with_interval(row, "efficiency", ".1%") for row in rows],
+            "training, s": [with_interval(row, "train_seconds", ",.1f") for row in rows],
+            "training, x faster": [with_interval(row, "time_ratio", ".2f") for row in rows],
+            "at the steady rate, s": [shown(row.steady_seconds, ",.1f") for row in rows],
+            "with start and evaluation, s": [shown(row.total_seconds, ",.1f") for row in rows],
+            "test accuracy": [with_interval(row, "test_accuracy", ".4f") for row in rows],
+        }
+        if self.report.target_accuracy is not None:
+            target = f"to {self.report.target_accuracy:g}"
+            lines[f"{target}: runs"] = [f"{row.reached} of {row.repeats}" for row in rows]
+            lines[f"{target}: s"] = [with_interval(row, "seconds_to_accuracy", ",.1f") for row in rows]
+            lines[f"{target}: device s"] = [shown(row.device_seconds_to_accuracy, ",.1f") for row in rows]
+            if self.report.price_per_hour is not None:
+                lines[f"{target}: price"] = [shown(row.price_to_accuracy, ",.4g") for row in rows]
+        shares = {breakdown.devices: breakdown.shares for breakdown in group.breakdowns}
+        for part in PARTS if shares else ():
+            lines[f"time: {part}"] = [
+                f"{shares[row.devices][part]:.1%}" if part in shares.get(row.devices, {}) else "" for row in rows
+            ]
+        if any(row.disturbed for row in rows):
+            lines["disturbed runs"] = [f"{row.disturbed} of {row.repeats}" if row.disturbed else "" for row in rows]
+        headings = ["devices", *(str(row.devices) for row in rows)]
+        return [headings, *([name, *texts] for name, texts in lines.items() if any(texts))]
+
+
+def lines_below(group: Group) -> list[str]:
+    """The fitted laws with their warnings, and the notes."""
+    warnings = dict.fromkeys(warning for fit in group.fits for warning in fit.warnings)
+    return [*map(str, group.fits), *(f"warning: {warning}" for warning in warnings), *group.notes]
+
+
+def csv_row(row: SpeedupRow) -> dict[str, object]:
+    """A row's figures by name, and the ends of their intervals as ``<name>_low`` and ``<name>_high``."""
+    figures = {column.name: getattr(row, column.name) for column in fields(row) if column.name != "intervals"}
+    ends = {name: row.intervals.get(name) for name in UNCERTAIN}
+    return figures | {
+        f"{name}_{end}": getattr(interval, end) if interval else None
+        for name, interval in ends.items()
+        for end in ("low", "high")
+    }
+
+
+def with_interval(row: SpeedupRow, figure: str, form: str) -> str:
+    """A figure of the row, and below it its interval where it has one."""
+    interval = row.intervals.get(figure)
+    return shown(getattr(row, figure), form) + (f"\n{ends_of(interval, form)}" if interval else "")
+
+
+def ends_of(interval: Interval, form: str) -> str:
+    """As in ``1.76-1.86``, with a dash that is no minus."""
+    return f"{interval.low:{form}}\u2013{interval.high:{form}}"
+
+
+def shown(value: float | None, form: str) -> str:
+    """Nothing for what is not known."""
+    return "" if value is None else format(value, form)
+
+
+def _group_metrics(group: Group) -> list[tuple[str, float, int]]:
+    metrics = [
+        (metric, value, row.devices)
+        for row in group.rows
+        for metric, value in (
+            ("speedup", row.speedup),
+            ("efficiency", row.efficiency),
+            ("images_per_second", row.images_per_second),
+            ("test/accuracy", row.test_accuracy),
+            ("time/train_seconds", row.train_seconds),
+            ("time/seconds_to_accuracy", row.seconds_to_accuracy),
+        )
+        if value is not None
+    ]
+    for row in group.rows:
+        for name in ("speedup", "efficiency", "images_per_second"):
+            if interval := row.intervals.get(name):
+                metrics += [(f"{name}_low", interval.low, row.devices), (f"{name}_high", interval.high, row.devices)]
+    return metrics + [(f"serial_fraction_{fit.law.lower()}", fit.serial_fraction, fit.devices) for fit in group.fits]

@@ -1,0 +1,71 @@
+"""What a study takes of one finished run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cifar_exp.study.time_breakdown import PREFIXES
+
+Sample = tuple[int, float, float]  # step, seconds since the start of the run, value
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one finished run contributes to a scaling study.
+
+    Attributes:
+        devices: number of ranks that trained.
+        global_batch_size: images a step over all ranks.
+        images_per_second: steady-state training rate over all ranks.
+        train_seconds: time spent training, evaluation excluded.
+        test_accuracy: 0 to 1.
+        total_seconds: of the whole run, start-up, compilation and evaluation included; None where not known.
+        steady_seconds: of its training steps at the steady rate, without any warm-up; None where not known.
+        block_rates: images/s of each block of ``train.log_every`` steps but the first, the warm-up.
+        progress: seconds since the start and validation accuracy, after each epoch.
+        disturbances: what disturbed it: sentences with a place for how much, and how much.
+        steps: that it trained; None where not known.
+        times: the metrics that say where its time went.
+    """
+
+    devices: int
+    global_batch_size: int
+    images_per_second: float
+    train_seconds: float
+    test_accuracy: float
+    total_seconds: float | None = None
+    steady_seconds: float | None = None
+    block_rates: Sequence[float] = ()
+    progress: Sequence[tuple[float, float]] = ()
+    disturbances: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        metrics: Mapping[str, float],
+        series: Mapping[str, Sequence[Sample]] | None = None,
+        disturbances: Mapping[str, float] | None = None,
+    ) -> "RunResult":
+        """From the last values of a finished run's metrics, and the course of some of them."""
+        blocks = (series or {}).get("step/images_per_second", ())
+        epochs = (series or {}).get("val/accuracy", ())
+        images = epochs[-1][0] * metrics["global_batch_size"] if epochs else None
+        return cls(
+            devices=int(metrics["devices"]),
+            global_batch_size=int(metrics["global_batch_size"]),
+            images_per_second=metrics["steady_images_per_second"],
+            train_seconds=metrics["time/train_seconds"],
+            test_accuracy=metrics["test/accuracy"],
+            total_seconds=metrics.get("time/total_seconds"),
+            steady_seconds=images / metrics["steady_images_per_second"] if images else None,
+            block_rates=tuple(rate for _, _, rate in blocks[1:]),
+            progress=tuple((seconds, accuracy) for _, seconds, accuracy in epochs),
+            disturbances=disturbances or {},
+            steps=epochs[-1][0] if epochs else None,
+            times={name: value for name, value in metrics.items() if name.startswith(PREFIXES)},
+        )
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Seconds from the start to the first validation of at least ``accuracy``; None where it was not reached."""
+        return next((seconds for seconds, reached in self.progress if reached >= accuracy), None)

@@ -1,0 +1,152 @@
+"""What else the machine does while a run trains."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+
+import psutil
+
+from cifar_exp.system.gpu import _Gpus
+
+BUSY = 0.05  # share of the cores that others may take, or of the time that clocks may be held down, undisturbed
+SAMPLE_SECONDS = 5.0
+
+
+def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What made a run slower than the machine is, from its metrics; nothing where nothing did.
+
+    Returns:
+        A sentence about each, with a place for how much that was, and how much: ``sentence.format(share)``.
+    """
+    limits = {
+        "machine/other_load": ("other processes took {:.0%} of the cores", BUSY),
+        "machine/quota_throttled": ("the container's CPU quota stopped it for {:.0%} of the time", BUSY),
+        "machine/cpu_thermal_events": ("heat slowed the processor down, {:.0f} time(s)", 0),
+        "machine/gpu_other_load": ("other processes kept the GPUs busy for {:.0%} of the time", BUSY),
+        "machine/gpu_thermal_limited": ("heat held the GPUs' clocks down for {:.0%} of the time", BUSY),
+    }
+    return {text: metrics[name] for name, (text, limit) in limits.items() if metrics.get(name, 0.0) > limit}
+
+
+class LoadMeter:
+    """What other processes, and other guests of the host, take of this process's cores from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._began = _machine_busy(), own_cpu_seconds(), time.perf_counter()
+
+    def other_load(self) -> float:
+        """Their share of these cores since the meter was made."""
+        elapsed = time.perf_counter() - self._began
+        others = _machine_busy() - self._busy - (own_cpu_seconds() - self._own)
+        return min(1.0, max(0.0, others) / (elapsed * len(own_cores())))  # the kernel's clocks are coarse
+
+
+class Watch:
+    """Looks at the machine while ranks train, from ``with`` to its end.
+
+    Args:
+        accelerator: ``cpu`` or ``gpu``.
+        count: how many GPUs train.
+    """
+
+    def __init__(self, accelerator: str, count: int) -> None:
+        self._gpus = _Gpus(count) if accelerator == "gpu" else None
+        self._samples: list[dict[str, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="machine", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._load, self._before, self._began = LoadMeter(), _counters(), time.perf_counter()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._other_load, self._seconds = self._load.other_load(), time.perf_counter() - self._began
+        self._after = _counters()
+
+    def metrics(self) -> dict[str, float]:
+        """What was seen, once the watch has ended: loads as shares, clocks in MHz, temperatures in degrees Celsius."""
+        grown = {name: value - self._before.get(name, value) for name, value in self._after.items()}
+        seen = {name: [sample[name] for sample in self._samples if name in sample] for name in SUMMARIES}
+        metrics = {"machine/other_load": self._other_load}
+        if "throttled_seconds" in grown:
+            metrics["machine/quota_throttled"] = grown["throttled_seconds"] / (self._seconds * len(own_cores()))
+        if "thermal_events" in grown:
+            metrics["machine/cpu_thermal_events"] = grown["thermal_events"]
+        return metrics | {f"machine/{name}": SUMMARIES[name](values) for name, values in seen.items() if values}
+
+    def _look(self) -> None:
+        while True:
+            with suppress(Exception):  # a reading that fails is a reading less
+                self._samples.append(_cpu_sample() | (self._gpus.sample() if self._gpus else {}))
+            if self._ended.wait(SAMPLE_SECONDS):
+                return
+
+
+SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
+    "cpu_mhz": fmean,
+    "gpu_mhz": fmean,
+    "gpu_temperature": max,
+    "gpu_watts": fmean,
+    "gpu_power_limited": fmean,
+    "gpu_thermal_limited": fmean,
+    "gpu_other_load": fmean,
+}
+
+
+def own_cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def own_cpu_seconds() -> float:
+    """CPU seconds of this process and of all its descendants, ended or not."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            spent = process.cpu_times()
+            total += spent.user + spent.system + spent.children_user + spent.children_system
+    return total
+
+
+def _machine_busy() -> float:
+    """Seconds that this process's cores have worked for anybody; ``steal`` is what other guests of the host took."""
+    cores = psutil.cpu_times(percpu=True)
+    times = [cores[number] for number in own_cores() if number < len(cores)]
+    return sum(core.user + core.system + core.nice + getattr(core, "steal", 0.0) for core in times)
+
+
+def _cpu_sample() -> dict[str, float]:
+    clocks = psutil.cpu_freq(percpu=True)
+    own = [clocks[number].current for number in own_cores() if number < len(clocks)]
+    return {"cpu_mhz": fmean(own)} if own else {}
+
+
+def _counters() -> dict[str, float]:
+    """What only grows: seconds that a container's quota stopped it, and how often heat slowed the processor."""
+    counters = {}
+    with suppress(OSError):
+        for line in Path("/sys/fs/cgroup/cpu.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "throttled_usec":
+                counters["throttled_seconds"] = int(value) / 1e6
+    folder = Path("/sys/devices/system/cpu")
+    events = [_number(folder / f"cpu{core}" / "thermal_throttle" / "core_throttle_count") for core in own_cores()]
+    if any(event is not None for event in events):
+        counters["thermal_events"] = float(sum(event or 0 for event in events))
+    return counters
+
+
+def _number(path: Path) -> int | None:
+    with suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None

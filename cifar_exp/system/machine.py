@@ -1,0 +1,57 @@
+"""The machine that a run had, and what else used it meanwhile: part of every result.
+
+All of it is read by the parent, beside the training: the description once, counters before and after, clocks and
+temperatures every few seconds. What cannot be read (another system, no NVIDIA library) is left out.
+"""
+
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from cifar_exp.system.gpu import GIB, _gpu_description
+from cifar_exp.system.load_watch import own_cores
+
+
+def description(accelerator: str, count: int) -> dict[str, str]:
+    """The machine in tags: processor, cores this process may use, memory; GPUs, their limits and links.
+
+    Args:
+        accelerator: ``cpu`` or ``gpu``.
+        count: how many GPUs train.
+    """
+    tags = {
+        "machine.processor": _processor(),
+        "machine.cores": str(len(own_cores())),
+        "machine.memory_gib": str(round(psutil.virtual_memory().total / GIB)),
+    }
+    frequency = _clock_limit()
+    if frequency:
+        tags["machine.cpu_mhz_max"] = f"{frequency:.0f}"
+    return tags | (_gpu_description(count) if accelerator == "gpu" else {})
+
+
+def in_one_line(tags: Mapping[str, str]) -> str:
+    """What :func:`description` says, among ``tags``; empty where they say nothing of a machine."""
+    told = {name.removeprefix("machine."): value for name, value in tags.items() if name.startswith("machine.")}
+    if "processor" not in told:
+        return ""
+    first = f"{told.pop('processor')}, {told.pop('cores', '?')} cores, {told.pop('memory_gib', '?')} GiB"
+    return "; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items())])
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _clock_limit() -> float | None:
+    with suppress(Exception):  # psutil raises what the system does
+        frequency = psutil.cpu_freq()
+        return float(frequency.max) or None
+    return None

@@ -1,0 +1,1 @@
+"""From the journal on disk to MLflow, also after an outage."""

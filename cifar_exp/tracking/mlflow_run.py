@@ -1,0 +1,108 @@
+"""One run in MLflow: its parameters, metrics, tags and files."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cifar_exp.errors import TrackingError
+from cifar_exp.records.journal import Entry
+from cifar_exp.records.run_folder import Outcome, RunInfo, Status
+from cifar_exp.system.redaction import masked
+from cifar_exp.tracking.dead_runs import close_dead_runs
+from cifar_exp.tracking.mlflow_store import FINAL, PARENT_TAG
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+
+
+class MLflowRun:
+    """One run in MLflow: opened, fed and closed by the parent. Whatever is passed again changes nothing."""
+
+    def __init__(self, tracker: MLflowTracker, run: RunInfo) -> None:
+        self._tracker, self._run = tracker, run
+        self.run_id: str | None = None
+
+    def open(self) -> None:
+        """Import mlflow (seconds), make the store where needed, start the run, log its params.
+
+        Runs that a dead process of this host has left open are closed.
+        """
+        self._client = self._tracker.client()
+        from mlflow.entities import Param
+
+        parent = self._tracker.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
+        tags = {PARENT_TAG: parent} if parent else {}
+        self.run_id = self._tracker.open_run(self._client, self._run, tags)
+        stored = self._client.get_run(self.run_id)
+        self._began = stored.info.start_time
+        # Of a run that goes on: MLflow lets no param be changed.
+        new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
+        params = [Param(name, str(value)) for name, value in new.items()]
+        for start in range(0, len(params), 100):  # MLflow's limit a batch
+            self._client.log_batch(self.run_id, params=params[start : start + 100])
+        close_dead_runs(self._client, self._tracker.experiment_id(self._client))
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
+
+        What is passed again is kept once: MLflow's stores know equal points (name, step, time, value), and the time is
+        made of the run's start and the journal alone.
+        """
+        from mlflow.entities import Metric
+
+        assert self.run_id
+        metrics = [
+            Metric(_allowed(name), value, self._timestamp(entry), entry.step)
+            for entry in entries
+            for name, value in entry.metrics.items()
+        ]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def missing(self, entries: Sequence[Entry]) -> list[Entry]:
+        """What of ``entries`` the store does not hold."""
+        assert self.run_id
+        names = {name for entry in entries for name in entry.metrics}
+        there = {name: self._points(name) for name in names}
+        rest = (replace(entry, metrics=self._without(entry, there)) for entry in entries)
+        return [entry for entry in rest if entry.metrics]
+
+    def _points(self, name: str) -> set[tuple[int, int]]:
+        """Step and time in milliseconds of what the store holds of a metric."""
+        assert self.run_id
+        history = self._client.get_metric_history(self.run_id, _allowed(name))
+        return {(point.step, point.timestamp) for point in history}
+
+    def _without(self, entry: Entry, there: Mapping[str, set[tuple[int, int]]]) -> dict[str, float]:
+        point = (entry.step, self._timestamp(entry))
+        return {name: value for name, value in entry.metrics.items() if point not in there[name]}
+
+    def _timestamp(self, entry: Entry) -> int:
+        """Milliseconds since the epoch."""
+        return int(self._began + round(entry.time * 1000))
+
+    def artifacts(self) -> list[Path]:
+        """The files of the run's folder that are kept with it, as far as they exist."""
+        paths = [self._run.run_dir / name for name in self._run.artifacts]
+        return [path for path in paths if path.exists()]
+
+    def close(self, status: Status) -> None:
+        """Keep the artifacts and close the run with its true status."""
+        assert self.run_id
+        outcome = Outcome.of(self._run.run_dir)
+        try:
+            for path in self.artifacts():
+                self._client.log_artifact(self.run_id, str(path))
+        finally:
+            self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
+
+    def is_final(self, error: Exception) -> bool:
+        return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL)
+
+
+def _points(entries: Sequence[Entry]) -> int:
+    return sum(len(entry.metrics) for entry in entries)
+
+
+def _allowed(name: str) -> str:
+    """A metric's name without what MLflow refuses in one."""
+    return re.sub(r"[^\w\-. :/]", "_", name)

@@ -1,0 +1,1 @@
+"""Training in plain PyTorch: the loop, its step, evaluation, optimizers, schedules and metrics."""

@@ -1,0 +1,58 @@
+"""Which epoch was the best by its validation, and when training no longer gets better."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cifar_exp.config import schema
+from cifar_exp.training.metrics import Averages
+
+
+@dataclass
+class EarlyStopping:
+    """Told of each epoch's validation. All ranks hold the same averages, so all of them decide alike.
+
+    Attributes:
+        settings: what better means, and how long to wait for it.
+        best: the best value so far.
+        best_epoch: the epoch that had it first; 0 before any.
+        best_step: the step after that epoch.
+        reference: the value that the next one has to be better than by more than ``min_delta``.
+        waited: epochs in a row that were not.
+    """
+
+    settings: schema.EarlyStopping = field(default_factory=schema.EarlyStopping)
+    best: float | None = None
+    best_epoch: int = 0
+    best_step: int = 0
+    reference: float | None = None
+    waited: int = 0
+
+    def update(self, validation: Averages, epoch: int, step: int) -> None:
+        """Note one epoch's validation."""
+        value = validation.named("val")[self.settings.metric]
+        if self._is_better(value, self.best, by=0.0):
+            self.best, self.best_epoch, self.best_step = value, epoch, step
+        if self._is_better(value, self.reference, by=self.settings.min_delta):
+            self.reference, self.waited = value, 0
+        else:
+            self.waited += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        return self.settings.patience is not None and self.waited >= self.settings.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes; the settings are not in it."""
+        return {name: value for name, value in vars(self).items() if name != "settings"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+    def _is_better(self, value: float, other: float | None, by: float) -> bool:
+        if other is None:
+            return True
+        gain = other - value if self.settings.metric == "val/loss" else value - other
+        return gain > by

@@ -1,0 +1,104 @@
+"""Learning-rate schedules as functions of the step, and optimizers beyond torch.optim.
+
+A schedule is called as ``schedule(step, steps_per_epoch, epochs)`` with ``step`` from 0 and returns the factor on the
+full learning rate of that step.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Protocol
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class OptimizerFactory(Protocol):
+    """What `_target_` of ``conf/optimizer`` becomes once its settings are bound."""
+
+    def __call__(self, params: Iterable[Tensor], *, lr: float) -> Optimizer: ...
+
+
+class Muon(Optimizer):
+    """Momentum with orthogonalised updates for convolutions and inner matrices, Nesterov SGD for all else.
+
+    torch.optim.Muon takes 2-D parameters alone; here a convolution's weight is seen as (out, in * k * k), its update
+    orthogonalised by five Newton-Schulz steps, and the weight kept at a norm of sqrt(out), so that ``lr`` means the
+    same for every layer. Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
+    coefficients are those of its reference implementation.
+
+    Args:
+        params: the parameters to train; those with four dimensions are convolutions, those with one are biases and
+            the like, the rest matrices.
+        lr: of the orthogonalised updates.
+        momentum: of these.
+        sgd_lr_ratio: learning rate of matrices, as a multiple of ``lr``.
+        bias_lr_ratio: the same of biases, which are few and may move fast.
+        sgd_momentum: of matrices and biases.
+        weight_decay: of matrices and biases: a step shrinks them by ``lr`` x ``weight_decay``, whatever their ratio.
+
+    A group's ``lr`` may be a tensor on the parameters' device, for steps that are part of a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: Annotated[float, Gt(0)] = 0.05,
+        momentum: Annotated[float, Ge(0), Lt(1)] = 0.6,
+        sgd_lr_ratio: Annotated[float, Gt(0)] = 0.05,
+        bias_lr_ratio: Annotated[float, Gt(0)] = 0.3,
+        sgd_momentum: Annotated[float, Ge(0), Lt(1)] = 0.85,
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
+    ) -> None:
+        parameters = list(params)
+        kernels = [parameter for parameter in parameters if parameter.ndim == 4]
+        biases = [parameter for parameter in parameters if parameter.ndim == 1]
+        matrices = [parameter for parameter in parameters if parameter.ndim not in (1, 4)]
+        sgd = {"orthogonal": False, "momentum": sgd_momentum}
+        groups: list[dict[str, Any]] = [
+            {"params": kernels, "orthogonal": True, "lr_ratio": 1.0, "momentum": momentum},
+            {"params": matrices, "lr_ratio": sgd_lr_ratio, **sgd},
+            {"params": biases, "lr_ratio": bias_lr_ratio, **sgd},
+        ]
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Update all parameters from their gradients."""
+        for group in self.param_groups:
+            lr = group["lr"] * group["lr_ratio"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad
+                if not group["orthogonal"]:
+                    gradient = gradient.add(parameter, alpha=group["weight_decay"] / group["lr_ratio"])
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(buffer, alpha=group["momentum"])
+                if group["orthogonal"]:
+                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-12))
+                    update = orthogonalized(update.flatten(1)).view_as(parameter)
+                if isinstance(lr, Tensor):
+                    parameter.addcmul_(update, lr, value=-1)
+                else:
+                    parameter.add_(update, alpha=-lr)
+
+
+def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
+    """A matrix with the singular vectors of ``matrix`` and singular values near 1, by a quintic iteration.
+
+    Args:
+        matrix: (M, N) float32.
+        steps: iterations; five bring the singular values to about 0.7 ... 1.2, which is enough for an update.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0 while it stays bounded (Jordan et al. 2024)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = torch.mm(wide, wide.T)
+        wide = a * wide + torch.mm(b * gram + c * torch.mm(gram, gram), wide)
+    return wide if matrix.shape[0] <= matrix.shape[1] else torch.t(wide)

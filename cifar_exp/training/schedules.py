@@ -1,0 +1,51 @@
+"""Learning-rate schedules: the factor on the learning rate, step by step."""
+
+import math
+from typing import Annotated, Protocol
+
+from annotated_types import Ge, Gt
+
+NonNegative = Annotated[float, Ge(0)]
+
+
+class Schedule(Protocol):
+    """What `_target_` of ``conf/schedule`` becomes once its settings are bound."""
+
+    def __call__(self, step: int, steps_per_epoch: int, epochs: int) -> float: ...
+
+
+def piecewise(
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,  # noqa: ARG001
+    *,
+    drop_factor: Annotated[float, Gt(0)] = 0.1,
+    drop_period: Annotated[int, Ge(1)] = 50,
+) -> float:
+    """``drop_factor`` to the power of how often ``drop_period`` epochs have gone by (MATLAB's "piecewise")."""
+    return float(drop_factor ** (step // steps_per_epoch // drop_period))
+
+
+def cosine(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up."""
+    warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
+    return warmup * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+    """A straight line from 1 to 0, after a linear warm-up."""
+    warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
+    return warmup * (1 - progress)
+
+
+def _warmup_and_progress(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> tuple[float, float]:
+    """The warm-up's factor (1 once it is over) and the share of the remaining steps that are done (0 before)."""
+    warmup_steps = min(round(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1), 0.0
+    return 1.0, (step - warmup_steps) / (steps_per_epoch * epochs - warmup_steps)
+
+
+def learning_rates(schedule: Schedule, full_rate: float, steps_per_epoch: int, epochs: int) -> tuple[float, ...]:
+    """The rate of every step of the run, in order."""
+    return tuple(full_rate * schedule(step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs))
