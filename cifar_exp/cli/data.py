@@ -1,9 +1,8 @@
-"""``cifar-exp-data``: the CIFAR-10 archive -> a tree of class folders with PNG images, for people and other programs.
+"""`cifar-exp data`: the CIFAR-10 archive -> a tree of class folders with PNG images, for people and other programs.
 
 The images are the release's, bit for bit; ``data=folders data.root=data/cifar10-folders`` trains on them.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -11,50 +10,52 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 from PIL import Image
 from torch import Tensor
 
+from cifar_exp.cli.words import settings_in
 from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.dataset_files import SPLITS, DatasetFiles
-from cifar_exp.errors import CifarExpError, DataError, storage_errors
+from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.system.progress_line import Progress
-from cifar_exp.system.redaction import masked_text
 
 Counts = Counter[tuple[str, str, str]]
 """(split, class, ``written`` or ``skipped``) -> images."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, which is that of the training command for the same error."""
-    settings = _parser().parse_args(arguments)
+SETTINGS = ("data.root", "data.archive", "data.mirror")
+
+
+@click.command("data")
+@click.argument("words", nargs=-1, metavar="[SETTINGS]...")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path("data/cifar10-folders"),
+    show_default=True,
+    help="Folder for the images.",
+)
+def command(words: tuple[str, ...], to: Path) -> None:
+    """Fetch CIFAR-10, verify it, and write it as train/<class>/NNNN.png and test/<class>/NNNN.png.
+
+    \b
+    data.root=data       folder for the archive and its decoded copy
+    data.archive=<file>  a local cifar-10-python.tar.gz; then nothing is downloaded
+    data.mirror=<URL>    another address of cifar-10-python.tar.gz
+    """
+    typed, rest = settings_in(words, SETTINGS)
+    if rest:
+        raise ConfigError(f"{rest[0]}: it must be one of {', '.join(f'{name}=...' for name in SETTINGS)}")
+    root = typed.get("data.root", "data")
+    files = cifar10(root, mirror=typed.get("data.mirror"), archive=typed.get("data.archive"))
     try:
-        files = cifar10(settings.root, mirror=settings.mirror, archive=settings.archive)
-        counts = export(files, settings.to)
-    except CifarExpError as error:
-        print(masked_text(str(error)), file=sys.stderr)
-        if isinstance(error, DataError):
-            print("For cifar-exp-data, these are --root, --archive and --mirror.", file=sys.stderr)
-        return error.exit_code
+        counts = export(files, to)
     except KeyboardInterrupt:
-        print("Stopped. What is written stays; start again to go on.", file=sys.stderr)
-        return 130
+        print("Stopped. What is written stays; the same command continues.", file=sys.stderr)
+        raise
     print(table(files.classes, counts))
-    print(f"To train on them: cifar-exp data=folders data.root={settings.to}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cifar-exp-data",
-        description="Fetch CIFAR-10, verify it, and write it as train/<class>/NNNN.png and test/<class>/NNNN.png.",
-    )
-    parser.add_argument("--root", default="data", help="folder for the archive and its decoded copy (%(default)s)")
-    parser.add_argument("--archive", metavar="FILE", help="a local cifar-10-python.tar.gz; then nothing is downloaded")
-    parser.add_argument("--mirror", metavar="URL", help="another address of cifar-10-python.tar.gz")
-    parser.add_argument(
-        "--to", type=Path, default=Path("data/cifar10-folders"), help="folder for the images (%(default)s)"
-    )
-    return parser
+    print(f"To train on them: cifar-exp data=folders data.root={to}")
 
 
 def export(files: DatasetFiles, folder: Path) -> Counts:

@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -19,7 +20,8 @@ from cifar_exp.config.messages import nearest, unknown_setting
 from cifar_exp.config.reading import register_resolvers
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.run_folder import make_private
-from cifar_exp.system.process import allow_open_files, outlive_terminal
+from cifar_exp.runs.context import RunContext
+from cifar_exp.system.process import allow_open_files, outlive_terminal, process_age
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
@@ -31,13 +33,14 @@ HYDRAS_ERRORS = (
 )
 
 
-def run_hydra(job: Job) -> int:
-    """Compose the configuration from ``sys.argv`` and run ``job`` with it, once or for every job of a sweep.
+def run_hydra(job: Job, words: Sequence[str]) -> int:
+    """Compose the configuration from ``words`` and run ``job`` with it, once or for every job of a sweep.
 
     Returns:
         The exit code. Errors that a user can mend are printed as one message.
     """
     outlive_terminal()
+    sys.argv[1:] = options_first(words)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
     failures: list[CifarExpError] = []
@@ -69,6 +72,36 @@ def run_hydra(job: Job) -> int:
         if str(failure):
             print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
+
+
+def options_first(words: Sequence[str]) -> list[str]:
+    """``words`` with Hydra's options and their values in front: argparse takes overrides in one piece only."""
+    known = get_args_parser()._option_string_actions
+    options, overrides, rest = list[str](), list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        action = known.get(word)
+        if action is None or not rest:
+            continue
+        if action.nargs is None or (action.nargs == "?" and rest[0] in (action.choices or ())):
+            options.append(rest.pop(0))
+    return [*options, *overrides]
+
+
+def run_context() -> RunContext:
+    """Where Hydra runs the current job: its folder, its overrides, its sweep."""
+    hydra_config = HydraConfig.get()
+    single = hydra_config.mode == RunMode.RUN
+    return RunContext(
+        folder=Path(hydra_config.runtime.output_dir),
+        overrides=tuple(hydra_config.overrides.task),
+        sweep_dir=None if single else Path(hydra_config.sweep.dir),
+        age=process_age() if single else 0.0,
+    )
 
 
 def _keep_private(folder: Path, subfolder: str | None) -> None:

@@ -1,42 +1,100 @@
-"""Command line -> composed config -> plan -> launch: one run, or one job of a sweep."""
+"""The command `cifar-exp`: its subcommands, and the errors that all of them share."""
 
+import importlib
+import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from importlib.metadata import version
 
-from cifar_exp.errors import Stopped
+import click
+
+from cifar_exp.errors import CifarExpError, ConfigError, Stopped
 from cifar_exp.system.process import end_process
 from cifar_exp.system.signals import answer_signals, ignore_signals, swallowed
 
-if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
-    from omegaconf import DictConfig
+# Each is the `command` of the module of its name, which is imported when it is called: --help answers at once.
+COMMANDS = {
+    "train": "Train once as configured; with -m, sweep over lists of values.",
+    "predict": "Label images with the network of a run.",
+    "report": "Tables and figures of a sweep again, or what changed between two sweeps.",
+    "verify": "Check on this machine whether N ranks compute what one rank computes.",
+    "data": "Fetch CIFAR-10, verify it, and write it as class folders.",
+    "sync": "Deliver to MLflow what runs hold on disk and their store lacks.",
+    "ui": "Serve MLflow's pages for the runs, to this machine alone.",
+}
+EXAMPLES = """\b
+Examples:
+  cifar-exp experiment=quickstart                        a first result, without a download
+  cifar-exp model.width=64 train.epochs=5                a wider network, fewer epochs
+  cifar-exp -m experiment=speedup devices.count=1,2      a sweep over device counts
+  cifar-exp predict latest my-pictures/                  labels for images
+  cifar-exp train --help                                 all groups and settings
+"""
 
 
-def main() -> None:
-    """The command `cifar-exp`."""
+class Commands(click.Group):
+    """Subcommands that are imported when called. A first word with ``=`` or ``-`` belongs to ``train``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = importlib.import_module(f"cifar_exp.cli.{cmd_name}").command
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "--version"}
+        if not args or (args[0] not in own and ("=" in args[0] or args[0].startswith("-"))):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Commands, epilog=EXAMPLES, context_settings={"max_content_width": 100})
+@click.version_option(version("cifar-exp"), prog_name="cifar-exp")
+def commands() -> None:
+    """What do wider, deeper, better-trained networks and more devices buy?
+
+    Settings are key=value, groups group=choice. RUN and SWEEP are a folder, an MLflow run id, or `latest`.
+    """
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line ``words`` (default: those that were typed) and end the process with its exit code."""
     answer_signals()
-    try:
-        from cifar_exp.cli.hydra_app import run_hydra
-
-        code = run_hydra(run_job)
-        ignore_signals()
-    except (Stopped, Exception) as error:
-        if (stopped := Stopped.behind(error) or swallowed()) is None:
-            raise
-        print(f"cifar-exp: {stopped}", file=sys.stderr)
-        code = stopped.exit_code
+    code = answer(sys.argv[1:] if words is None else list(words))
+    ignore_signals()
     end_process(code)
 
 
-def run_job(composed: "DictConfig") -> float:
-    """Train once as ``composed`` says; what Hydra calls for a run and for each job of a sweep. The test accuracy."""
-    from cifar_exp.config.reading import read_config
-    from cifar_exp.launch.forkserver import warm_up
-    from cifar_exp.runs.components import build
+def answer(words: Sequence[str]) -> int:
+    """Run a command line; its exit code. An error that the user can mend is printed as one message."""
+    try:
+        code = commands.main(list(words), prog_name="cifar-exp", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Stopped, Exception) as error:
+        if stopped := Stopped.behind(error) or swallowed():
+            print(f"cifar-exp: {stopped}", file=sys.stderr)
+            return stopped.exit_code
+        if isinstance(error, click.ClickException):
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "cifar-exp"
+            error = ConfigError(f"{error.format_message()} See {command} --help")
+        if not isinstance(error, CifarExpError):
+            raise
+        from cifar_exp.system.redaction import masked_text
 
-    config = read_config(composed)
-    warm_up()
-    parts = build(config)
+        print(f"cifar-exp: {masked_text(str(error))}", file=sys.stderr)
+        return error.exit_code
 
-    from cifar_exp.runs.run import run
 
-    return run(config, parts)
+if __name__ == "__main__":
+    main()

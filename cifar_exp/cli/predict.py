@@ -1,4 +1,4 @@
-"""A trained run -> labels for images: the command `cifar-exp-predict`."""
+"""`cifar-exp predict`: labels for images from the network of a run."""
 
 import json
 import sys
@@ -6,30 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
 from omegaconf import OmegaConf
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from cifar_exp.cli.words import settings_in
 from cifar_exp.config.reading import read_config
 from cifar_exp.data.batches import Normalization
-from cifar_exp.errors import CifarExpError, ConfigError, DataError
+from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.find_run import find_run
 from cifar_exp.runs.components import build
-from cifar_exp.system.redaction import masked_text
 
-USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
-
-Classify images with the network of a finished run.
-
-  run=<run>           latest, a run's folder under outputs/, or an MLflow run id
-  checkpoint=<which>  best, of the epoch with the best validation, which runs with data.validation keep, or last;
-                      left out: best where there is one
-  --json              one JSON object a line: image, label, probability
-  trusted_modules=[<package>]  whose code may be run, where the run's network comes from a package of yours
-"""
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -57,7 +48,7 @@ class Classifier:
         """
 
         def warn(line: str) -> None:
-            print(f"cifar-exp-predict: {line}", file=sys.stderr)
+            print(f"cifar-exp: {line}", file=sys.stderr)
 
         saved = None if which == "last" else checkpoint.best(run_dir, warn)
         if saved is None and which == "best":
@@ -108,37 +99,39 @@ def images_in(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def main() -> None:
-    """Print a line an image: path, label, probability. `--json` prints one JSON object a line."""
-    words = sys.argv[1:]
-    as_json = "--json" in words
-    runs = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    which = [word.removeprefix("checkpoint=") for word in words if word.startswith("checkpoint=")]
-    trusted = [word.removeprefix("trusted_modules=") for word in words if word.startswith("trusted_modules=")]
-    paths = [word for word in words if not word.startswith(("run=", "checkpoint=", "trusted_modules=", "-"))]
-    if "-h" in words or "--help" in words:
-        print(USAGE)
-        return
-    try:
-        if unknown := [word for word in words if word.startswith("-") and word != "--json"]:
-            raise ConfigError(f"{unknown[0]}: there is no such option.\n\n{USAGE}")
-        if len(runs) != 1 or not paths:
-            raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
-        if which and which[-1] not in ("best", "last"):
-            raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
-        run_dir = find_run(runs[0])
-        print(f"network of {run_dir}", file=sys.stderr)
-        names = [name for word in trusted for name in word.strip("[]").split(",")]
-        classifier = Classifier.of_run(run_dir, "".join(which[-1:]), names)
-        files = images_in(paths)
-        broken: list[str] = []
-        for start in range(0, len(files), 500):
-            broken += _classify(classifier, files[start : start + 500], as_json)
-        if broken:
-            raise DataError("\n".join(broken))
-    except CifarExpError as error:
-        print(f"cifar-exp-predict: {masked_text(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+SETTINGS = ("checkpoint", "trusted_modules")
+
+
+@click.command("predict")
+@click.argument("run")
+@click.argument("words", nargs=-1, required=True, metavar="IMAGES...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: image, label, probability.")
+def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Label IMAGES, files or folders, with the network of RUN.
+
+    RUN is a run folder, an MLflow run id, or `latest`.
+
+    \b
+    checkpoint=best|last         the epoch with the best validation, which runs with data.validation keep, or the last
+                                 (default: best where there is one)
+    trusted_modules=[<package>]  whose code may be run, where the network comes from a package of yours
+    """
+    settings, paths = settings_in(words, SETTINGS)
+    which = settings.get("checkpoint", "")
+    if which not in ("", "best", "last"):
+        raise ConfigError(f"checkpoint={which}: it must be best or last. Set checkpoint=best")
+    if not paths:
+        raise ConfigError("predict: it takes at least one image. Add the path of an image or a folder")
+    run_dir = find_run(run)
+    print(f"network of {run_dir}", file=sys.stderr)
+    trusted = settings.get("trusted_modules", "").strip("[]")
+    classifier = Classifier.of_run(run_dir, which, trusted.split(",") if trusted else ())
+    files = images_in(paths)
+    broken: list[str] = []
+    for start in range(0, len(files), 500):
+        broken += _classify(classifier, files[start : start + 500], as_json)
+    if broken:
+        raise DataError("\n".join(broken))
 
 
 def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> list[str]:

@@ -1,58 +1,64 @@
-"""The command that makes a sweep's report again, or compares two sweeps, from their folders or from MLflow."""
+"""`cifar-exp report`: a sweep's tables and figures again, or two sweeps compared; from folders or from MLflow."""
 
-import argparse
-import sys
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import click
 from rich.console import Console
 
+from cifar_exp.cli.words import settings_in
 from cifar_exp.config.schema import Report
-from cifar_exp.errors import CifarExpError, ConfigError, storage_errors
+from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
 from cifar_exp.study.report import Study
-from cifar_exp.system.redaction import masked_text
+
+SETTINGS = ("tracking.uri", "report.target_accuracy", "report.price_per_hour")
 
 
-def main() -> None:
-    """The command `cifar-exp-report`."""
-    parser = argparse.ArgumentParser(
-        prog="cifar-exp-report", description="Make a sweep's speedup table and figure again, or compare two sweeps."
-    )
-    parser.add_argument(
-        "sweeps", nargs="+", help="one or two sweeps: a folder under outputs/multirun, or the parent run's id"
-    )
-    parser.add_argument("--uri", help="read MLflow at this tracking address, folders too (default: under outputs/)")
-    parser.add_argument("--to", type=Path, default=Path(), help="folder for what is written (default: here)")
-    parser.add_argument("--target-accuracy", type=float, help="what it took to reach it, 0 to 1, as 0.85")
-    parser.add_argument("--price-per-hour", type=float, help="of one device, for the price of reaching it")
-    arguments = parser.parse_args()
+@click.command("report")
+@click.argument("words", nargs=-1, required=True, metavar="SWEEP [SWEEP]")
+@click.option(
+    "--to", type=click.Path(path_type=Path), default=Path(), help="Folder for what is written (default: here)."
+)
+def command(words: tuple[str, ...], to: Path) -> None:
+    """Make the tables and figures of SWEEP again, or compare two sweeps.
+
+    SWEEP is a sweep's folder, its MLflow run id, or `latest`.
+
+    \b
+    tracking.uri=<address>           the MLflow store to read (default: the one under outputs/)
+    report.target_accuracy=0.85      what it took to reach this validation accuracy
+    report.price_per_hour=2.5        of one device: what that cost
+    """
+    typed, sweeps = settings_in(words, SETTINGS)
+    target = _number(typed, "report.target_accuracy", highest=1.0)
+    price = _number(typed, "report.price_per_hour", highest=math.inf)
+    if not 1 <= len(sweeps) <= 2:
+        raise ConfigError(f"report: it takes one sweep, or two to compare. {len(sweeps)} were given")
+    found = [finished_runs(sweep, typed.get("tracking.uri")) for sweep in sweeps]
+    settings = _settings(found[0], target, price)
+    made = _comparison(sweeps, found) if len(found) == 2 else _study(sweeps[0], found[0], settings)
+    made.print(Console())
+    with storage_errors(to, "Set --to to another folder"):
+        to.mkdir(parents=True, exist_ok=True)
+    print("\n".join(str(path) for path in made.write(to)))
+
+
+def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None:
+    """A setting that must be more than 0 and at most ``highest``; None where it was not set."""
+    if name not in typed:
+        return None
     try:
-        _check(arguments.target_accuracy, arguments.price_per_hour)
-        if len(arguments.sweeps) > 2:
-            raise ConfigError(f"{' '.join(arguments.sweeps)}: one sweep is shown, or two are compared. Type two")
-        found = [finished_runs(sweep, arguments.uri) for sweep in arguments.sweeps]
-        compare = len(found) == 2
-        settings = _settings(found[0], arguments.target_accuracy, arguments.price_per_hour)
-        made = _comparison(arguments.sweeps, found) if compare else _study(arguments.sweeps[0], found[0], settings)
-        made.print(Console())
-        with storage_errors(arguments.to, "Type --to with another folder"):
-            arguments.to.mkdir(parents=True, exist_ok=True)
-        print("\n".join(str(path) for path in made.write(arguments.to)))
-    except CifarExpError as error:
-        print(f"cifar-exp-report: {masked_text(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-def _check(target_accuracy: float | None, price_per_hour: float | None) -> None:
-    if target_accuracy is not None and not 0 < target_accuracy <= 1:
-        raise ConfigError(
-            f"--target-accuracy={target_accuracy}: it must be more than 0 and at most 1. Type --target-accuracy=0.85"
-        )
-    if price_per_hour is not None and not 0 < price_per_hour < float("inf"):
-        raise ConfigError(f"--price-per-hour={price_per_hour}: it must be more than 0. Type --price-per-hour=2.5")
+        number = float(typed[name])
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= highest or number == math.inf:
+        limit = " and at most 1" if highest == 1 else ""
+        raise ConfigError(f"{name}={typed[name]}: it must be a number over 0{limit}. Set {name}=0.85")
+    return number
 
 
 def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None) -> Report:

@@ -1,14 +1,15 @@
-"""``cifar-exp-sync``: brings to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
+"""`cifar-exp sync`: deliver to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click
 from omegaconf import OmegaConf
 
+from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
 from cifar_exp.system.redaction import masked_text
@@ -17,21 +18,29 @@ from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 SETTINGS = ("tracking.uri", "tracking.experiment")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: the first failure's, after all runs were tried."""
-    words: list[str] = _parser().parse_args(arguments).run
+@click.command("sync")
+@click.argument("words", nargs=-1, required=True, metavar="FOLDER...")
+def command(words: tuple[str, ...]) -> int:
+    """Deliver to MLflow what runs hold on disk and their store lacks.
+
+    FOLDER is a run's or a sweep's folder, or one that holds several. Delivered are the run itself, params, tags, every
+    point once, files, and how it ended. The exit code is the first failure's; all runs are tried.
+
+    \b
+    tracking.uri=<address>      another store than the run's own, or the same with the password that its folder does
+                                not keep
+    tracking.experiment=<name>  another experiment
+    """
+    typed, folders = settings_in(words, SETTINGS)
+    settings = {name.partition(".")[2]: None if value == "null" else value for name, value in typed.items()}
     failures: list[CifarExpError] = []
     try:
-        settings = _settings([word for word in words if "=" in word and not Path(word).exists()])
-        for folder in [Path(word) for word in words if "=" not in word or Path(word).exists()]:
+        for folder in map(Path, folders):
             failures += _deliver_all(folder, settings)
     except CifarExpError as error:
         failures.append(error)
-    except KeyboardInterrupt:
-        print("Stopped. What is delivered stays; start again to go on.", file=sys.stderr)
-        return 130
     for failure in failures:
-        print(f"cifar-exp-sync: {masked_text(str(failure))}", file=sys.stderr)
+        print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
 
 
@@ -44,32 +53,6 @@ def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[Cifar
         except CifarExpError as error:
             failures.append(error)
     return failures
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cifar-exp-sync",
-        description="Bring to MLflow what runs hold on disk and their store lacks: the run itself, parameters, tags, "
-        "every point once, files, and how it ended.",
-    )
-    parser.add_argument(
-        "run",
-        nargs="+",
-        help="a run's or a sweep's folder, or one that holds several; tracking.uri=<address> names another store than "
-        "the run's own, or the same with the password that its folder does not keep; tracking.experiment=<name>",
-    )
-    return parser
-
-
-def _settings(words: Sequence[str]) -> dict[str, str | None]:
-    """``tracking.uri`` and ``tracking.experiment`` as they were typed."""
-    settings: dict[str, str | None] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in SETTINGS or not value:
-            raise ConfigError(f"{word}: it must be {'=<address> or '.join(SETTINGS)}=<name>, or a folder that exists")
-        settings[name.partition(".")[2]] = None if value == "null" else value
-    return settings
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -108,7 +91,7 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     if not is_tracked and "uri" not in settings:
         raise ConfigError(
             f"{run_dir}: the run has no MLflow store (tracking={section['tracking']['_target_']}). Type "
-            f"cifar-exp-sync {run_dir} tracking.uri=<address>"
+            f"cifar-exp sync {run_dir} tracking.uri=<address>"
         )
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)
     return MLflowTracker(**chosen)

@@ -1,13 +1,14 @@
-"""``cifar-exp-ui``: MLflow's pages over the store of the runs, for this machine's user alone."""
+"""`cifar-exp ui`: MLflow's pages over the store of the runs, for this machine's user alone."""
 
-import argparse
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_exp.errors import CifarExpError, ConfigError
+import click
+
+from cifar_exp.cli.words import settings_in
+from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
@@ -16,44 +17,33 @@ from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 HOST = "127.0.0.1"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Become MLflow's server."""
-    chosen = _parser().parse_args(arguments)
-    try:
-        address = store(chosen.store)
-        check_port(chosen.port)
-    except CifarExpError as error:
-        print(f"cifar-exp-ui: {masked_text(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(f"http://{HOST}:{chosen.port} shows {masked_text(address)} in some 20 s; Ctrl-C ends it", flush=True)
-    os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server_arguments(chosen.port)], environment(address))
+@click.command("ui")
+@click.argument("words", nargs=-1, metavar="[tracking.uri=ADDRESS]")
+@click.option("--port", default=5000, show_default=True, help="Where to listen on 127.0.0.1.")
+def command(words: tuple[str, ...], port: int) -> None:
+    """Serve MLflow's pages for the runs. Nothing but this machine can reach them.
+
+    tracking.uri=ADDRESS serves another store than the one under outputs/.
+    """
+    typed, rest = settings_in(words, ["tracking.uri"])
+    if rest:
+        raise ConfigError(f"{rest[0]}: it must be tracking.uri=<address of the store>")
+    address = store(typed.get("tracking.uri"))
+    check_port(port)
+    print(f"http://{HOST}:{port} shows {masked_text(address)} in some 20 s; Ctrl-C ends it", flush=True)
+    os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server_arguments(port)], environment(address))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cifar-exp-ui",
-        description="Serve MLflow's pages over the runs' store. Nothing but this machine can reach them.",
-    )
-    parser.add_argument("--port", type=int, default=5000, help="where to listen on 127.0.0.1 (%(default)s)")
-    parser.add_argument(
-        "store", nargs="?", metavar="tracking.uri=ADDRESS", help="another store than the one under outputs/"
-    )
-    return parser
-
-
-def store(word: str | None) -> str:
+def store(uri: str | None) -> str:
     """The address of the store to serve.
 
     Args:
-        word: ``tracking.uri=<address>``, or None for the default store.
+        uri: the address that was typed, or None for the default store.
 
     Raises:
-        ConfigError: where it is no such word, there is no such store, or it has pages of its own.
+        ConfigError: where there is no such store, or it has pages of its own.
     """
-    name, _, uri = (word or "tracking.uri=").partition("=")
-    if name != "tracking.uri":
-        raise ConfigError(f"{word}: it must be tracking.uri=<address of the store>")
-    address = MLflowTracker(uri or None).address()
+    address = MLflowTracker(uri).address()
     if address.startswith("http"):
         raise ConfigError(f"tracking.uri={uri}: that is a server with pages of its own. Open it in a browser")
     database = address.partition("sqlite:///")[2].partition("?")[0]

@@ -1,65 +1,48 @@
-"""The command `cifar-exp-verify`: on this machine, with this configuration, do N ranks compute what one computes?"""
+"""`cifar-exp verify`: on this machine, with this configuration, do N ranks compute what one computes?"""
 
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, storage_errors
+import click
+
+from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files, outlive_terminal
-from cifar_exp.system.signals import answer_signals, swallowed
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
 
-USAGE = """usage: cifar-exp-verify [<group>=<choice>] [<key>=<value>] ...
-
-Do N ranks compute, on this machine and with this configuration, what one rank computes? N ranks are started as for
-training, and beside them one rank that takes the same micro-batches one after the other. Compared are
-  - the images of one epoch, bit for bit and in their order;
-  - gradients, losses and parameters of the first three steps;
-  - the evaluation of the test set, each image of which is to count once.
-Nothing is tracked. parity.md and parity.json are written into a new folder under outputs/.
-
-  devices.count=1,2,4         how many ranks; left out: 1, 2, 4, ... up to what this machine has
-  devices.oversubscribe=true  more CPU ranks than there are cores
-  progress=quiet              prints nothing but the verdict
-  hydra.run.dir=<folder>      where to write
-  --config-dir <folder>       configuration of yours, as for cifar-exp
-  <group>=<choice>, <key>=<value>  all that cifar-exp takes; cifar-exp --help lists it. train.precision=fp32 and
-                              train.deterministic=true unless you type another value
-
-Exit codes: 0 the ranks compute the same, 1 they do not, 2 configuration, 3 images, 4 devices, 6 the loss is not finite,
-7 a worker died, 8 storage, 130 Ctrl-C, 143 SIGTERM
-"""
 # Rounding and the order of sums must not hide what is looked for.
 STRICT = ("train.precision=fp32", "train.deterministic=true")
 COUNT = "devices.count"
 CHECKED = "one rank is what others are compared with"
 
 
-def main() -> None:
-    """Print tables and a verdict, and write the report."""
-    words = sys.argv[1:]
-    if "-h" in words or "--help" in words:
-        print(USAGE)
-        return
-    answer_signals()
-    try:
-        sys.exit(0 if verify(words) else 1)
-    except (Stopped, Exception) as error:
-        if stopped := Stopped.behind(error) or swallowed():
-            print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
-            sys.exit(stopped.exit_code)
-        if not isinstance(error, CifarExpError):
-            raise
-        from cifar_exp.system.redaction import masked_text
+@click.command("verify", context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS]...")
+def command(words: tuple[str, ...]) -> int:
+    """Do N ranks compute, on this machine and with this configuration, what one rank computes?
 
-        print(f"cifar-exp-verify: {masked_text(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    N ranks are started as for training, and beside them one rank that takes the same micro-batches one after the
+    other. Compared are the images of one epoch, bit for bit and in their order; gradients, losses and parameters of
+    the first three steps; the evaluation of the test set, each image of which must count once. Nothing is tracked.
+    parity.md and parity.json are written into a new folder under outputs/.
+
+    \b
+    devices.count=1,2,4         how many ranks (default: 1, 2, 4, ... up to what this machine has)
+    devices.oversubscribe=true  more CPU ranks than there are cores
+    progress=quiet              prints nothing but the verdict
+    hydra.run.dir=<folder>      where to write
+    --config-dir <folder>       configuration of yours, as for cifar-exp
+    <group>=<choice>, <key>=<value>  all that cifar-exp takes; train.precision=fp32 and train.deterministic=true
+                                unless other values are set
+
+    Exit codes: 0 the ranks compute the same, 1 they do not; others as for cifar-exp.
+    """
+    return 0 if verify(words) else 1
 
 
 def verify(words: Sequence[str]) -> bool:
@@ -85,7 +68,7 @@ def verify(words: Sequence[str]) -> bool:
     cases = prepared(configs, parts)
     _open(folder)
     console = Console(quiet=configs[0].progress == "quiet", soft_wrap=True)
-    report = check(cases, shlex.join(["cifar-exp-verify", *masked(list(words))]), console)
+    report = check(cases, shlex.join(["cifar-exp", "verify", *masked(list(words))]), console)
     report.print(console)
     print(f"{report.verdict}: {report.write(folder)}")
     return report.holds
@@ -123,7 +106,7 @@ def _options(words: Sequence[str]) -> tuple[str | None, list[str]]:
             if not Path(config_dir).is_dir():
                 raise ConfigError(f"{option} {config_dir}: there is no such folder")
         elif word.startswith("-"):
-            raise ConfigError(f"{word}: there is no such option.\n\n{USAGE}")
+            raise ConfigError(f"{word}: there is no such option. See cifar-exp verify --help")
         else:
             overrides.append(word)
     return config_dir, overrides

@@ -120,7 +120,7 @@ def _scan(root: Path) -> _Tree:
         if not folder.is_dir():
             raise DataError(
                 f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{_EXPECTED}\n"
-                "Name the folder with data.root=<folder>, let cifar-exp-data make it from the CIFAR-10 archive, "
+                "Name the folder with data.root=<folder>, let cifar-exp data make it from the CIFAR-10 archive, "
                 "or type experiment=quickstart, which needs no images."
             )
     try:

@@ -240,7 +240,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if manifest is None:
         raise StorageError(
             f"{path}: the checkpoint of the best epoch is damaged or gone. Restore it from a backup; the newest one is "
-            f"what cifar-exp-predict checkpoint=last takes"
+            f"what cifar-exp predict takes with checkpoint=last"
         )
     return load(run_dir, manifest)
 

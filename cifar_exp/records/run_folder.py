@@ -186,7 +186,7 @@ def settle(run_dir: Path, store: str) -> str:
 
 def sync_command(folder: Path) -> str:
     """What to type to bring what a tracker lacks of a run or a sweep."""
-    return f"{uv_prefix()}cifar-exp-sync {shlex.quote(os.path.relpath(folder))}"
+    return f"{uv_prefix()}cifar-exp sync {shlex.quote(os.path.relpath(folder))}"
 
 
 def make_private(folder: Path) -> None:

@@ -8,8 +8,11 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
+
+import psutil
 
 from cifar_exp.errors import MachineError
 
@@ -65,6 +68,14 @@ def end_process(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
+
+
+def process_age() -> float:
+    """Seconds since this process began. psutil's own figure counts from a boot time in whole seconds."""
+    process = psutil.Process()
+    if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
+        return time.time() - process.create_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 def uv_prefix() -> str:

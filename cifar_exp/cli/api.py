@@ -1,0 +1,55 @@
+"""Train from Python, in a script or a notebook: what `from cifar_exp import train` gives."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import open_dict, read_write
+
+from cifar_exp.cli.hydra_app import composed
+from cifar_exp.config.reading import read_config
+from cifar_exp.errors import storage_errors
+from cifar_exp.records.run_folder import make_private
+from cifar_exp.runs.context import Result, RunContext
+from cifar_exp.system.redaction import MaskingFormatter
+
+LOG_FILE = "cifar-exp.log"
+
+
+def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Result:
+    """Train once, as the command ``cifar-exp`` does with the same overrides.
+
+    Args:
+        overrides: as on the command line, each ``group=choice`` or ``key=value``.
+        folder: where the run writes; None: a new folder under ``outputs/``, as for the command.
+
+    Returns:
+        The run folder and the last value of each metric.
+
+    Raises:
+        CifarExpError: as the command's messages; ``exit_code`` is the command's.
+    """
+    whole = composed(overrides)
+    run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)
+    with read_write(whole), open_dict(whole):
+        del whole["hydra"]
+    config = read_config(whole)
+    from cifar_exp.launch.forkserver import warm_up
+    from cifar_exp.runs.components import build
+
+    warm_up()
+    parts = build(config)
+    from cifar_exp.runs.run import run
+
+    with storage_errors(run_dir, "Set folder to one that you may write to"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        make_private(run_dir)
+        handler = logging.FileHandler(run_dir / LOG_FILE, delay=True)
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("cifar_exp")
+    log.addHandler(handler)
+    try:
+        return run(config, parts, RunContext(run_dir, tuple(overrides)))
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,27 @@
+"""Words of a command line: settings (`key=value`), and everything else."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from cifar_exp.errors import ConfigError
+
+
+def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Split ``words`` into settings and the rest. A word that is an existing path is no setting.
+
+    Raises:
+        ConfigError: where a setting is not among ``allowed`` or has no value.
+    """
+    settings: dict[str, str] = {}
+    rest: list[str] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or Path(word).exists():
+            rest.append(word)
+        elif name not in allowed or not value:
+            raise ConfigError(
+                f"{word}: it must be a path that exists, or one of {', '.join(f'{a}=...' for a in allowed)}"
+            )
+        else:
+            settings[name] = value
+    return settings, rest

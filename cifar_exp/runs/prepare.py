@@ -1,0 +1,176 @@
+"""Before a run trains: which devices, which folder, what it resumes; then images, plan, network and the job."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from cifar_exp.config.defaults import flattened
+from cifar_exp.config.schema import Config
+from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.display.curves import RunFacts
+from cifar_exp.errors import ConfigError
+from cifar_exp.launch.devices import DeviceSet, find_devices
+from cifar_exp.records import journal, model_export
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim
+from cifar_exp.runs import config_changes, resume, summary
+from cifar_exp.runs.components import Parts
+from cifar_exp.runs.context import RunContext
+from cifar_exp.runs.job_setup import new_job, title
+from cifar_exp.runs.messages import say, warn
+from cifar_exp.runs.model_check import check_scales, checked_model
+from cifar_exp.runs.resume import Resumption
+from cifar_exp.system import machine
+from cifar_exp.system.redaction import masked
+from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
+from cifar_exp.worker.job import Job
+from cifar_exp.worker.train_job import TRACE_FILE
+
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, model_export.FILE_NAME)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a run before its folder is claimed.
+
+    Attributes:
+        devices: what it trains on.
+        folder: where it writes.
+        resumed: what it continues; None for a new run.
+        info: its name, tags and params.
+        started: when it began, on the monotonic clock, less the time between its sessions.
+    """
+
+    devices: DeviceSet
+    folder: Path
+    resumed: Resumption | None
+    info: RunInfo
+    started: float
+
+
+def begin(config: Config, context: RunContext) -> Beginning:
+    """Find devices and what is resumed.
+
+    Raises:
+        CifarExpError: where either cannot be had.
+    """
+    devices = find_devices(config.devices)
+    resumed = resume.find(config, context.folder, anywhere=context.is_single, warn=warn)
+    folder = context.folder
+    if resumed and resumed.in_place:
+        if not resumed.finished:
+            folder = _continued_folder(resumed.run_dir, folder)
+    else:
+        check_scaling(config, devices.count)
+    info = _run_info(config, devices, folder, context, resumed)
+    started = time.monotonic() - context.age - (resumed.elapsed if resumed else 0.0)
+    return Beginning(devices, folder, resumed, info, started)
+
+
+@contextmanager
+def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
+    """Lock the run folder. A new run's gets its name, tags and resolved configuration; a resumed run has its own."""
+    new, resumed = beginning.info, beginning.resumed
+    with claim(new.run_dir):
+        if resumed and resumed.in_place:
+            yield RunInfo.load(new.run_dir)
+            return
+        if (new.run_dir / RUN_FILE).exists():
+            raise ConfigError(
+                f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
+                f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
+            )
+        OmegaConf.save(OmegaConf.create(masked(asdict(config))), new.run_dir / CONFIG_FILE)
+        new.save(config_changes.config_hash(config))  # last: whoever finds a run finds its configuration too
+        yield new
+
+
+def plan_job(
+    config: Config, parts: Parts, context: RunContext, beginning: Beginning, console: Console
+) -> tuple[Job, RunFacts]:
+    """Read the images, make the plan, try the network, and print what will happen.
+
+    Returns:
+        The job for the ranks, and what the page shows of it.
+    """
+    devices, resumed, folder = beginning.devices, beginning.resumed, beginning.folder
+    data = keep_apart(parts.dataset(), config.validation)
+    kept_batch = resumed.kept_batch if resumed else None
+    plan = make_plan(config, devices.count, data.train_count, parts.schedule, kept_batch)
+    for line in doubts(config, plan):
+        warn(line)
+    if resumed:
+        resumed.check_images(data.content_hash)
+        say(console, resumed.description(plan.world_size))
+    model = checked_model(config, parts, len(data.classes))
+    check_scales(plan, model, data.image_size)
+    details = summary.describe_plan(plan, devices, data, model, config.early_stopping)
+    summary.print_plan(console, details)
+    if context.is_single:  # a sweep would print it for each of its jobs
+        summary.print_layers(console, model, data.image_size)
+    facts = RunFacts(
+        title=title(config),
+        status="starting",
+        epochs=plan.epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        lr_drops=_lr_drops(plan),
+        details=details | {"folder": os.path.relpath(folder)},
+    )
+    job = new_job(config, parts, devices, plan, data, folder, beginning.started)
+    if resumed:
+        origin = (resumed.source, resumed.manifest) if resumed.manifest else None
+        job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
+    return job, facts
+
+
+def _continued_folder(folder: Path, hydras: Path) -> Path:
+    """The folder of the resumed run. The one that Hydra made for this command is removed, its log moved."""
+    if folder.resolve() != hydras.resolve():
+        root = logging.getLogger()
+        for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+            log = Path(handler.baseFilename)
+            moved = logging.FileHandler(folder / log.name)
+            moved.setFormatter(handler.formatter)
+            root.removeHandler(handler)
+            root.addHandler(moved)
+            handler.close()
+            log.unlink()
+        for empty in (hydras, hydras.parent):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
+    return folder
+
+
+def _run_info(
+    config: Config, devices: DeviceSet, run_dir: Path, context: RunContext, resumed: Resumption | None
+) -> RunInfo:
+    tags = {"devices": str(devices.count), "accelerator": devices.accelerator}
+    tags["oversubscribed"] = str(devices.oversubscribed).lower()
+    tags |= machine.description(devices.accelerator, devices.count)
+    overrides = masked([override for override in context.overrides if not override.startswith("resume=")])
+    tags["overrides"] = " ".join(overrides)
+    if resumed and not resumed.in_place:
+        tags["resumed_from"] = journal.run_id(resumed.run_dir) or resumed.run_dir.as_posix()
+    if context.sweep_dir:
+        tags["sweep"] = context.sweep_dir.as_posix()
+    name = f"{title(config)}, {devices.count} x {devices.accelerator}"
+    origin = None
+    if resumed and resumed.manifest and not resumed.in_place:
+        origin = resumed.source, resumed.manifest.step
+    params = flattened(masked(asdict(config)))
+    began = time.time() - context.age
+    return RunInfo(name, run_dir, params, tags, began, ARTIFACTS, context.sweep_dir, origin)
+
+
+def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
+    """Epochs after which a piecewise learning rate changes, with the new rate; none where it changes at every step."""
+    ranges = plan.learning_rate_ranges()
+    if any(low != high for _, _, low, high in ranges):
+        return []
+    return [(first - 1, rate) for first, _, rate, _ in ranges[1:]]
