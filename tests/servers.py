@@ -81,7 +81,7 @@ class Relay:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """``cifar-exp-ui`` over a store of its own; the port that it listens on."""
+    """``cifar-exp ui`` over a store of its own; the port that it listens on."""
     from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
     folder = tmp_path_factory.mktemp("server")
@@ -90,7 +90,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     process = subprocess.Popen(
-        [sys.executable, "-c", "from cifar_exp.cli.ui import main; main()", f"--port={port}", f"tracking.uri={uri}"],
+        [sys.executable, "-m", "cifar_exp", "ui", f"--port={port}", f"tracking.uri={uri}"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.DEVNULL,

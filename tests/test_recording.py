@@ -185,7 +185,7 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(TrackingError) as caught:
         train()
     assert time.monotonic() - began < 20
-    assert str(caught.value).splitlines()[-1].endswith(f"cifar-exp-sync {os.path.relpath(tmp_path)}")
+    assert str(caught.value).splitlines()[-1].endswith(f"cifar-exp sync {os.path.relpath(tmp_path)}")
     assert display.closed == ["FINISHED"]
     assert len(display.taken) == 4  # three and the last line
     outcome = Outcome.of(tmp_path)

@@ -85,12 +85,12 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert "3 (0 images dropped)" in plan
 
     images = sorted(workplace.rglob("*.png"))
-    predicted = cifar_exp("run=latest", "--json", str(images[0]), module="cifar_exp.cli.predict")
+    predicted = cifar_exp("predict", "latest", "--json", str(images[0]))
     assert predicted.returncode == 0, predicted.stderr
     answer = json.loads(predicted.stdout)
     assert answer["image"] == str(images[0])
     assert 0 < answer["probability"] <= 1
-    by_id = cifar_exp(f"run={run.info.run_id}", "--json", str(images[0]), module="cifar_exp.cli.predict")
+    by_id = cifar_exp("predict", run.info.run_id, "--json", str(images[0]))
     assert by_id.stdout == predicted.stdout
 
 

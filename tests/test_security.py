@@ -207,7 +207,7 @@ def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace:
             (["uri=x"], "it must be tracking.uri="),
             ([store, "--port=70000"], "--port=70000"),
         ):
-            refused = cifar_exp(*arguments, module="cifar_exp.cli.ui")
+            refused = cifar_exp("ui", *arguments)
             assert refused.returncode == 2
             assert message in refused.stderr
             assert "Traceback" not in refused.stderr

@@ -44,13 +44,13 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     assert kept == {"speedup.csv", "speedup.png", "speedup.html"}
     assert "CPU-simulated" in done.stdout
 
-    again = cifar_exp(parent.info.run_id, "--to", "again", module="cifar_exp.cli.report")
+    again = cifar_exp("report", parent.info.run_id, "--to", "again")
     assert again.returncode == 0, again.stderr
     assert (workplace / "again" / "speedup.csv").read_text() == table.read_text()
     assert (workplace / "again" / "speedup.png").stat().st_size > 1000
 
-    options = ["--to", "folder", "--target-accuracy", "0.01", "--price-per-hour", "3600"]
-    folder = cifar_exp(str(table.parent), *options, module="cifar_exp.cli.report")
+    options = ["--to", "folder", "report.target_accuracy=0.01", "report.price_per_hour=3600"]
+    folder = cifar_exp("report", str(table.parent), *options)
     assert folder.returncode == 0, folder.stderr
     priced = list(csv.DictReader((workplace / "folder" / "speedup.csv").open()))
     assert [row["speedup"] for row in priced] == [row["speedup"] for row in rows]
@@ -60,7 +60,7 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
         assert float(row["device_seconds_to_accuracy"]) == pytest.approx(seconds * int(row["devices"]))
         assert float(row["price_to_accuracy"]) == pytest.approx(seconds * int(row["devices"]))
 
-    both = cifar_exp(str(table.parent), parent.info.run_id, "--to", "both", module="cifar_exp.cli.report")
+    both = cifar_exp("report", str(table.parent), parent.info.run_id, "--to", "both")
     assert both.returncode == 0, both.stderr
     compared = list(csv.DictReader((workplace / "both" / "comparison.csv").open()))
     assert [(row["devices"], row["figure"]) for row in compared[:3]] == [
@@ -68,21 +68,21 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     ]
     assert all(row["first"] == row["second"] for row in compared)  # the folder and the store say the same
 
-    wrong = cifar_exp(str(table.parent), "--target-accuracy", "85", module="cifar_exp.cli.report")
+    wrong = cifar_exp("report", str(table.parent), "report.target_accuracy=85")
     assert wrong.returncode == 2
-    assert "Type --target-accuracy=0.85" in wrong.stderr
+    assert "Set report.target_accuracy=0.85" in wrong.stderr
     (workplace / "file").write_text("of mine")
-    refused = cifar_exp(str(table.parent), "--to", "file", module="cifar_exp.cli.report")
+    refused = cifar_exp("report", str(table.parent), "--to", "file")
     assert refused.returncode == 8
-    assert "Type --to with another folder" in refused.stderr
-    away = cifar_exp(parent.info.run_id, "--uri", "http://127.0.0.1:9", module="cifar_exp.cli.report")
+    assert "Set --to to another folder" in refused.stderr
+    away = cifar_exp("report", parent.info.run_id, "tracking.uri=http://127.0.0.1:9")
     assert away.returncode == 5
     assert "Traceback" not in away.stderr
     shutil.copytree(table.parent, table.parent.with_name("before"))
-    several = cifar_exp(str(table.parent.parent), module="cifar_exp.cli.report")
+    several = cifar_exp("report", str(table.parent.parent))
     assert several.returncode == 2
     assert "there are 2 sweeps in this folder" in several.stderr
-    lost = cifar_exp("0123456789abcdef", module="cifar_exp.cli.report")
+    lost = cifar_exp("report", "0123456789abcdef")
     assert lost.returncode == 2
     assert "there is no such run" in lost.stderr
 

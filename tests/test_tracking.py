@@ -166,7 +166,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
             wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
             relay.turn("pass")
             wait_for(lambda told=told: (workplace / "errors").read_text().count("is back") > told, process)
-        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("run", module="cifar_exp.cli.sync")):
+        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -177,7 +177,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     finally:
         process.kill()
     assert (workplace / "errors").read_text().count("\n") <= 6  # two outages, and the end
-    done = cifar_exp("run", module="cifar_exp.cli.sync")  # what there was no time for
+    done = cifar_exp("sync", "run")  # what there was no time for
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)
     assert record.info.status == "KILLED"
@@ -217,8 +217,8 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     (workplace / "outputs" / "finished" / UNDELIVERED_FILE).touch()
     next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
     assert next_start.returncode == 0, next_start.stderr
-    assert next_start.stderr.count("cifar-exp-sync") == 1
-    assert "cifar-exp-sync outputs/finished" in next_start.stderr
+    assert next_start.stderr.count("cifar-exp sync") == 1
+    assert "cifar-exp sync outputs/finished" in next_start.stderr
     status = {run.info.run_id: run.info.status for run in all_runs(store)}
     expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
     expected |= {reused: "KILLED", rebooted: "KILLED", finished: "FINISHED"}
@@ -258,14 +258,14 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert done.returncode == 5
     assert "Traceback" not in done.stderr
     folder = the_run(workplace)
-    assert done.stderr.splitlines()[-1].endswith(f"cifar-exp-sync {folder.relative_to(workplace)}")
+    assert done.stderr.splitlines()[-1].endswith(f"cifar-exp sync {folder.relative_to(workplace)}")
     assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
     assert not (folder / RUN_ID_FILE).exists()
 
     again = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert again.returncode == 5  # it has been trained, and is as unknown as before
     assert "finished before, test accuracy" in again.stdout
-    refused = cifar_exp(str(folder), module="cifar_exp.cli.sync")
+    refused = cifar_exp("sync", str(folder))
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
@@ -273,7 +273,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
     assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
-    again = cifar_exp("outputs", module="cifar_exp.cli.sync")
+    again = cifar_exp("sync", "outputs")
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
     assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout
@@ -298,10 +298,10 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     (folder,) = (workplace / "outputs").glob("multirun/*/*")
     shutil.move(workplace / "outputs" / "mlflow.db", workplace / "lost.db")
     other = f"sqlite:///{workplace / 'other.db'}"
-    brought = cifar_exp(str(folder / "1"), f"tracking.uri={other}", module="cifar_exp.cli.sync")
+    brought = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
     assert brought.returncode == 0, brought.stderr
     assert len(brought.stdout.splitlines()) == 2  # the job, and the sweep that it belongs to
-    brought = cifar_exp(str(folder), f"tracking.uri={other}", module="cifar_exp.cli.sync")
+    brought = cifar_exp("sync", str(folder), f"tracking.uri={other}")
     assert brought.returncode == 0, brought.stderr
     store = MlflowClient(other)
     runs = all_runs(store)
@@ -315,9 +315,9 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     assert parent.data.tags["devices"] == "1,2"
     for wrong, message in {
         ("nowhere",): "there is no run in this folder",
-        (str(folder), "tracking.url=x"): "tracking.uri=<address> or tracking.experiment=<name>",
+        (str(folder), "tracking.url=x"): "one of tracking.uri=<value>, tracking.experiment=<value>",
         (str(folder), "tracking.uri=ftp://x"): "it must begin with one of",
     }.items():
-        refused = cifar_exp(*wrong, module="cifar_exp.cli.sync")
+        refused = cifar_exp("sync", *wrong)
         assert refused.returncode == 2
         assert message in refused.stderr

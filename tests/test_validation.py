@@ -369,9 +369,7 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
     Image.new("RGB", (32, 32)).save(workplace / "black.png")
     for words, saved in (([], best), (["checkpoint=last"], newest)):
         trusted = "trusted_modules=[bias]"
-        predicted = cifar_exp(
-            "run=outputs/whole", *words, trusted, "--json", "black.png", module="cifar_exp.cli.predict"
-        )
+        predicted = cifar_exp("predict", "outputs/whole", *words, trusted, "--json", "black.png")
         assert predicted.returncode == 0, predicted.stderr
         expected = float(saved.model["bias"].softmax(0).max())
         assert json.loads(predicted.stdout)["probability"] == pytest.approx(expected, abs=1e-4)
@@ -427,9 +425,9 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
 
     with pytest.raises(ConfigError, match=r"checkpoint=best: run was trained without data.validation and keeps none"):
         Classifier.of_run(Path("run"), "best")
-    refused = cifar_exp("run=run", "checkpoint=newest", "black.png", module="cifar_exp.cli.predict")
+    refused = cifar_exp("predict", "run", "checkpoint=newest", "black.png")
     assert refused.returncode == 2
-    assert "checkpoint=newest: it must be best or last. Type checkpoint=best" in refused.stderr
+    assert "checkpoint=newest: it must be best or last. Set checkpoint=best" in refused.stderr
 
 
 def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None:

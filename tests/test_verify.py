@@ -30,7 +30,6 @@ SMALL = [
     *("data=synthetic", "data.train_count=100", "data.test_count=33", "train.batch_size=8", "train.epochs=2"),
     *("model.width=4", "model.depth=1", "devices=cpu", "devices.oversubscribe=true"),
 ]
-VERIFY = "cifar_exp.cli.verify"
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def failed(result: dict[str, Any]) -> set[str]:
 @pytest.mark.usefixtures("no_store")
 def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) -> None:
     """Every check's figure on 1, 2 and 4 ranks; what is written, where, and for whom."""
-    done = cifar_exp(*SMALL, "devices.count=1,2,4", module=VERIFY)
+    done = cifar_exp("verify", *SMALL, "devices.count=1,2,4")
     assert done.returncode == 0, done.stderr
     assert "1, 2 and 4 ranks compute what one rank computes: outputs/" in done.stdout
     content = report(workplace)
@@ -110,7 +109,7 @@ def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) ->
 )
 def test_parity_holds_for_all_that_changes_a_step(cifar_exp: Command, workplace: Path, words: tuple[str, ...]) -> None:
     base = [word for word in SMALL if not (word.startswith("model.") and "experiment=speedrun" in words)]
-    done = cifar_exp(*base, "devices.count=2", *words, module=VERIFY)
+    done = cifar_exp("verify", *base, "devices.count=2", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = report(workplace)["results"]
     assert len(result["losses"]["ranks"]) == (1 if "train.epochs=1" in words else 3)
@@ -166,7 +165,7 @@ def test_a_fault_is_found_by_the_checks_that_are_about_it(cifar_exp: Command, wo
     (workplace / "faulty.py").write_text(code + network)
     own = ("model._target_=faulty.model", "trusted_modules=[faulty]")
     own += ("train.batch_norm=synchronized",) if fault.startswith("statistics") else ()
-    done = cifar_exp(*SMALL, *own, "devices.count=2", "progress=quiet", module=VERIFY)
+    done = cifar_exp("verify", *SMALL, *own, "devices.count=2", "progress=quiet")
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith("DOES NOT HOLD: 2 ranks: ")
     assert done.stderr == ""
@@ -183,10 +182,10 @@ def test_a_fault_is_found_by_the_checks_that_are_about_it(cifar_exp: Command, wo
 
 
 def test_quiet_prints_the_verdict_alone_and_needs_no_mlflow(workplace: Path) -> None:
-    code = "import sys\nfrom cifar_exp.cli.verify import main\nif __name__ == '__main__':\n"
+    code = "import sys\nfrom cifar_exp.cli.main import main\nif __name__ == '__main__':\n"
     code += "    try: main()\n    finally: print('mlflow:', 'mlflow' in sys.modules, file=sys.stderr)\n"
     (workplace / "command.py").write_text(code)
-    words = [sys.executable, "command.py", *SMALL, "devices.count=2", "progress=quiet", "hydra.run.dir=here"]
+    words = [sys.executable, "command.py", "verify", *SMALL, "devices.count=2", "progress=quiet", "hydra.run.dir=here"]
     done = subprocess.run(words, cwd=workplace, env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "mlflow: False\n")
     assert done.stdout == "2 ranks compute what one rank computes: here/parity.md\n"
@@ -225,9 +224,9 @@ def test_what_is_wrong_is_one_message_with_the_contracts_exit_code(
 ) -> None:
     code, parts = REFUSED[words]
     (workplace / "something").touch()
-    done = cifar_exp(*words.split(), module=VERIFY)
+    done = cifar_exp("verify", *words.split())
     assert done.returncode == code, done.stderr
-    assert done.stderr.startswith("cifar-exp-verify: ")
+    assert done.stderr.startswith("cifar-exp: ")
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in done.stderr
@@ -264,16 +263,16 @@ def test_a_users_own_config_folder_counts(workplace: Path) -> None:
         configurations(["model=tiny", "devices.count=1,2"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h", "train.epochs=0"], ["train.epochs=0"]])
+@pytest.mark.parametrize("words", [["--help"], ["train.epochs=0", "--help"], ["train.epochs=0"]])
 def test_help_and_refusals_do_not_wait_for_torch(workplace: Path, words: list[str]) -> None:
     code = (
-        "import sys\nfrom cifar_exp.cli.verify import main\n"
+        "import sys\nfrom cifar_exp.cli.main import main\n"
         "try: main()\nfinally: print('heavy:', {'torch', 'mlflow', 'torchvision', 'matplotlib'} & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, *words]
+    command = [sys.executable, "-c", code, "verify", *words]
     done = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, check=False)
     assert "heavy: set()" in done.stdout
-    if words[0].startswith("-"):
+    if "--help" in words:
         assert done.returncode == 0
         assert "Exit codes: 0 the ranks compute the same, 1 they do not" in done.stdout
 
@@ -281,7 +280,7 @@ def test_help_and_refusals_do_not_wait_for_torch(workplace: Path, words: list[st
 @pytest.mark.parametrize("moment", ["at once", "while ranks compute"])
 def test_ctrl_c_ends_it_without_a_traceback(workplace: Path, moment: str) -> None:
     large = ["data.train_count=20000", "train.batch_size=256", "model.width=32", "model.depth=4", "devices.count=1,2"]
-    words = [sys.executable, "-c", "from cifar_exp.cli.verify import main; main()", *SMALL, *large]
+    words = [sys.executable, "-c", "from cifar_exp.cli.main import main; main()", "verify", *SMALL, *large]
     process = subprocess.Popen(
         words, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

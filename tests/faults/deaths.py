@@ -122,7 +122,7 @@ def parent_terminated_beside_a_stopped_rank(scene: Scene) -> None:
     running.signal(signal.SIGTERM)
     ended = running.wait(25)
     says(ended, 143)
-    assert statuses(scene) == ["KILLED"] or "cifar-exp-sync" in ended.err  # the ranks have taken most of the time
+    assert statuses(scene) == ["KILLED"] or "cifar-exp sync" in ended.err  # the ranks have taken most of the time
     says(scene.run(*run, *HERE), 0)
     assert_same_as_uninterrupted(scene, run)
     scene.handled("SIGTERM of the parent while a rank is stopped", GOES_ON)

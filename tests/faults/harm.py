@@ -36,7 +36,7 @@ def malicious_target(scene: Scene) -> None:
     config["trusted_modules"] = ["os", "posix", "tests"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     picture().save(scene.folder / "picture.png")
-    ended = scene.run("run=run", "trusted_modules=[tests]", "picture.png", module="cifar_exp.cli.predict")
+    ended = scene.run("predict", "run", "trusted_modules=[tests]", "picture.png")
     says(ended, 2, "augment._target_=os.mkdir")
     assert not (scene.folder / "executed").exists(), "code that a run's folder names was run"
     scene.handled("a target in a run's config.yaml", "the same")
@@ -59,7 +59,7 @@ def host_header(scene: Scene) -> None:
     """A page elsewhere that rebinds its name to this machine gets nothing, and nobody else can connect at all."""
     says(scene.run(*settings(1), *HERE), 0)
     port = free_port()
-    running = scene.start("--port", str(port), module="cifar_exp.cli.ui")
+    running = scene.start("ui", "--port", str(port))
     deadline = time.monotonic() + LIMIT
     while (answer := status(port, f"127.0.0.1:{port}")) is None:
         assert time.monotonic() < deadline, running.err
@@ -75,7 +75,7 @@ def host_header(scene: Scene) -> None:
     listening = {c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}, listening
     scene.handled("another machine's request to the UI", "it listens on 127.0.0.1 alone")
-    second = scene.run("--port", str(port), module="cifar_exp.cli.ui", tmp=_folder(scene))
+    second = scene.run("ui", "--port", str(port), tmp=_folder(scene))
     assert second.code not in (0, 1), second
     says(second, second.code, str(port))
     scene.handled("the UI's port is taken", "the same")

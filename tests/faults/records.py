@@ -29,7 +29,7 @@ from tests.faults.scene import LIMIT, Ended, Running, Scene, says
 from tests.faults.storage import fill, remount, tmpfs
 
 SERVED = "server.db"  # the store behind the server
-DELIVERED = "cifar-exp-sync delivers every point once"
+DELIVERED = "cifar-exp sync delivers every point once"
 
 
 class Server:
@@ -108,13 +108,13 @@ def until_recorded(scene: Scene, running: Running, count: int, database: str) ->
 
 def owes(ended: Ended, *words: str) -> None:
     """Trained to the end, not everything delivered: 5, and what to type."""
-    says(ended, 5, "nothing is lost", "cifar-exp-sync run", *words)
+    says(ended, 5, "nothing is lost", "cifar-exp sync run", *words)
 
 
 def deliver(scene: Scene, *arguments: str, database: str = "outputs/mlflow.db") -> None:
     """Type what the run said, once its store is there again, and twice: each point is there once."""
     for _ in range(2):
-        says(scene.run("run", *arguments, module="cifar_exp.cli.sync"), 0)
+        says(scene.run("sync", "run", *arguments), 0)
         assert_recorded_once(scene, database=database)
         assert statuses(scene, database)[-1] == "FINISHED"
 

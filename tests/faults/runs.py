@@ -80,10 +80,10 @@ def trains(scene: Scene, ended: Ended, code: int, *words: str, run_dir: str = "r
     On a machine that is very busy the store may be too slow for the patience of a run's end. That is told, with what to
     type, which is then typed here.
     """
-    undelivered = f"cifar-exp-sync {run_dir}{chr(10)}" in ended.err
+    undelivered = f"cifar-exp sync {run_dir}{chr(10)}" in ended.err
     says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
     if undelivered:
-        says(scene.run(run_dir, module="cifar_exp.cli.sync"), 0)
+        says(scene.run("sync", run_dir), 0)
 
 
 def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:

@@ -214,7 +214,7 @@ def malicious_pickle(scene: Scene) -> None:
     torch.save(dict(vars(trained())) | {"classes": Malicious(marker)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
-    says(scene.run("run=run", str(scene.folder), module="cifar_exp.cli.predict"), 8, path.name, "cannot be read")
+    says(scene.run("predict", "run", str(scene.folder)), 8, path.name, "cannot be read")
     assert not marker.exists(), "code in a checkpoint was executed"
     scene.handled("a malicious pickle as a checkpoint", "the same")
 
