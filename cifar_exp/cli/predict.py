@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from cifar_exp.cli.words import settings_in
-from cifar_exp.config.reading import read_config
 from cifar_exp.data.batches import Normalization
-from cifar_exp.errors import ConfigError, DataError
+from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.find_run import find_run
-from cifar_exp.runs.components import build
+from cifar_exp.records.run_folder import CONFIG_FILE
+from cifar_exp.runs.components import model_factory
+from cifar_exp.runs.config_changes import UNREADABLE
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -56,10 +58,8 @@ class Classifier:
                 f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Type checkpoint=last"
             )
         saved = saved or checkpoint.newest(run_dir, warn)
-        config = OmegaConf.load(run_dir / "config.yaml")
-        assert not isinstance(config, list)
-        OmegaConf.update(config, "trusted_modules", list(trusted))
-        model = build(read_config(config)).make_model(num_classes=len(saved.classes))  # type: ignore[arg-type]
+        section = _model_section(run_dir / CONFIG_FILE)
+        model = model_factory(section, trusted)(num_classes=len(saved.classes))
         model.load_state_dict(saved.model)
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
 
@@ -82,6 +82,19 @@ class Classifier:
             raise DataError(f"{path}: it cannot be read as an image: {error}") from error
         resized: Tensor = transforms.resize(pixels, list(self.image_size), antialias=True)
         return resized
+
+
+def _model_section(path: Path) -> dict[str, Any]:
+    """``model`` of a run's configuration.
+
+    Raises:
+        StorageError: where there is none that can be read.
+    """
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        return dict(config["model"])
+    except UNREADABLE as error:
+        raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
 
 
 def images_in(paths: Sequence[str]) -> list[Path]:

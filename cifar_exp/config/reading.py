@@ -1,8 +1,8 @@
-"""Composed YAML -> the typed configuration and the parts it names. The only place that instantiates anything."""
+"""The composed configuration -> the typed one, every setting checked."""
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.messages import _explain
 from cifar_exp.config.schema import COMMON, Config
+from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
 
-TRUSTED = ("cifar_exp", "torch", "torchvision")
 SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
 
 
@@ -34,6 +34,7 @@ def read_config(composed: DictConfig) -> Config:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error
+    plain = with_names(plain, RENAMED)
     config: Config = _validated(Config, plain, "")
     for name in SECTIONS:
         section = plain[name]
@@ -45,7 +46,7 @@ def read_config(composed: DictConfig) -> Config:
         if name in COMMON:
             known = {field.name for field in fields(COMMON[name])}
             _validated(COMMON[name], {key: value for key, value in section.items() if key in known}, f"{name}.")
-    _check_targets(plain, "", (*TRUSTED, *config.trusted_modules))
+        check_targets(name, section, config.trusted_modules)
     return config
 
 
@@ -55,24 +56,3 @@ def _validated(schema: type, content: Mapping[str, Any], prefix: str) -> Any:
         return TypeAdapter(schema).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, prefix)) from error
-
-
-def _check_targets(content: Any, setting: str, trusted: Iterable[str]) -> None:
-    """Refuse every `_target_`, however deep, that lies outside the trusted packages, before it is imported."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            name = f"{setting}.{key}" if setting else str(key)
-            if key == "_target_" and not _is_trusted(str(value), trusted):
-                package = str(value).split(".")[0]
-                raise ConfigError(
-                    f"{name}={value}: only code of {', '.join(trusted)} is run. If you trust it, type "
-                    f"'trusted_modules=[{package}]'"
-                )
-            _check_targets(value, name, trusted)
-    elif isinstance(content, list):
-        for index, value in enumerate(content):
-            _check_targets(value, f"{setting}.{index}", trusted)
-
-
-def _is_trusted(path: str, trusted: Iterable[str]) -> bool:
-    return any(path == module or path.startswith(f"{module}.") for module in trusted)

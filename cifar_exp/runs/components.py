@@ -4,18 +4,22 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 
 from cifar_exp.config.messages import _refused, nearest, shown
-from cifar_exp.config.reading import SECTIONS, TRUSTED, _check_targets, _is_trusted
+from cifar_exp.config.reading import SECTIONS
 from cifar_exp.config.schema import KEPT, Config
+from cifar_exp.config.targets import ALLOWED, RENAMED, allowed, check_targets, matches, with_names
 from cifar_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from cifar_exp.training.schedules import Schedule
 
 # Arguments that the framework passes itself, so that a configuration neither needs nor may set them.
+OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 PASSED = {"model": {"num_classes"}, "optimizer": {"params"}, "schedule": {"step", "steps_per_epoch", "epochs"}}
 
 
@@ -50,10 +55,7 @@ def build(config: Config) -> Parts:
     Raises:
         ConfigError: where one cannot be imported, or does not take the settings it is given.
     """
-    trusted = (*TRUSTED, *config.trusted_modules)
-    if config.trusted_modules and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # the user's modules lie where the command is typed
-    bound = {name: _bind(name, getattr(config, name), trusted) for name in SECTIONS}
+    bound = {name: _bind(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
     return Parts(
         dataset=bound["data"],
         augmentation=bound["augment"](),
@@ -67,11 +69,23 @@ def build(config: Config) -> Parts:
 
 def build_tracker(composed: DictConfig) -> "Tracker":
     """The tracker alone, for what records more than one run."""
-    section: Any = OmegaConf.to_container(composed.tracking, resolve=True)
-    trusted = (*TRUSTED, *composed.trusted_modules)
-    _check_targets({"tracking": section}, "", trusted)
-    tracker: Tracker = _bind("tracking", section, trusted)()
+    section: Any = with_names(OmegaConf.to_container(composed.tracking, resolve=True), RENAMED)
+    tracker: Tracker = _bind("tracking", section, composed.trusted_modules)()
     return tracker
+
+
+def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelFactory":
+    """The network of a run's configuration, and nothing else of it: the run may come from anybody.
+
+    Args:
+        section: ``model`` of the configuration, today's names or older ones.
+        trusted: modules beside the allowed ones whose code may be run.
+
+    Raises:
+        ConfigError: where it is not allowed, or does not take its settings.
+    """
+    factory: ModelFactory = _bind("model", with_names(section, RENAMED), trusted)
+    return factory
 
 
 class _SettingsAcceptedError(Exception):
@@ -100,47 +114,124 @@ def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
     return partial(factory.func, *factory.args, **keywords)
 
 
-def _bind(name: str, section: Mapping[str, Any], trusted: Iterable[str]) -> "partial[Any]":
-    """The section's `_target_` with its keywords, checked against its signature."""
-    target = _imported(section["_target_"], f"{name}._target_", trusted)
-    keywords = {key: value for key, value in section.items() if key not in {"_target_", *KEPT.get(name, ())}}
+def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "partial[Any]":
+    """The section's `_target_` with its settings, as ``hydra.utils.instantiate`` with ``_partial_`` makes it.
+
+    Raises:
+        ConfigError: where a `_target_` is not allowed, or does not take what it is given.
+    """
+    if trusted and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the user's modules lie where the command is typed
+    check_targets(name, section, trusted)
+    settings = {key: value for key, value in section.items() if key not in KEPT.get(name, ())}
+    _check_kinds(name, settings, trusted)
+    _check_settings(name, settings, _imported(settings["_target_"], f"{name}._target_"))
+    try:
+        with nullcontext():
+            bound = instantiate(settings, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(f"{name}: {error.__cause__ or error}") from error
+    plain: partial[Any] = _without_hydra(bound)
+    return plain
+
+
+def _without_hydra(value: Any) -> Any:
+    """Hydra's own kind of partial, however deep, as Python's: ranks unpickle it, and they do not import Hydra."""
+    if isinstance(value, partial):
+        keywords = {key: _without_hydra(argument) for key, argument in value.keywords.items()}
+        return partial(value.func, *map(_without_hydra, value.args), **keywords)
+    if isinstance(value, dict):
+        return {key: _without_hydra(part) for key, part in value.items()}
+    return [_without_hydra(part) for part in value] if isinstance(value, list) else value
+
+
+def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
+    """Import every `_target_` of a section, and refuse what is not of the section's kind.
+
+    What lies in ``trusted_modules`` may be of any kind. What these modules only import is not theirs.
+    """
+    if isinstance(content, Mapping):
+        if path := content.get("_target_"):
+            setting = f"{name}._target_={path}"
+            target = _imported(path, f"{name}._target_")
+            home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+            own = matches(home, allowed(name, trusted)[len(ALLOWED[name]) :])
+            if not callable(target) or not (own or (matches(home, ALLOWED[name]) and KINDS[name](target))):
+                raise ConfigError(f"{setting}: it is no {NOUNS[name]} of {', '.join(ALLOWED[name])}")
+        for value in content.values():
+            _check_kinds(name, value, trusted)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            _check_kinds(name, value, trusted)
+
+
+def _returns(target: Any, kind: str) -> bool:
+    """Whether a class is, or a function says that it returns, something called ``kind``."""
+    if inspect.isclass(target):
+        return any(base.__name__ == kind for base in target.__mro__)
+    with suppress(NameError, TypeError):
+        returned = get_type_hints(target).get("return")
+        return inspect.isclass(returned) and any(base.__name__ == kind for base in returned.__mro__)
+    return False
+
+
+# Names of classes, since importing them takes seconds that a wrong setting need not wait for.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "data": lambda target: _returns(target, "DatasetFiles"),
+    "augment": inspect.isclass,
+    "model": lambda target: _returns(target, "Module"),
+    "optimizer": lambda target: _returns(target, "Optimizer"),
+    "schedule": lambda target: PASSED["schedule"] <= set(inspect.signature(target).parameters),
+    "launcher": lambda target: inspect.isclass(target) and hasattr(target, "launch"),
+    "tracking": lambda target: inspect.isclass(target) and hasattr(target, "sink"),
+}
+NOUNS = {
+    "data": "data set",
+    "augment": "augmentation",
+    "model": "network",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "launcher": "launcher",
+    "tracking": "tracker",
+}
+
+
+def _check_settings(name: str, settings: Mapping[str, Any], target: Any) -> None:
+    """Check settings against the signature of their `_target_`."""
+    path = settings["_target_"]
+    keywords = {key: value for key, value in settings.items() if key not in OF_HYDRA}
     try:
         signature = inspect.signature(target, eval_str=True)
     except (TypeError, ValueError) as error:  # as that of a built-in class
         raise ConfigError(
-            f"{name}._target_={section['_target_']}: it does not say what it is called with. Type that of a function "
-            f"or class which does"
+            f"{name}._target_={path}: it does not say what it is called with. Set it to a function or class which does"
         ) from error
+    given = list(signature.parameters)[: len(settings.get("_args_", ()))]  # by position
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     passed = PASSED.get(name, set())
     valid = set(signature.parameters) - passed
     for key, value in keywords.items():
         if key in passed or (key not in signature.parameters and not takes_any):
             raise ConfigError(
-                f"{name}.{key}={shown(value)}: {section['_target_']} has no such setting. "
+                f"{name}.{key}={shown(value)}: {path} has no such setting. "
                 f"{nearest(f'{name}.{key}', [f'{name}.{word}' for word in valid])}"
             )
-        if key in signature.parameters:
+        if key in signature.parameters and not isinstance(value, Mapping):
             _check_type(f"{name}.{key}", value, signature.parameters[key].annotation)
     for key, parameter in signature.parameters.items():
         variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         required = parameter.default is parameter.empty and not variable
-        if required and key not in keywords and key not in passed:
-            raise ConfigError(f"{name}.{key}: {section['_target_']} needs it. Type +{name}.{key}=<value>")
-    return partial(target, **keywords)
+        if required and key not in keywords and key not in passed and key not in given:
+            raise ConfigError(f"{name}.{key}: {path} needs it. Set +{name}.{key}=<value>")
 
 
-def _imported(path: str, setting: str, trusted: Iterable[str]) -> Any:
-    """The class or function at a dotted path; a re-export of something that is not trusted is refused too."""
+def _imported(path: str, setting: str) -> Any:
+    """The class or function at a dotted path."""
     module, _, attribute = path.rpartition(".")
     try:
-        target = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{setting}={path}: it cannot be imported: {error}") from error
-    home = str(getattr(target, "__module__", module))
-    if not callable(target) or not _is_trusted(home, trusted):
-        raise ConfigError(f"{setting}={path}: it is no class or function of {', '.join(trusted)}")
-    return target
 
 
 def _check_type(setting: str, value: Any, annotation: Any) -> None:

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
+from cifar_exp.config.targets import FIRST_NAMES, RENAMED, with_names
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.system.redaction import masked
 
@@ -24,7 +25,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLErro
 
 def config_hash(config: Config) -> str:
     """sha256 in hex of every setting that bears on the result; another password makes no other run."""
-    settings = {name: value for name, value in _settings(masked(asdict(config))).items() if not _is_incidental(name)}
+    plain = with_names(masked(asdict(config)), FIRST_NAMES)  # a run of an earlier version keeps its hash
+    settings = {name: value for name, value in _settings(plain).items() if not _is_incidental(name)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,7 +45,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
     if not config:
         raise ValueError(f"{CONFIG_FILE} is empty")
-    return dict(config)
+    return dict(with_names(config, RENAMED))
 
 
 def _is_incidental(name: str) -> bool:

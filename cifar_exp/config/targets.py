@@ -1,0 +1,92 @@
+"""Which `_target_`s a configuration may name, section by section, and what renamed ones were called before."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cifar_exp.errors import ConfigError
+
+# Patterns as Hydra 1.4 has them: a dotted path, or a module with `.*` for what lies in it. Whole packages of torch are
+# not here: torch.hub.load, torch.load, torch.ops.load_library and others run code or write files. What is imported is
+# checked once more, by its kind (`runs/components.py`).
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "data": ("cifar_exp.data.*",),
+    "augment": ("cifar_exp.data.augment.*",),
+    "model": ("cifar_exp.models.*", "torch.nn.*", "torchvision.models.*"),
+    "optimizer": ("cifar_exp.training.optimizers.*", "torch.optim.*"),
+    "schedule": ("cifar_exp.training.schedules.*",),
+    "launcher": ("cifar_exp.launch.*",),
+    "tracking": ("cifar_exp.tracking.*",),
+}
+# Configurations and run folders of earlier versions name these.
+RENAMED = {
+    "cifar_exp.models.convnet": "cifar_exp.models.networks.convnet",
+    "cifar_exp.models.resnet": "cifar_exp.models.networks.resnet",
+    "cifar_exp.speednet.speednet": "cifar_exp.models.speednet.speednet",
+    "cifar_exp.datasets.cifar10": "cifar_exp.data.cifar10.cifar10",
+    "cifar_exp.datasets.folders": "cifar_exp.data.class_folders.folders",
+    "cifar_exp.datasets.synthetic": "cifar_exp.data.synthetic.synthetic",
+    "cifar_exp.augment.Shift": "cifar_exp.data.augment.Shift",
+    "cifar_exp.augment.Crop": "cifar_exp.data.augment.Crop",
+    "cifar_exp.augment.Alternating": "cifar_exp.data.augment.Alternating",
+    "cifar_exp.augment.Identity": "cifar_exp.data.augment.Identity",
+    "cifar_exp.optim.Muon": "cifar_exp.training.optimizers.Muon",
+    "cifar_exp.optim.piecewise": "cifar_exp.training.schedules.piecewise",
+    "cifar_exp.optim.cosine": "cifar_exp.training.schedules.cosine",
+    "cifar_exp.optim.linear": "cifar_exp.training.schedules.linear",
+    "cifar_exp.launch.ElasticLauncher": "cifar_exp.launch.elastic.ElasticLauncher",
+    "cifar_exp.tracking.MLflowTracker": "cifar_exp.tracking.mlflow_tracker.MLflowTracker",
+    "cifar_exp.tracking.NoTracker": "cifar_exp.tracking.tracker.NoTracker",
+}
+FIRST_NAMES = {new: old for old, new in RENAMED.items()}
+
+
+def with_names(content: Any, names: Mapping[str, str]) -> Any:
+    """``content`` with every ``_target_``, however deep, renamed as ``names`` says.
+
+    ``names``: :data:`RENAMED` for today's names; :data:`FIRST_NAMES` for those that hashes of configurations are made
+    with, so that they stay what they were.
+    """
+    if isinstance(content, Mapping):
+        return {
+            key: names.get(str(value), value) if key == "_target_" else with_names(value, names)
+            for key, value in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return type(content)(with_names(value, names) for value in content)
+    return content
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted path is one of ``patterns`` or lies in one that ends in ``.*``."""
+    return any(path == pattern or (pattern.endswith(".*") and path.startswith(pattern[:-1])) for pattern in patterns)
+
+
+def allowed(section: str, trusted: Iterable[str]) -> tuple[str, ...]:
+    """The patterns of a section, and those of the modules that ``trusted_modules`` names."""
+    own = tuple(pattern for module in trusted for pattern in (module, f"{module}.*"))
+    return (*ALLOWED[section], *own)
+
+
+def check_targets(section: str, content: Any, trusted: Iterable[str]) -> None:
+    """Refuse every `_target_` in a section, however deep, that is not allowed there. Nothing is imported.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    patterns = allowed(section, trusted)
+
+    def check(part: Any, setting: str) -> None:
+        if isinstance(part, Mapping):
+            for key, value in part.items():
+                if key == "_target_" and not matches(str(value), patterns):
+                    module = str(value).rpartition(".")[0] or str(value)
+                    raise ConfigError(
+                        f"{setting}._target_={value}: in {section} it may lie in {', '.join(ALLOWED[section])}. If you "
+                        f"trust that code, set 'trusted_modules=[{module}]'"
+                    )
+                check(value, f"{setting}.{key}")
+        elif isinstance(part, list | tuple):
+            for index, value in enumerate(part):
+                check(value, f"{setting}.{index}")
+
+    check(content, section)
