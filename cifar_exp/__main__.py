@@ -1,3 +1,5 @@
-from cifar_exp.cli.main import main
+import sys
 
-main()
+from cifar_exp.cli.entry import train
+
+sys.exit(train())

@@ -24,6 +24,7 @@ from cifar_exp.parity.report import Report, Result
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
+from tests.helpers.processes import answers_signals
 from tests.test_failures import wait_for
 
 SMALL = [
@@ -290,7 +291,7 @@ def test_ctrl_c_ends_it_without_a_traceback(workplace: Path, moment: str) -> Non
             wait_for(lambda: list((workplace / "outputs").rglob("*.log")), process)
             time.sleep(5)
         else:
-            wait_for(lambda: "cifar_exp" in Path(f"/proc/{process.pid}/cmdline").read_text(), process)
+            wait_for(lambda: answers_signals(process.pid), process)
             time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)

@@ -19,6 +19,7 @@ from cifar_exp.data.dataset_files import SPLITS, DatasetFiles
 from cifar_exp.errors import CifarExpError, DataError, storage_errors
 from cifar_exp.system.progress_line import Progress
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 
 Counts = Counter[tuple[str, str, str]]
 """(split, class, ``written`` or ``skipped``) -> images."""
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, which is that of the training command for the same error."""
     settings = _parser().parse_args(arguments)
     try:
+        settle()
         files = cifar10(settings.root, mirror=settings.mirror, archive=settings.archive)
         counts = export(files, settings.to)
     except CifarExpError as error:
@@ -101,3 +103,7 @@ def table(classes: Sequence[str], counts: Counts) -> str:
     lines = ["class".ljust(width) + "".join(f"{split + ' ' + outcome:>15}" for split, outcome in columns)]
     lines += [name.ljust(width) + "".join(f"{cell:>15,}" for cell in cells) for name, cells in (*rows, sums)]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

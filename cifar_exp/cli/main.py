@@ -21,7 +21,7 @@ def main() -> None:
         ignore_signals()
     except (Stopped, Exception) as error:
         if (stopped := Stopped.behind(error) or swallowed()) is None:
-            raise
+            raise  # the entry tells it
         print(f"cifar-exp: {stopped}", file=sys.stderr)
         code = stopped.exit_code
     end_process(code)
@@ -32,11 +32,17 @@ def run_job(composed: "DictConfig") -> float:
     from cifar_exp.config.reading import read_config
     from cifar_exp.launch.forkserver import warm_up
     from cifar_exp.runs.components import build
+    from cifar_exp.system.surroundings import settle
 
     config = read_config(composed)
+    settle()
     warm_up()
     parts = build(config)
 
     from cifar_exp.runs.run import run
 
     return run(config, parts)
+
+
+if __name__ == "__main__":
+    main()

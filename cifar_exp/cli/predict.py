@@ -19,6 +19,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.records.find_run import find_run
 from cifar_exp.runs.components import build
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 
 USAGE = """usage: cifar-exp-predict run=<run> [checkpoint=<which>] [--json] <image or folder> ...
 
@@ -126,6 +127,7 @@ def main() -> None:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
         if which and which[-1] not in ("best", "last"):
             raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
+        settle()
         run_dir = find_run(runs[0])
         print(f"network of {run_dir}", file=sys.stderr)
         names = [name for word in trusted for name in word.strip("[]").split(",")]
@@ -160,3 +162,7 @@ def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> l
         else:
             print(f"{path}  {name}  {probability:.1%}")
     return broken
+
+
+if __name__ == "__main__":
+    main()

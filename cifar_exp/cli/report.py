@@ -14,6 +14,7 @@ from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
 from cifar_exp.study.report import Study
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
         _check(arguments.target_accuracy, arguments.price_per_hour)
         if len(arguments.sweeps) > 2:
             raise ConfigError(f"{' '.join(arguments.sweeps)}: one sweep is shown, or two are compared. Type two")
+        settle()
         found = [finished_runs(sweep, arguments.uri) for sweep in arguments.sweeps]
         compare = len(found) == 2
         settings = _settings(found[0], arguments.target_accuracy, arguments.price_per_hour)
@@ -88,3 +90,7 @@ def _comparison(sweeps: Sequence[str], runs: Sequence[Sequence[FinishedRun]]) ->
     first, second = (Path(sweep).name[:20] for sweep in sweeps)
     names = (f"A: {first}", f"B: {second}")
     return Comparison.of(names, *runs)
+
+
+if __name__ == "__main__":
+    main()

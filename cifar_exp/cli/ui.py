@@ -10,6 +10,7 @@ from pathlib import Path
 from cifar_exp.errors import CifarExpError, ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Become MLflow's server."""
     chosen = _parser().parse_args(arguments)
     try:
+        settle()
         address = store(chosen.store)
         check_port(chosen.port)
     except CifarExpError as error:
@@ -89,3 +91,7 @@ def environment(address: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"}
     settings = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return MLFLOW_DEFAULTS | kept | settings
+
+
+if __name__ == "__main__":
+    main()

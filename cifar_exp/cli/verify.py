@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, storage_errors
+from cifar_exp.errors import ConfigError, MachineError, Stopped, storage_errors
 from cifar_exp.system.process import allow_open_files, outlive_terminal
 from cifar_exp.system.signals import answer_signals, swallowed
+from cifar_exp.system.surroundings import settle
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
@@ -54,12 +55,12 @@ def main() -> None:
         if stopped := Stopped.behind(error) or swallowed():
             print(f"cifar-exp-verify: {stopped}", file=sys.stderr)
             sys.exit(stopped.exit_code)
-        if not isinstance(error, CifarExpError):
-            raise
+        from cifar_exp.system.bugs import told
         from cifar_exp.system.redaction import masked_text
 
-        print(f"cifar-exp-verify: {masked_text(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        problem = told(error)
+        print(f"cifar-exp-verify: {masked_text(str(problem))}", file=sys.stderr)
+        sys.exit(problem.exit_code)
 
 
 def verify(words: Sequence[str]) -> bool:
@@ -75,6 +76,7 @@ def verify(words: Sequence[str]) -> bool:
     outlive_terminal()
     allow_open_files()
     configs, folder = configurations(words)
+    settle()
     warm_up()
     parts = [build(config) for config in configs]
 
@@ -155,8 +157,8 @@ def _powers_of_two(config: "Config") -> list[int]:
     counts = device_counts(config.devices)
     if counts == [1]:
         found = find_devices(replace(config.devices, count=1))
-        cpu = "devices=cpu " if found.accelerator == "gpu" else ""
-        unit = "GPU" if found.accelerator == "gpu" else "core"
+        cpu = "" if found.accelerator == "cpu" else "devices=cpu "
+        unit = "core" if found.accelerator == "cpu" else "GPU"
         raise MachineError(
             f"{COUNT}=auto: found {found.found} {unit}{'s'[: found.found > 1]} for ranks of {found.threads} thread(s), "
             f"and {CHECKED}. Type {cpu}{COUNT}=1,2 devices.oversubscribe=true"
@@ -177,3 +179,7 @@ def _open(folder: Path) -> None:
         handler = logging.FileHandler(folder / "cifar-exp-verify.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 
+from cifar_exp.config import hydra_versions
 from cifar_exp.config.messages import _refused, nearest, shown
 from cifar_exp.config.reading import SECTIONS, TRUSTED, _check_targets, _is_trusted
 from cifar_exp.config.schema import KEPT, Config
@@ -53,7 +54,8 @@ def build(config: Config) -> Parts:
     trusted = (*TRUSTED, *config.trusted_modules)
     if config.trusted_modules and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's modules lie where the command is typed
-    bound = {name: _bind(name, getattr(config, name), trusted) for name in SECTIONS}
+    with hydra_versions.limited_to(trusted):
+        bound = {name: _bind(name, getattr(config, name), trusted) for name in SECTIONS}
     return Parts(
         dataset=bound["data"],
         augmentation=bound["augment"](),

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -30,6 +29,8 @@ from cifar_exp.runs.job_setup import new_job, title
 from cifar_exp.runs.model_check import check_scales, checked_model
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import load_watch, machine
+from cifar_exp.system.accelerator import check_precision
+from cifar_exp.system.host import process_age
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
 from cifar_exp.tracking.recorder import Recording
@@ -46,10 +47,11 @@ def run(config: Config, parts: Parts) -> float:
         CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
     """
     single = HydraConfig.get().mode == RunMode.RUN
-    age = _process_age() if single else 0.0
+    age = process_age() if single else 0.0
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     devices = find_devices(config.devices)
+    check_precision(config.train.precision, devices.accelerator)
     resumed = resume.find(config, run_dir, anywhere=single, warn=_warn)
     if resumed and resumed.finished:
         accuracy = journal.last_values(resumed.run_dir)["test/accuracy"]
@@ -125,14 +127,6 @@ def _tell_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> No
     if manifest := checkpoint.sound(run_dir, _warn):
         how = f"the same command with resume={os.path.relpath(resumable)} goes on"
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)
-
-
-def _process_age() -> float:
-    """Seconds since the command began. psutil's own figure counts from a boot time in whole seconds."""
-    process = psutil.Process()
-    if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
-        return time.time() - process.create_time()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from cifar_exp.records.run_folder import OUTPUTS
-
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
@@ -35,5 +33,5 @@ def _make_store(path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     make: Any = SqlAlchemyStore
-    make(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
+    make(f"sqlite:///{unfinished}", path.parent.resolve().as_uri()).engine.dispose()
     unfinished.replace(path)

@@ -22,6 +22,7 @@ from cifar_exp.records.run_folder import (
     sync_command,
 )
 from cifar_exp.system import locks
+from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
@@ -91,13 +92,16 @@ class MLflowTracker:
         # A server is its own guard, and one that does not answer must not hold up other runs.
         with locks.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
             # An address that says more than a file's name, or is in memory, is left to MLflow.
-            if database and not {"?", ":"} & {*database} and not Path(database).exists():
+            is_file = bool(database) and not {"?", ":"} & {*database}
+            if is_file and not Path(database).exists():
                 _make_store(Path(database))
             client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
-                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
-                location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
+                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder, which may be
+                # one that cannot be written.
+                beside = Path(database).parent if is_file else OUTPUTS
+                location = (beside / "artifacts" / self.experiment).resolve().as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 raise TrackingError(
@@ -127,6 +131,8 @@ class MLflowTracker:
             except CifarExpError:
                 raise
             except Exception as error:  # MLflow raises whatever its store does
+                if is_bug(error):
+                    raise
                 raise TrackingError(
                     f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
                     f"type {sync_command(run_dir)} once the store can be reached; an address with a "

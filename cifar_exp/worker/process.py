@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import sys
 import time
 import traceback
@@ -16,8 +15,10 @@ from cifar_exp.distributed import process_group
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import CifarExpError
+from cifar_exp.launch.forkserver import begin_rank, end_rank
 from cifar_exp.records import checkpoint
-from cifar_exp.system.process import end_with_parent, keep_freed_memory
+from cifar_exp.system import host
+from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
@@ -32,11 +33,9 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
         work: done once this rank has its device and knows the others.
     """
-    end_with_parent()
+    begin_rank()
     gc.freeze()  # what the nursery has imported stays, and is no longer looked through
     gc.enable()
-    # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
         control = Control(exchange, job.run_dir, rank, _steps_between_waits(job), _seconds_left(job))
@@ -47,6 +46,7 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         with process_group.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
             work(job, world, control)
         control.done()
+        end_rank()
     except Exception as error:
         if not exchange.exists():  # the launcher was stopped before it knew of this rank, and nobody is to hear of it
             os._exit(1)
@@ -109,7 +109,7 @@ def _pin(job: Job) -> None:
     Threads that wander evict each other's caches. A run that leaves cores free is left to the system: another run would
     choose the same ones. Threads that are started from now on inherit it.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = host.own_cores()
     if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):
         first = int(os.environ["LOCAL_RANK"]) * job.threads
-        os.sched_setaffinity(0, cores[first : first + job.threads])
+        host.keep_to_cores(cores[first : first + job.threads])
