@@ -20,10 +20,10 @@ from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World, joined_world
 from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.system.accelerator import resolve_precision
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.training.cuda_graph import cuda_graph
 from cifar_exp.training.trainer import Trainer
-from cifar_exp.worker.precision import resolve_precision
 
 BATCH = 256
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's channels, 0..255

@@ -2,10 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.system.supported import refuse_others
+
 if TYPE_CHECKING:
     from cifar_exp.cli.api import train
 
 __all__ = ["train"]
+
+refuse_others()  # before anything else of the package is imported
 
 
 def __getattr__(name: str) -> Any:  # importing a part of the package must not import all of it

@@ -1,3 +1,3 @@
-from cifar_exp.cli.main import main
+from cifar_exp.cli.entry import main
 
 main()

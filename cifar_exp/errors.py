@@ -3,6 +3,7 @@
 An error of these classes is shown as its message alone; anything else is a fault of ours and keeps its traceback.
 """
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class Stopped(KeyboardInterrupt):
 
 
 FREE_SPACE = "Free space there and start again"
+LET_WRITE = "Allow writing there and start again"
 
 
 @contextmanager
@@ -84,4 +86,6 @@ def storage_errors(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if advice == FREE_SPACE and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = LET_WRITE
         raise StorageError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error

@@ -1,0 +1,3 @@
+from tests.helpers.bytecode import keep_bytecode
+
+keep_bytecode()  # before anything heavy is imported

@@ -1,40 +1,36 @@
 """What several tests need: a tiny run, a place to run it in, and the command line as a real process."""
 
-import atexit
-import importlib
-import multiprocessing
-import multiprocessing.forkserver as forkserver
-import multiprocessing.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from cifar_exp.distributed.process_group import World
+from tests.helpers.commands import REPO, ForkedCommand, environment  # noqa: F401
 from tests.servers import mlflow_server  # noqa: F401
 from tests.worlds import world_of_one
 
-REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
 TINY = [
     *("data=synthetic", "data.train_count=96", "data.test_count=33"),
     *("train.batch_size=32", "train.epochs=2", "train.log_every=1", "model.width=4", "model.depth=1"),
     *("devices=cpu", "devices.count=1"),
 ]
+WORKERS_MEMORY = 3 * 2**30  # bytes
+MOST_WORKERS = 4  # tests count threads, processes and processor time, and some use the only GPU
 Command = Callable[..., subprocess.CompletedProcess[str]]
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; not so for commands, which get no handlers
-    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
-# Commands and their nurseries are forked from a process that has imported what they need: importing it costs each more
-# than its work. Those that are ``started`` are born as users' are.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.command_modules"])
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """More than cores, since many tests wait; as many as memory holds, with the commands that each of them starts."""
+    memory = psutil.virtual_memory().available
+    return max(2, min(2 * (os.cpu_count() or 1), memory // WORKERS_MEMORY, MOST_WORKERS))
 
 
 @pytest.fixture
@@ -80,36 +76,44 @@ def cifar_exp(store: Path) -> Command:
     workplace = store.parents[1]
 
     def run(
-        *arguments: str, module: str = "cifar_exp.cli.main", timeout: float = 180
+        *arguments: str, module: str = "cifar_exp.cli.main", timeout: float = 280
     ) -> subprocess.CompletedProcess[str]:
-        output, errors = workplace / ".stdout", workplace / ".stderr"
-        process = FORKS.Process(target=command, args=(module, arguments, workplace, environment(), output, errors))
-        with pytest.MonkeyPatch.context() as patch:  # for the process that commands are forked from
-            patch.setenv("PYTHONPATH", str(REPO))
-            process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        process = ForkedCommand(module, arguments, workplace)
+        try:
+            output, errors = process.communicate(timeout)
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout, output.read_bytes(), errors.read_bytes())
-        texts = [path.read_text() for path in (output, errors)]
-        for path in (output, errors):
-            path.unlink()
-        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(arguments, process.wait(), output, errors)
 
     return run
 
 
 @pytest.fixture
-def started(store: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def started(store: Path) -> Iterator[Callable[..., ForkedCommand]]:
     """Like ``cifar_exp``, but does not wait; whatever is still running at the end of the test is ended."""
-    workplace = store.parents[1]
+    processes: list[ForkedCommand] = []
+
+    def start(*arguments: str, module: str = "cifar_exp.cli.main") -> ForkedCommand:
+        processes.append(ForkedCommand(module, arguments, store.parents[1]))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def born(store: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Like ``started``, but as users' commands are: a new interpreter, which imports what it needs."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "cifar_exp", *arguments],
-            cwd=workplace,
+            cwd=store.parents[1],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -123,61 +127,6 @@ def started(store: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def command(
-    module: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str], output: Path, errors: Path
-) -> None:
-    """``module``'s ``main`` as the whole of this process, as if it had been typed in ``folder``."""
-    for path, number in ((output, 1), (errors, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    # Not multiprocessing's, which are not at the beginning of a line and take no notice of a file
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.path[:0] = ["", *variables.get("PYTHONPATH", "").split(os.pathsep)]
-    sys.argv = [module, *arguments]
-    multiprocessing.util.spawnv_passfds = forked_or(multiprocessing.util.spawnv_passfds)  # type: ignore[attr-defined]
-    try:
-        sys.exit(importlib.import_module(module).main())
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def forked_or(spawn: Callable[..., int]) -> Callable[..., int]:
-    """What Python starts helpers with; a fork server comes from this process, as a new interpreter would be."""
-
-    def start(path: str, arguments: list[str], descriptors: list[int]) -> int:
-        code = arguments[-1]
-        if "multiprocessing.forkserver" not in code:
-            return spawn(path, arguments, descriptors)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    if callable(signal.getsignal(number)):
-                        signal.signal(number, signal.SIG_DFL)
-                forkserver._forkserver.__init__()  # its lock is held meanwhile
-                for before, after in pairwise(sorted({2, *descriptors, os.sysconf("SC_OPEN_MAX")})):
-                    if after > before + 1:  # an empty range would be taken for all there are
-                        os.closerange(before + 1, after)
-                exec(code, {})
-            finally:
-                os._exit(1)
-        return pid
-
-    return start
-
-
-def environment() -> dict[str, str]:
-    """The environment of this process with the project on the path, wherever the command runs."""
-    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "COLUMNS": "160"}
 
 
 def the_run(folder: Path) -> Path:

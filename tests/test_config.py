@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config, register_resolvers
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
@@ -22,7 +23,7 @@ CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir()
 
 def composed(*overrides: str) -> DictConfig:
     register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with composing(conf_dir()):
         return compose("config", list(overrides))
 
 

@@ -299,7 +299,7 @@ def test_progress_is_shown_on_a_terminal_only(
             progress.add(1500)
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err == ("\rReading: 1,500 of 2,000 files\r\033[K" if terminal else "")
+        assert captured.err == ("\rReading: 1,500 of 2,000 files\r" + 29 * " " + "\r" if terminal else "")
 
 
 def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:

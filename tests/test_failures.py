@@ -15,6 +15,7 @@ import pytest
 from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
+from tests.helpers.processes import answers_signals
 from tests.test_run import all_runs, client
 
 LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
@@ -42,8 +43,8 @@ def assert_nothing_is_left(processes: list[psutil.Process]) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_a_killed_rank_ends_the_others_and_is_named(started: Start, workplace: Path) -> None:
-    process = started(*LONG)
+def test_a_killed_rank_ends_the_others_and_is_named(born: Start, workplace: Path) -> None:
+    process = born(*LONG)
     ranks = training_ranks(process, workplace)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 2
@@ -82,9 +83,9 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_parent_ends_everything(
-    started: Start, workplace: Path, number: signal.Signals, code: int
+    born: Start, workplace: Path, number: signal.Signals, code: int
 ) -> None:
-    process = started(*LONG)
+    process = born(*LONG)
     training_ranks(process, workplace)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
@@ -121,8 +122,8 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: 
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]  # the first job and the parent
 
 
-def test_a_killed_parent_takes_its_ranks_along(started: Start, workplace: Path) -> None:
-    process = started(*LONG, "tracking=none")
+def test_a_killed_parent_takes_its_ranks_along(born: Start, workplace: Path) -> None:
+    process = born(*LONG, "tracking=none")
     ranks = training_ranks(process, workplace)
     process.kill()
     assert_nothing_is_left(ranks)
@@ -136,8 +137,8 @@ def test_a_loss_that_is_not_finite_is_exit_code_6(cifar_exp: Command) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_ranks_listen_on_loopback_alone(started: Start, workplace: Path) -> None:
-    process = started(*LONG, "tracking=none")
+def test_ranks_listen_on_loopback_alone(born: Start, workplace: Path) -> None:
+    process = born(*LONG, "tracking=none")
     training_ranks(process, workplace)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     listening = {c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN}
@@ -164,9 +165,9 @@ def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workpla
     assert "Traceback" not in done.stderr
 
 
-def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path) -> None:
+def test_a_stopped_rank_does_not_hold_up_the_end(born: Start, workplace: Path) -> None:
     """It takes no signal but SIGKILL; elastic alone would wait half a minute for it."""
-    process = started(*LONG, "devices.count=2", "devices.oversubscribe=true")
+    process = born(*LONG, "devices.count=2", "devices.oversubscribe=true")
     training_ranks(process, workplace)[1].send_signal(signal.SIGSTOP)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -175,8 +176,8 @@ def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path
     assert_nothing_is_left(family)
 
 
-def test_a_second_signal_does_not_leave_the_run_open(started: Start, workplace: Path) -> None:
-    process = started(*LONG)
+def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Path) -> None:
+    process = born(*LONG)
     training_ranks(process, workplace)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -199,6 +200,7 @@ def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> N
         text=True,
         process_group=0,
     )
+    wait_for(lambda: answers_signals(process.pid), process)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -274,10 +276,10 @@ def test_a_signal_of_which_a_jobs_import_makes_an_error_is_that_signal(
 
 FORGOTTEN = """
 import multiprocessing, signal, time
-from cifar_exp import nursery
+from cifar_exp import host, nursery
 
 nursery.warm_up()
-process = multiprocessing.get_context(nursery.START_METHOD).Process(target=time.sleep, args=(600,))
+process = multiprocessing.get_context(host.start_method()).Process(target=time.sleep, args=(600,))
 process.start()
 multiprocessing.process._children.discard(process)
 assert multiprocessing.active_children() == []

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cifar_exp.worker.precision import resolve_precision
+from cifar_exp.system.accelerator import resolve_precision
 from tests.conftest import environment
 
 STEP = """

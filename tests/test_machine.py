@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
-from cifar_exp.system import gpu, load_watch, machine
+from cifar_exp.system import host, machine
 from cifar_exp.system.load_watch import LoadMeter, Watch, disturbances, own_cpu_seconds
 from cifar_exp.system.machine import description
 
@@ -43,7 +43,7 @@ def test_the_load_of_a_process_that_is_none_of_ours_is_seen() -> None:
     orphan = int(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout)
     try:
         time.sleep(1)
-        assert meter.other_load() > 0.2 / len(load_watch.own_cores())
+        assert meter.other_load() > 0.2 / len(host.own_cores())
     finally:
         psutil.Process(orphan).kill()
 
@@ -54,7 +54,7 @@ def test_other_load_is_what_the_cores_did_beyond_ours(monkeypatch: pytest.Monkey
     for name, values in zip(("_machine_busy", "own_cpu_seconds"), times, strict=False):
         monkeypatch.setattr(machine, name, lambda values=values: next(values))
     monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: next(times[2])))
-    monkeypatch.setattr(load_watch, "own_cores", lambda: [0, 1])
+    monkeypatch.setattr(machine, "own_cores", lambda: [0, 1])
     assert LoadMeter().other_load() == pytest.approx(0.1)
 
 
@@ -163,7 +163,7 @@ def test_others_on_a_gpu_disturb_a_run_where_its_own_processes_can_be_told_from_
 
 def test_without_nvml_gpus_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
-    monkeypatch.setattr(gpu, "_gpu_names_without_nvml", lambda: ["NVIDIA H100", "NVIDIA H100"])
+    monkeypatch.setattr(host, "gpus_of_the_driver", lambda: ["NVIDIA H100", "NVIDIA H100"])
     assert description("gpu", 1)["machine.gpus"] == "NVIDIA H100"
     with Watch("gpu", 1) as watch:
         time.sleep(0.01)

@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.training.cuda_graph import CapturedStep
 from cifar_exp.training.evaluation import evaluate
 from tests.conftest import TINY, Command
+from tests.helpers.commands import ForkedCommand
 from tests.test_config import composed
 from tests.test_failures import assert_nothing_is_left, training_ranks
 
@@ -485,9 +485,7 @@ def test_a_file_that_a_rank_finds_broken_is_exit_code_3(cifar_exp: Command, work
     assert "Traceback" not in done.stderr
 
 
-def test_workers_end_with_a_rank_that_is_killed(
-    started: Callable[..., "subprocess.Popen[str]"], workplace: Path
-) -> None:
+def test_workers_end_with_a_rank_that_is_killed(started: Callable[..., ForkedCommand], workplace: Path) -> None:
     tree(workplace / "images", MIXED)
     process = started(*LOADER, "train.epochs=100000", "progress=quiet")
     ranks = training_ranks(process, workplace)

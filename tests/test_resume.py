@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
+from tests.helpers.commands import ForkedCommand
 from tests.test_checkpoint import reseal
 from tests.test_failures import wait_for
 from tests.test_run import all_runs, client
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedCommand]
 REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
 
 

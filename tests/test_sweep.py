@@ -3,16 +3,16 @@
 import csv
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY, Command
+from tests.helpers.commands import ForkedCommand
 from tests.test_run import all_runs, client
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedCommand]
 
 
 def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_sweep(

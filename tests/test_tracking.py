@@ -26,11 +26,12 @@ from cifar_exp.tracking.dead_runs import owner_tags
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, environment, the_run
+from tests.helpers.commands import ForkedCommand
 from tests.servers import Relay, relay  # noqa: F401
 from tests.test_failures import wait_for
 from tests.test_run import all_runs, client
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ForkedCommand]
 ENDLESS = [*TINY, "data.train_count=960", "train.log_every=10", "train.epochs=100000"]
 
 
@@ -140,6 +141,19 @@ def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Rela
     assert (run.run_dir / RUN_ID_FILE).read_text().strip() == sink.run_id
 
 
+def assert_each_outage_is_told_once(lines: list[str]) -> None:
+    """When it begins and when it is over, and the run's end; a busy machine has outages of its own between those two.
+
+    Its end is two lines, and two more where the tracker has not got everything by then.
+    """
+    told = [line for line in lines if "trying again" in line or "is back" in line]
+    assert len(told) >= 4, lines
+    assert all("trying again" in line for line in told[::2]), lines
+    assert all("is back" in line for line in told[1::2]), lines
+    others = [line for line in lines if line not in told]
+    assert len(others) == len(set(others)) <= 4, lines
+
+
 def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_elses(
     cifar_exp: Command,
     workplace: Path,
@@ -176,7 +190,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
         assert process.wait(timeout=120) == 130
     finally:
         process.kill()
-    assert (workplace / "errors").read_text().count("\n") <= 6  # two outages, and the end
+    assert_each_outage_is_told_once((workplace / "errors").read_text().splitlines())
     done = cifar_exp("sync", "run")  # what there was no time for
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)

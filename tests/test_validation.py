@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cifar_exp.cli.predict import Classifier
 from cifar_exp.config import schema
 from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config
 from cifar_exp.data.augment import Identity
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
@@ -150,7 +151,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
     (workplace / "conf" / "data").mkdir(parents=True)
     (workplace / "conf" / "data" / "mine.yaml").write_text("_target_: my_data.mine\nroot: here\n")
     (workplace / "conf" / "data" / "apart.yaml").write_text("_target_: my_data.mine\nroot: here\nvalidation: 0.3\n")
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with composing(conf_dir()):
         for words, expected in ((["data=mine"], 0), (["data=mine", "data.validation=0.2"], 0.2), (["data=apart"], 0.3)):
             search = [f"hydra.searchpath=[file://{workplace}/conf]", "trusted_modules=[my_data]"]
             config = read_config(compose("config", [*search, *words]))

@@ -24,6 +24,7 @@ from cifar_exp.parity.report import Report, Result
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
+from tests.helpers.processes import answers_signals
 from tests.test_failures import wait_for
 
 SMALL = [
@@ -289,7 +290,7 @@ def test_ctrl_c_ends_it_without_a_traceback(workplace: Path, moment: str) -> Non
             wait_for(lambda: list((workplace / "outputs").rglob("*.log")), process)
             time.sleep(5)
         else:
-            wait_for(lambda: "cifar_exp" in Path(f"/proc/{process.pid}/cmdline").read_text(), process)
+            wait_for(lambda: answers_signals(process.pid), process)
             time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -432,7 +433,7 @@ def test_counts_and_accuracies_are_to_be_exact_and_losses_close() -> None:
 def test_the_report_names_what_does_not_hold_and_is_json_without_nan() -> None:
     lost = replace(FIRST, gradients={step: {"weight": torch.tensor([3.0, float("nan")])} for step in (1, 2)})
     results = [Result(1, "one", checks(), {}), Result(2, "two", checks(first=lost), {})]
-    made = Report("a network", "cifar-exp-verify", "fp32", "1e-5 is allowed", {"seed": "0"}, {}, results)
+    made = Report("a network", "cifar-exp verify", "fp32", "1e-5 is allowed", {"seed": "0"}, {}, results)
     assert not made.holds
     assert made.verdict == "DOES NOT HOLD: 2 ranks: gradient of step 1 (nan, must be <= 1e-05), and 1 more"
     assert "| gradient of step 2 | <= 1e-05 | 0, holds | nan, DOES NOT HOLD |" in made.markdown()

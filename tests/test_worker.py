@@ -4,6 +4,8 @@ import ctypes
 import gzip
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from cifar_exp.records import journal
 from cifar_exp.worker.failure import RankFailure
-from tests.conftest import TINY, Command
+from tests.conftest import TINY, Command, environment
 
 
 def test_the_launcher_sees_the_whole_of_a_failure_or_nothing(tmp_path: Path) -> None:
@@ -50,6 +52,27 @@ def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: 
     assert done.returncode == 0, done.stderr
     pinned = sorted((workplace / f"cores-{rank}").read_text() for rank in range(cores))
     assert pinned == sorted(map(str, psutil.Process().cpu_affinity()))
+
+
+def test_a_run_closes_all_files_that_it_opens(workplace: Path) -> None:
+    """Python complains of each that was forgotten when it is collected, if it is told to."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::ResourceWarning",
+            "-m",
+            "cifar_exp",
+            *TINY,
+            "tracking=none",
+            "hydra.run.dir=run",
+        ],
+        cwd=workplace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_rank_keeps_the_memory_that_it_frees(cifar_exp: Command, workplace: Path) -> None:

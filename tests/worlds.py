@@ -12,6 +12,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from cifar_exp.distributed.process_group import World, joined_world
 from cifar_exp.launch import forkserver
+from cifar_exp.system import host
+from tests.helpers.commands import ready_to_fork
 
 
 @contextmanager
@@ -31,8 +33,9 @@ def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) 
     They are forked as a run's are, which end without Python's finalisation: that would abort a thread of gloo's which
     is still at a callback of Python's.
     """
+    ready_to_fork()
     forkserver.warm_up()
-    start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=forkserver.START_METHOD)
+    start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=host.start_method())
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]
 
 

@@ -12,6 +12,7 @@ from cifar_exp.errors import storage_errors
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.system.redaction import MaskingFormatter
+from cifar_exp.system.surroundings import settle
 
 LOG_FILE = "cifar-exp.log"
 
@@ -37,6 +38,7 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
     from cifar_exp.launch.forkserver import warm_up
     from cifar_exp.runs.components import build
 
+    settle()
     warm_up()
     parts = build(config)
     from cifar_exp.runs.run import run

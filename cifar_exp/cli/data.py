@@ -19,6 +19,7 @@ from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.dataset_files import SPLITS, DatasetFiles
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.system.progress_line import Progress
+from cifar_exp.system.surroundings import settle
 
 Counts = Counter[tuple[str, str, str]]
 """(split, class, ``written`` or ``skipped``) -> images."""
@@ -44,6 +45,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
     data.archive=<file>  a local cifar-10-python.tar.gz; then nothing is downloaded
     data.mirror=<URL>    another address of cifar-10-python.tar.gz
     """
+    settle()
     typed, rest = settings_in(words, SETTINGS)
     if rest:
         raise ConfigError(f"{rest[0]}: it must be one of {', '.join(f'{name}=...' for name in SETTINGS)}")

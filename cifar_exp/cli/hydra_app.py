@@ -6,31 +6,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
-from cifar_exp.config.messages import nearest, unknown_setting
 from cifar_exp.config.reading import register_resolvers
-from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.config.refusals import explained
+from cifar_exp.config.targets import ALLOWED
+from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import RunContext
-from cifar_exp.system.process import allow_open_files, outlive_terminal, process_age
+from cifar_exp.system.bugs import told
+from cifar_exp.system.host import process_age
+from cifar_exp.system.process import allow_open_files, outlive_terminal
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
 Job = Callable[[DictConfig], Any]
-# What it raises for what cannot be composed; only some of it is meant to be read, as for data=[[]].
-HYDRAS_ERRORS = (
-    *(HydraException, OmegaConfBaseException, OSError),
-    *(ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError),
-)
+# What configurations may name, and what conf/config.yaml names for Python's logging.
+CALLED = ("cifar_exp.system.redaction.MaskingFormatter", *(path for paths in ALLOWED.values() for path in paths))
 
 
 def run_hydra(job: Job, words: Sequence[str]) -> int:
@@ -44,7 +41,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
     failures: list[CifarExpError] = []
-    begun: list[bool] = []  # what fails before any job has begun is Hydra's: some of it is a bare ValueError
+    begun: list[bool] = []  # what fails before any job has begun may come from what was typed
 
     def guarded(composed: DictConfig) -> Any:
         begun.append(True)
@@ -59,15 +56,13 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
 
     try:
         allow_open_files()
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+        hydra_versions.run_command(guarded, conf_dir(), CALLED)
     except CifarExpError as error:
         raise_swallowed()
         failures.append(error)
-    except HYDRAS_ERRORS as error:
+    except Exception as error:
         raise_swallowed()
-        if begun:
-            raise
-        failures.append(explained(error, sys.argv[1:]))
+        failures.append((None if begun else explained(error, sys.argv[1:])) or told(error))
     for failure in failures:
         if str(failure):
             print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
@@ -76,7 +71,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
 
 def options_first(words: Sequence[str]) -> list[str]:
     """``words`` with Hydra's options and their values in front: argparse takes overrides in one piece only."""
-    known = get_args_parser()._option_string_actions
+    known = hydra_versions.options()
     options, overrides, rest = list[str](), list[str](), list(words)
     while rest:
         word = rest.pop(0)
@@ -120,38 +115,15 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
         folder: of more configuration, as ``--config-dir``.
 
     Raises:
-        ConfigError: where it cannot be composed, as :func:`explained`.
+        ConfigError: where it cannot be composed, as :func:`cifar_exp.config.refusals.explained`.
     """
     register_resolvers()
     search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with hydra_versions.composing(conf_dir()):
             return compose("config", [*search, *overrides], return_hydra_config=True)
-    except HYDRAS_ERRORS as error:
+    except Exception as error:
         raise_swallowed()
-        raise explained(error, overrides) from error
-
-
-def explained(error: Exception, typed: Sequence[str]) -> CifarExpError:
-    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice.
-
-    Args:
-        error: what Hydra raised.
-        typed: the overrides, which are named where the error names none of them.
-    """
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = [str(option) for option in error.options or []]
-        return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
-    cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return ConfigError(unknown_setting(cause.full_key))
-    if isinstance(error, OSError):
-        return StorageError(f"hydra.run.dir (hydra.sweep.dir with -m): {error}. Type one that you may write to")
-    if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
-        )
-    if not any(word.lstrip("+~").partition("=")[0] in str(error) for word in typed):
-        error = ValueError(f"{' '.join(typed)}: {error}")
-    return ConfigError(f"{error}. Type group=choice or key=value, as in model=convnet train.epochs=5; see --help")
+        if (problem := explained(error, overrides)) is None:
+            raise
+        raise problem from error

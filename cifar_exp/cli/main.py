@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import click
 
-from cifar_exp.errors import CifarExpError, ConfigError, Stopped
+from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.system.process import end_process
 from cifar_exp.system.signals import answer_signals, ignore_signals, swallowed
 
@@ -88,12 +88,12 @@ def answer(words: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
-        if not isinstance(error, CifarExpError):
-            raise
+        from cifar_exp.system.bugs import told
         from cifar_exp.system.redaction import masked_text
 
-        print(f"cifar-exp: {masked_text(str(error))}", file=sys.stderr)
-        return error.exit_code
+        problem = told(error)
+        print(f"cifar-exp: {masked_text(str(problem))}", file=sys.stderr)
+        return problem.exit_code
 
 
 if __name__ == "__main__":

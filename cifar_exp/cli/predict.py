@@ -22,6 +22,7 @@ from cifar_exp.records.find_run import find_run
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.runs.components import model_factory
 from cifar_exp.runs.config_changes import UNREADABLE
+from cifar_exp.system.surroundings import settle
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -129,6 +130,7 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
                                  (default: best where there is one)
     trusted_modules=[<package>]  whose code may be run, where the network comes from a package of yours
     """
+    settle()
     settings, paths = settings_in(words, SETTINGS)
     which = settings.get("checkpoint", "")
     if which not in ("", "best", "last"):

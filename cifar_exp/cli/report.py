@@ -14,6 +14,7 @@ from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
 from cifar_exp.study.report import Study
+from cifar_exp.system.surroundings import settle
 
 SETTINGS = ("tracking.uri", "report.target_accuracy", "report.price_per_hour")
 
@@ -33,6 +34,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
     report.target_accuracy=0.85      what it took to reach this validation accuracy
     report.price_per_hour=2.5        of one device: what that cost
     """
+    settle()
     typed, sweeps = settings_in(words, SETTINGS)
     target = _number(typed, "report.target_accuracy", highest=1.0)
     price = _number(typed, "report.price_per_hour", highest=math.inf)

@@ -8,11 +8,14 @@ from typing import Any
 
 import click
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
 SETTINGS = ("tracking.uri", "tracking.experiment")
@@ -31,6 +34,7 @@ def command(words: tuple[str, ...]) -> int:
                                 not keep
     tracking.experiment=<name>  another experiment
     """
+    settle()
     typed, folders = settings_in(words, SETTINGS)
     settings = {name.partition(".")[2]: None if value == "null" else value for name, value in typed.items()}
     failures: list[CifarExpError] = []
@@ -83,14 +87,17 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     """
     path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
     try:
-        section: Any = OmegaConf.to_container(OmegaConf.load(path))
-        saved = {name: section["tracking"].get(name) for name in ("uri", "experiment")}
-        is_tracked = section["tracking"]["_target_"].endswith(".MLflowTracker")
-    except Exception as error:  # YAML's, OmegaConf's, the file system's
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
+    section = content.get("tracking") if isinstance(content, dict) else None
+    if not isinstance(section, dict) or not isinstance(section.get("_target_"), str):
+        raise StorageError(f"{path}: the run's configuration cannot be read: it names no tracker. Restore that file")
+    saved = {name: section.get(name) for name in ("uri", "experiment")}
+    is_tracked = section["_target_"].endswith(".MLflowTracker")
     if not is_tracked and "uri" not in settings:
         raise ConfigError(
-            f"{run_dir}: the run has no MLflow store (tracking={section['tracking']['_target_']}). Type "
+            f"{run_dir}: the run has no MLflow store (tracking={section['_target_']}). Type "
             f"cifar-exp sync {run_dir} tracking.uri=<address>"
         )
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)

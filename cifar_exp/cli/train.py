@@ -26,8 +26,10 @@ def run_job(composed: "DictConfig") -> float:
     from cifar_exp.config.reading import read_config
     from cifar_exp.launch.forkserver import warm_up
     from cifar_exp.runs.components import build
+    from cifar_exp.system.surroundings import settle
 
     config = read_config(composed)
+    settle()
     warm_up()
     parts = build(config)
 

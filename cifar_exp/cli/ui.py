@@ -11,6 +11,7 @@ from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.surroundings import settle
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
@@ -25,6 +26,7 @@ def command(words: tuple[str, ...], port: int) -> None:
 
     tracking.uri=ADDRESS serves another store than the one under outputs/.
     """
+    settle()
     typed, rest = settings_in(words, ["tracking.uri"])
     if rest:
         raise ConfigError(f"{rest[0]}: it must be tracking.uri=<address of the store>")

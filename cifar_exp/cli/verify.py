@@ -11,6 +11,7 @@ import click
 
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files, outlive_terminal
+from cifar_exp.system.surroundings import settle
 
 if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
@@ -58,6 +59,7 @@ def verify(words: Sequence[str]) -> bool:
     outlive_terminal()
     allow_open_files()
     configs, folder = configurations(words)
+    settle()
     warm_up()
     parts = [build(config) for config in configs]
 
@@ -138,8 +140,8 @@ def _powers_of_two(config: "Config") -> list[int]:
     counts = device_counts(config.devices)
     if counts == [1]:
         found = find_devices(replace(config.devices, count=1))
-        cpu = "devices=cpu " if found.accelerator == "gpu" else ""
-        unit = "GPU" if found.accelerator == "gpu" else "core"
+        cpu = "" if found.accelerator == "cpu" else "devices=cpu "
+        unit = "core" if found.accelerator == "cpu" else "GPU"
         raise MachineError(
             f"{COUNT}=auto: found {found.found} {unit}{'s'[: found.found > 1]} for ranks of {found.threads} thread(s), "
             f"and {CHECKED}. Type {cpu}{COUNT}=1,2 devices.oversubscribe=true"

@@ -1,7 +1,6 @@
 """The composed configuration -> the typed one, every setting checked."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -10,18 +9,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.messages import _explain
 from cifar_exp.config.schema import COMMON, Config
 from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
+from cifar_exp.system.bugs import first_cause, is_bug, raised_in
+from cifar_exp.system.host import own_cores
 
 SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
 
 
 def register_resolvers() -> None:
     """``${cores:N}`` in YAML: N, or the number of cores this process may use if that is less."""
-    OmegaConf.register_new_resolver("cores", lambda wanted: min(wanted, len(os.sched_getaffinity(0))), replace=True)
+    hydra_versions.register_resolver("cores", _cores)
+
+
+def _cores(wanted: Any) -> int:
+    if not isinstance(wanted, int):
+        raise ValueError(f"cores:{wanted}: it must be a whole number")
+    return min(wanted, len(own_cores()))
 
 
 def read_config(composed: DictConfig) -> Config:
@@ -33,6 +41,10 @@ def read_config(composed: DictConfig) -> Config:
     try:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
+        # Of a resolver of ours, which raises a ValueError for what it is not to be asked.
+        behind = first_cause(error)
+        if is_bug(behind) and not isinstance(behind, ValueError) and raised_in(behind) == "cifar_exp":
+            raise behind from None
         raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error
     plain = with_names(plain, RENAMED)
     config: Config = _validated(Config, plain, "")

@@ -58,7 +58,7 @@ class Devices:
     """Which processors train, and how many ranks share them."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     count: Count | Auto = "auto"
     threads: Count | Auto = "auto"  # CPU threads a rank
     oversubscribe: bool = False  # allow more ranks than devices; never counted as speedup
@@ -111,7 +111,7 @@ class Config:
     report: Report = field(default_factory=Report)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     resume: Name = "never"  # or auto, or the folder or MLflow id of a run
-    progress: Literal["auto", "bar", "lines", "quiet"] = "auto"
+    progress: Literal["auto", "bar", "live", "lines", "quiet"] = "auto"
     trusted_modules: tuple[Name, ...] = ()
 
     @property

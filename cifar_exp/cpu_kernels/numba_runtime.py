@@ -24,6 +24,8 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from cifar_exp.system.host import library_file
+
 Kernel = Callable[[Any, int], Any]  # of the activations' element type and a variant; the function to compile
 
 ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
@@ -35,7 +37,7 @@ SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py
 # preloaded takes torch's calls, too.
 _openmp = ctypes.CDLL(None)
 if not hasattr(_openmp, "GOMP_parallel"):
-    _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library_file("torch_cpu")))
 _openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
 _openmp.GOMP_parallel.restype = None
 for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):

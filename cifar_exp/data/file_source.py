@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar_exp.data.image_files import ImageFiles, _sound, read_image
 from cifar_exp.errors import MachineError
-from cifar_exp.system.process import end_with_parent
+from cifar_exp.system.accelerator import takes_copies_meanwhile
+from cifar_exp.system.host import end_with_parent, worker_start_method
 
 MOST_WORKERS = 8  # that `auto` starts a rank
 
@@ -78,11 +79,11 @@ class FileSource:
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.labels[order].to(self.device)
-        requests = self.reader.batch_sampler
+        requests, meanwhile = self.reader.batch_sampler, takes_copies_meanwhile(self.device)
         assert isinstance(requests, _Requests)
         requests.places = ((order[part] + self.first).tolist() for part in parts)
         for part, images in zip(parts, self.reader, strict=True):
-            yield _sound(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2), labels[part]
+            yield _sound(images).to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = draw
@@ -106,12 +107,12 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
         batch_sampler=_Requests(),
         num_workers=workers,
         collate_fn=_together,
-        pin_memory=device.type == "cuda",
+        pin_memory=takes_copies_meanwhile(device),
         worker_init_fn=_begin_worker if workers else None,
         persistent_workers=workers > 0,
         # A fork server would be a new one for each rank and import torch again. Forking is safe here: the workers are
         # made before the rank has threads of Python's, and compute with one thread.
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=worker_start_method() if workers else None,
         generator=torch.Generator(),  # of seeds that nobody uses; the network's own numbers must not move
     )
     iter(reader)  # makes the workers

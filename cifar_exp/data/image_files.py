@@ -43,6 +43,8 @@ def decode_image(path: Path) -> NDArray[np.uint8] | str:
             # A palette may hold transparency, and Pillow warns where it goes straight to RGB.
             opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
             return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
+    except (ImportError, NameError):  # no file raises these
+        raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         if path.exists() and path.stat().st_size == 0:
             return "is empty"

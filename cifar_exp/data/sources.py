@@ -17,6 +17,7 @@ from cifar_exp.data.dataset_files import DatasetFiles, Residency, Split
 from cifar_exp.data.file_source import opened_files
 from cifar_exp.data.image_files import ImageFiles
 from cifar_exp.data.prefetch import ahead
+from cifar_exp.system.accelerator import free_bytes, takes_copies_meanwhile
 
 AHEAD = 3  # steps gathered before they are asked for: enough to hide one that is slow
 LARGEST_SHARE = 0.5  # of a device's free memory: the network's activations need the rest
@@ -87,7 +88,7 @@ def residency_on(device: torch.device, choice: Residency, images_bytes: int) -> 
     """
     if choice != "auto":
         return choice
-    if device.type == "cuda" and images_bytes > LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if images_bytes > LARGEST_SHARE * free_bytes(device):
         return "host"
     return "device"
 
@@ -113,10 +114,10 @@ class HostSource:
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.split.labels[order].to(self.device)
-        places = order.numpy()
+        places, meanwhile = order.numpy(), takes_copies_meanwhile(self.device)
         rows = ahead((self._gathered(places[part]) for part in parts), AHEAD, self._enter_thread)
         for part, images in zip(parts, rows, strict=True):
-            yield images.to(self.device, non_blocking=True).permute(0, 3, 1, 2), labels[part]
+            yield images.to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = draw
@@ -125,7 +126,9 @@ class HostSource:
     def _gathered(self, places: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8 on the host, pinned where a GPU is to copy it."""
         images = self.split.images.permute(0, 2, 3, 1).numpy()
-        rows = torch.empty(len(places), *images.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        rows = torch.empty(
+            len(places), *images.shape[1:], dtype=torch.uint8, pin_memory=takes_copies_meanwhile(self.device)
+        )
         # By numpy, whose copy takes one thread: torch's would compete with the step for all of the rank's. Without
         # `clip` numpy copies twice.
         np.take(images, places, axis=0, out=rows.numpy(), mode="clip")

@@ -13,23 +13,25 @@ from cifar_exp.display import page, training_figure
 from cifar_exp.display.curves import RunFacts
 from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import Status
+from cifar_exp.system.surroundings import in_notebook
 
-Mode = Literal["auto", "bar", "lines", "quiet"]
+Mode = Literal["auto", "bar", "live", "lines", "quiet"]
+LIVE_PAUSE = 1.0  # seconds between two states of a live line: a notebook keeps all that is ever written
 PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
 
 class Display:
-    """Progress in the terminal: a bar, a line an epoch, or nothing; and the run's page, always."""
+    """Progress in the terminal or notebook, a line an epoch, or nothing; and the run's page, always."""
 
     def __init__(self, run_dir: Path, facts: RunFacts, mode: Mode, console: Console, started: float) -> None:
-        if mode == "auto":
-            mode = "bar" if console.is_terminal else "lines"
-        self._run_dir, self._facts, self._mode, self._console = run_dir, facts, mode, console
+        self._run_dir, self._facts, self._console = run_dir, facts, console
+        self._mode = suitable(console) if mode == "auto" else mode
         self._started = started
         self._entries: list[Entry] = []
         self._latest: dict[str, float] = {}
         self._next_page = 0.0
         self._bar: Progress | None = None
+        self._line = LiveLine(console) if self._mode == "live" else None
         self._task = TaskID(0)
 
     def open(self) -> None:
@@ -46,15 +48,25 @@ class Display:
         self._entries += entries
         for entry in entries:
             self._latest |= entry.metrics
-            if "val/accuracy" in entry.metrics and self._mode in ("bar", "lines"):
-                self._console.print(epoch_line(entry, self._facts.epochs), highlight=False)
+            if "val/accuracy" in entry.metrics:
+                self._tell_epoch(entry)
         if self._bar:
             self._bar.update(self._task, completed=entries[-1].step, description=self._state(entries[-1].epoch))
+        if self._line and "step/loss" in entries[-1].metrics:
+            self._line.show(self._state(entries[-1].epoch))
         if time.monotonic() >= self._next_page:
             self._draw_page("running")
 
+    def _tell_epoch(self, entry: Entry) -> None:
+        if self._line:
+            self._line.replace(short_epoch_line(entry, self._facts.epochs))
+        elif self._mode in ("bar", "lines"):
+            self._console.print(epoch_line(entry, self._facts.epochs), highlight=False)
+
     def close(self, status: Status) -> None:
         """The last state of the page, and the figure."""
+        if self._line:
+            self._line.clear()
         if self._bar:
             self._bar.stop()
         ended = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status]
@@ -84,6 +96,52 @@ class Display:
         page.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
         self._next_page = began + max(2.0, cost / PAGE_SHARE)
+
+
+class LiveLine:
+    """A line that is written over, by a carriage return alone: notebooks know no codes that move the cursor."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._width, self._next = console, 0, 0.0
+
+    def show(self, text: str) -> None:
+        """Write ``text`` over what is there, unless that is new."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LIVE_PAUSE
+            self._write(f"\r{text:<{self._width}}")
+            self._width = len(text)
+
+    def replace(self, text: str) -> None:
+        """Write ``text`` over what is there, for good; what follows goes below."""
+        self._write(f"\r{text:<{self._width}}\n" if self._width else f"{text}\n")
+        self._width = 0
+
+    def clear(self) -> None:
+        """Take away what is there."""
+        if self._width:
+            self._write(f"\r{'':<{self._width}}\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
+def suitable(console: Console) -> Literal["bar", "live", "lines"]:
+    """How progress is shown where nobody has chosen: by what the other end can show."""
+    if in_notebook():
+        return "live"
+    return "bar" if console.is_terminal and not console.is_dumb_terminal else "lines"
+
+
+def short_epoch_line(entry: Entry, epochs: int) -> str:
+    """One epoch in 80 characters: more is broken in the cell of a notebook."""
+    metrics = entry.metrics
+    return (
+        f"epoch {entry.epoch:>{len(str(epochs))}}/{epochs}  loss {metrics['train/loss']:.3f}  "
+        f"accuracy {metrics['train/accuracy']:.3f}  val accuracy {metrics['val/accuracy']:.3f}  "
+        f"{metrics['images_per_second']:,.0f} images/s"
+    )
 
 
 def epoch_line(entry: Entry, epochs: int) -> str:

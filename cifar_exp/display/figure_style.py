@@ -14,10 +14,13 @@ DPI = 120  # 10 inches wide: 1200 pixels
 
 
 def _empty_figure(height: float) -> "Figure":
-    """10 inches wide, ``height`` inches high."""
+    """10 inches wide, ``height`` inches high, on a canvas that draws to files whatever the environment names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(10, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(10, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _tidy(axes: "Axes") -> None:

@@ -22,6 +22,7 @@ from cifar_exp.distributed.collectives import (
     sum_over_ranks,
 )
 from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
+from cifar_exp.system.accelerator import exact
 
 
 def settle(model: nn.Module, choice: BatchNorm) -> None:
@@ -38,8 +39,14 @@ def settle(model: nn.Module, choice: BatchNorm) -> None:
     layers = batch_norms(model)
     own = [_statistics(layer)[0] for layer in layers]
     for layer, mean, overall in zip(layers, own, mean_over_ranks(own), strict=True):
-        _statistics(layer)[1].add_((mean - overall).square())
+        _add(_statistics(layer)[1], (exact(mean) - overall).square())
     average_buffers(model)
+
+
+def _add(buffer: Tensor, more: Tensor) -> None:
+    """Add ``more``, float64, to a buffer in place, rounded once."""
+    total = exact(buffer)
+    buffer.copy_((total + more.to(total.device)).to(buffer.dtype))
 
 
 def take_over(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
@@ -49,12 +56,12 @@ def take_over(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
     """
     buffers = list(model.buffers())
     for buffer, *values in zip(buffers, *of_ranks, strict=True):
-        buffer.copy_(torch.stack(values).double().mean(0) if len(values) > 1 else values[0])
+        buffer.copy_(torch.stack(values).double().mean(0).to(buffer.dtype) if len(values) > 1 else values[0])
     places = {id(buffer): place for place, buffer in enumerate(buffers)}
     for layer in batch_norms(model):
         mean, variance = _statistics(layer)
         means = torch.stack([values[places[id(mean)]] for values in of_ranks]).double()
-        variance.add_(means.var(0, correction=0).to(variance.device))
+        _add(variance, means.var(0, correction=0))
 
 
 def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -69,14 +76,14 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: this rank's, (B, C, H, W) each. Without any on all ranks the statistics stay.
     """
     layers = batch_norms(model)
-    moments = [_statistics(layer)[0].new_zeros((3, layer.num_features), dtype=torch.float64) for layer in layers]
+    moments = [exact(_statistics(layer)[0].new_zeros((3, layer.num_features))) for layer in layers]
     with _measuring(model, layers) as counts, torch.no_grad():
         for images in batches:
             counts.clear()
             model(images)
             for layer, sums in zip(layers, moments, strict=True):
                 if count := counts.get(layer):  # else a layer that this batch has not come through
-                    mean, variance = (value.double() for value in _statistics(layer))
+                    mean, variance = (exact(value) for value in _statistics(layer))
                     second = variance * (count - 1) / count + mean.square()
                     sums += count * torch.stack([torch.ones_like(mean), mean, second])
     for layer, sums in zip(layers, moments, strict=True):
@@ -84,8 +91,9 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
         if total[0]:
             running_mean, running_variance = _statistics(layer)
             mean = first / total
-            running_mean.copy_(mean)
-            running_variance.copy_((second / total - mean.square()) * total / (total - 1))
+            running_mean.copy_(mean.to(running_mean.dtype))
+            variance = (second / total - mean.square()) * total / (total - 1)
+            running_variance.copy_(variance.to(running_variance.dtype))
 
 
 @contextmanager

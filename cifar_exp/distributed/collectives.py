@@ -7,13 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cifar_exp.system.accelerator import exact, exact_device
+
 T = TypeVar("T")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Element-wise sum over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
+    carried = values.to(exact_device(values.device))
+    dist.all_reduce(carried)
+    return values if carried is values else values.copy_(carried)
 
 
 def gathered(value: T) -> list[T]:
@@ -25,7 +28,7 @@ def gathered(value: T) -> list[T]:
 
 def rows(values: Sequence[float], device: torch.device) -> Tensor:
     """Each rank's ``values``, by rank: (ranks, len(values)) float64, on every rank."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    mine = torch.tensor(values, dtype=torch.float64, device=exact_device(device))
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(of_all, mine)
     return torch.stack(of_all)
@@ -62,7 +65,7 @@ def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
     """
     if not values:
         return []
-    mean = sum_over_ranks(torch.cat([value.flatten().double() for value in values])) / dist.get_world_size()
+    mean = sum_over_ranks(torch.cat([exact(value.flatten()) for value in values])) / dist.get_world_size()
     return _apart(mean, values)
 
 
@@ -70,7 +73,7 @@ def average_buffers(model: nn.Module) -> None:
     """Replace floating-point buffers by their mean over ranks."""
     buffers = _floating_buffers(model)
     for buffer, mean in zip(buffers, mean_over_ranks(buffers), strict=True):
-        buffer.copy_(mean)
+        buffer.copy_(mean.to(buffer.dtype))
 
 
 def share_first_ranks_buffers(model: nn.Module) -> None:
@@ -79,6 +82,7 @@ def share_first_ranks_buffers(model: nn.Module) -> None:
     if not buffers:
         return
     together = torch.cat([buffer.flatten() for buffer in buffers])
+    together = together.to(exact_device(together.device))
     dist.broadcast(together, src=0)
     for buffer, first in zip(buffers, _apart(together, buffers), strict=True):
         buffer.copy_(first)

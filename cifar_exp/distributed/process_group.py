@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from cifar_exp.system import host
+from cifar_exp.system.accelerator import device_of
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,24 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     Ranks find each other through a file in ``rendezvous_dir`` (a TCP store would listen on all interfaces).
 
     Args:
-        accelerator: ``cpu`` (gloo) or ``gpu`` (NCCL, one GPU a rank).
+        accelerator: ``cpu`` (gloo), ``gpu`` (NCCL, one GPU a rank) or ``mps`` (gloo, one rank).
         rendezvous_dir: a folder that only this job uses.
         timeout: seconds a collective operation may take.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device("cpu")
+    device = device_of(accelerator, local_rank)
     if accelerator == "gpu":
         torch.cuda.set_device(device)
     # All ranks are on this machine: nothing need listen beyond it, whatever a cluster's environment says.
-    os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = host.loopback()
     # The watchdog's questions about collectives are not allowed while a CUDA graph is captured. A dead rank is the
     # launcher's to notice.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with _threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
+    # On a rank's only core the thread of gloo's that reads from sockets is woken while another one writes, cannot take
+    # the lock that the writer holds, and asks again until the next tick: averaging 2.7 MB took 3.8 ms, so it takes 0.9.
+    with host.threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
             init_method=f"file://{rendezvous_dir}/ranks-{attempt}",
@@ -66,26 +71,7 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     try:
         yield World(rank, local_rank, size, device)
     except BaseException:
-        if accelerator == "cpu":  # NCCL would wait for collectives that never end
+        if accelerator != "gpu":  # NCCL would wait for collectives that never end
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-@contextmanager
-def _threads_that_do_not_preempt() -> Iterator[None]:
-    """Threads that are started meanwhile preempt none that runs, but for the scheduler's tick.
-
-    On a rank's only core the thread of gloo's that reads from sockets is woken while another one writes, cannot take
-    the lock that the writer holds, and asks again until the next tick: averaging 2.7 MB took 3.8 ms, and so takes 0.9.
-    """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:  # not Linux, or somebody's choice
-        yield
-        return
-    with suppress(OSError):  # a sandbox may refuse it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

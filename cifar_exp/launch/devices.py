@@ -1,12 +1,13 @@
 """Which devices there are, and which of them a run takes."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from cifar_exp.config.schema import Devices
 from cifar_exp.errors import MachineError
+from cifar_exp.launch.elastic import _apples_gpu
+from cifar_exp.system.host import own_cores
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class DeviceSet:
     """The devices that a run uses.
 
     Attributes:
-        accelerator: ``cpu`` or ``gpu``.
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
         count: number of ranks.
         threads: CPU threads a rank.
         found: GPUs or cores that this process may use.
@@ -28,9 +29,9 @@ class DeviceSet:
     oversubscribed: bool
 
     def __str__(self) -> str:
-        unit = "GPU" if self.accelerator == "gpu" else "core"
+        unit = "core" if self.accelerator == "cpu" else "GPU"
         used = f"{self.count} rank{'s'[: self.count > 1]} x {self.threads} thread{'s'[: self.threads > 1]}"
-        if self.accelerator == "gpu":
+        if self.accelerator != "cpu":
             used = f"{self.count} GPU{'s'[: self.count > 1]}"
         shared = ", oversubscribed" if self.oversubscribed else ""
         return f"{used} (found {self.found} {unit}{'s'[: self.found > 1]}{shared})"
@@ -42,11 +43,11 @@ def find_devices(wanted: Devices) -> DeviceSet:
     Raises:
         MachineError: where more is asked for than there is.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = len(own_cores())
     gpus = torch.cuda.device_count()
     accelerator = wanted.accelerator
     if accelerator == "auto":
-        accelerator = "gpu" if gpus else "cpu"
+        accelerator = "gpu" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     if accelerator == "gpu":
         if gpus == 0:
             raise MachineError("devices.accelerator=gpu: requested GPUs, found 0. Type devices=cpu")
@@ -58,6 +59,8 @@ def find_devices(wanted: Devices) -> DeviceSet:
                 f"devices.count={gpus}, or devices=cpu"
             )
         return DeviceSet("gpu", count, threads, gpus, oversubscribed=False)
+    if accelerator == "mps":
+        return _apples_gpu(wanted, cores)
     count = 1 if wanted.count == "auto" else wanted.count
     threads = (cores if wanted.count == "auto" else 1) if wanted.threads == "auto" else wanted.threads
     needed = count * threads

@@ -14,14 +14,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from cifar_exp.config.schema import Devices
 from cifar_exp.distributed.heartbeat import LEAVE_FILE, Request, ended_by
-from cifar_exp.errors import CifarExpError, Stopped, WorkerError
+from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
 from cifar_exp.launch import forkserver
+from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.launch.watchdog import Watchdog
+from cifar_exp.system import host
 from cifar_exp.system.signals import answer_once, raise_swallowed, signals_to_answer
 from cifar_exp.system.temp_folder import private_folder
 from cifar_exp.worker.failure import RankFailure
@@ -31,6 +35,19 @@ AFTER_A_DEATH = (
     "Type resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
 )
 STOP_PATIENCE = 7.0  # seconds that ranks have to end their step and save after a signal
+
+
+def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:
+    if not torch.backends.mps.is_available():
+        raise MachineError(
+            "devices.accelerator=mps: requested Apple's GPU, found none that PyTorch can use. Set devices=cpu"
+        )
+    if wanted.count not in ("auto", 1):
+        raise MachineError(
+            f"devices.count={wanted.count}: requested {wanted.count} devices, found 1: Apple's GPU takes one rank. Set "
+            f"devices.count=1, or devices=cpu devices.count={wanted.count} for ranks of one core each"
+        )
+    return DeviceSet("mps", 1, cores if wanted.threads == "auto" else wanted.threads, 1, oversubscribed=False)
 
 
 class Launcher(Protocol):
@@ -85,7 +102,7 @@ class ElasticLauncher:
                 rdzv_configs={"store_type": "file"},
                 max_restarts=self.max_restarts,
                 local_addr="127.0.0.1",
-                start_method=forkserver.START_METHOD,
+                start_method=host.start_method(),
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
                 # The others stay ours: elastic raises an Exception for them, which parts of it swallow, and would
                 # end what runs under nohup.
@@ -93,7 +110,7 @@ class ElasticLauncher:
             )
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with watchdog, _stopping_in_order(exchange, stopped):
+                with watchdog, forkserver.born_blocked(), _stopping_in_order(exchange, stopped):
                     elastic_launch(config, function)(job, exchange)
             except ChildFailedError as error:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)

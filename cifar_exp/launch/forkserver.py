@@ -1,43 +1,87 @@
-"""A process that has imported what ranks need and does nothing but fork them.
+"""How ranks come to be: forked from a process that has imported what they need, or each as a process of its own.
 
 Importing torch costs a rank three seconds and its optimizers as many more (they import the compiler). The nursery,
 which is Python's fork server, does both while the parent reads its configuration; ranks are forked from it in
 milliseconds, as are those of a sweep's later jobs. It has one thread and no CUDA context, so forking it is safe.
+
+On macOS it is not: :func:`cifar_exp.system.host.start_method`. There each rank is spawned and imports for itself.
 """
 
-import multiprocessing.forkserver as forkserver
+import multiprocessing.util
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from typing import Any
 
 import psutil
 
-START_METHOD = "forkserver"
+from cifar_exp.system import host
+
+# Ctrl-C is the parent's to answer, also while an interpreter starts: what the parent starts is born with the signal
+# blocked. So is the end of the terminal, for good: ranks, nursery and Python's resource tracker end with their parent.
+BLOCKED = {signal.SIGINT, signal.SIGHUP}
 
 
 def warm_up() -> None:
-    """Start the nursery, once a process; it ends with its parent."""
-    forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
-    # Ctrl-C is the parent's to answer, also while the nursery's interpreter starts: it is born with the signal blocked.
-    # So is the end of the terminal, for good: the nursery and Python's resource tracker, which is started here as well
-    # and loses count when it is killed, end with their parent.
-    blocked = {signal.SIGINT, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    """Start the nursery, once a process, where ranks come from one; it ends with its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
-        resource_tracker.ensure_running()  # it unblocks SIGINT once it has started, so it comes first
-        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        forkserver.ensure_running()
+        # It loses count when it is killed. It unblocks SIGINT once it has started, so it comes first.
+        resource_tracker.ensure_running()
+        if host.start_method() == "forkserver":
+            import multiprocessing.forkserver as forkserver
+
+            forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
+            signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def born_blocked() -> Iterator[None]:
+    """Processes that multiprocessing spawns in the block start with these signals blocked, as the fork server does.
+
+    A rank unblocks Ctrl-C itself.
+    """
+    util: Any = multiprocessing.util
+    spawn = util.spawnv_passfds
+
+    def spawned(*arguments: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+        try:
+            return spawn(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    util.spawnv_passfds = spawned
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = spawn
+
+
 def end_forked() -> None:
-    """Kill all that it has forked, also what this process was interrupted before it could learn of."""
-    pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
-    if pid is None:
-        return
+    """Kill all ranks, also those that this process was interrupted before it could learn of."""
     with suppress(psutil.NoSuchProcess):
-        forked = psutil.Process(pid).children()
-        for process in forked:
+        ranks = _ranks()
+        for process in ranks:
             process.kill()
-        psutil.wait_procs(forked, timeout=5)
+        psutil.wait_procs(ranks, timeout=5)
+
+
+def _ranks() -> list[psutil.Process]:
+    if host.start_method() == "spawn":
+        children = psutil.Process().children()
+        return [child for child in children if "multiprocessing.spawn" in " ".join(_command_line(child))]
+    import multiprocessing.forkserver as forkserver
+
+    pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    return psutil.Process(pid).children() if pid is not None else []
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from types import TracebackType
 
-from cifar_exp.system.process import end_with_parent
+from cifar_exp.system.host import end_with_parent
 
 # Before the imports, which take seconds: Ctrl-C is the parent's to answer.
 signal.signal(signal.SIGINT, signal.SIG_IGN)

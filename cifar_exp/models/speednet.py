@@ -10,6 +10,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from cifar_exp.models.networks import Count
+from cifar_exp.system.accelerator import exact
 
 PATCH_SIDE = 2  # pixels of the first layer's kernels
 SMALLEST_VARIANCE = 5e-4  # added to each variance, as a share of their mean, so that noise is not blown up (airbench)
@@ -28,12 +29,14 @@ class Whitening(nn.Conv2d):
 
     def initialize_from(self, images: Tensor) -> None:
         """Set the weights from ``images``: (N, 3, H, W) float32, normalised, all of them of the training set."""
-        patches = patches_of(images, self.kernel_size[0]).double()
+        patches = exact(patches_of(images, self.kernel_size[0]))
         variances, axes = torch.linalg.eigh(patches.T @ patches / len(patches))
         scales = (variances + SMALLEST_VARIANCE * variances.mean()).rsqrt()
         components = (axes * scales).T.reshape(-1, *self.weight.shape[1:])
         with torch.no_grad():
-            self.weight.copy_(torch.cat([components, -components]))  # a nonlinearity follows: keep both signs
+            self.weight.copy_(
+                torch.cat([components, -components]).to(self.weight.dtype)
+            )  # a nonlinearity follows: keep both signs
 
 
 class GlobalMaxPool(nn.Module):

@@ -209,6 +209,8 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
     try:
         fields: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**fields)
+    except (ImportError, NameError):  # no file raises these
+        raise
     except Exception as error:  # torch.load has no common class for what a damaged file raises
         raise StorageError(f"{path}: the checkpoint cannot be read: {error}") from error
 

@@ -32,7 +32,7 @@ def find_run(name: str) -> Path:
     if name == "latest":
         saved = sorted(OUTPUTS.rglob(f"{checkpoint.FOLDER}/*.json"), key=lambda path: path.stat().st_mtime)
         if not saved:
-            raise ConfigError(f"run=latest: no run under {OUTPUTS}/ holds a network yet. Type cifar-exp first")
+            raise ConfigError(f"latest: no run under {OUTPUTS}/ holds a network yet. Type cifar-exp first")
         return saved[-1].parents[1]
     if (Path(name) / checkpoint.FOLDER).is_dir():
         return Path(name)
@@ -40,5 +40,5 @@ def find_run(name: str) -> Path:
         if path.read_text().strip() == name:
             return path.parent
     raise ConfigError(
-        f"run={name}: there is no such run under {OUTPUTS}/. Type run=latest, a run's folder, or an MLflow run id"
+        f"{name}: there is no such run under {OUTPUTS}/. Give a run's folder, an MLflow run id, or latest"
     )

@@ -5,7 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 
+from cifar_exp.config import hydra_versions
 from cifar_exp.config.messages import _refused, nearest, shown
 from cifar_exp.config.reading import SECTIONS
 from cifar_exp.config.schema import KEPT, Config
@@ -127,7 +128,7 @@ def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "par
     _check_kinds(name, settings, trusted)
     _check_settings(name, settings, _imported(settings["_target_"], f"{name}._target_"))
     try:
-        with nullcontext():
+        with hydra_versions.limited_to(allowed(name, trusted)):
             bound = instantiate(settings, _partial_=True, _convert_="all")
     except InstantiationException as error:
         raise ConfigError(f"{name}: {error.__cause__ or error}") from error

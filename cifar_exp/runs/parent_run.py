@@ -88,7 +88,7 @@ class ParentRun:
         else:
             follower.finish(status, PATIENCE, LONGEST)
         if follower.error:
-            told = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
+            lacks = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
             if error is None:
-                raise TrackingError(told)
-            print(f"cifar-exp: {told}", file=sys.stderr, flush=True)
+                raise TrackingError(lacks)
+            print(f"cifar-exp: {lacks}", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from cifar_exp.runs.messages import say, warn
 from cifar_exp.runs.model_check import check_scales, checked_model
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine
+from cifar_exp.system.accelerator import check_precision
 from cifar_exp.system.redaction import masked
 from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.worker.job import Job
@@ -61,6 +62,7 @@ def begin(config: Config, context: RunContext) -> Beginning:
         CifarExpError: where either cannot be had.
     """
     devices = find_devices(config.devices)
+    check_precision(config.train.precision, devices.accelerator)
     resumed = resume.find(config, context.folder, anywhere=context.is_single, warn=warn)
     folder = context.folder
     if resumed and resumed.in_place:

@@ -15,6 +15,7 @@ from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import _named
 from cifar_exp.records.run_folder import CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
 from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
+from cifar_exp.system.bugs import is_bug, keep_traceback
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
         return _resumption(folder, config, changes, in_place, warn)
     except UNREADABLE as error:
+        # A damaged file, most likely; a bug of the program would look the same.
+        kept = f" (its traceback is in {keep_traceback(error)})" if is_bug(error) else ""
         raise StorageError(
-            f"{folder}: the run cannot be read: {error}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
+            f"{folder}: the run cannot be read: {error}{kept}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
             f"{journal.FILE_NAME}, or type resume=never"
         ) from error
 

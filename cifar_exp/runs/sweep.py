@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
 from cifar_exp.runs.sweep_summary import JobRow, _common_tags, _summarize
+from cifar_exp.system.bugs import told
 from cifar_exp.system.redaction import masked, masked_text
 
 POWERS_OF_TWO = "powers_of_two"  # what a preset says for the device counts: up to what the machine has
@@ -41,8 +41,8 @@ class StudySweeper(BasicSweeper):
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        told = partial(_run_and_tell, task_function)
-        super().setup(hydra_context=hydra_context, task_function=told, config=config)
+        telling = partial(_run_and_tell, task_function)
+        super().setup(hydra_context=hydra_context, task_function=telling, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobRow]:
         """Run all jobs.
@@ -84,7 +84,8 @@ class StudySweeper(BasicSweeper):
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
         """Let each job find its own folder in the sweep's: what is finished is skipped, what is not goes on."""
         assert self.config is not None
-        with read_write(self.config), open_dict(self.config):
+        # Hydra 1.4 passes its own part read-only, each node of which says so for itself.
+        with read_write(self.config.hydra), open_dict(self.config.hydra):
             self.config.hydra.sweep.dir = str(sweep_dir)
             escaped = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
@@ -145,10 +146,10 @@ def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
     except CifarExpError as error:
         print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {error}"), file=sys.stderr, flush=True)
         raise
-    except Exception:
-        told = masked_text(traceback.format_exc())
-        print(f"cifar-exp: job {hydra.job.num} failed:\n{told}", file=sys.stderr, flush=True)
-        raise
+    except Exception as error:
+        problem = told(error)
+        print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {problem}"), file=sys.stderr, flush=True)
+        raise problem from error
 
 
 def _row(number: int, job: JobReturn) -> JobRow:

@@ -64,8 +64,8 @@ def _summarize(
 
 def _reason(row: JobRow) -> str:
     """Why a job failed, in a line."""
-    told = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
-    return f"failed ({row.exit_code}): {told}"
+    why = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+    return f"failed ({row.exit_code}): {why}"
 
 
 def _print_jobs(console: "Console", rows: Sequence[JobRow], finished: "dict[int, FinishedRun]") -> None:

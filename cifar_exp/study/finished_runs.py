@@ -12,6 +12,7 @@ from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
 from cifar_exp.system import load_watch, machine
+from cifar_exp.system.bugs import is_bug
 from cifar_exp.tracking.follower import shortened
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
@@ -127,6 +128,8 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
     except CifarExpError:
         raise
     except Exception as error:  # MLflow raises whatever its store does
+        if is_bug(error):
+            raise
         raise TrackingError(
             f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or type "
             f"another address"

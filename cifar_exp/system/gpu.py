@@ -4,11 +4,12 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import psutil
+
+from cifar_exp.system import host
 
 GIB = 2**30
 LINKS = {0: "one board", 10: "one PCIe switch", 20: "PCIe switches", 30: "one host bridge", 40: "one NUMA node"}
@@ -40,7 +41,7 @@ def _gpu_description(count: int) -> dict[str, str]:
     """Names, memory, clock and power limits, and how the GPUs are joined."""
     nvml = _nvml()
     if nvml is None:
-        return {"machine.gpus": ", ".join(names)} if (names := _gpu_names_without_nvml()[:count]) else {}
+        return {"machine.gpus": ", ".join(names)} if (names := host.gpus_of_the_driver()[:count]) else {}
     tags = {}
     with suppress(Exception):
         handles = _handles(nvml, count)
@@ -66,16 +67,6 @@ def _links(nvml: Any, handles: Sequence[Any]) -> list[str]:
             level = 0 if direct else nvml.nvmlDeviceGetTopologyCommonAncestor(*pair)
             links.append(f"{first}-{second} {'NVLink' if direct else LINKS.get(level, 'across the system')}")
     return links
-
-
-def _gpu_names_without_nvml() -> list[str]:
-    """What the driver itself tells."""
-    names = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        with suppress(OSError):
-            lines = path.read_text().splitlines()
-            names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
-    return names
 
 
 def _text(value: str | bytes) -> str:

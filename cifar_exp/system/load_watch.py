@@ -1,17 +1,17 @@
 """What else the machine does while a run trains."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 
 import psutil
 
+from cifar_exp.system import host
 from cifar_exp.system.gpu import _Gpus
+from cifar_exp.system.host import own_cores
 
 BUSY = 0.05  # share of the cores that others may take, or of the time that clocks may be held down, undisturbed
 SAMPLE_SECONDS = 5.0
@@ -50,7 +50,7 @@ class Watch:
     """Looks at the machine while ranks train, from ``with`` to its end.
 
     Args:
-        accelerator: ``cpu`` or ``gpu``.
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
         count: how many GPUs train.
     """
 
@@ -103,11 +103,6 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
 }
 
 
-def own_cores() -> list[int]:
-    """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
 def own_cpu_seconds() -> float:
     """CPU seconds of this process and of all its descendants, ended or not."""
     total = 0.0
@@ -133,20 +128,5 @@ def _cpu_sample() -> dict[str, float]:
 
 def _counters() -> dict[str, float]:
     """What only grows: seconds that a container's quota stopped it, and how often heat slowed the processor."""
-    counters = {}
-    with suppress(OSError):
-        for line in Path("/sys/fs/cgroup/cpu.stat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "throttled_usec":
-                counters["throttled_seconds"] = int(value) / 1e6
-    folder = Path("/sys/devices/system/cpu")
-    events = [_number(folder / f"cpu{core}" / "thermal_throttle" / "core_throttle_count") for core in own_cores()]
-    if any(event is not None for event in events):
-        counters["thermal_events"] = float(sum(event or 0 for event in events))
-    return counters
-
-
-def _number(path: Path) -> int | None:
-    with suppress(OSError, ValueError):
-        return int(path.read_text())
-    return None
+    counters = {"throttled_seconds": host.throttled_seconds(), "thermal_events": host.thermal_events()}
+    return {name: value for name, value in counters.items() if value is not None}

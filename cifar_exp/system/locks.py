@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PROC = Path("/proc")
+from cifar_exp.system import host
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Owner:
         boot_id: another one after each start of the host.
         pid_namespace: containers on one host count their processes separately.
         pid: the process.
-        pid_started: when it started, in the kernel's ticks since the boot: pids are used again, and clocks are moved.
+        pid_started: when it started, on Linux in the kernel's ticks since the boot: pids are used again, and clocks are
+            moved.
     """
 
     host: str
@@ -36,17 +37,17 @@ class Owner:
     @classmethod
     def here(cls) -> "Owner":
         """The process that asks."""
-        return cls(_host(), _boot_id(), _pid_namespace(), os.getpid(), _started(os.getpid()))
+        return cls(_host(), host.boot_id(), host.pid_namespace(), os.getpid(), host.process_started(os.getpid()))
 
     def is_gone(self) -> bool:
         """Whether the process has certainly ended; False where that cannot be told from here."""
-        if self.host != _host() or not self.boot_id or not _boot_id():
+        if self.host != _host() or not self.boot_id or not host.boot_id():
             return False
-        if self.boot_id != _boot_id():
+        if self.boot_id != host.boot_id():
             return True
-        if self.pid_namespace != _pid_namespace() or not self.pid_started:
+        if self.pid_namespace != host.pid_namespace() or not self.pid_started:
             return False
-        return _started(self.pid) != self.pid_started
+        return host.process_started(self.pid) != self.pid_started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host.rpartition('-')[0]}"
@@ -103,29 +104,4 @@ def _noted(path: Path) -> Owner | None:
 
 @functools.cache
 def _host() -> str:
-    machine = _content(Path("/etc/machine-id"))
-    return f"{socket.gethostname()}-{hashlib.sha256(machine.encode()).hexdigest()[:6]}"
-
-
-def _boot_id() -> str:
-    return _content(PROC / "sys/kernel/random/boot_id")
-
-
-def _pid_namespace() -> str:
-    try:
-        return str((PROC / "self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """The 22nd field of ``/proc/<pid>/stat``; the second, the command in parentheses, may hold anything."""
-    fields = _content(PROC / str(pid) / "stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    return f"{socket.gethostname()}-{hashlib.sha256(host.machine_id().encode()).hexdigest()[:6]}"

@@ -4,32 +4,33 @@ All of it is read by the parent, beside the training: the description once, coun
 temperatures every few seconds. What cannot be read (another system, no NVIDIA library) is left out.
 """
 
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 
+from cifar_exp.system import host
 from cifar_exp.system.gpu import GIB, _gpu_description
-from cifar_exp.system.load_watch import own_cores
+from cifar_exp.system.host import own_cores
 
 
 def description(accelerator: str, count: int) -> dict[str, str]:
     """The machine in tags: processor, cores this process may use, memory; GPUs, their limits and links.
 
     Args:
-        accelerator: ``cpu`` or ``gpu``.
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
         count: how many GPUs train.
     """
     tags = {
-        "machine.processor": _processor(),
+        "machine.processor": host.processor(),
         "machine.cores": str(len(own_cores())),
         "machine.memory_gib": str(round(psutil.virtual_memory().total / GIB)),
     }
     frequency = _clock_limit()
     if frequency:
         tags["machine.cpu_mhz_max"] = f"{frequency:.0f}"
+    if accelerator == "mps":  # part of the processor, and shares its memory
+        return tags | {"machine.gpus": tags["machine.processor"]}
     return tags | (_gpu_description(count) if accelerator == "gpu" else {})
 
 
@@ -40,14 +41,6 @@ def in_one_line(tags: Mapping[str, str]) -> str:
         return ""
     first = f"{told.pop('processor')}, {told.pop('cores', '?')} cores, {told.pop('memory_gib', '?')} GiB"
     return "; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items())])
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _clock_limit() -> float | None:

@@ -1,29 +1,17 @@
 """What this process arranges with the system before anything starts."""
 
 import atexit
-import ctypes
 import logging
 import os
 import resource
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-import psutil
-
 from cifar_exp.errors import MachineError
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_parent() -> None:
-    """From now on this process is killed when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
+from cifar_exp.system.host import c_function
+from cifar_exp.system.surroundings import print_anywhere
 
 OPEN_FILES = 256  # several times what a parent with MLflow has open
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -51,7 +39,7 @@ def keep_freed_memory() -> None:
     glibc gives large blocks back to the system and asks for them again, which has to find and clear every page. A step
     frees and allocates all activations, and a block over 32 MiB, as those of 256 images in float32 are, is never kept.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl and macOS have none
+    if mallopt := c_function("mallopt"):  # musl and macOS have none
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -70,14 +58,6 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def process_age() -> float:
-    """Seconds since this process began. psutil's own figure counts from a boot time in whole seconds."""
-    process = psutil.Process()
-    if not hasattr(time, "CLOCK_BOOTTIME"):  # not Linux
-        return time.time() - process.create_time()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
-
-
 def uv_prefix() -> str:
     """What to type before a command of the environment: uv sets this variable for what it runs."""
     return "uv run " if "UV" in os.environ else ""
@@ -88,6 +68,7 @@ def outlive_terminal() -> None:
 
     That is the case behind ``| head``, on a terminal that was closed and on a full disk, where the log ends, too.
     """
+    print_anywhere()
     logging.raiseExceptions = False  # else it would print a traceback for each line
     for stream in (sys.stdout, sys.stderr):
         stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]

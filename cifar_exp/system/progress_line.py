@@ -11,7 +11,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done, self._shown_at = 0, 0.0
+        self._done, self._width, self._shown_at = 0, 0, 0.0
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Self:
@@ -21,9 +21,11 @@ class Progress:
         self._done += count
         if self._terminal and time.monotonic() - self._shown_at > 0.2:
             self._shown_at = time.monotonic()
-            sys.stderr.write(f"\r{self._what}: {self._done:,} of {self._total:,} {self._unit}")
+            text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
+            self._width = len(text)
+            sys.stderr.write(f"\r{text}")
             sys.stderr.flush()
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
         if self._shown_at:
-            sys.stderr.write("\r\033[K")  # back to the line's start, and clear it
+            sys.stderr.write(f"\r{'':<{self._width}}\r")  # cleared, in notebooks too, which know no codes for it

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cifar_exp.records.journal import FILE_NAME, Entry, JournalFollower
 from cifar_exp.records.run_folder import Status, sync_command
+from cifar_exp.system.bugs import bug_text, described, is_bug
 from cifar_exp.system.redaction import masked_text
 
 BATCH = 500  # entries that are read, and held, at a time
@@ -154,7 +155,8 @@ class Follower(threading.Thread):
                 self._note(error)
                 if failures == 2 and not self._told:  # one alone is soon made good: a connection that was closed
                     self._told = True
-                    self._tell(f"tracker unreachable, training goes on, trying again: {shortened(error)}")
+                    state = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
+                    self._tell(f"{state}, training goes on, trying again: {shortened(error)}")
                 self._pause(failures)
             else:
                 self._reached = True
@@ -200,14 +202,16 @@ class Follower(threading.Thread):
 def lacking(error: Exception, folder: Path) -> str:
     """What to tell of a tracker that did not get everything, down to the command that delivers it."""
     path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
-    return (
-        f"the tracker did not get everything: {shortened(error)}. "
-        f"It is all in {path}. Once the tracker can be reached, type\n{sync_command(folder)}"
-    )
+    why, remedy = f"{shortened(error)}. ", "the tracker can be reached"
+    if is_bug(error):
+        why, remedy = f"{bug_text(error)}\n", "that is mended"
+    return f"the tracker did not get everything: {why}It is all in {path}. Once {remedy}, type\n{sync_command(folder)}"
 
 
 def shortened(error: Exception) -> str:
     """What an error says in a line, not the whole chain of calls; MLflow's ``mlflow db upgrade`` is within 180."""
+    if is_bug(error):
+        return described(error)
     lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
     text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
     return text if len(text) <= 260 else f"{text[:180]} ... {text[-75:]}"

@@ -86,13 +86,16 @@ class MLflowStore:
         # A server is its own guard, and one that does not answer must not hold up other runs.
         with locks.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
             # An address that says more than a file's name, or is in memory, is left to MLflow.
-            if database and not {"?", ":"} & {*database} and not Path(database).exists():
+            is_file = bool(database) and not {"?", ":"} & {*database}
+            if is_file and not Path(database).exists():
                 _make_store(Path(database))
             client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
-                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
-                location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
+                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder, which may be
+                # one that cannot be written.
+                beside = Path(database).parent if is_file else OUTPUTS
+                location = (beside / "artifacts" / self.experiment).resolve().as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 raise TrackingError(
@@ -174,5 +177,5 @@ def _make_store(path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     make: Any = SqlAlchemyStore
-    make(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
+    make(f"sqlite:///{unfinished}", path.parent.resolve().as_uri()).engine.dispose()
     unfinished.replace(path)

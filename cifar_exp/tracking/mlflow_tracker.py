@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cifar_exp.errors import CifarExpError, TrackingError
 from cifar_exp.records.journal import read
@@ -15,14 +14,12 @@ from cifar_exp.records.run_folder import (
     settle,
     sync_command,
 )
+from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.follower import BATCH, shortened
 from cifar_exp.tracking.mlflow_run import MLflowRun, _points
 from cifar_exp.tracking.mlflow_store import MLflowStore
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class MLflowTracker(MLflowStore):
             except CifarExpError:
                 raise
             except Exception as error:  # MLflow raises whatever its store does
+                if is_bug(error):
+                    raise
                 raise TrackingError(
                     f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
                     f"type {sync_command(run_dir)} once the store can be reached; an address with a "

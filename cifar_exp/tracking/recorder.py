@@ -16,6 +16,7 @@ from types import TracebackType
 from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import Outcome, Status, owe, settle
+from cifar_exp.system.bugs import BugError, described, is_bug
 from cifar_exp.tracking.follower import (
     LEAST_PATIENCE,
     LONGEST,
@@ -132,9 +133,7 @@ class Recording:
             if follower.error and is_tracker:
                 problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
             elif follower.error:
-                told = f"{well}its page or figure could not be written: {shortened(follower.error)}"
-                advice = "" if FREE_SPACE in told or isinstance(follower.error, _GivenUpError) else f". {FREE_SPACE}"
-                problems.append(StorageError(f"{self.run_dir}: {told}{advice}"))
+                problems.append(_not_shown(follower.error, self.run_dir, well))
             elif is_tracker:
                 settle(self.run_dir, self.store)
         return problems
@@ -173,3 +172,21 @@ class Recording:
         writer = JournalWriter(self.run_dir)
         writer.write(Entry(last.step, last.epoch, total, metrics))
         writer.close()
+
+
+def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
+    """What to tell where the page or figure is not as it should be: storage is blamed for its own errors alone.
+
+    Args:
+        error: why.
+        run_dir: the run's folder.
+        well: how the training ended, where it ended well.
+    """
+    told = f"{run_dir}: {well}its page or figure could not be"
+    if isinstance(error, StorageError | _GivenUpError):
+        return StorageError(f"{told} written: {shortened(error)}")
+    if isinstance(error, OSError):
+        return StorageError(f"{told} written: {shortened(error)}. {FREE_SPACE}")
+    if is_bug(error):
+        return BugError(error, f"{run_dir}: {well}its page or figure was not drawn: ")
+    return StorageError(f"{told} drawn: {described(error)}")

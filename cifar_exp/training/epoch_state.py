@@ -12,7 +12,7 @@ class Unfinished:
     """An epoch in the midst.
 
     Attributes:
-        sums: loss, correct predictions and images so far over all ranks, (3,) float64 on the device; what ranks have
+        sums: loss, correct predictions and images so far over all ranks, (3,) float64; what ranks have
             added since they last read them is not in it.
         steps: of the epoch that are done.
         watch: the epoch's time so far.

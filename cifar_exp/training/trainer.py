@@ -21,6 +21,7 @@ from cifar_exp.distributed.data_parallel import Communication
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.rank_times import MEASURED, RankTimes
 from cifar_exp.errors import DivergenceError
+from cifar_exp.system.accelerator import exact_device, random_state, set_random_state
 from cifar_exp.training.cuda_graph import Capture, CapturedStep, may_be_captured, told, undone
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.epoch_state import Unfinished
@@ -181,7 +182,8 @@ class Trainer:
         if unfinished := state["unfinished"]:
             watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
             block_seconds = unfinished["block_seconds"] if same_run else 0.0
-            self._unfinished = Unfinished(unfinished["sums"].to(self.device), unfinished["steps"], watch, block_seconds)
+            sums = unfinished["sums"].to(exact_device(self.device))
+            self._unfinished = Unfinished(sums, unfinished["steps"], watch, block_seconds)
             self._ranks = unfinished["ranks"]
 
     def share_epoch_anew(self, steps_per_epoch: int, share: float) -> None:
@@ -194,9 +196,7 @@ class Trainer:
     def _unfinished_state(self) -> dict[str, Any]:
         assert self._unfinished
         buffers = [buffer.cpu() for buffer in self._networks().buffers()]
-        mine: dict[str, Any] = {"random": torch.get_rng_state(), "buffers": buffers, "sums": self._block.sums.cpu()}
-        if self.device.type == "cuda":
-            mine["device_random"] = torch.cuda.get_rng_state(self.device)
+        mine = random_state(self.device) | {"buffers": buffers, "sums": self._block.sums.cpu()}
         return {
             "sums": self._unfinished.sums,
             "steps": self._unfinished.steps,
@@ -214,9 +214,7 @@ class Trainer:
         ranks, self._ranks = self._ranks, []
         same = len(ranks) == batches.world_size
         if same:
-            torch.set_rng_state(ranks[batches.rank]["random"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(ranks[batches.rank]["device_random"], self.device)
+            set_random_state(ranks[batches.rank], self.device)
         else:
             torch.manual_seed(batches.noise_seed(epoch))
         if not ranks:
@@ -225,7 +223,7 @@ class Trainer:
         statistics = mine[:1] if self.batch_norm == "local" else mine
         batch_norm.take_over(self._networks(), [rank["buffers"] for rank in statistics])
         if same or batches.rank == 0:
-            self._block.sums.copy_(torch.stack([rank["sums"] for rank in mine]).sum(0))
+            self._block.sums.copy_(torch.stack([rank["sums"] for rank in mine]).sum(0).to(self._block.sums.dtype))
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """A step that changes nothing: compilation and DDP's choice of buckets come before the first real one.
@@ -296,7 +294,7 @@ class Trainer:
         """
         self.model.train()
         if self._unfinished is None:
-            self._unfinished = Unfinished(torch.zeros(3, dtype=torch.float64, device=self.device))
+            self._unfinished = Unfinished(torch.zeros(3, dtype=torch.float64, device=exact_device(self.device)))
         progress = self._unfinished
         watch = progress.watch
         before = dict(watch.seconds)
@@ -440,7 +438,7 @@ class Trainer:
 
     def _check_what_is_left(self, epoch: int) -> None:
         """Stop rather than save a network that has diverged since the loss was last read."""
-        averages = Averages.of(sum_over_ranks(self._block.sums.clone()))
+        averages = Averages.of(sum_over_ranks(self._block.read()))
         if averages.count:
             self._check(averages, epoch)
         # The last update came after the last loss. All ranks hold the same weights, so all of them stop.

@@ -19,10 +19,10 @@ from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
 from cifar_exp.models.networks import InitializedFromImages, initialize_from_images, seeded
 from cifar_exp.records.checkpoint import Checkpoint
+from cifar_exp.system.accelerator import layout, resolve_precision
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.trainer import Report, Trainer
 from cifar_exp.worker.job import Job
-from cifar_exp.worker.precision import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def assembled(
     """All parts on this rank's device; the network with its initial values, or those ``saved``."""
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
     model = seeded(job.make_model, len(job.data.classes), job.seed)
-    model = model.to(world.device).to(memory_format=torch.channels_last)
+    model = model.to(world.device).to(memory_format=layout(world.device))
     if saved:
         _load(model, saved)
     elif any(isinstance(module, InitializedFromImages) for module in model.modules()):

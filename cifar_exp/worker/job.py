@@ -33,7 +33,7 @@ class Job:
         augmentation: of training images.
         make_model: called with ``num_classes``.
         make_optimizer: called with the parameters and ``lr``.
-        accelerator: ``cpu`` or ``gpu``.
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
         threads: CPU threads of this rank.
         timeout: seconds without a sign of life after which the launcher takes a rank for hung.
     """

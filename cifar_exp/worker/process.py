@@ -1,5 +1,6 @@
 """Setting up and ending one rank's process."""
 
+import atexit
 import gc
 import os
 import signal
@@ -17,7 +18,8 @@ from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records import checkpoint
-from cifar_exp.system.process import end_with_parent, keep_freed_memory
+from cifar_exp.system import host
+from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
@@ -32,11 +34,9 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
         work: done once this rank has its device and knows the others.
     """
-    end_with_parent()
+    begin_rank()
     gc.freeze()  # what the nursery has imported stays, and is no longer looked through
     gc.enable()
-    # Ctrl-C reaches every process of the terminal; it is the launcher's to answer, which tells the ranks by a file.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
         control = Control(exchange, job.run_dir, rank, _steps_between_waits(job), _seconds_left(job))
@@ -47,6 +47,7 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         with process_group.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
             work(job, world, control)
         control.done()
+        end_rank()
     except Exception as error:
         if not exchange.exists():  # the launcher was stopped before it knew of this rank, and nobody is to hear of it
             os._exit(1)
@@ -58,6 +59,22 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
             # one first. It ends this rank as soon as it does.
             time.sleep(DEAD_PEER_PATIENCE)
         sys.exit(1 if code is None else code)
+
+
+def begin_rank() -> None:
+    """In a rank: it ends with its parent, and Ctrl-C, which reaches every process of the terminal, is its parent's."""
+    host.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def end_rank() -> None:
+    """Called when a rank's work is done: it ends without Python's finalisation, as one that was forked does.
+
+    That would abort a thread of gloo's which is still at a callback of Python's.
+    """
+    if host.start_method() == "spawn":  # forked processes call nothing at their exit
+        atexit.register(os._exit, 0)
 
 
 def _steps_between_waits(job: Job) -> int:
@@ -109,7 +126,7 @@ def _pin(job: Job) -> None:
     Threads that wander evict each other's caches. A run that leaves cores free is left to the system: another run would
     choose the same ones. Threads that are started from now on inherit it.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = host.own_cores()
     if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):
         first = int(os.environ["LOCAL_RANK"]) * job.threads
-        os.sched_setaffinity(0, cores[first : first + job.threads])
+        host.keep_to_cores(cores[first : first + job.threads])

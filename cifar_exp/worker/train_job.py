@@ -1,7 +1,7 @@
 """One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +41,19 @@ def train(job: Job, world: World, control: Control) -> None:
 def _train(
     job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
 ) -> None:
-    writer = JournalWriter(job.run_dir) if world.is_first else None
+    with JournalWriter(job.run_dir) if world.is_first else nullcontext() as writer:
+        _train_and_tell(job, world, control, writer, train_images, kept_apart, test_images)
 
+
+def _train_and_tell(
+    job: Job,
+    world: World,
+    control: Control,
+    writer: JournalWriter | None,
+    train_images: Source,
+    kept_apart: Source | None,
+    test_images: Source,
+) -> None:
     def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
         if writer:
             writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))

@@ -4,15 +4,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hypothesis import HealthCheck, Phase, example, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from cifar_exp.cli.hydra_app import HYDRAS_ERRORS, explained
 from cifar_exp.config.defaults import conf_dir, default_settings
+from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config, register_resolvers
+from cifar_exp.config.refusals import explained
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 from cifar_exp.runs.components import build
 from tests.faults.registry import case
@@ -83,8 +84,10 @@ def outcome(typed: Sequence[str]) -> CifarExpError | None:
     """What the command would say before it starts anything; None where it would start. Anything else is raised."""
     try:
         composed = compose("config", list(typed))
-    except HYDRAS_ERRORS as error:  # as in commandline.run_hydra
-        return explained(error, typed)
+    except Exception as error:  # as in commandline.run_hydra
+        if (problem := explained(error, typed)) is None:
+            raise
+        return problem
     from cifar_exp.launch.devices import find_devices
     from cifar_exp.training.plan import check_scaling, make_plan
 
@@ -143,7 +146,7 @@ def random_overrides(scene: Scene) -> None:
         check(typed, counts)
 
     register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with composing(conf_dir()):
         run()
     told = f"{sum(counts.values()):,} tried: {counts[True]:,} accepted, {counts[False]:,} refused by name"
     scene.handled("random overrides", f"none needed: {told}")

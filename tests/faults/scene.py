@@ -22,6 +22,7 @@ import psutil
 
 from tests.conftest import environment
 from tests.faults.injected import ANNOUNCED, PLAN
+from tests.helpers.processes import answers_signals
 
 MARK = "CIFAR_EXP_FAULT_SCENE"
 OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set where the suite has a mount namespace, and shared memory, of its own
@@ -74,14 +75,8 @@ class Running:
         self.until((self.scene.folder / ANNOUNCED).exists, "the planned point")
 
     def until_it_answers_signals(self) -> None:
-        """Wait until the command has taken charge of SIGTERM, which Python leaves alone."""
-        status = Path(f"/proc/{self.process.pid}/status")
-
-        def catches() -> int:
-            mask = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
-            return int(mask.split()[1], 16) & 1 << signal.SIGTERM - 1
-
-        self.until(catches, "its answer to signals")
+        """Wait until the command has taken charge of them."""
+        self.until(lambda: answers_signals(self.process.pid), "its answer to signals")
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, in order: the children of the fork server, in the order of their birth."""

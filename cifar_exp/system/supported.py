@@ -1,0 +1,32 @@
+"""What this package runs on: Python 3.11 to 3.14, not on native Windows. Anything else is refused in one message.
+
+Older versions of Python must be able to read this module, or they would show a traceback in place of that message.
+"""
+
+import sys
+
+OLDEST, NEWEST = (3, 11), (3, 14)
+WINDOWS = """native Windows is not supported. Use WSL2, the Linux in Windows:
+  1. In PowerShell as administrator:  wsl --install
+  2. In the Ubuntu that this opens:   the commands of the README, in a clone of the project"""
+
+
+def refusal(version: "tuple[int, ...]", platform: str) -> str:
+    """Why the package cannot be used here, and what to do; empty where it can."""
+    if platform == "win32":
+        return WINDOWS
+    if OLDEST <= version[:2] <= NEWEST:
+        return ""
+    this, oldest, newest = [f"{major}.{minor}" for major, minor in (version[:2], OLDEST, NEWEST)]
+    return (
+        f"this is Python {this} ({sys.executable}), and cifar-exp needs {oldest} to {newest}. Run "
+        f"uv run --python {newest} cifar-exp, or make the environment with python{newest} -m venv .venv"
+    )
+
+
+def refuse_others() -> None:
+    """End with exit code 2 and one message where the package cannot be used."""
+    problem = refusal(sys.version_info[:3], sys.platform)
+    if problem:
+        sys.stderr.write(f"cifar-exp: {problem}\n")
+        sys.exit(2)

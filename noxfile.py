@@ -1,0 +1,115 @@
+"""Where the project runs, tried: `nox --list` names the sessions, `nox -s tests-3.13 wheel` takes some of them.
+
+Each has an environment of its own, made by uv. A Python that this machine lacks is said and left out, with
+`--error-on-missing-interpreters` it is an error. `.ci/run` is one interpreter and quicker.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.sessions = ["tests", "lowest", "newest", "hydra-rc", "wheel", "newcomer", "environments", "avx2", "macos"]
+
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
+# As a processor without AVX512 looks to PyTorch, oneDNN and numba. bfloat16 stays out: the real one multiplies it.
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
+
+
+def synchronize(session: nox.Session) -> None:
+    """What `uv run` takes: the versions of the day that pyproject.toml names."""
+    place = session.virtualenv.location
+    session.run_install("uv", "sync", "--quiet", f"--python={place}", env={"UV_PROJECT_ENVIRONMENT": place})
+
+
+def install(session: nox.Session, *options: str) -> None:
+    """The checkout and its development tools, by the resolver's ``options``."""
+    session.run_install("uv", "pip", "install", "--quiet", *options, "--editable", ".[cpu]", "--group", "dev")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The whole test suite."""
+    synchronize(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=OLDEST)
+def lowest(session: nox.Session) -> None:
+    """The whole test suite with the oldest versions that pyproject.toml allows."""
+    install(session, "--resolution=lowest-direct")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=NEWEST)
+def newest(session: nox.Session) -> None:
+    """The whole test suite with the newest releases, whatever their day."""
+    install(session, "--no-config", "--upgrade")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(name="hydra-rc", python=NEWEST)
+def hydra_rc(session: nox.Session) -> None:
+    """The same with the release candidates of Hydra and OmegaConf, a warning of theirs being an error.
+
+    It can go once Hydra 1.4 is released: `newest` takes it then.
+    """
+    install(session, "--no-config", "--upgrade", "hydra-core>=1.4.0rc3", "omegaconf>=2.4.0rc1")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """The wheel, installed as people do it, with the newest versions; a run and a sweep in an empty folder."""
+    empty, dist = session.create_tmp(), Path(session.create_tmp()) / "dist"
+    session.run_install("uv", "build", "--quiet", "--wheel", f"--out-dir={dist}", external=True)
+    (built,) = dist.glob("*.whl")
+    session.run_install("uv", "pip", "install", "--quiet", "--no-config", f"cifar-exp[cpu] @ {built.as_uri()}")
+    with session.chdir(empty):
+        session.run("cifar-exp", "experiment=quickstart")
+        session.run("cifar-exp", "-m", "experiment=quickstart", "train.epochs=1", "model.width=4,8")
+
+
+@nox.session(python=PYTHONS)
+def newcomer(session: nox.Session) -> None:
+    """The README's first commands, typed as they stand, in a fresh clone."""
+    session.run(".ci/newcomer.sh", external=True)
+
+
+@nox.session(python=OLDEST)
+def environments(session: nox.Session) -> None:
+    """Read-only installations, users without a name, other locales, ...: each from the command to a tracked result."""
+    synchronize(session)
+    session.run("python", "-m", "tests.environments", *session.posargs)
+
+
+@nox.session(python=OLDEST)
+def avx2(session: nox.Session) -> None:
+    """As on a laptop whose processor has AVX2 and no AVX512: kernels, and a run to its accuracy."""
+    synchronize(session)
+    session.run("pytest", "-k", "fused or kernel", env=AVX2)
+    with session.chdir(session.create_tmp()):
+        session.run("cifar-exp", "experiment=quickstart", "train.precision=fp32", env=AVX2)
+
+
+@nox.session(python=OLDEST)
+def macos(session: nox.Session) -> None:
+    """On Linux, without what macOS lacks."""
+    synchronize(session)
+    session.run("mypy", "--platform=darwin")
+    session.run("pytest", "tests/macos", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def arm(session: nox.Session) -> None:
+    """A tiny run on ARM, emulated; as root, an hour. Says what the machine lacks for it, and fails then."""
+    session.run(".ci/arm.sh", *session.posargs, env={"PATH": os.environ["PATH"]}, external=True)

@@ -1,0 +1,121 @@
+"""Each version of Hydra that may be installed gets what it takes, and none says anything of it."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hydra import compose
+from omegaconf import OmegaConf
+
+from cifar_exp.config import hydra_versions, reading
+from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.hydra_versions import _parser_of_old_versions, composing, limited_to, register_resolver
+from cifar_exp.config.reading import read_config
+from cifar_exp.runs.components import build
+from tests.conftest import Command
+
+IS_OLD = not hydra_versions._LIMITS_TARGETS
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Looks at each help at once, as all parsers do since Python 3.14."""
+
+    def _check_help(self, action: argparse.Action) -> None:
+        if action.help and "%" in action.help:
+            action.help % {}
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        self._check_help(action)
+        return action
+
+
+@pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
+def test_hydras_parser_is_made_where_argparse_looks_at_each_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(argparse, "ArgumentParser", StrictParser)
+    module = sys.modules["hydra.main"]
+    with pytest.raises(TypeError):
+        module.get_args_parser()
+    make, check = module.get_args_parser, StrictParser._check_help
+    with _parser_of_old_versions():
+        parser = module.get_args_parser()
+        assert StrictParser._check_help is check  # a job may make parsers of its own
+    assert module.get_args_parser is make
+    assert parser.parse_args(["--multirun", "seed=0,1"]).overrides == ["seed=0,1"]
+    with pytest.raises(TypeError):
+        parser.add_argument("--other", help=object())
+
+
+@pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
+def test_only_what_is_no_string_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(argparse, "ArgumentParser", StrictParser)
+
+    def make() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--wrong", help="%(nothing)s")
+        return parser
+
+    monkeypatch.setattr(sys.modules["hydra.main"], "get_args_parser", make)
+    with _parser_of_old_versions(), pytest.raises(KeyError):
+        sys.modules["hydra.main"].get_args_parser()
+
+
+def test_nothing_deprecated_is_called() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register_resolver("twice", lambda number: 2 * number)
+        with composing(conf_dir()):
+            composed = compose("config", ["seed=${twice:4}"])
+    assert composed.seed == 8
+    register_resolver("twice", lambda number: 3 * number)
+    assert OmegaConf.create({"a": "${twice:2}"}).a == 6
+
+
+def test_a_command_says_nothing_of_versions(cifar_exp: Command) -> None:
+    done = cifar_exp("--cfg", "job")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    refused = cifar_exp("-m", "train.epochs=0,1")
+    assert refused.returncode == 2
+    assert "Warning" not in refused.stderr
+
+
+def test_hydra_is_given_our_allow_list_where_it_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    @contextmanager
+    def limit(patterns: list[str]) -> Iterator[None]:
+        given.append(patterns)
+        yield
+
+    monkeypatch.setattr(hydra_versions.utils, "execution_whitelist", limit, raising=False)
+    reading.register_resolvers()
+    with composing(conf_dir()):
+        build(read_config(compose("config", ["trusted_modules=[mine]"])))
+    assert given == [["cifar_exp.*", "torch.*", "torchvision.*", "mine.*"]]
+
+
+def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(hydra_versions, "_LIMITS_TARGETS", True)
+    monkeypatch.setattr(hydra_versions, "_BASE", {})
+    monkeypatch.setattr(hydra_versions.hydra, "main", lambda **settings: given.update(settings) or (lambda job: job))
+    hydra_versions.run_command(lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch"])
+    assert given["execution_whitelist"] == ["torch.*"]
+    assert given["ran"]
+    assert "version_base" not in given
+
+
+@pytest.mark.skipif(IS_OLD, reason="Hydra 1.3 has no such list")
+def test_what_is_not_on_it_is_refused() -> None:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    with limited_to(["torch"]):
+        assert instantiate({"_target_": "torch.Size", "_args_": [[2]]})[0] == 2
+        with pytest.raises(InstantiationException, match="whitelist"):
+            instantiate({"_target_": "os.getcwd"})
