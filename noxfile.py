@@ -33,7 +33,7 @@ def synchronize(session: nox.Session) -> None:
 
 def install(session: nox.Session, *options: str) -> None:
     """The checkout and its development tools, by the resolver's ``options``."""
-    session.run_install("uv", "pip", "install", "--quiet", *options, "--editable", ".[cpu]", "--group", "dev")
+    session.install(*options, "--editable", ".[cpu]", "--group", "dev")
 
 
 @nox.session(python=PYTHONS)
@@ -73,7 +73,7 @@ def wheel(session: nox.Session) -> None:
     empty, dist = session.create_tmp(), Path(session.create_tmp()) / "dist"
     session.run_install("uv", "build", "--quiet", "--wheel", f"--out-dir={dist}", external=True)
     (built,) = dist.glob("*.whl")
-    session.run_install("uv", "pip", "install", "--quiet", "--no-config", f"cifar-exp[cpu] @ {built.as_uri()}")
+    session.install("--no-config", f"cifar-exp[cpu] @ {built.as_uri()}")
     with session.chdir(empty):
         session.run("cifar-exp", "experiment=quickstart")
         session.run("cifar-exp", "-m", "experiment=quickstart", "train.epochs=1", "model.width=4,8")
@@ -106,7 +106,7 @@ def macos(session: nox.Session) -> None:
     """On Linux, without what macOS lacks."""
     synchronize(session)
     session.run("mypy", "--platform=darwin")
-    session.run("pytest", "tests/macos", *session.posargs)
+    session.run("pytest", "tests/test_macos.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")

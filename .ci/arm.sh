@@ -33,10 +33,10 @@ check() {
 make_tree() {
     # Unpacked and not configured: so nothing has to run there, and it takes seconds.
     [ -x "$tree/usr/bin/python3" ] || mmdebstrap --quiet --architectures=arm64 --variant=extract \
-        --include=python3,libgomp1 bookworm "$tree" http://deb.debian.org/debian
-    [ -d "$tree/opt/site/torch" ] || uv pip install --quiet --python-platform aarch64-unknown-linux-gnu \
-        --python-version 3.11 --target "$tree/opt/site" --requirements pyproject.toml --extra cpu
-    mkdir -p "$tree"/{proc,dev,tmp,root,src,result}
+        --include=python3,libgomp1,libstdc++6 bookworm "$tree" http://deb.debian.org/debian
+    [ -d "$tree/site/torch" ] || uv pip install --quiet --python-platform aarch64-unknown-linux-gnu \
+        --python-version 3.11 --target "$tree/site" --requirements pyproject.toml --extra cpu
+    mkdir -p "$tree"/{proc,dev,tmp,src,result}
     # What oneDNN reads to know the processor; the host's own /sys speaks of another one and crashes it.
     local cores="$tree/sys/devices/system/cpu" last=$(($(nproc) - 1))
     for core in $(seq 0 "$last"); do
@@ -48,14 +48,15 @@ make_tree() {
 
 run_there() { # in a mount namespace of its own, so that nothing stays mounted
     rm -rf "$tree/result/run"
+    # shellcheck disable=SC2016
     unshare --mount bash -euo pipefail -c '
         tree="$1" processor="$2"; shift 2
         mount -t proc proc "$tree/proc"
         mount --rbind /dev "$tree/dev"
         mount --bind "$PWD" "$tree/src"
         mount -o remount,bind,ro "$tree/src"
-        exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/tmp LANG=C.UTF-8 QEMU_CPU="$processor" \
-            PYTHONPATH=/src:/opt/site PYTHONDONTWRITEBYTECODE=1 \
+        exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TMPDIR=/tmp LANG=C.UTF-8 QEMU_CPU="$processor" \
+            PYTHONPATH=/src:/site PYTHONDONTWRITEBYTECODE=1 \
             chroot "$tree" /usr/bin/python3 -m cifar_exp "$@"
     ' - "$tree" "$processor" "${run[@]}" hydra.run.dir=/result/run
 }

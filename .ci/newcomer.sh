@@ -28,6 +28,7 @@ $typed"
 if [ -z "$tree" ]; then
     sh -c "$script"
 else # mounts of its own, so that nothing stays; the network's name server and certificates are this machine's
+    # shellcheck disable=SC2016
     unshare --mount bash -euo pipefail -c '
         tree="$1"
         for what in proc sys dev; do mkdir -p "$tree/$what"; mount --rbind "/$what" "$tree/$what"; done
@@ -36,7 +37,7 @@ else # mounts of its own, so that nothing stays; the network's name server and c
             [ -e "$tree$file" ] || touch "$tree$file"
             mount --bind "$(readlink -f "$file")" "$tree$file"
         done
-        HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin exec chroot "$tree" /bin/sh -c "$2"
+        HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin exec chroot "$tree" /bin/sh -c "$2"
     ' - "$tree" "$script"
 fi
 accuracy="$(cat "$home"/cifar-exp/outputs/*/*/metrics.jsonl | sed -n 's/.*"test\/accuracy": \([0-9.]*\).*/\1/p' | tail -n 1)"

@@ -13,13 +13,18 @@ from cifar_exp.data.batches import TrainBatches
 Batch = tuple[Tensor, Tensor]
 
 
-def bare_epoch(model: nn.Module, optimizer: Optimizer, batches: Callable[[], Iterable[Batch]]) -> Callable[[], None]:
+def bare_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Callable[[], Iterable[Batch]],
+    precision: torch.dtype = PRECISION,
+) -> Callable[[], None]:
     """One pass over ``batches()`` a call: forward, loss, backward, update; the last loss is read at the end."""
 
     def epoch() -> None:
         model.train()
         for images, labels in batches():
-            loss = bare_step(model, optimizer, images, labels)
+            loss = bare_step(model, optimizer, images, labels, precision)
         loss.item()
 
     return epoch

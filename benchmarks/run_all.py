@@ -19,6 +19,7 @@ BENCHMARKS = {
     "evaluation": "test pass against training",
     "kernels": "where a step's time goes",
     "compiled": "the compiled step against the eager one",
+    "avx2": "fused layers on a processor without AVX512, emulated",
     "data": "our data path against torchvision's",
     "peers": "an epoch against Lightning, accelerate, plain PyTorch",
     "scaling": "two ranks against bare DDP and independent processes",

@@ -19,7 +19,7 @@ from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatche
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World, joined_world
-from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.models.networks import ModelFactory, convnet, seeded
 from cifar_exp.system.accelerator import resolve_precision
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.training.cuda_graph import cuda_graph
@@ -54,21 +54,21 @@ def evaluation_batches(split: Split, world: World) -> EvaluationBatches:
     return EvaluationBatches(split.to(DEVICE), NORMALIZATION, world.rank, world.size)
 
 
-def network() -> tuple[nn.Module, Optimizer]:
-    """The reference network, channels-last, and the recipe's optimizer, on a GPU a fused one.
+def network(build: ModelFactory = convnet) -> tuple[nn.Module, Optimizer]:
+    """The reference network or another one, channels-last, and the recipe's optimizer, on a GPU a fused one.
 
     cuDNN chooses its algorithms by trying them, as it does in ranks.
     """
     torch.backends.cudnn.benchmark = True
-    model = seeded(convnet, 10, 0).to(DEVICE).to(memory_format=torch.channels_last)
+    model = seeded(build, 10, 0).to(DEVICE).to(memory_format=torch.channels_last)
     return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10, fused=ON_GPU)
 
 
-def fused_network() -> tuple[nn.Module, Optimizer]:
+def fused_network(build: ModelFactory = convnet, precision: torch.dtype = PRECISION) -> tuple[nn.Module, Optimizer]:
     """The same with the layers that it trains with on CPUs."""
-    model, optimizer = network()
+    model, optimizer = network(build)
     if not ON_GPU:
-        problem = fuse_layers(model, PRECISION)
+        problem = fuse_layers(model, precision)
         assert not problem, problem
     return model, optimizer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 
 from cifar_exp.distributed.process_group import World
 from tests.helpers.commands import REPO, ForkedCommand, environment  # noqa: F401
@@ -49,12 +50,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first tracked command in a folder makes; it takes MLflow seconds."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    """What the first tracked command in a folder makes; it takes MLflow seconds, and one serves all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty-store"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "mlflow.db").exists():
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    SqlAlchemyStore(f"sqlite:///{path}", path.parent.as_uri()).engine.dispose()
-    return path
+            SqlAlchemyStore(f"sqlite:///{folder / 'made.db'}", folder.as_uri()).engine.dispose()
+            (folder / "made.db").rename(folder / "mlflow.db")
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

@@ -237,6 +237,33 @@ def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_starte
             signal.signal(number, handler)
 
 
+DELETED = """
+import signal
+from cifar_exp.errors import Stopped
+from cifar_exp.signals import answer_signals, raise_swallowed
+
+class Deleted:
+    def __init__(self, action): self.action = action
+    def __del__(self): self.action()
+
+answer_signals()
+Deleted(lambda: signal.raise_signal(signal.SIGINT))
+Deleted(lambda: 1 / 0)
+try:
+    raise_swallowed()
+except Stopped as stopped:
+    print(stopped.exit_code)
+"""
+
+
+def test_a_signal_where_nothing_can_be_raised_is_told_once_and_other_errors_there_are_shown() -> None:
+    done = subprocess.run([sys.executable, "-c", DELETED], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "130\n"
+    assert "Stopped" not in done.stderr
+    assert done.stderr.count("Exception ignored") == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.parametrize("module", ["main", "verify"])
 def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(module: str, tmp_path: Path) -> None:
     """As omegaconf does, which cannot undo what it was in the midst of."""

@@ -21,46 +21,50 @@ from tests.conftest import Command
 IS_OLD = not hydra_versions._LIMITS_TARGETS
 
 
-class StrictParser(argparse.ArgumentParser):
-    """Looks at each help at once, as all parsers do since Python 3.14."""
+@pytest.fixture
+def strict_argparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsers look at each help at once, as they do since Python 3.14."""
+    add = argparse.ArgumentParser.add_argument
 
-    def _check_help(self, action: argparse.Action) -> None:
+    def check(_: argparse.ArgumentParser, action: argparse.Action) -> None:
         if action.help and "%" in action.help:
             action.help % {}
 
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        action = super().add_argument(*names, **settings)
-        self._check_help(action)
+    def add_checked(parser: argparse.ArgumentParser, *names: Any, **settings: Any) -> argparse.Action:
+        action = add(parser, *names, **settings)
+        parser._check_help(action)
         return action
 
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add_checked)
 
+
+@pytest.mark.usefixtures("strict_argparse")
 @pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
-def test_hydras_parser_is_made_where_argparse_looks_at_each_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(argparse, "ArgumentParser", StrictParser)
+def test_hydras_parser_is_made_where_argparse_looks_at_each_help() -> None:
     module = sys.modules["hydra.main"]
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         module.get_args_parser()
-    make, check = module.get_args_parser, StrictParser._check_help
+    make, check = module.get_args_parser, argparse.ArgumentParser._check_help
     with _parser_of_old_versions():
         parser = module.get_args_parser()
-        assert StrictParser._check_help is check  # a job may make parsers of its own
+        assert argparse.ArgumentParser._check_help is check  # a job may make parsers of its own
     assert module.get_args_parser is make
     assert parser.parse_args(["--multirun", "seed=0,1"]).overrides == ["seed=0,1"]
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         parser.add_argument("--other", help=object())
 
 
+@pytest.mark.usefixtures("strict_argparse")
 @pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
 def test_only_what_is_no_string_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(argparse, "ArgumentParser", StrictParser)
-
     def make() -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser()
         parser.add_argument("--wrong", help="%(nothing)s")
         return parser
 
     monkeypatch.setattr(sys.modules["hydra.main"], "get_args_parser", make)
-    with _parser_of_old_versions(), pytest.raises(KeyError):
+    with _parser_of_old_versions(), pytest.raises((KeyError, ValueError)):
         sys.modules["hydra.main"].get_args_parser()
 
 

@@ -197,7 +197,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
 
 RECIPES = (
     ("experiment=reference",),
-    ("experiment=reference", "train.batch_norm=population", "train.normalization=zscore", "augment=crop"),
+    ("experiment=reference", "train.normalization=zscore", "augment=crop", "train.batch_norm=local"),
     ("optimizer=adamw", "schedule=cosine", "train.weight_averaging=0.9"),
     ("experiment=speedrun", "train.precision=bf16"),
     ("experiment=speedrun94", "train.precision=fp32"),

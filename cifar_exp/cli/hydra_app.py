@@ -50,9 +50,9 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
             return job(composed)
         except Exception as error:
             raise_swallowed()  # which may be behind it: numpy cannot be imported again where that was interrupted
-            if not isinstance(error, CifarExpError) or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweeper's to report
-            failures.append(error)
+            failures.append(told(error))  # Hydra would name all overrides as what it was executing
 
     try:
         allow_open_files()

@@ -6,7 +6,6 @@ import torch
 
 from cifar_exp.config.schema import Devices
 from cifar_exp.errors import MachineError
-from cifar_exp.launch.elastic import _apples_gpu
 from cifar_exp.system.host import own_cores
 
 
@@ -71,6 +70,19 @@ def find_devices(wanted: Devices) -> DeviceSet:
             f"Type {fits}, or devices.oversubscribe=true to share them"
         )
     return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
+
+
+def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:
+    if not torch.backends.mps.is_available():
+        raise MachineError(
+            "devices.accelerator=mps: requested Apple's GPU, found none that PyTorch can use. Set devices=cpu"
+        )
+    if wanted.count not in ("auto", 1):
+        raise MachineError(
+            f"devices.count={wanted.count}: requested {wanted.count} devices, found 1: Apple's GPU takes one rank. Set "
+            f"devices.count=1, or devices=cpu devices.count={wanted.count} for ranks of one core each"
+        )
+    return DeviceSet("mps", 1, cores if wanted.threads == "auto" else wanted.threads, 1, oversubscribed=False)
 
 
 def device_counts(wanted: Devices) -> list[int]:

@@ -14,16 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cifar_exp.config.schema import Devices
 from cifar_exp.distributed.heartbeat import LEAVE_FILE, Request, ended_by
-from cifar_exp.errors import CifarExpError, MachineError, Stopped, WorkerError
+from cifar_exp.errors import CifarExpError, Stopped, WorkerError
 from cifar_exp.launch import forkserver
-from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
 from cifar_exp.system.signals import answer_once, raise_swallowed, signals_to_answer
@@ -35,19 +32,6 @@ AFTER_A_DEATH = (
     "Type resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
 )
 STOP_PATIENCE = 7.0  # seconds that ranks have to end their step and save after a signal
-
-
-def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:
-    if not torch.backends.mps.is_available():
-        raise MachineError(
-            "devices.accelerator=mps: requested Apple's GPU, found none that PyTorch can use. Set devices=cpu"
-        )
-    if wanted.count not in ("auto", 1):
-        raise MachineError(
-            f"devices.count={wanted.count}: requested {wanted.count} devices, found 1: Apple's GPU takes one rank. Set "
-            f"devices.count=1, or devices=cpu devices.count={wanted.count} for ranks of one core each"
-        )
-    return DeviceSet("mps", 1, cores if wanted.threads == "auto" else wanted.threads, 1, oversubscribed=False)
 
 
 class Launcher(Protocol):

@@ -14,6 +14,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 def answer_signals() -> None:
     """The first signal is raised as ``Stopped``, the second is answered, the third ends the process at once."""
+    sys.unraisablehook = _but_signals
     _answer(_stop)
 
 
@@ -62,6 +63,12 @@ def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # n
     _answer(partial(_end_now, first))
     answer_once(number)
     print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
+
+
+def _but_signals(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show what was raised where nothing can be, as in ``__del__``; a signal is raised again, and told, elsewhere."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        sys.__unraisablehook__(unraisable)
 
 
 def _end_now(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
