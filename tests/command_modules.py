@@ -11,6 +11,7 @@ import cifar_exp.cli.hydra_app
 import cifar_exp.cli.main
 import cifar_exp.cli.predict
 import cifar_exp.cli.report
+import cifar_exp.cli.train
 import cifar_exp.cli.verify
 import cifar_exp.parity.run
 import cifar_exp.runs.run
