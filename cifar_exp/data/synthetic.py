@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_exp.data import synthetic as generator
 from cifar_exp.data.array_cache import Decoded, _check_decoded, _path, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles
 from cifar_exp.errors import ConfigError
@@ -121,7 +120,7 @@ def synthetic(
     limits = {
         "train_count": (train_count, num_classes, 10**7),
         "test_count": (test_count, num_classes, 10**7),
-        "num_classes": (num_classes, 2, len(generator.CLASSES)),
+        "num_classes": (num_classes, 2, len(CLASSES)),
         "image_size": (image_size, 16, 256),
         "seed": (seed, 0, 2**63 - 1),
     }
@@ -131,7 +130,7 @@ def synthetic(
 
     @cached
     def draw() -> Arrays:
-        return generator.draw_arrays(train_count, test_count, num_classes, image_size, seed)
+        return draw_arrays(train_count, test_count, num_classes, image_size, seed)
 
     def content_hash() -> str:
         digest = hashlib.sha256()
@@ -140,7 +139,7 @@ def synthetic(
             digest.update(labels.data)
         return digest.hexdigest()
 
-    recipe = f"synthetic {generator.VERSION} {train_count} {test_count} {num_classes} {image_size} {seed}"
-    classes = generator.CLASSES[:num_classes]
+    recipe = f"synthetic {VERSION} {train_count} {test_count} {num_classes} {image_size} {seed}"
+    classes = CLASSES[:num_classes]
     files = prepare(_path(root).absolute(), recipe, content_hash, lambda: (classes, draw()), "data.root")
     return replace(files, residency=residency)

@@ -10,15 +10,14 @@ from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import Outcome, RunInfo, Status
 from cifar_exp.system.redaction import masked
 from cifar_exp.tracking.dead_runs import close_dead_runs
-from cifar_exp.tracking.mlflow_store import FINAL, PARENT_TAG
-from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+from cifar_exp.tracking.mlflow_store import FINAL, PARENT_TAG, MLflowStore
 
 
 class MLflowRun:
     """One run in MLflow: opened, fed and closed by the parent. Whatever is passed again changes nothing."""
 
-    def __init__(self, tracker: MLflowTracker, run: RunInfo) -> None:
-        self._tracker, self._run = tracker, run
+    def __init__(self, store: MLflowStore, run: RunInfo) -> None:
+        self._store, self._run = store, run
         self.run_id: str | None = None
 
     def open(self) -> None:
@@ -26,12 +25,12 @@ class MLflowRun:
 
         Runs that a dead process of this host has left open are closed.
         """
-        self._client = self._tracker.client()
+        self._client = self._store.client()
         from mlflow.entities import Param
 
-        parent = self._tracker.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
+        parent = self._store.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
         tags = {PARENT_TAG: parent} if parent else {}
-        self.run_id = self._tracker.open_run(self._client, self._run, tags)
+        self.run_id = self._store.open_run(self._client, self._run, tags)
         stored = self._client.get_run(self.run_id)
         self._began = stored.info.start_time
         # Of a run that goes on: MLflow lets no param be changed.
@@ -39,7 +38,7 @@ class MLflowRun:
         params = [Param(name, str(value)) for name, value in new.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
             self._client.log_batch(self.run_id, params=params[start : start + 100])
-        close_dead_runs(self._client, self._tracker.experiment_id(self._client))
+        close_dead_runs(self._client, self._store.experiment_id(self._client))
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).

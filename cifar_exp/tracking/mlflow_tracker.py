@@ -1,64 +1,36 @@
 """Trackers: what takes the record of runs. MLflow is reached from the parent process alone, never from a rank."""
 
-import logging
-import os
 import shlex
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
-from cifar_exp.records.journal import RUN_ID_FILE, read, run_id
+from cifar_exp.errors import CifarExpError, TrackingError
+from cifar_exp.records.journal import read
 from cifar_exp.records.run_folder import (
     OUTPUTS,
-    SWEEP_RUN_FILE,
     Outcome,
     RunInfo,
     claim,
-    make_private,
     settle,
     sync_command,
 )
-from cifar_exp.system import locks
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
-from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 from cifar_exp.tracking.follower import BATCH, shortened
 from cifar_exp.tracking.mlflow_run import MLflowRun, _points
-from cifar_exp.tracking.mlflow_store import KEY_TAG, LOCK_TIMEOUT, MLFLOW_DEFAULTS, SCHEMES, _make_store
+from cifar_exp.tracking.mlflow_store import MLflowStore
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    pass
 
 
 @dataclass(frozen=True)
-class MLflowTracker:
-    """MLflow, by default an SQLite store and artifacts under ``outputs/``.
-
-    Attributes:
-        uri: MLflow's tracking address; None is the store under ``outputs/``.
-        experiment: the experiment that runs belong to, made where it is missing.
-    """
-
-    uri: str | None = None
-    experiment: str = "cifar-exp"
-
-    def __post_init__(self) -> None:
-        scheme = (self.uri or "sqlite:").partition(":")[0].partition("+")[0]
-        if scheme not in SCHEMES:
-            raise ConfigError(
-                f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Type "
-                f"tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000, or leave it out"
-            )
+class MLflowTracker(MLflowStore):
+    """Delivers runs to an MLflow store, see :class:`MLflowStore` for the settings."""
 
     def sink(self, run: RunInfo) -> "MLflowRun":
         return MLflowRun(self, run)
-
-    def address(self) -> str:
-        """The tracking address in full."""
-        return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
 
     def store(self) -> str:
         return f"{masked_text(self.uri or str(OUTPUTS / 'mlflow.db'))}, experiment {self.experiment}"
@@ -68,42 +40,6 @@ class MLflowTracker:
         if address.startswith("http"):
             return f"open {address} in a browser"
         return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
-
-    def client(self) -> "MlflowClient":
-        """A client of the store, which is made first where it is missing.
-
-        A fresh SQLite store is set up under a lock: several processes that do it at once fail.
-
-        Raises:
-            TrackingError: where the experiment was deleted.
-            Exception: whatever MLflow raises where the store cannot be had.
-        """
-        for name, value in MLFLOW_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
-        for name in ("mlflow", "alembic"):  # they tell at length what they raise as well
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        if self.uri is None:
-            OUTPUTS.mkdir(exist_ok=True)
-            make_private(OUTPUTS)
-        database = self.address().partition("sqlite:///")[2]
-        # A server is its own guard, and one that does not answer must not hold up other runs.
-        with locks.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
-            # An address that says more than a file's name, or is in memory, is left to MLflow.
-            if database and not {"?", ":"} & {*database} and not Path(database).exists():
-                _make_store(Path(database))
-            client = MlflowClient(self.address())
-            experiment = client.get_experiment_by_name(self.experiment)
-            if experiment is None:
-                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder.
-                location = (OUTPUTS / "artifacts" / self.experiment).resolve().as_uri() if database else None
-                client.create_experiment(self.experiment, artifact_location=location)
-            elif experiment.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f"tracking.experiment={self.experiment}: it was deleted. Restore it in MLflow, or type another name"
-                )
-        return client
 
     def deliver(self, run_dir: Path) -> str:
         """Bring one run up to date in the store; what was delivered, in a line.
@@ -138,69 +74,3 @@ class MLflowTracker:
             f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
             + (f"; it was to be in {owed}, too, which has not got all of it" if owed else "")
         )
-
-    def experiment_id(self, client: "MlflowClient") -> str:
-        """MLflow's id of the experiment, which :meth:`client` has made."""
-        experiment = client.get_experiment_by_name(self.experiment)
-        assert experiment is not None
-        return str(experiment.experiment_id)
-
-    def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
-        """Start a run in the experiment, or go on with the one that an earlier call has started; its id."""
-        from mlflow.entities import RunTag
-
-        tags = {**run.tags, **tags, **owner_tags(run.run_dir)}
-        identity = self.find_run(client, run)
-        if identity is None:
-            identity = self._create_run(client, run, tags)
-        else:
-            # First the tags: whatever is running tells whose it is.
-            client.log_batch(identity, tags=[RunTag(name, value) for name, value in tags.items()])
-            client.update_run(identity, status="RUNNING")
-        return identity
-
-    def open_parent(self, client: "MlflowClient", folder: Path) -> str | None:
-        """The parent run of the sweep in ``folder``, started by whichever of its jobs is the first to come here."""
-        if not (folder / SWEEP_RUN_FILE).exists():
-            return None
-        with locks.held(folder / ".mlflow.lock", LOCK_TIMEOUT):
-            run = RunInfo.load(folder)
-            identity = self.find_run(client, run)
-            goes_on = Outcome.of(folder) is None  # it may have been closed when an earlier session had died
-            if identity is None or (goes_on and is_dead(client.get_run(identity).data.tags)):
-                return self.open_run(client, run, {})
-            return identity
-
-    def find_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
-        """The id of the run in this store, by what its folder says or by its key; None where it has none."""
-        from mlflow.exceptions import MlflowException
-
-        if identity := run_id(run.run_dir):
-            try:
-                return str(client.get_run(identity).info.run_id)
-            except MlflowException as error:
-                # Another store gets a run of its own, with everything.
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        if not run.key:
-            return None
-        found = client.search_runs([self.experiment_id(client)], f"tags.{KEY_TAG} = '{run.key}'", max_results=1)
-        if not found:
-            return None
-        return self._note(run, found[0].info.run_id)
-
-    def _create_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
-        created = client.create_run(
-            self.experiment_id(client),
-            start_time=round(run.started * 1000),
-            tags={**tags, KEY_TAG: run.key} if run.key else dict(tags),
-            run_name=run.name,
-        )
-        return self._note(run, created.info.run_id)
-
-    def _note(self, run: RunInfo, identity: str) -> str:
-        path = run.run_dir / RUN_ID_FILE
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(f"{identity}\n")
-        temporary.replace(path)
-        return identity
