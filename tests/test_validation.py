@@ -160,7 +160,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
 
 def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     """Early stopping that was told ``values`` until it was over, ten steps an epoch; the last epoch."""
-    made = EarlyStopping(schema.EarlyStopping(**settings))
+    made = EarlyStopping(schema.EarlyStoppingSettings(**settings))
     for epoch, value in enumerate(values, 1):
         accuracy = settings.get("metric") == "val/accuracy"
         made.update(Averages(*((9.0, value) if accuracy else (value, 0.9)), count=5), epoch, 10 * epoch)
@@ -198,7 +198,7 @@ def test_training_ends_when_patience_runs_out(
 
 def test_what_it_was_told_comes_back_and_the_settings_are_the_new_ones() -> None:
     (whole, _), (first, _) = told(LOSSES, patience=3), told(LOSSES[:6], patience=3)
-    again = EarlyStopping(schema.EarlyStopping(patience=3))
+    again = EarlyStopping(schema.EarlyStoppingSettings(patience=3))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
         assert not again.is_over

@@ -1,4 +1,4 @@
-"""Join the process group and leave it."""
+"""Join and leave the process group."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """One process among all that train together.
+    """The place of this process among all that train together.
 
     Attributes:
         rank: 0 to ``size`` - 1.
-        local_rank: the rank among those of this host, which picks the GPU.
+        local_rank: rank among the processes of this host; it selects the GPU.
         size: number of ranks.
-        device: where this rank computes.
+        device: the device of this rank.
     """
 
     rank: int
@@ -35,13 +35,13 @@ class World:
 
 @contextmanager
 def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iterator[World]:
-    """Join the process group of the ranks that elastic started, and leave it at the end.
+    """Join the process group of the ranks that torch elastic started, and leave it at the end.
 
-    Ranks find each other through a file in ``rendezvous_dir`` (a TCP store would listen on all interfaces).
+    Ranks find each other through a file in ``rendezvous_dir``. A TCP store would listen on all interfaces.
 
     Args:
         accelerator: ``cpu`` (gloo) or ``gpu`` (NCCL, one GPU a rank).
-        rendezvous_dir: a folder that only this job uses.
+        rendezvous_dir: a private folder of this job.
         timeout: seconds a collective operation may take.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -49,13 +49,12 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     device = torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device("cpu")
     if accelerator == "gpu":
         torch.cuda.set_device(device)
-    # All ranks are on this machine: nothing need listen beyond it, whatever a cluster's environment says.
+    # All ranks are on this machine: loopback is enough, whatever interface a cluster's environment names.
     os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = "lo"
-    # The watchdog's questions about collectives are not allowed while a CUDA graph is captured. A dead rank is the
-    # launcher's to notice.
+    # NCCL's watchdog queries collectives, which fails while a CUDA graph is captured. The launcher notices dead ranks.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with _threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
+    with _start_threads_without_preemption() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
             init_method=f"file://{rendezvous_dir}/ranks-{attempt}",
@@ -66,23 +65,24 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     try:
         yield World(rank, local_rank, size, device)
     except BaseException:
-        if accelerator == "cpu":  # NCCL would wait for collectives that never end
+        if accelerator == "cpu":  # NCCL would wait forever for collectives of ranks that are gone
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 @contextmanager
-def _threads_that_do_not_preempt() -> Iterator[None]:
-    """Threads that are started meanwhile preempt none that runs, but for the scheduler's tick.
+def _start_threads_without_preemption() -> Iterator[None]:
+    """Threads that start inside do not preempt a running thread before the scheduler's next tick.
 
-    On a rank's only core the thread of gloo's that reads from sockets is woken while another one writes, cannot take
-    the lock that the writer holds, and asks again until the next tick: averaging 2.7 MB took 3.8 ms, and so takes 0.9.
+    On a rank's only core, gloo's reading thread wakes while another thread writes and holds their lock. It then spins
+    until the next tick. Without preemption, averaging 2.7 MB takes 0.9 ms instead of 3.8 ms.
     """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:  # not Linux, or somebody's choice
+    # Not on Linux, or somebody has chosen a policy.
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield
         return
-    with suppress(OSError):  # a sandbox may refuse it
+    with suppress(OSError):  # a sandbox may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         yield

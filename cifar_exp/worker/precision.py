@@ -1,4 +1,4 @@
-"""The number format that a device trains in."""
+"""The dtype that a device trains in."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def resolve_precision(choice: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of ``train.precision``. ``auto``: bfloat16 if the hardware multiplies it natively, else float32."""
     if choice == "auto":
         choice = "bf16" if _has_bf16(device) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]

@@ -46,7 +46,7 @@ def after_one_batch(images: Tensor) -> nn.BatchNorm2d:
 
 def settled(world: World, choice: BatchNorm) -> Tensor:
     layer = after_one_batch(rank_images(world.rank))
-    batch_norm.settle(layer, choice)
+    batch_norm.combine_over_ranks(layer, choice)
     return vector(floating_buffers(layer))
 
 
@@ -77,7 +77,7 @@ def scaled_layer() -> nn.BatchNorm2d:
 
 def synchronized_network(world: World) -> Results:
     """A step of the whole network under DDP, synchronised."""
-    model = batch_norm.synchronized(tiny_model(), world.device)
+    model = batch_norm.synchronize_layers(tiny_model(), world.device)
     kinds = [type(layer).__name__ for layer in batch_norm.batch_norms(model)]
     parallel, _ = data_parallel(model, world)
     (images, labels), *_ = train_batches(world).epoch(1)
@@ -152,7 +152,7 @@ def test_what_several_ranks_had_is_taken_over_as_it_would_have_been_settled() ->
     whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
     for ranks, expected in ((layers, whole), (layers[:1], vector(floating_buffers(layers[0])))):
         network = nn.Sequential(nn.BatchNorm2d(3))
-        batch_norm.take_over(network, [list(layer.buffers()) for layer in ranks])
+        batch_norm.load_combined(network, [list(layer.buffers()) for layer in ranks])
         torch.testing.assert_close(vector(floating_buffers(network)), expected, rtol=1 / (4 * 36), atol=1e-5)
 
 

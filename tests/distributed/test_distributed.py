@@ -126,7 +126,8 @@ def slowed_down(world: World) -> RankTimes:
         elif world.rank == world.size - 1:
             made.after_step = listen
     batches = train_batches(world)
-    made.warm_up(*batches.make(*next(batches.draws(1))))  # else DDP has ranks agree on buckets before the second step
+    # Else DDP has ranks agree on buckets before the second step.
+    made.train_step.dry_run(*batches.make(*next(batches.draws(1))))
     made.fit(batches, validation(world), epochs=1)
     return made.rank_times
 
@@ -153,7 +154,7 @@ def accumulated_after_warming_up(world: World) -> dict[str, list[float]]:
     """Seconds of the ranks where DDP has chosen its buckets before, and steps have two micro-batches."""
     made, _, _ = trainer(world)
     batches = train_batches(world, accumulate=2)
-    made.warm_up(*batches.make(*next(batches.draws(1))))
+    made.train_step.dry_run(*batches.make(*next(batches.draws(1))))
     time.sleep(1.0)
     made.fit(batches, validation(world), epochs=1)
     assert sum(made.rank_times.last) == 3

@@ -12,6 +12,7 @@ from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World
 from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer
 
 NORMALIZATION = Normalization(shift=(128.0, 127.0, 126.0), scale=(1 / 64, 1 / 64, 1 / 64))
@@ -48,15 +49,18 @@ def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[
     model = tiny_model()
     parallel, exposed = data_parallel(model, world)
     reports: list[tuple[int, int, dict[str, float]]] = []
-    made = Trainer(
+    step = TrainStep(
         model=parallel,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
-        learning_rates=(LR, LR / 2, LR / 4),
         precision=torch.float32,
         label_smoothing=0.0,
+        communication=exposed,
+    )
+    made = Trainer(
+        step,
+        learning_rates=(LR, LR / 2, LR / 4),
         log_every=log_every,
         report=lambda step, epoch, metrics: reports.append((step, epoch, metrics)),
-        communication=exposed,
     )
     return made, model, reports
 

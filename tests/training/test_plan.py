@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cifar_exp.config.schema import Config, EarlyStopping, Train
+from cifar_exp.config.schema import Config, EarlyStoppingSettings, Train
 from cifar_exp.errors import ConfigError
 from cifar_exp.training.plan import Plan, doubts, make_plan
 from cifar_exp.training.schedules import cosine, piecewise
@@ -22,7 +22,7 @@ def plan(
 def configured(*, lr: float = 0.1, apart: float = 0.0, patience: int = 0, **train: Any) -> Config:
     sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
     sections["data"] = {"validation": apart}
-    stopping = EarlyStopping(patience=patience)
+    stopping = EarlyStoppingSettings(patience=patience)
     return Config(**sections, optimizer={"lr": lr}, early_stopping=stopping, train=Train(**train))
 
 
