@@ -140,7 +140,7 @@ def test_an_indivisible_batch_is_refused_before_the_images_are_looked_for(cifar_
     overrides = "devices=cpu devices.count=2 devices.oversubscribe=true train.scaling=strong train.batch_size=255"
     done = cifar_exp(*overrides.split(), "data=folders", "data.root=/nowhere", "tracking=none")
     assert done.returncode == 2
-    assert "Type train.batch_size=256" in done.stderr
+    assert "Set train.batch_size=256" in done.stderr
 
 
 def test_a_users_own_config_folder_and_module_add_to_the_groups(cifar_exp: Command, workplace: Path) -> None:

@@ -414,9 +414,9 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
     done = cifar_exp(*DOWN_AND_UP, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("cifar-exp: early_stopping.patience=2: no training images are kept apart")
+    assert done.stderr.startswith("cifar-exp: early_stopping.patience=2: there is no validation split")
     assert len(done.stderr.splitlines()) == 1
-    assert "Type data.validation=0.1" in (workplace / "run" / "cifar-exp.log").read_text()
+    assert "Set data.validation=0.1" in (workplace / "run" / "cifar-exp.log").read_text()
     losses, last = validation_losses(workplace / "run"), journal.last_values(workplace / "run")
     assert (len(losses), last["stopped_epoch"], last["best_epoch"]) == (5, 5, 3)
     assert last["test/loss"] == losses[-1]
@@ -438,5 +438,5 @@ def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None
     assert done.returncode == 2
     assert "a step takes 32 images on 1 device(s), but the training set has 1" in done.stderr
     assert "without those of data.validation=0.99" in done.stderr
-    assert "Type train.batch_size=1 or less, or a smaller data.validation" in done.stderr
+    assert "Set train.batch_size=1 or less, or a smaller data.validation" in done.stderr
     assert len(done.stderr.splitlines()) == 1

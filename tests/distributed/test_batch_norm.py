@@ -273,7 +273,7 @@ def test_a_run_is_evaluated_with_the_chosen_statistics(cifar_exp: Command, workp
 def test_micro_batches_cannot_be_synchronized(cifar_exp: Command) -> None:
     refused = cifar_exp(*TINY, "train.batch_norm=synchronized", "train.accumulate=2", "tracking=none")
     assert refused.returncode == 2
-    assert "Type train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
+    assert "Set train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
 
 
 def test_a_choice_in_other_words_is_refused(cifar_exp: Callable[..., Any]) -> None:
