@@ -66,24 +66,7 @@ def assemble(
     precision = resolve_precision(job.train.precision, world.device)
     model = _build_model(job, world, normalization, train_images, saved)
     _compile_or_fuse(model, job, world, precision)
-    parallel, communication = data_parallel.data_parallel(model, world)
-    step = TrainStep(
-        model=parallel,
-        optimizer=_build_optimizer(job, model),
-        precision=precision,
-        label_smoothing=job.train.label_smoothing,
-        communication=communication,
-        control=control,
-        ema_decay=job.train.weight_averaging,
-    )
-    trainer = Trainer(
-        step,
-        learning_rates=job.plan.learning_rates,
-        log_every=job.train.log_every,
-        report=report,
-        batch_norm=job.train.batch_norm,
-        early_stopping=EarlyStopping(job.early_stopping),
-    )
+    trainer = _build_trainer(job, world, control, report, model, precision)
     batches = TrainBatches(
         train_images,
         job.augmentation,
@@ -97,6 +80,29 @@ def assemble(
     )
     test = EvaluationBatches(test_images, normalization, world.rank, world.size, scale=job.plan.image_scales[-1])
     return Assembly(model, trainer, batches, test)
+
+
+def _build_trainer(
+    job: Job, world: World, control: Control, report: ReportMetrics, model: nn.Module, precision: torch.dtype
+) -> Trainer:
+    parallel, communication = data_parallel.data_parallel(model, world)
+    step = TrainStep(
+        model=parallel,
+        optimizer=_build_optimizer(job, model),
+        precision=precision,
+        label_smoothing=job.train.label_smoothing,
+        communication=communication,
+        control=control,
+        ema_decay=job.train.weight_averaging,
+    )
+    return Trainer(
+        step,
+        learning_rates=job.plan.learning_rates,
+        log_every=job.train.log_every,
+        report=report,
+        batch_norm=job.train.batch_norm,
+        early_stopping=EarlyStopping(job.early_stopping),
+    )
 
 
 def _build_model(
