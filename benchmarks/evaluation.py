@@ -32,7 +32,7 @@ def main() -> None:
         test_images = evaluation_batches(split, world)
 
         def test_pass() -> None:
-            evaluate(loop.model, test_images, PRECISION)
+            evaluate(loop.train_step.model, test_images, PRECISION)
 
         name = f"test pass / training, {BATCH * options.steps:,} images each"
         publish("evaluation", [compare(name, test_pass, training, options.pairs, Goal("<=", 1 / 3))])

@@ -35,7 +35,7 @@ from cifar_exp.data.augment import Shift
 
 KINDS = {
     # The first kind with a part of the operator's name wins: forward and backward of a kind have different names.
-    "convolution": ("convolution", "conv2d", "convolved", "mkldnn_reorder", "thnn_conv"),
+    "convolution": ("convolution", "conv2d", "mkldnn_reorder", "thnn_conv"),
     "batch norm": ("batch_norm", "normalizedbybatch"),  # with the ReLU of a fused layer
     "ReLU": ("relu", "threshold", "clamp_min"),
     "pooling": ("pool",),

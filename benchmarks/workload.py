@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.data.augment import Augmentation, Crop
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.data.dataset_files import Split
@@ -23,6 +23,7 @@ from cifar_exp.models.networks import ModelFactory, convnet, seeded
 from cifar_exp.system.accelerator import resolve_precision
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.training.cuda_graph import cuda_graph
+from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer
 
 BATCH = 256
@@ -68,8 +69,8 @@ def fused_network(build: ModelFactory = convnet, precision: torch.dtype = PRECIS
     """The same with the layers that it trains with on CPUs."""
     model, optimizer = network(build)
     if not ON_GPU:
-        problem = fuse_layers(model, precision)
-        assert not problem, problem
+        problem = fuse(model, precision)
+        assert problem is None, problem
     return model, optimizer
 
 
@@ -82,16 +83,9 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
         keep_freed_memory()
     model, optimizer = fused_network()
     parallel, communication = data_parallel(model, world)
-    return Trainer(
-        model=parallel,
-        optimizer=optimizer,
-        learning_rates=(0.01,) * 100_000,  # more steps than any benchmark takes
-        precision=PRECISION,
-        label_smoothing=0.0,
-        log_every=log_every,
-        report=lambda *_: None,
-        communication=communication,
-    )
+    step = TrainStep(parallel, optimizer, PRECISION, label_smoothing=0.0, communication=communication)
+    rates = (0.01,) * 100_000  # more steps than any benchmark takes
+    return Trainer(step, rates, log_every=log_every, report=lambda *_: None)
 
 
 def training_flop(model: nn.Module, size: tuple[int, int] = (32, 32)) -> float:
@@ -116,7 +110,7 @@ def synchronize() -> None:
 def prepare(loop: Trainer, batches: TrainBatches) -> None:
     """What a run does before its first step: on a GPU it captures the step."""
     if ON_GPU:
-        loop.capture(batches, cuda_graph)
+        loop.train_step.capture(batches, cuda_graph)
 
 
 def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:

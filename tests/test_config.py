@@ -6,25 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cifar_exp.config.defaults import conf_dir
-from cifar_exp.config.hydra_versions import composing
-from cifar_exp.config.reading import read_config, register_resolvers
+from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.runs.components import build
 from tests.conftest import Command, environment
+from tests.helpers.configs import composed
 
 GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
-
-
-def composed(*overrides: str) -> DictConfig:
-    register_resolvers()
-    with composing(conf_dir()):
-        return compose("config", list(overrides))
 
 
 def test_the_default_is_the_reference_recipe() -> None:
@@ -147,7 +140,7 @@ def test_an_indivisible_batch_is_refused_before_the_images_are_looked_for(cifar_
     overrides = "devices=cpu devices.count=2 devices.oversubscribe=true train.scaling=strong train.batch_size=255"
     done = cifar_exp(*overrides.split(), "data=folders", "data.root=/nowhere", "tracking=none")
     assert done.returncode == 2
-    assert "Type train.batch_size=256" in done.stderr
+    assert "Set train.batch_size=256" in done.stderr
 
 
 def test_a_users_own_config_folder_and_module_add_to_the_groups(cifar_exp: Command, workplace: Path) -> None:

@@ -17,7 +17,7 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import Averages
 from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
-from tests.test_distributed import train_batches, trainer, validation
+from tests.helpers.tiny_training import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
 from tests.test_resume import REPEATABLE, curve, weights
 from tests.test_run import all_runs, client
@@ -130,7 +130,7 @@ def test_ranks_that_die_are_replaced_and_training_goes_on(cifar_exp: Command, wo
     done = cifar_exp(*STEPS, *model, "launcher.max_restarts=1", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert (workplace / "died").exists()
-    assert "a rank died or hung; restart 1: training goes on from step 120" in done.stderr
+    assert "a rank died or hung; restart 1: training resumes from step 120" in done.stderr
     assert "Traceback" not in done.stderr
     whole = cifar_exp(*STEPS, *model, "hydra.run.dir=whole")  # it has died
     assert whole.returncode == 0, whole.stderr
@@ -144,13 +144,13 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
     assert "rank 1 hung after step " in errors
-    assert "(no sign of life for launcher.timeout=3 s, it is stopped)" in errors
+    assert "(no heartbeat for launcher.timeout=3 s, it is stopped)" in errors
     assert "Traceback" not in errors
 
 
 def test_a_network_that_has_diverged_since_the_loss_was_read_is_not_saved(tmp_path: Path, only_rank: World) -> None:
     left, model, _ = trainer(only_rank, log_every=100)
-    left.control = Control(tmp_path, every=2)
+    left.train_step.control = Control(tmp_path, every=2)
     (tmp_path / LEAVE_FILE).touch()
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
@@ -165,9 +165,9 @@ def test_a_network_that_its_last_update_has_broken_is_not_saved(
 ) -> None:
     """Its losses were finite, and are those from before the update."""
     left, model, _ = trainer(only_rank, log_every=100)
-    left.control = Control(tmp_path, every=2)
+    left.train_step.control = Control(tmp_path, every=2)
     (tmp_path / LEAVE_FILE).touch()
-    step, taken = left.optimizer.step, count(1)
+    step, taken = left.train_step.optimizer.step, count(1)
 
     def overshooting() -> None:
         step()
@@ -175,7 +175,7 @@ def test_a_network_that_its_last_update_has_broken_is_not_saved(
             with torch.no_grad():
                 next(model.parameters()).fill_(torch.inf)
 
-    monkeypatch.setattr(left.optimizer, "step", overshooting)
+    monkeypatch.setattr(left.train_step.optimizer, "step", overshooting)
     saved: list[bool] = []
     with pytest.raises(DivergenceError, match="weights are not finite after step 2"):
         left.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append)
@@ -188,9 +188,9 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
     whole, model, expected = trainer(only_rank)
     whole.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     cut, half_trained, reported = trainer(only_rank)
-    cut.control = Control(tmp_path)
+    cut.train_step.control = Control(tmp_path)
     (tmp_path / LEAVE_FILE).touch()
-    monkeypatch.setattr(Control, "agreed", lambda _self, _moment: None)  # it is noticed in the evaluation alone
+    monkeypatch.setattr(Control, "agreed", lambda _self, _point: None)  # it is noticed in the evaluation alone
     saved: list[bool] = []
     assert cut.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append) is None
     assert saved == [True]
@@ -210,7 +210,7 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
         assert torch.equal(value, other_model.state_dict()[name]), name
 
 
-def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_rank: World) -> None:
+def test_the_final_test_gives_a_heartbeat_for_each_batch(tmp_path: Path, only_rank: World) -> None:
     """Three passes over a test set may take longer than ``launcher.timeout``, after which a silent rank is ended."""
     tested, _, _ = trainer(only_rank)
     control = Control(tmp_path)
@@ -225,5 +225,5 @@ def test_the_final_test_gives_signs_of_life_batch_by_batch(tmp_path: Path, only_
     ours = validation(only_rank)
     batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch_size=4)
     job = SimpleNamespace(data=SimpleNamespace(validation_count=1), train=SimpleNamespace(mirrored_evaluation=True))
-    final_metrics._tested(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
+    final_metrics.test_metrics(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
     assert len(signs) == len(set(signs)) == 6

@@ -161,7 +161,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
 
 def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     """Early stopping that was told ``values`` until it was over, ten steps an epoch; the last epoch."""
-    made = EarlyStopping(schema.EarlyStopping(**settings))
+    made = EarlyStopping(schema.EarlyStoppingSettings(**settings))
     for epoch, value in enumerate(values, 1):
         accuracy = settings.get("metric") == "val/accuracy"
         made.update(Averages(*((9.0, value) if accuracy else (value, 0.9)), count=5), epoch, 10 * epoch)
@@ -199,7 +199,7 @@ def test_training_ends_when_patience_runs_out(
 
 def test_what_it_was_told_comes_back_and_the_settings_are_the_new_ones() -> None:
     (whole, _), (first, _) = told(LOSSES, patience=3), told(LOSSES[:6], patience=3)
-    again = EarlyStopping(schema.EarlyStopping(patience=3))
+    again = EarlyStopping(schema.EarlyStoppingSettings(patience=3))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
         assert not again.is_over
@@ -413,9 +413,9 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
     done = cifar_exp(*DOWN_AND_UP, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("cifar-exp: early_stopping.patience=2: no training images are kept apart")
+    assert done.stderr.startswith("cifar-exp: early_stopping.patience=2: there is no validation split")
     assert len(done.stderr.splitlines()) == 1
-    assert "Type data.validation=0.1" in (workplace / "run" / "cifar-exp.log").read_text()
+    assert "Set data.validation=0.1" in (workplace / "run" / "cifar-exp.log").read_text()
     losses, last = validation_losses(workplace / "run"), journal.last_values(workplace / "run")
     assert (len(losses), last["stopped_epoch"], last["best_epoch"]) == (5, 5, 3)
     assert last["test/loss"] == losses[-1]
@@ -437,5 +437,5 @@ def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None
     assert done.returncode == 2
     assert "a step takes 32 images on 1 device(s), but the training set has 1" in done.stderr
     assert "without those of data.validation=0.99" in done.stderr
-    assert "Type train.batch_size=1 or less, or a smaller data.validation" in done.stderr
+    assert "Set train.batch_size=1 or less, or a smaller data.validation" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -209,10 +209,10 @@ REFUSED = {
     "--config-dir=nowhere": (2, ("--config-dir nowhere",)),
     "devices=cpu devices.count=1,1000": (4, ("requested 1000 cores, found", "devices.oversubscribe=true")),
     "devices=cpu devices.count=2 devices.oversubscribe=true train.scaling=strong train.batch_size=255": (
-        *(2, ("train.batch_size=255", "Type train.batch_size=256")),
+        *(2, ("train.batch_size=255", "Set train.batch_size=256")),
     ),
     "devices=cpu devices.count=2 devices.oversubscribe=true train.batch_norm=synchronized train.accumulate=2": (
-        *(2, ("train.accumulate=2", "Type train.accumulate=1")),
+        *(2, ("train.accumulate=2", "Set train.accumulate=1")),
     ),
     "data=folders data.root=nowhere devices=cpu devices.count=1,2 devices.oversubscribe=true": (3, ("nowhere",)),
     "devices=cpu devices.count=1,2 devices.oversubscribe=true hydra.run.dir=.": (2, ("hydra.run.dir=.", "new one")),

@@ -65,7 +65,7 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointSettings:
     """What is kept of a run to go on from; the last epoch's checkpoint always is."""
 
     __pydantic_config__: ClassVar = _CLOSED
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class EarlyStopping:
+class EarlyStoppingSettings:
     """When training ends before its last epoch, and which epoch is the best."""
 
     __pydantic_config__: ClassVar = _CLOSED
@@ -106,8 +106,8 @@ class Config:
     tracking: Section
     train: Train = field(default_factory=Train)
     devices: Devices = field(default_factory=Devices)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     report: Report = field(default_factory=Report)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     resume: Name = "never"  # or auto, or the folder or MLflow id of a run

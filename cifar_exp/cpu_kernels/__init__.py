@@ -1,1 +1,1 @@
-"""Fused layers and Winograd convolutions for CPU ranks. Import `fuse` and nothing else."""
+"""Fused layers and Winograd convolutions for CPU ranks. Other folders import `cpu_kernels.fuse` and nothing else."""

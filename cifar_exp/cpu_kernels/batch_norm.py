@@ -1,118 +1,127 @@
-"""What a network does between its convolutions, in fewer passes over memory, for CPU ranks.
+"""Batch norm with an activation, forward and backward, as kernels for CPU ranks.
 
 PyTorch's batch norm, ReLU and their gradients read or write a layer's activations fourteen times a step. These kernels
-do it eight times, and pooling without 64-bit indices: see :mod:`cifar_exp.cpu_kernels.numba_runtime`.
+do it eight times.
 
-Activations are matrices of a row for each pixel and a column for each channel, as channels-last tensors are in memory.
-What is summed over rows ends up in float64. Sums are over chunks whose number is fixed, so that no result depends on
-the number of threads.
+Activations are matrices with a row per pixel and a column per channel, the memory layout of channels-last tensors. Sums
+over rows end up in float64. They are sums over a fixed number of chunks, so no result depends on the number of threads.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
 
-from cifar_exp.cpu_kernels.numba_runtime import narrowed, pointer, share, thread_number, wait_for_threads, widened
+from cifar_exp.cpu_kernels.activations import ZERO, activated, gradient_before
+from cifar_exp.cpu_kernels.numba_runtime import (
+    arguments,
+    narrowed,
+    pointer,
+    share,
+    thread_number,
+    wait_for_threads,
+    widened,
+)
 
-IDENTITY, RELU, GELU = 0, 1, 2
 CHUNKS = 64  # of rows, each summed on its own
 BLOCK = 256  # rows that are summed in float32
-# Of one type, or numba would compute in float64.
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-ROOT_HALF, DENSITY_AT_ZERO = np.float32(2**-0.5), np.float32((2 * np.pi) ** -0.5)
-LOG2_E, LN_2 = np.float32(np.log2(np.e)), np.float32(np.log(2))
-E2, E3, E4, E5, E6 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720))
-LEAST_EXPONENT = np.float32(-87)  # of e, for a normal number
-TO_INTEGER = np.float32(1.5 * 2**23)  # a number to which this is added has its integer part in the lowest bits
-P, A1, A2 = np.float32(0.3275911), np.float32(0.254829592), np.float32(-0.284496736)
-A3, A4, A5 = np.float32(1.421413741), np.float32(-1.453152027), np.float32(1.061405429)
 
 
-@njit(inline="always")
-def _gaussian(value):
-    """Distribution and density of the standard normal distribution.
+class ForwardArguments(NamedTuple):
+    """What :func:`batch_norm` takes: numbers, then addresses of arrays.
 
-    The error function is 7.1.26 of Abramowitz and Stegun 1964, absolute error 1.5e-7; the exponential a power series.
+    Attributes:
+        rows: pixels.
+        columns: channels.
+        eps: float64, as bits.
+        momentum: float64, as bits: the weight of this batch in the running statistics.
+        x: (rows, columns), the input.
+        weight: (columns,) float32.
+        bias: (columns,) float32.
+        running_mean: (columns,) float32, updated in place.
+        running_variance: (columns,) float32, updated in place.
+        y: (rows, columns), gets the output.
+        statistics: (4, columns) float64, gets mean, 1 / deviation, scale and shift; x * scale + shift is normalized.
+        sums: (CHUNKS, 2, columns) float64, workspace.
     """
-    size = abs(value) * ROOT_HALF
-    exponent = -size * size
-    exponent = exponent if exponent > LEAST_EXPONENT else LEAST_EXPONENT
-    shifted = exponent * LOG2_E + TO_INTEGER
-    rest = exponent - (shifted - TO_INTEGER) * LN_2
-    series = ONE + rest * (ONE + rest * (E2 + rest * (E3 + rest * (E4 + rest * (E5 + rest * E6)))))
-    power = np.uint32(np.float32(shifted).view(np.uint32) + np.uint32(127))  # of two, biased, in the lowest bits
-    exponential = series * np.uint32(power << np.uint32(23)).view(np.float32)
-    t = ONE / (ONE + P * size)
-    tail = HALF * exponential * t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5))))
-    return (tail if value < ZERO else ONE - tail), exponential * DENSITY_AT_ZERO
+
+    rows: int
+    columns: int
+    eps: int
+    momentum: int
+    x: int
+    weight: int
+    bias: int
+    running_mean: int
+    running_variance: int
+    y: int
+    statistics: int
+    sums: int
 
 
-@njit(inline="always")
-def _activated(value, activation):
-    if activation == RELU:
-        return ZERO if value < ZERO else value
-    if activation == GELU:
-        return value * _gaussian(value)[0]
-    return value
+class GradientArguments(NamedTuple):
+    """What :func:`batch_norm_gradient` takes: numbers, then addresses of arrays.
+
+    Attributes:
+        rows: pixels.
+        columns: channels.
+        gradient: (rows, columns), the gradient of the output of :func:`batch_norm`.
+        x: (rows, columns), its input.
+        statistics: (4, columns) float64, as it wrote them.
+        out: (rows, columns), gets the gradient of ``x``.
+        parameters: (2, columns) float32, gets the gradients of weight and bias.
+        sums: (CHUNKS, 2, columns) float64, workspace.
+    """
+
+    rows: int
+    columns: int
+    gradient: int
+    x: int
+    statistics: int
+    out: int
+    parameters: int
+    sums: int
 
 
-@njit(inline="always")
-def _through(gradient, value, activation):
-    """The gradient before the activation of ``value``, from the one after it."""
-    if activation == RELU:
-        return gradient if value > ZERO else ZERO
-    if activation == GELU:
-        distribution, density = _gaussian(value)
-        return gradient * (distribution + value * density)
-    return gradient
+class AffineArguments(NamedTuple):
+    """What :func:`affine` takes: numbers, then addresses of arrays.
+
+    Attributes:
+        rows: pixels.
+        columns: channels.
+        x: (rows, columns), the input.
+        scale_and_shift: (2, columns) float64.
+        y: (rows, columns), gets the output.
+    """
+
+    rows: int
+    columns: int
+    x: int
+    scale_and_shift: int
+    y: int
+
+
+_forward_arguments = arguments(ForwardArguments)
+_gradient_arguments = arguments(GradientArguments)
+_affine_arguments = arguments(AffineArguments)
 
 
 def batch_norm(element: Any, activation: int) -> Any:
-    """Of (rows, columns); eps, momentum: ``x``, weight, bias, running mean and variance -> the activation of the
-    normalised ``x``; ``statistics``.
+    """Batch norm in training and an activation. See :class:`ForwardArguments`."""
 
-    ``statistics`` are float64, a row each: the mean over rows, the reciprocal of the deviation, and the scale and shift
-    of which x * scale + shift is normalised. ``sums``, (CHUNKS, 2, columns), is room for what comes between. The
-    running statistics, float32, go towards the batch's by ``momentum``.
-    """
-
-    def kernel(p):
-        rows, columns = p[0], p[1]
-        eps, momentum = np.int64(p[2]).view(np.float64), np.int64(p[3]).view(np.float64)
-        x = carray(pointer(p[4]), (rows, columns), element)
-        weight, bias = carray(pointer(p[5]), columns, np.float32), carray(pointer(p[6]), columns, np.float32)
-        running_mean = carray(pointer(p[7]), columns, np.float32)
-        running_variance = carray(pointer(p[8]), columns, np.float32)
-        y = carray(pointer(p[9]), (rows, columns), element)
-        statistics = carray(pointer(p[10]), (4, columns), np.float64)
-        sums = carray(pointer(p[11]), (CHUNKS, 2, columns), np.float64)
-        # The mean of a few: squares of large numbers would leave nothing of their small differences.
-        origin = np.zeros(columns, np.float32)
-        few = min(rows, CHUNKS)
-        for row in range(few):
-            for c in range(columns):
-                origin[c] += widened(x[row * rows // few, c]) / np.float32(few)
-        first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
-        begin, end = share(CHUNKS)
-        for chunk in range(begin, end):
-            sums[chunk] = 0
-            row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
-            while row < last:
-                stop = min(row + BLOCK, last)
-                for i in range(row, stop - 3, 4):
-                    for c in range(columns):
-                        x0, x1 = widened(x[i, c]) - origin[c], widened(x[i + 1, c]) - origin[c]
-                        x2, x3 = widened(x[i + 2, c]) - origin[c], widened(x[i + 3, c]) - origin[c]
-                        first[c] += (x0 + x1) + (x2 + x3)
-                        second[c] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
-                for i in range(row + (stop - row) // 4 * 4, stop):
-                    for c in range(columns):
-                        value = widened(x[i, c]) - origin[c]
-                        first[c] += value
-                        second[c] += value * value
-                _add_to(sums[chunk], first, second)
-                row = stop
+    def kernel(packed):
+        a = _forward_arguments(packed)
+        rows, columns = a.rows, a.columns
+        eps, momentum = np.int64(a.eps).view(np.float64), np.int64(a.momentum).view(np.float64)
+        x = carray(pointer(a.x), (rows, columns), element)
+        weight, bias = carray(pointer(a.weight), columns, np.float32), carray(pointer(a.bias), columns, np.float32)
+        running_mean = carray(pointer(a.running_mean), columns, np.float32)
+        running_variance = carray(pointer(a.running_variance), columns, np.float32)
+        y = carray(pointer(a.y), (rows, columns), element)
+        statistics = carray(pointer(a.statistics), (4, columns), np.float64)
+        sums = carray(pointer(a.sums), (CHUNKS, 2, columns), np.float64)
+        origin = _rough_mean(x, rows, columns)
+        _sum_values(x, rows, columns, origin, sums)
         wait_for_threads()
         scale, shift = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for c in range(columns):
@@ -129,55 +138,63 @@ def batch_norm(element: Any, activation: int) -> Any:
                 running_variance[c] += momentum * (variance * rows / (rows - 1) - running_variance[c])
         begin, end = share(rows)
         for back in range(end - begin):
-            i = end - 1 - back  # the end is still in the cache
+            i = end - 1 - back  # the last rows are still in the cache
             for c in range(columns):
-                y[i, c] = narrowed(_activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
+                y[i, c] = narrowed(activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
 
     return kernel
 
 
-def batch_norm_gradient(element: Any, activation: int) -> Any:
-    """Of (rows, columns): the gradient ``g`` of what ``batch_norm`` returns, its ``x`` and ``statistics`` -> that of
-    ``x``, those of weight and bias as two rows of float32. ``sums`` is as there.
-    """
+@njit(inline="always")
+def _rough_mean(x, rows, columns):
+    """(columns,) float32: the mean of a few rows. Sums of squares around it keep small differences of large numbers."""
+    origin = np.zeros(columns, np.float32)
+    few = min(rows, CHUNKS)
+    for row in range(few):
+        for c in range(columns):
+            origin[c] += widened(x[row * rows // few, c]) / np.float32(few)
+    return origin
 
-    def kernel(p):
-        rows, columns = p[0], p[1]
-        g = carray(pointer(p[2]), (rows, columns), element)
-        x = carray(pointer(p[3]), (rows, columns), element)
-        statistics = carray(pointer(p[4]), (4, columns), np.float64)
-        out = carray(pointer(p[5]), (rows, columns), element)
-        parameters = carray(pointer(p[6]), (2, columns), np.float32)
-        sums = carray(pointer(p[7]), (CHUNKS, 2, columns), np.float64)
-        mean = statistics[0].astype(np.float32)
+
+@njit(inline="always")
+def _sum_values(x, rows, columns, origin, sums):
+    """Sums over the rows of each chunk: of x - origin, and of its square."""
+    first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
+    begin, end = share(CHUNKS)
+    for chunk in range(begin, end):
+        sums[chunk] = 0
+        row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
+        while row < last:
+            stop = min(row + BLOCK, last)
+            for i in range(row, stop - 3, 4):
+                for c in range(columns):
+                    x0, x1 = widened(x[i, c]) - origin[c], widened(x[i + 1, c]) - origin[c]
+                    x2, x3 = widened(x[i + 2, c]) - origin[c], widened(x[i + 3, c]) - origin[c]
+                    first[c] += (x0 + x1) + (x2 + x3)
+                    second[c] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+            for i in range(row + (stop - row) // 4 * 4, stop):
+                for c in range(columns):
+                    value = widened(x[i, c]) - origin[c]
+                    first[c] += value
+                    second[c] += value * value
+            _move(first, second, sums[chunk])
+            row = stop
+
+
+def batch_norm_gradient(element: Any, activation: int) -> Any:
+    """The gradients of :func:`batch_norm`. See :class:`GradientArguments`."""
+
+    def kernel(packed):
+        a = _gradient_arguments(packed)
+        rows, columns = a.rows, a.columns
+        g = carray(pointer(a.gradient), (rows, columns), element)
+        x = carray(pointer(a.x), (rows, columns), element)
+        statistics = carray(pointer(a.statistics), (4, columns), np.float64)
+        out = carray(pointer(a.out), (rows, columns), element)
+        parameters = carray(pointer(a.parameters), (2, columns), np.float32)
+        sums = carray(pointer(a.sums), (CHUNKS, 2, columns), np.float64)
         scale, shift = statistics[2].astype(np.float32), statistics[3].astype(np.float32)
-        first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
-        begin, end = share(CHUNKS)
-        for chunk in range(begin, end):
-            sums[chunk] = 0
-            row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
-            while row < last:
-                stop = min(row + BLOCK, last)
-                for i in range(row, stop - 3, 4):
-                    for c in range(columns):
-                        x0, x1 = widened(x[i, c]), widened(x[i + 1, c])
-                        x2, x3 = widened(x[i + 2, c]), widened(x[i + 3, c])
-                        g0 = _through(widened(g[i, c]), x0 * scale[c] + shift[c], activation)
-                        g1 = _through(widened(g[i + 1, c]), x1 * scale[c] + shift[c], activation)
-                        g2 = _through(widened(g[i + 2, c]), x2 * scale[c] + shift[c], activation)
-                        g3 = _through(widened(g[i + 3, c]), x3 * scale[c] + shift[c], activation)
-                        first[c] += (g0 + g1) + (g2 + g3)
-                        second[c] += (g0 * (x0 - mean[c]) + g1 * (x1 - mean[c])) + (
-                            g2 * (x2 - mean[c]) + g3 * (x3 - mean[c])
-                        )
-                for i in range(row + (stop - row) // 4 * 4, stop):
-                    for c in range(columns):
-                        value = widened(x[i, c])
-                        gradient = _through(widened(g[i, c]), value * scale[c] + shift[c], activation)
-                        first[c] += gradient
-                        second[c] += gradient * (value - mean[c])
-                _add_to(sums[chunk], first, second)
-                row = stop
+        _sum_gradients(g, x, rows, columns, statistics[0].astype(np.float32), scale, shift, sums, activation)
         wait_for_threads()
         offset, slope = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for c in range(columns):
@@ -192,15 +209,47 @@ def batch_norm_gradient(element: Any, activation: int) -> Any:
             i = end - 1 - back
             for c in range(columns):
                 value = widened(x[i, c])
-                gradient = _through(widened(g[i, c]), value * scale[c] + shift[c], activation)
+                gradient = gradient_before(widened(g[i, c]), value * scale[c] + shift[c], activation)
                 out[i, c] = narrowed(scale[c] * gradient - offset[c] - slope[c] * value, out)
 
     return kernel
 
 
 @njit(inline="always")
-def _add_to(sums, first, second):
-    """Move two rows of float32 to those of float64."""
+def _sum_gradients(g, x, rows, columns, mean, scale, shift, sums, activation):
+    """Sums over the rows of each chunk: of the gradient before the activation, and of it times x - mean."""
+    first, second = np.zeros(columns, np.float32), np.zeros(columns, np.float32)
+    begin, end = share(CHUNKS)
+    for chunk in range(begin, end):
+        sums[chunk] = 0
+        row, last = rows * chunk // CHUNKS, rows * (chunk + 1) // CHUNKS
+        while row < last:
+            stop = min(row + BLOCK, last)
+            for i in range(row, stop - 3, 4):
+                for c in range(columns):
+                    x0, x1 = widened(x[i, c]), widened(x[i + 1, c])
+                    x2, x3 = widened(x[i + 2, c]), widened(x[i + 3, c])
+                    g0 = gradient_before(widened(g[i, c]), x0 * scale[c] + shift[c], activation)
+                    g1 = gradient_before(widened(g[i + 1, c]), x1 * scale[c] + shift[c], activation)
+                    g2 = gradient_before(widened(g[i + 2, c]), x2 * scale[c] + shift[c], activation)
+                    g3 = gradient_before(widened(g[i + 3, c]), x3 * scale[c] + shift[c], activation)
+                    first[c] += (g0 + g1) + (g2 + g3)
+                    second[c] += (g0 * (x0 - mean[c]) + g1 * (x1 - mean[c])) + (
+                        g2 * (x2 - mean[c]) + g3 * (x3 - mean[c])
+                    )
+            for i in range(row + (stop - row) // 4 * 4, stop):
+                for c in range(columns):
+                    value = widened(x[i, c])
+                    gradient = gradient_before(widened(g[i, c]), value * scale[c] + shift[c], activation)
+                    first[c] += gradient
+                    second[c] += gradient * (value - mean[c])
+            _move(first, second, sums[chunk])
+            row = stop
+
+
+@njit(inline="always")
+def _move(first, second, sums):
+    """Add two rows of float32 to those of ``sums``, float64, and set them to zero."""
     for c in range(len(first)):
         sums[0, c] += first[c]
         sums[1, c] += second[c]
@@ -209,25 +258,26 @@ def _add_to(sums, first, second):
 
 @njit(inline="always")
 def _total(sums, which, column):
-    """Over all chunks, in their order."""
+    """A sum over all chunks, in their order."""
     total = 0.0
     for chunk in range(CHUNKS):
         total += sums[chunk, which, column]
     return total
 
 
-def normalized(element: Any, activation: int) -> Any:
-    """Of (rows, columns): ``x``, scale and shift as two rows of float64 -> the activation of x * scale + shift."""
+def affine(element: Any, activation: int) -> Any:
+    """The activation of x * scale + shift: batch norm in evaluation. See :class:`AffineArguments`."""
 
-    def kernel(p):
-        rows, columns = p[0], p[1]
-        x = carray(pointer(p[2]), (rows, columns), element)
-        affine = carray(pointer(p[3]), (2, columns), np.float64)
-        y = carray(pointer(p[4]), (rows, columns), element)
-        scale, shift = affine[0].astype(np.float32), affine[1].astype(np.float32)
+    def kernel(packed):
+        a = _affine_arguments(packed)
+        rows, columns = a.rows, a.columns
+        x = carray(pointer(a.x), (rows, columns), element)
+        scale_and_shift = carray(pointer(a.scale_and_shift), (2, columns), np.float64)
+        y = carray(pointer(a.y), (rows, columns), element)
+        scale, shift = scale_and_shift[0].astype(np.float32), scale_and_shift[1].astype(np.float32)
         begin, end = share(rows)
         for i in range(begin, end):
             for c in range(columns):
-                y[i, c] = narrowed(_activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
+                y[i, c] = narrowed(activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
 
     return kernel

@@ -1,17 +1,34 @@
-"""The door of this folder: replace a network's layers by fused ones where this machine has kernels for them."""
+"""The only entry to this folder: replace a network's layers by fused ones where this machine has kernels for them."""
 
 import torch
 from torch import nn
 
 
-def fuse_layers(model: nn.Module, precision: torch.dtype) -> str:
-    """Give ``model`` fused layers, in place; else say why it keeps its own: :mod:`cifar_exp.cpu_kernels.layers`."""
-    try:
-        from cifar_exp.cpu_kernels.replace import fused  # needs numba, which is an extra
+def fuse(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Replace layers of ``model`` by fused ones, in place. See :mod:`cifar_exp.cpu_kernels.replace`.
 
-        fused(model, precision)
+    Args:
+        model: on the CPU, channels-last.
+        dtype: the dtype of its activations.
+
+    Returns:
+        None, or why the model keeps its own layers.
+    """
+    try:
+        from cifar_exp.cpu_kernels.replace import fuse_layers  # needs numba, an optional dependency
+
+        fuse_layers(model, dtype)
     except ModuleNotFoundError as error:
         return f"there is {str(error)[:1].lower()}{str(error)[1:]}: pip install 'cifar-exp[cpu]'"
-    except Exception as error:  # numba and LLVM have many
+    except Exception as error:  # numba and LLVM raise many kinds
         return f"{type(error).__name__}: {error}"
-    return ""
+    return None
+
+
+def preload() -> None:
+    """Import numba and the kernels now, for a process that ranks are forked from.
+
+    Raises:
+        ImportError: numba is missing; :func:`fuse` says so again in each rank.
+    """
+    import cifar_exp.cpu_kernels.layers  # noqa: F401

@@ -1,6 +1,7 @@
-"""Layers for CPU ranks that compute less, or pass over memory less often, than PyTorch's.
+"""Layers for CPU ranks that compute less than PyTorch's, or read and write memory less often.
 
-See :mod:`cifar_exp.cpu_kernels.winograd_kernels` and :mod:`cifar_exp.cpu_kernels.batch_norm`.
+See :mod:`cifar_exp.cpu_kernels.batch_norm`, :mod:`cifar_exp.cpu_kernels.max_pool` and
+:mod:`cifar_exp.cpu_kernels.winograd`.
 """
 
 from typing import Any, Self
@@ -11,14 +12,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar_exp.cpu_kernels import batch_norm, max_pool, numba_runtime, winograd
+from cifar_exp.cpu_kernels import activations, batch_norm, max_pool, numba_runtime, winograd
 from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
 
-FUNCTIONS = {batch_norm.IDENTITY: lambda values: values, batch_norm.RELU: F.relu, batch_norm.GELU: F.gelu}
+FUNCTIONS = {activations.IDENTITY: lambda values: values, activations.RELU: F.relu, activations.GELU: F.gelu}
 
 
 def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels for ``dtype`` can take it."""
+    """Whether a kernel for ``dtype`` can take ``inputs``."""
     return (
         inputs.device.type == "cpu"
         and inputs.dtype == dtype
@@ -28,28 +29,28 @@ def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
 
 
 class FusedBatchNorm(ReplacedBatchNorm):
-    """``nn.BatchNorm2d`` and an activation of what it returns."""
+    """``nn.BatchNorm2d`` and the activation after it, in one pass."""
 
-    activation = batch_norm.IDENTITY
+    activation = activations.IDENTITY
     dtype = torch.float32  # of the inputs
 
     @classmethod
     def with_activation(cls, layer: _BatchNorm, activation: int, dtype: torch.dtype) -> "FusedBatchNorm":
-        """``layer``, its parameters and buffers shared with it, and what follows it."""
+        """The fused layer for ``layer`` and the activation after it. They share parameters and buffers."""
         made = cls.of(layer)
         made.activation, made.dtype = activation, dtype
         return made
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs``: (N, C, H, W) -> the same shape and type."""
+        """``inputs``: (N, C, H, W) -> the same shape and dtype."""
         by_batch = self.training or self.running_mean is None
-        if not (self._fits(inputs) and (_shape(inputs)[0] > 1 if by_batch else not self._derived(inputs))):
+        if not (self._fits(inputs) and (_shape(inputs)[0] > 1 if by_batch else not self._needs_gradient(inputs))):
             outputs: Tensor = FUNCTIONS[self.activation](super().forward(inputs))
             return outputs
         weight = torch.ones(self.num_features, dtype=torch.float32) if self.weight is None else self.weight
         bias = torch.zeros(self.num_features, dtype=torch.float32) if self.bias is None else self.bias
         if by_batch:
-            settings = (*self._tracked(), self.eps, self.activation)
+            settings = (*self._running_statistics(), self.eps, self.activation)
             normalized: Tensor = _NormalizedByBatch.apply(inputs, weight, bias, *settings)
             return normalized
         assert self.running_mean is not None
@@ -57,7 +58,7 @@ class FusedBatchNorm(ReplacedBatchNorm):
         scale = weight * (self.running_var.double() + self.eps).rsqrt()
         affine = torch.stack([scale, bias - self.running_mean * scale])
         outputs = torch.empty_like(inputs)
-        numba_runtime.launch(batch_norm.normalized, _shape(inputs), inputs, affine, outputs, variant=self.activation)
+        numba_runtime.launch(batch_norm.affine, _shape(inputs), inputs, affine, outputs, variant=self.activation)
         return outputs
 
     def _fits(self, inputs: Tensor) -> bool:
@@ -72,26 +73,26 @@ class FusedBatchNorm(ReplacedBatchNorm):
             )
         )
 
-    def _derived(self, inputs: Tensor) -> bool:
-        """Whether gradients are wanted, for which there is a kernel in training alone."""
+    def _needs_gradient(self, inputs: Tensor) -> bool:
+        """Whether gradients are needed. The kernel for them works in training only."""
         values = (inputs, self.weight, self.bias)
         return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
-    def _tracked(self) -> tuple[Tensor, Tensor, float]:
-        """The running statistics, or room for some, and how far they go towards the batch's."""
+    def _running_statistics(self) -> tuple[Tensor, Tensor, float]:
+        """Running mean and variance and the weight of this batch in them. Unused memory and 0 if there are none."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             mean, variance = torch.zeros((2, self.num_features), dtype=torch.float32)
             return mean, variance, 0.0
-        return self.running_mean, self.running_var, self.counted()
+        return self.running_mean, self.running_var, self.count_batch()
 
 
 def _shape(values: Tensor) -> tuple[int, int]:
-    """Rows and columns."""
+    """Rows and columns of the matrix that a kernel sees: pixels and channels."""
     return values.numel() // values.shape[1], values.shape[1]
 
 
 class _NormalizedByBatch(torch.autograd.Function):
-    """Batch norm in training and an activation. The running statistics are changed in place."""
+    """Batch norm in training and an activation. It updates the running statistics in place."""
 
     @staticmethod
     def forward(
@@ -107,7 +108,7 @@ class _NormalizedByBatch(torch.autograd.Function):
     ) -> Tensor:
         rows, columns = _shape(inputs)
         outputs, statistics = torch.empty_like(inputs), torch.empty((4, columns), dtype=torch.float64)
-        arrays = (inputs, weight, bias, running_mean, running_variance, outputs, statistics, _room(columns))
+        arrays = (inputs, weight, bias, running_mean, running_variance, outputs, statistics, _workspace(columns))
         numba_runtime.launch(
             batch_norm.batch_norm, (rows, columns), *arrays, numbers=(eps, momentum), variant=activation
         )
@@ -122,24 +123,24 @@ class _NormalizedByBatch(torch.autograd.Function):
         rows, columns = _shape(inputs)
         outputs, parameters = torch.empty_like(inputs), torch.empty((2, columns), dtype=torch.float32)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        arrays = (gradient, inputs, statistics, outputs, parameters, _room(columns))
+        arrays = (gradient, inputs, statistics, outputs, parameters, _workspace(columns))
         numba_runtime.launch(batch_norm.batch_norm_gradient, (rows, columns), *arrays, variant=context.activation)
         return outputs, *parameters, None, None, None, None, None
 
 
-def _room(columns: int) -> Tensor:
-    """For a kernel's sums."""
+def _workspace(columns: int) -> Tensor:
+    """Memory for a kernel's sums."""
     return torch.empty((batch_norm.CHUNKS, 2, columns), dtype=torch.float64)
 
 
 class WinogradConvolution(nn.Conv2d):
-    """A 3x3 convolution of stride 1 with a border of zeros, under autocast: inputs are bfloat16, the weight float32."""
+    """A 3x3 convolution, stride 1, padding 1, under autocast: inputs are bfloat16, the weight is float32."""
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
-        """``layer``, its parameters shared with it."""
+        """The replacement for ``layer``, with which it shares its parameters."""
         sizes = layer.in_channels, layer.out_channels
-        # On no device, where initial values take no random numbers.
+        # On the meta device: drawing initial values would advance the random number generator.
         made = cls(*sizes, 3, padding=1, bias=layer.bias is not None, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
         return made.train(layer.training)
@@ -147,7 +148,7 @@ class WinogradConvolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
         fits = (
-            torch.is_autocast_enabled("cpu")  # else PyTorch takes no two types
+            torch.is_autocast_enabled("cpu")  # without it PyTorch refuses different dtypes
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and _fits(input, torch.bfloat16)
             and winograd.fits(input, self.weight)
@@ -155,11 +156,11 @@ class WinogradConvolution(nn.Conv2d):
         )
         if not fits:
             return super().forward(input)
-        outputs: Tensor = _Convolved.apply(input, self.weight, self.bias)
+        outputs: Tensor = _Convolution.apply(input, self.weight, self.bias)
         return outputs
 
 
-class _Convolved(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         context.save_for_backward(inputs, weight)
@@ -169,35 +170,37 @@ class _Convolved(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = context.saved_tensors
-        of_inputs, of_weight, of_bias = context.needs_input_grad
+        for_inputs, for_weight, for_bias = context.needs_input_grad
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        before = winograd.convolve(gradient, weight, None, backward=True) if of_inputs else None
-        weights, biases = winograd.gradients(inputs, gradient, weight) if of_weight or of_bias else (None, None)
-        return before, weights if of_weight else None, biases if of_bias else None
+        inputs_gradient = winograd.convolve(gradient, weight, None, backward=True) if for_inputs else None
+        if not for_weight and not for_bias:
+            return inputs_gradient, None, None
+        weights, biases = winograd.gradients(inputs, gradient, weight)
+        return inputs_gradient, weights if for_weight else None, biases if for_bias else None
 
 
 class HalvingMaxPool(nn.MaxPool2d):
-    """Maxima of 2x2 windows that do not overlap."""
+    """Max-pooling over 2x2 windows that do not overlap."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """``dtype``: of the inputs."""
+        """``dtype``: the dtype of the inputs."""
         super().__init__(2)
         self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # PyTorch refuses to leave nothing
-        outputs: Tensor = _Pooled.apply(input) if fits else super().forward(input)
+        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # PyTorch refuses smaller images
+        outputs: Tensor = _MaxPool.apply(input) if fits else super().forward(input)
         return outputs
 
 
-class _Pooled(torch.autograd.Function):
+class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, inputs: Tensor) -> Tensor:
         images, columns, height, width = inputs.shape
         outputs = _empty((images, columns, height // 2, width // 2), inputs.dtype)
         places = torch.empty(outputs.numel(), dtype=torch.uint8)
-        numba_runtime.launch(max_pool.pooled, (images, height, width, columns), inputs, outputs, places)
+        numba_runtime.launch(max_pool.max_pool, (images, height, width, columns), inputs, outputs, places)
         context.save_for_backward(places)
         context.shape = inputs.shape
         return outputs
@@ -209,7 +212,7 @@ class _Pooled(torch.autograd.Function):
         images, columns, height, width = context.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         outputs = _empty(context.shape, gradient.dtype)
-        numba_runtime.launch(max_pool.unpooled, (images, height, width, columns), gradient, places, outputs)
+        numba_runtime.launch(max_pool.max_pool_gradient, (images, height, width, columns), gradient, places, outputs)
         return outputs
 
 

@@ -1,7 +1,7 @@
-"""Vector instructions in kernels that numba compiles, where LLVM would not come to them by itself.
+"""Vector instructions in kernels, where LLVM does not find them by itself.
 
-:func:`inlined` makes a function for kernels of one that writes LLVM code. Addresses and numbers are int64. A vector has
-512 bits: 16 float32, or 32 bfloat16 as int16.
+:func:`inlined` turns a function that writes LLVM code into one that kernels call. Addresses and numbers are int64. A
+vector has 512 bits: 16 float32, or 32 bfloat16 as int16.
 """
 
 import inspect
@@ -14,22 +14,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-Value = Any  # of LLVM, not of Python
+Value = Any  # an LLVM value, known when the kernel runs
 Builder = Any
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 LANES = 16
 PAIR = 2 * LANES
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
-WORDS = ir.VectorType(I32, LANES)  # of two bfloat16 each
+WORDS = ir.VectorType(I32, LANES)  # two bfloat16 each
 PACKED = ir.VectorType(I16, PAIR)
-BYTES = 64  # of a vector, and of a line of the cache
+BYTES = 64  # size of a vector, and of a cache line
 NARROW = [ir.Constant(I32, 2)]  # the alignment of a bfloat16
-NEEDED = ("avx512bf16", "avx512bw")  # of the processor
+NEEDED = ("avx512bf16", "avx512bw")  # processor features
 
 
 def inlined(write: Callable[..., None]) -> Any:
-    """A function for kernels, of as many int64 as ``write`` takes besides the builder that it writes with."""
+    """A function for kernels that takes int64s. ``write(builder, *values)`` writes its code."""
     signature = inspect.signature(write)
     taken = types.none(*[types.int64] * (len(signature.parameters) - 1))
 
@@ -47,21 +47,21 @@ def inlined(write: Callable[..., None]) -> Any:
 
 @contextmanager
 def loop(builder: Builder, count: Value) -> Iterator[Value]:
-    """What is written meanwhile is done ``count`` times; yields how often it was before."""
+    """Code that is written inside runs ``count`` times; yields the index."""
     with cgutils.for_range(builder, count, intp=I64) as now:
         yield now.index
 
 
 def variable(builder: Builder, value: Value) -> Value:
-    """To load from and to store to, with a first value; LLVM keeps it in a register."""
+    """A variable with a first value, to load and to store. LLVM keeps it in a register."""
     return cgutils.alloca_once_value(builder, value)
 
 
 @inlined
 def align_stack(builder):
-    """Once in a kernel: vectors that have to leave their registers do not lie across two lines of the cache.
+    """Call once in a kernel. Spilled vectors are then aligned to cache lines.
 
-    LLVM aligns a function's stack if it finds something to be aligned before it hands out registers, not after.
+    LLVM aligns a function's stack only if it sees an aligned object before register allocation.
     """
     place = cgutils.alloca_once(builder, I64)
     place.align = BYTES
@@ -70,7 +70,7 @@ def align_stack(builder):
 
 @inlined
 def prefetch(builder, address):
-    """Fetch a line that will be read."""
+    """Prefetch the cache line at an address, to be read."""
     _fetch(builder, builder.inttoptr(address, ir.PointerType()))
 
 
@@ -79,23 +79,23 @@ def _fetch(builder: Builder, where: Value) -> None:
 
 
 def number(value: int) -> Value:
-    """An int64."""
+    """A constant int64."""
     return ir.Constant(I64, value)
 
 
 def all_lanes(kind: Any, value: float) -> Value:
-    """A vector of one constant."""
+    """A vector with one constant in all lanes."""
     return ir.Constant(kind, [value] * kind.count)
 
 
 def call(builder: Builder, name: str, returns: Any, *arguments: Value) -> Value:
-    """One of LLVM's intrinsics."""
+    """Call an LLVM intrinsic."""
     kind = ir.FunctionType(returns, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def moved(builder: Builder, address: Value, *steps: tuple[Value, int] | int) -> Value:
-    """An address and some bytes: each a constant, or a number that many times."""
+    """An address plus bytes. A step is a constant, or a value and its constant factor."""
     for step in steps:
         by = number(step) if isinstance(step, int) else builder.mul(step[0], number(step[1]))
         address = builder.add(address, by)
@@ -103,43 +103,43 @@ def moved(builder: Builder, address: Value, *steps: tuple[Value, int] | int) -> 
 
 
 def load(builder: Builder, kind: Any, address: Value, align: int = BYTES) -> Value:
-    """What is at an address."""
+    """Load a value of type ``kind`` from an address."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
 def store(builder: Builder, value: Value, address: Value) -> None:
-    """Put a vector to where a line of the cache begins."""
+    """Store a vector at the beginning of a cache line."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=BYTES)
 
 
 def broadcast(builder: Builder, kind: Any, value: Value) -> Value:
-    """A vector of one value."""
+    """A vector with one value in all lanes."""
     none = ir.Constant(kind, ir.Undefined)
     alone = builder.insert_element(none, value, ir.Constant(I32, 0))
     return builder.shuffle_vector(alone, none, all_lanes(ir.VectorType(I32, kind.count), 0))
 
 
 def below(builder: Builder, count: Value) -> Value:
-    """Which of 32 lanes those before ``count`` are."""
+    """A mask of 32 lanes: those before ``count``."""
     kind = ir.VectorType(I32, PAIR)
     counts = broadcast(builder, kind, builder.trunc(count, I32))
     return builder.icmp_signed("<", ir.Constant(kind, list(range(PAIR))), counts)
 
 
 def load_lanes(builder: Builder, address: Value, lanes: Value) -> Value:
-    """32 bfloat16, zeros where ``lanes`` are not; nothing else is read."""
+    """Load the masked ``lanes`` of 32 bfloat16. Other lanes are zero, and their memory is not read."""
     where = builder.inttoptr(address, ir.PointerType())
     return call(builder, "llvm.masked.load.v32i16.p0", PACKED, where, *NARROW, lanes, all_lanes(PACKED, 0))
 
 
 def store_lanes(builder: Builder, value: Value, address: Value, lanes: Value) -> None:
-    """Put the ``lanes`` of 32 bfloat16 to an address."""
+    """Store the masked ``lanes`` of 32 bfloat16."""
     where = builder.inttoptr(address, ir.PointerType())
     call(builder, "llvm.masked.store.v32i16.p0", ir.VoidType(), value, where, *NARROW, lanes)
 
 
 def even_and_odd(builder: Builder, value: Value) -> tuple[Value, Value]:
-    """32 bfloat16 as two vectors of float32: every second one, and those between."""
+    """32 bfloat16 as two vectors of float32: even lanes, odd lanes."""
     words = builder.bitcast(value, WORDS)
     even = builder.shl(words, all_lanes(WORDS, 16))
     odd = builder.and_(words, all_lanes(WORDS, -1 << 16))
@@ -147,12 +147,12 @@ def even_and_odd(builder: Builder, value: Value) -> tuple[Value, Value]:
 
 
 def rounded(builder: Builder, first: Value, second: Value) -> Value:
-    """Two vectors of float32 as bfloat16, one after the other."""
+    """Two vectors of float32, rounded to one of bfloat16: the first, then the second."""
     return call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PACKED, second, first)
 
 
 def interleaved(builder: Builder, first: Value, second: Value) -> tuple[Value, Value]:
-    """Words of a bfloat16 of the first and the one of the second at its place."""
+    """Words that pair each bfloat16 of the first vector with the one of the second: two vectors."""
     kind = ir.VectorType(I32, PAIR)
     orders = [[LANES * half + lane // 2 + PAIR * (lane % 2) for lane in range(PAIR)] for half in range(2)]
     low, high = (builder.shuffle_vector(first, second, ir.Constant(kind, order)) for order in orders)
@@ -160,12 +160,12 @@ def interleaved(builder: Builder, first: Value, second: Value) -> tuple[Value, V
 
 
 def add_products(builder: Builder, sums: Value, first: Value, second: Value) -> Value:
-    """``sums``, float32, and the products of words of two bfloat16, both of them."""
+    """``sums``, float32, plus both products of each pair of words."""
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, first, second)
 
 
 def combined(builder: Builder, values: Sequence[Value], signs: Sequence[int]) -> Value:
-    """Those of ``values`` whose sign is 1, less those whose sign is -1; one at least has 1."""
+    """The sum of ``values`` times ``signs``, which are 1, 0 or -1; at least one sign is 1."""
     added = [value for value, sign in zip(values, signs, strict=True) if sign == 1]
     result = added[0]
     for value in added[1:]:

@@ -1,31 +1,78 @@
-"""2x2 max-pooling and its gradient as kernels for CPU ranks."""
+"""2x2 max-pooling and its gradient as kernels for CPU ranks. An index is a byte, where PyTorch's has 64 bits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
 
-from cifar_exp.cpu_kernels.numba_runtime import pointer, share, widened
+from cifar_exp.cpu_kernels.numba_runtime import arguments, pointer, share, widened
 
 
-def pooled(element: Any, _activation: int) -> Any:
-    """Of (images, height, width, columns): ``x`` -> the maximum of each 2x2 window, and its place there, 0 to 3, the
-    first one of equal ones.
+class PoolArguments(NamedTuple):
+    """What :func:`max_pool` takes: numbers, then addresses of arrays.
+
+    Attributes:
+        images: how many.
+        height: of an input image.
+        width: of an input image.
+        columns: channels.
+        x: (images * height * width, columns), the input.
+        y: (images * (height // 2) * (width // 2), columns), gets the maximum of each window.
+        places: as ``y``, uint8: gets the place of the maximum in its window, 0 to 3, the first one of equal ones.
     """
 
-    def kernel(p):
-        images, height, width, columns = p[0], p[1], p[2], p[3]
+    images: int
+    height: int
+    width: int
+    columns: int
+    x: int
+    y: int
+    places: int
+
+
+class PoolGradientArguments(NamedTuple):
+    """What :func:`max_pool_gradient` takes: numbers, then addresses of arrays.
+
+    Attributes:
+        images: how many.
+        height: of an input image.
+        width: of an input image.
+        columns: channels.
+        gradient: as ``y`` of :func:`max_pool`, whose gradient it is.
+        places: as :func:`max_pool` wrote them.
+        out: as its ``x``, gets the gradient.
+    """
+
+    images: int
+    height: int
+    width: int
+    columns: int
+    gradient: int
+    places: int
+    out: int
+
+
+_pool_arguments = arguments(PoolArguments)
+_gradient_arguments = arguments(PoolGradientArguments)
+
+
+def max_pool(element: Any, _variant: int) -> Any:
+    """The maximum of each 2x2 window. See :class:`PoolArguments`."""
+
+    def kernel(packed):
+        a = _pool_arguments(packed)
+        images, height, width, columns = a.images, a.height, a.width, a.columns
         half = width // 2
         lines = images * (height // 2)
-        x = carray(pointer(p[4]), (images * height * width, columns), element)
-        y = carray(pointer(p[5]), (lines * half, columns), element)
-        places = carray(pointer(p[6]), (lines * half, columns), np.uint8)
+        x = carray(pointer(a.x), (images * height * width, columns), element)
+        y = carray(pointer(a.y), (lines * half, columns), element)
+        places = carray(pointer(a.places), (lines * half, columns), np.uint8)
         begin, end = share(lines)
         for line in range(begin, end):
             image, i = line // (height // 2), line % (height // 2)
             for j in range(half):
                 out = line * half + j
-                for below in range(2):  # a loop of few arrays each, which LLVM turns into vector instructions
+                for below in range(2):  # LLVM vectorizes loops over few arrays
                     left = (image * height + 2 * i + below) * width + 2 * j
                     for c in range(columns):
                         best, place = x[left, c], np.uint8(2 * below)
@@ -40,32 +87,33 @@ def pooled(element: Any, _activation: int) -> Any:
 
 @njit(inline="always")
 def _better(best, place, value, its_place):
-    """The larger value, the first of equal ones, and its place. What is not a number wins."""
+    """The larger value and its place; the first one of equal ones. NaN wins."""
     wide = widened(value)
     wins = wide > widened(best) or wide != wide
     return (value if wins else best), (its_place if wins else place)
 
 
-def unpooled(element: Any, _activation: int) -> Any:
-    """Of (images, height, width, columns): the gradient of what ``pooled`` returns, the places -> that of ``x``."""
+def max_pool_gradient(element: Any, _variant: int) -> Any:
+    """The gradient of :func:`max_pool`. See :class:`PoolGradientArguments`."""
 
-    def kernel(p):
-        images, height, width, columns = p[0], p[1], p[2], p[3]
+    def kernel(packed):
+        a = _gradient_arguments(packed)
+        images, height, width, columns = a.images, a.height, a.width, a.columns
         half = width // 2
         lines = images * (height // 2)
-        g = carray(pointer(p[4]), (lines * half, columns), element)
-        places = carray(pointer(p[5]), (lines * half, columns), np.uint8)
-        out = carray(pointer(p[6]), (images * height * width, columns), element)
+        g = carray(pointer(a.gradient), (lines * half, columns), element)
+        places = carray(pointer(a.places), (lines * half, columns), np.uint8)
+        out = carray(pointer(a.out), (images * height * width, columns), element)
         begin, end = share(lines)
         for line in range(begin, end):
             image, i = line // (height // 2), line % (height // 2)
             first = (image * height + 2 * i) * width
             for j in range(half):
-                for place in range(4):  # a loop of few arrays each, which LLVM turns into vector instructions
+                for place in range(4):  # LLVM vectorizes loops over few arrays
                     target, this = first + place // 2 * width + 2 * j + place % 2, np.uint8(place)
                     for c in range(columns):
                         out[target, c] = g[line * half + j, c] if places[line * half + j, c] == this else element(0)
-            # What no window covers, where a side is odd.
+            # No window covers the last column and row of an odd side.
             if width % 2:
                 out[first + width - 1] = out[first + 2 * width - 1] = element(0)
             if height % 2 and i == height // 2 - 1:

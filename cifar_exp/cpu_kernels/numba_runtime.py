@@ -1,9 +1,10 @@
-"""Kernels that numba compiles, on torch's own threads.
+"""Compile kernels with numba and run them on torch's threads.
 
-A kernel is a function of the address of an array of int64: its shape, numbers, and the addresses of its arrays. numba
-makes machine code of it, which it keeps on disk, when it is first used on a machine.
+A kernel is a function of one address, that of an array of int64: its shape, numbers, and the addresses of its arrays.
+:func:`arguments` reads that array into named fields. numba compiles a kernel when a machine first uses it, and keeps
+the machine code on disk.
 
-bfloat16 comes as uint16, since numpy has no such type; arithmetic is float32.
+numpy has no bfloat16, so it comes as uint16. Arithmetic is float32.
 """
 
 import ctypes
@@ -26,15 +27,15 @@ from torch import Tensor
 
 from cifar_exp.system.host import library_file
 
-Kernel = Callable[[Any, int], Any]  # of the activations' element type and a variant; the function to compile
+Kernel = Callable[[Any, int], Any]  # from the element type of activations and a variant to the function to compile
 
 ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
-OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # what divides by zero need not raise
-# Every file of this folder, as it was when this was imported: a kernel may be made of functions from any of them.
+OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # a division by zero need not raise
+# The source of every file in this folder, read at import: a kernel may use functions from any of them.
 SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
 
-# The threads are those of the OpenMP library that torch calls: two pools would fight for the cores. One that was
-# preloaded takes torch's calls, too.
+# Kernels run on the threads of the OpenMP library that torch uses: two thread pools would compete for the cores. A
+# preloaded OpenMP library also serves torch, so it is looked for first.
 _openmp = ctypes.CDLL(None)
 if not hasattr(_openmp, "GOMP_parallel"):
     _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library_file("torch_cpu")))
@@ -45,12 +46,12 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 wait_for_threads = types.ExternalFunction("GOMP_barrier", types.void())
-cfunc(types.void())(lambda: None)  # what numba puts off until it first compiles is done before ranks are forked
+cfunc(types.void())(lambda: None)  # numba's lazy imports happen here, before ranks are forked
 
 
 @intrinsic
 def pointer(_context, address):
-    """What is at an address."""
+    """An address as a pointer."""
 
     def generate(_context, builder, _signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -58,14 +59,30 @@ def pointer(_context, address):
     return types.voidptr(address), generate
 
 
+def arguments(fields: type) -> Any:
+    """A function for kernels that reads their array of int64 into ``fields``, a ``NamedTuple``, in its order."""
+    count = len(fields._fields)  # type: ignore[attr-defined]
+    taken = types.NamedUniTuple(types.int64, count, fields)
+
+    @intrinsic
+    def read(_context, packed):
+        def generate(context, builder, _signature, values):
+            slots = [builder.load(cgutils.gep_inbounds(builder, values[0], place)) for place in range(count)]
+            return context.make_tuple(builder, taken, slots)
+
+        return taken(packed), generate
+
+    return read
+
+
 @njit(inline="always")
 def share(count):
-    """First and past-the-end index of what this thread does."""
+    """The part of ``count`` items that this thread takes: first index, and the one after the last."""
     return count * thread_number() // thread_count(), count * (thread_number() + 1) // thread_count()
 
 
 def widened(value):
-    """As float32."""
+    """A value as float32."""
 
 
 @overload(widened, inline="always")
@@ -76,7 +93,7 @@ def _overload_widened(value):
 
 
 def narrowed(value, like):
-    """A float32 rounded to what ``like`` holds, to the nearest, ties to even."""
+    """A float32 rounded to the element type of the array ``like``, to nearest, ties to even."""
 
 
 @overload(narrowed, inline="always")
@@ -95,14 +112,14 @@ def _overload_narrowed(value, like):
 
 @cache
 def target() -> tuple[str, str, frozenset[str]]:
-    """What numba compiles for: system, processor, and those of its features that may be used."""
+    """What numba compiles for: system, processor, and the processor features that may be used."""
     system, processor, features = cpu_target.target_context.codegen().magic_tuple()
     return system, processor, frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 @cache
-def _origin() -> str:
-    """Another one for another machine, or where what all kernels are made of has changed."""
+def _cache_key() -> str:
+    """Changes with the machine and with every file of this folder."""
     system, processor, features = target()
     machine = " ".join([system, processor, *sorted(features)])
     return sha256(b"".join([machine.encode(), *SOURCES])).hexdigest()[:12]
@@ -110,16 +127,16 @@ def _origin() -> str:
 
 @cache
 def compiled(kernel: Kernel, dtype: torch.dtype, variant: int = 0) -> Any:
-    """A kernel's machine code, which takes an array of int64: its shape, numbers and the addresses of its arrays.
+    """A kernel's machine code. It takes the address of an array of int64; see the head of this file.
 
     Raises:
-        Exception: what numba raises where it cannot compile it here.
+        Exception: numba cannot compile the kernel here; it has many kinds of error.
     """
     function = kernel(ELEMENTS[dtype], variant)
-    # numba keeps what has one name in one place, where processes that write at once would mix up what they wrote. It
-    # looks at the kernel's own file to find out whether that changed.
-    function.__qualname__ = f"{kernel.__name__}-{str(dtype).removeprefix('torch.')}-{variant}-{_origin()}"
-    for on_disk in (True, False):  # no folder may be writable, none have room, or what is there be damaged
+    # numba caches functions of one name in one file, which processes that write at once would corrupt. It also only
+    # checks whether the kernel's own file has changed. So the name has all of the cache key.
+    function.__qualname__ = f"{kernel.__name__}-{str(dtype).removeprefix('torch.')}-{variant}-{_cache_key()}"
+    for on_disk in (True, False):  # the cache may not be writable, be full or be damaged
         with suppress(Exception) if on_disk else nullcontext():
             return cfunc(types.void(types.CPointer(types.int64)), cache=on_disk, **OPTIONS)(function)
     raise AssertionError
@@ -132,14 +149,14 @@ def launch(
     numbers: tuple[float, ...] = (),
     variant: int = 0,
 ) -> None:
-    """Run a kernel on all threads of torch's.
+    """Run a kernel on all of torch's threads.
 
     Args:
-        kernel: what it runs.
-        shape: the integers that it asks for.
-        numbers: the others, which it finds behind them.
-        arrays: contiguous in the order that it takes; the first one's type is that of the activations.
-        variant: which of the kernel's.
+        kernel: the kernel.
+        shape: its integers, the first slots of its arguments.
+        numbers: its floats, the slots after these.
+        arrays: its arrays, the last slots; contiguous. The first one has the dtype of the activations.
+        variant: which variant of the kernel, such as an activation.
     """
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
     values = (*shape, *bits, *(array.data_ptr() for array in arrays))

@@ -7,27 +7,37 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from cifar_exp.cpu_kernels import batch_norm, max_pool, numba_runtime, winograd, winograd_kernels
+from cifar_exp.cpu_kernels import (
+    activations,
+    batch_norm,
+    max_pool,
+    numba_runtime,
+    winograd,
+    winograd_convolution,
+    winograd_weight_gradient,
+)
 from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool, WinogradConvolution
 
 
-def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` with other layers in place of some of its own; parameters and buffers stay the same ones.
+def fuse_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace layers of ``model`` by fused ones. Parameters and buffers stay the same tensors.
 
-    - ``nn.BatchNorm2d``, together with the ReLU or exact GELU behind it in an ``nn.Sequential``, which leaves an
-      ``nn.Identity`` so that the layers after it keep their names;
-    - ``nn.MaxPool2d`` over 2x2 windows;
-    - ``nn.Conv2d`` of 3x3 kernels that leaves images as large as they are, in bfloat16, on processors that multiply it
-      in AVX512 and have no AMX.
+    Replaced are
 
-    Layers that are in several places or have hooks stay. Kernels are compiled here rather than in the first step.
+    - ``nn.BatchNorm2d``, together with the ReLU or exact GELU after it in an ``nn.Sequential``. An ``nn.Identity``
+      takes the activation's place, so that the layers after it keep their names.
+    - ``nn.MaxPool2d`` over 2x2 windows.
+    - ``nn.Conv2d`` with 3x3 kernels that keeps the size of images, in bfloat16, on processors that multiply bfloat16
+      with AVX512 and have no AMX.
+
+    Layers that occur twice or have hooks are kept. Kernels are compiled here, not in the first step.
 
     Args:
         model: on the CPU, channels-last.
-        dtype: of its activations; where that is neither float32 nor bfloat16 all layers stay.
+        dtype: the dtype of its activations. Unless it is float32 or bfloat16, all layers are kept.
 
     Raises:
-        Exception: what numba raises where it cannot compile a kernel; ``model`` is as it was.
+        Exception: numba cannot compile a kernel; ``model`` is unchanged.
     """
     if dtype not in numba_runtime.ELEMENTS:
         return model
@@ -37,13 +47,13 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for _, _, layer in found:
         used: tuple[numba_runtime.Kernel, ...] = ()
         if isinstance(layer, FusedBatchNorm):
-            used = (batch_norm.batch_norm, batch_norm.batch_norm_gradient, batch_norm.normalized)
+            used = (batch_norm.batch_norm, batch_norm.batch_norm_gradient, batch_norm.affine)
         elif isinstance(layer, HalvingMaxPool):
-            used = (max_pool.pooled, max_pool.unpooled)
+            used = (max_pool.max_pool, max_pool.max_pool_gradient)
         elif isinstance(layer, WinogradConvolution):
-            used = (winograd_kernels.convolved, winograd_kernels.derived)
+            used = (winograd_convolution.convolution, winograd_weight_gradient.weight_gradient)
         for kernel in used:
-            numba_runtime.compiled(kernel, dtype, getattr(layer, "activation", batch_norm.IDENTITY))
+            numba_runtime.compiled(kernel, dtype, getattr(layer, "activation", activations.IDENTITY))
     for parent, name, layer in found:
         setattr(parent, name, layer)
     return model
@@ -52,7 +62,7 @@ def fused(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _replacements(
     parent: nn.Module, dtype: torch.dtype, single: Collection[nn.Module]
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """What ``parent`` has to have under which names; ``single`` are layers that are in one place of the network."""
+    """Replacements: parent, name of the child, new layer. ``single``: the layers that occur once in the network."""
     layers = {
         name: layer
         for name, layer in parent._modules.items()
@@ -60,13 +70,13 @@ def _replacements(
     }
     names = list(parent._modules)
     in_order = type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent)
-    for name, behind in zip_longest(names, names[1:] if in_order else []):
+    for name, next_name in zip_longest(names, names[1:] if in_order else []):
         layer = layers.get(name)
         if type(layer) is nn.BatchNorm2d:
-            activation = _activation(layers.get(behind))
+            activation = _activation(layers.get(next_name))
             yield parent, name, FusedBatchNorm.with_activation(layer, activation, dtype)
-            if activation != batch_norm.IDENTITY:
-                yield parent, behind, nn.Identity()
+            if activation != activations.IDENTITY:
+                yield parent, next_name, nn.Identity()
         elif type(layer) is nn.MaxPool2d and _halves(layer):
             yield parent, name, HalvingMaxPool(dtype)
         elif type(layer) is nn.Conv2d and dtype == torch.bfloat16 and winograd.pays() and _keeps_size(layer):
@@ -74,16 +84,16 @@ def _replacements(
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody relies on its being called."""
+    """Whether something is attached to the call of a layer."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     return "forward" in vars(layer) or any(getattr(layer, name, None) for name in hooks)
 
 
 def _activation(layer: nn.Module | None) -> int:
-    """That of a layer which is nothing else."""
+    """The kernels' number for an activation layer; the identity for any other layer."""
     if type(layer) is nn.ReLU:
-        return batch_norm.RELU
-    return batch_norm.GELU if type(layer) is nn.GELU and layer.approximate == "none" else batch_norm.IDENTITY
+        return activations.RELU
+    return activations.GELU if type(layer) is nn.GELU and layer.approximate == "none" else activations.IDENTITY
 
 
 def _halves(layer: nn.MaxPool2d) -> bool:
@@ -93,7 +103,7 @@ def _halves(layer: nn.MaxPool2d) -> bool:
 
 
 def _keeps_size(layer: nn.Conv2d) -> bool:
-    """Whether it is of 3x3 kernels and leaves images as large as they are."""
+    """Whether a convolution has 3x3 kernels and keeps the size of images."""
     return (
         layer.kernel_size == (3, 3)
         and layer.padding in ("same", (1, 1))

@@ -1,4 +1,4 @@
-"""Winograd's transforms of tiles, and the products between them, as functions that numba compiles."""
+"""Winograd's transforms of tiles, and the products of transformed tiles, as functions for kernels."""
 
 from itertools import product
 from typing import Any
@@ -11,17 +11,17 @@ from cifar_exp.cpu_kernels.llvm_vectors import BYTES, LANES, Builder, Value, inl
 
 GROUP = llvm_vectors.PAIR  # channels
 POINTS = 16  # of a transformed tile
-TILES = 12  # of a block of a convolution: two vectors of sums of each stay in registers
-# Rows of B', A' and A. The last row of A is the negative of this one, which the end makes good.
+TILES = 12  # of a convolution at a time: the sums of each, two vectors, stay in registers
+# Rows of B', A' and A. The last row of A has the opposite sign here; the last transform corrects it.
 OF_INPUTS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 OF_PRODUCTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 OF_GRADIENTS = ((1, 0), (1, 1), (1, -1), (0, 1))
 HALF = np.float32(0.5)
-GRADIENT_ROWS = 8  # channels of inputs at a time in a gradient of weights, as many sums
-# Bytes. Tiles lie a line of the cache further apart than they need, or all would want the same places in it.
+GRADIENT_ROWS = 8  # input channels of a weight gradient at a time
+# Bytes. Tiles are one cache line further apart than their size, or all would map to the same cache sets.
 WORD = 4  # two bfloat16, or a float32
-FACTORS = BYTES  # a point of a group of channels, as bfloat16
-PRODUCTS = 2 * BYTES  # the same as float32, or of two tiles
+FACTORS = BYTES  # one point of a group of channels as bfloat16
+PRODUCTS = 2 * BYTES  # one point of a group of channels as float32, or as bfloat16 of two tiles
 GROUP_BYTES = POINTS * FACTORS
 TILE_PRODUCTS = POINTS * PRODUCTS + BYTES
 
@@ -35,10 +35,10 @@ def _transformed(builder: Builder, grid: list[list[Value]], matrix: Any) -> list
 
 
 def _tile(builder: Builder, side: int, matrix: Any, place: tuple[Value, ...]) -> list[tuple[Value, Value]]:
-    """A group of channels of ``side`` x ``side`` pixels, transformed: the points, even channels and odd ones.
+    """Transform ``side`` x ``side`` pixels of a group of channels. Returns the points: even channels, odd channels.
 
-    ``place``: address of the image's first pixel at this group, its height and width in pixels, its channels, how many
-    of them are left, the tile's first row and column, which may lie outside, and the address of zeros.
+    ``place``: address of this group in the image's first pixel; height, width and channels of the image; channels from
+    this group on; first row and column of the tile, which may lie outside of the image; address of zeros.
     """
     image, height, width, channels, left, top, first, zeros = place
     lanes = llvm_vectors.below(builder, left)
@@ -56,32 +56,32 @@ def _tile(builder: Builder, side: int, matrix: Any, place: tuple[Value, ...]) ->
 
 
 @inlined
-def _transform_inputs(builder, image, height, width, channels, left, top, first, zeros, out):
-    """To the points at ``out``, a line of the cache each."""
+def transform_inputs(builder, image, height, width, channels, left, top, first, zeros, out):
+    """Transform 4x4 inputs of a group of channels. ``out``: 16 points, a cache line each."""
     place = (image, height, width, channels, left, top, first, zeros)
     _store(builder, _tile(builder, 4, OF_INPUTS, place), out)
 
 
 @inlined
-def _transform_inputs_behind(builder, image, height, width, channels, left, top, first, zeros, before, out):
-    """The same for the second tile of a pair, whose first one is at ``before``."""
+def transform_second_inputs(builder, image, height, width, channels, left, top, first, zeros, before, out):
+    """The same for the second tile of a pair, interleaved with the first one at ``before``."""
     place = (image, height, width, channels, left, top, first, zeros)
     _interleave(builder, _tile(builder, 4, OF_INPUTS, place), before, out)
 
 
 @inlined
-def _transform_gradients(builder, image, height, width, channels, left, top, first, zeros, sums, out):
-    """The same for 2x2 gradients of outputs, which are added to the ``sums`` of this group's."""
+def transform_gradients(builder, image, height, width, channels, left, top, first, zeros, sums, out):
+    """The same for 2x2 gradients of outputs. They are also added to ``sums``, the bias gradient of this group."""
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
-    _add_up(builder, points, sums)
+    _add_to_bias(builder, points, sums)
     _store(builder, points, out)
 
 
 @inlined
-def _transform_gradients_behind(builder, image, height, width, channels, left, top, first, zeros, sums, before, out):
-    """The same for the second tile of a pair, whose first one is at ``before``."""
+def transform_second_gradients(builder, image, height, width, channels, left, top, first, zeros, sums, before, out):
+    """The same for the second tile of a pair, interleaved with the first one at ``before``."""
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
-    _add_up(builder, points, sums)
+    _add_to_bias(builder, points, sums)
     _interleave(builder, points, before, out)
 
 
@@ -100,8 +100,8 @@ def _interleave(builder: Builder, points: list[tuple[Value, Value]], before: Val
             llvm_vectors.store(builder, value, llvm_vectors.moved(builder, out, PRODUCTS * point + BYTES * half))
 
 
-def _add_up(builder: Builder, points: list[tuple[Value, Value]], sums: Value) -> None:
-    """The second row and column of ``OF_GRADIENTS`` are sums."""
+def _add_to_bias(builder: Builder, points: list[tuple[Value, Value]], sums: Value) -> None:
+    """Add the sum of a tile's gradients to ``sums``: that is its point 5, since row 1 of A is (1, 1)."""
     for half, value in enumerate(points[5]):
         address = llvm_vectors.moved(builder, sums, BYTES * half)
         llvm_vectors.store(
@@ -110,8 +110,8 @@ def _add_up(builder: Builder, points: list[tuple[Value, Value]], sums: Value) ->
 
 
 @inlined
-def _transform_products(builder, products, bias, out, width, channels, rows_left, columns_left, left):
-    """16 points of 32 channels -> 2x2 pixels of the outputs, those that the image has."""
+def transform_products(builder, products, bias, out, width, channels, rows_left, columns_left, left):
+    """Transform 16 points of 32 channels to 2x2 outputs. Those outside of the image are not written."""
     lanes = llvm_vectors.below(builder, left)
     halves = []
     for half in range(2):
@@ -136,8 +136,8 @@ def _transform_products(builder, products, bias, out, width, channels, rows_left
 
 
 @inlined
-def _multiply(builder, a, a_row, b, groups, out, out_row):
-    """12 tiles x groups of inputs, times groups of inputs x 32 outputs, at one point."""
+def multiply(builder, a, a_row, b, groups, out, out_row):
+    """Matrix product at one point: (12 tiles, inputs) times (inputs, 32 outputs)."""
     sums = [
         [llvm_vectors.variable(builder, llvm_vectors.all_lanes(llvm_vectors.FLOATS, 0.0)) for _ in range(2)]
         for _ in range(TILES)
@@ -162,8 +162,8 @@ def _multiply(builder, a, a_row, b, groups, out, out_row):
 
 
 @inlined
-def _accumulate(builder, a, a_pair, b, b_pair, pairs, out, out_row):
-    """8 inputs x pairs of tiles, times pairs of tiles x 32 outputs, at one point: added to what is at ``out``."""
+def accumulate(builder, a, a_pair, b, b_pair, pairs, out, out_row):
+    """Matrix product at one point, added to ``out``: (8 inputs, tiles) times (tiles, 32 outputs), in pairs of tiles."""
     places = [
         [llvm_vectors.moved(builder, out, (out_row, row), BYTES * half) for half in range(2)]
         for row in range(GRADIENT_ROWS)
@@ -182,7 +182,7 @@ def _accumulate(builder, a, a_pair, b, b_pair, pairs, out, out_row):
 
 
 def _add_products(builder: Builder, sums: list[list[Value]], rows: list[Value], b: Value) -> None:
-    """To the variables ``sums``, a row of two vectors for each word at ``rows``, of it and two vectors at ``b``."""
+    """Add to ``sums``, two vectors for each word in ``rows``: products of the word and the two vectors at ``b``."""
     columns = [
         llvm_vectors.load(builder, llvm_vectors.WORDS, llvm_vectors.moved(builder, b, BYTES * half))
         for half in range(2)
@@ -196,8 +196,8 @@ def _add_products(builder: Builder, sums: list[list[Value]], rows: list[Value], 
 
 
 @njit(inline="always")
-def _fetch_ahead(image, top, first, height, width, channels):
-    """Two rows of two pixels will be needed soon."""
+def prefetch_tile(image, top, first, height, width, channels):
+    """Prefetch the 2x2 pixels of an image that a later tile needs."""
     for row in range(top, min(top + 2, height)):
         start = image + 2 * channels * (row * width + first)
         for line in range(start, start + 4 * channels, BYTES):

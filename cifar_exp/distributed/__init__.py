@@ -1,1 +1,1 @@
-"""Everything that knows of ranks: process group, collectives, gradient averaging, heartbeats."""
+"""Ranks: process group, collectives, gradient averaging, batch norm over ranks, heartbeats."""

@@ -1,8 +1,8 @@
 """Batch-norm statistics over ranks: the choices of ``train.batch_norm``.
 
-While it trains, a layer normalises by the mean and variance of a batch: its rank's own, or under ``synchronized`` that
-of all ranks. What it uses in an evaluation are running statistics. Each rank has gathered its own, so before they are
-used or saved :func:`settle` makes them the same on all ranks.
+In training, a layer normalizes by the mean and variance of a batch: the batch of its rank, or of all ranks under
+``synchronized``. In evaluation it uses running statistics. Each rank has collected its own, so
+:func:`combine_over_ranks` makes them equal before they are used or saved.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +25,13 @@ from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
 from cifar_exp.system.accelerator import exact
 
 
-def settle(model: nn.Module, choice: BatchNorm) -> None:
-    """Make the running statistics the same on all ranks.
+def combine_over_ranks(model: nn.Module, choice: BatchNorm) -> None:
+    """Make the running statistics equal on all ranks.
 
-    - ``local``: the first rank's, which are what DDP's own broadcast of buffers leaves.
-    - any other: those of all ranks' images together. The mean is the mean of the ranks' means, the variance the mean
-      of their variances plus the variance of their means (law of total variance), which an average of variances leaves
-      out. Ranks have batches of one size; a share of 1 / images of the variance is left out of account.
+    - ``local``: take those of rank 0, as DDP's broadcast of buffers does.
+    - any other: take those of all ranks' images together. The mean is the mean over ranks. The variance is the mean of
+      the variances plus the variance of the means (law of total variance); a mean of variances would lack the second
+      part. Ranks have batches of equal size. Bessel's correction is neglected: 1 / images of the variance.
     """
     if choice == "local":
         share_first_ranks_buffers(model)
@@ -49,10 +49,10 @@ def _add(buffer: Tensor, more: Tensor) -> None:
     buffer.copy_((total + more.to(total.device)).to(buffer.dtype))
 
 
-def take_over(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
-    """Give ``model`` the buffers of some ranks together, as :func:`settle` would have made them.
+def load_combined(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
+    """Load the saved buffers of several ranks, combined as :func:`combine_over_ranks` does it.
 
-    ``of_ranks``: for each rank what ``model.buffers()`` was there; those of one rank are taken as they are.
+    ``of_ranks``: ``model.buffers()`` of each rank. The buffers of a single rank are loaded unchanged.
     """
     buffers = list(model.buffers())
     for buffer, *values in zip(buffers, *of_ranks, strict=True):
@@ -65,15 +65,15 @@ def take_over(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
 
 
 def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics by those of ``batches`` on all ranks together, as ``trainNetwork`` does at its end
-    (``BatchNormalizationStatistics="population"`` in MATLAB's ``trainingOptions``).
+    """Replace the running statistics by those of ``batches`` on all ranks, as MATLAB's ``trainNetwork`` does at its end
+    (``BatchNormalizationStatistics="population"`` in ``trainingOptions``).
 
-    Each layer normalises by the batch, as in training, so that its inputs are what they were there; nothing else of the
-    network is in training mode. One pass: moments are summed over batches and ranks in float64 and divided once.
+    Each batch norm normalizes by the batch, so its inputs are what they were in training. All other layers are in
+    evaluation mode. One pass: moments are summed over batches and ranks in float64, and divided once.
 
     Args:
         model: on the device of ``batches``.
-        batches: this rank's, (B, C, H, W) each. Without any on all ranks the statistics stay.
+        batches: this rank's images, (B, C, H, W) each. Where no rank has any, the statistics stay.
     """
     layers = batch_norms(model)
     moments = [exact(_statistics(layer)[0].new_zeros((3, layer.num_features))) for layer in layers]
@@ -82,7 +82,7 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
             counts.clear()
             model(images)
             for layer, sums in zip(layers, moments, strict=True):
-                if count := counts.get(layer):  # else a layer that this batch has not come through
+                if count := counts.get(layer):  # 0: this batch did not pass the layer
                     mean, variance = (exact(value) for value in _statistics(layer))
                     second = variance * (count - 1) / count + mean.square()
                     sums += count * torch.stack([torch.ones_like(mean), mean, second])
@@ -98,7 +98,7 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[dict[nn.Module, int]]:
-    """Running statistics are the last batch's alone meanwhile. Yields how many values of a channel each layer got."""
+    """Make the running statistics those of the last batch alone; yields how many values per channel each layer got."""
     was_training, momenta = model.training, [layer.momentum for layer in layers]
     counters = [(layer.num_batches_tracked, int(layer.num_batches_tracked or 0)) for layer in layers]
     counts: dict[nn.Module, int] = {}
@@ -118,10 +118,10 @@ def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[dict[
         model.train(was_training)
 
 
-def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with batch norms that normalise by the batches of all ranks; parameters and buffers stay the same ones.
+def synchronize_layers(model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace batch norms by ones that normalize by the batches of all ranks. Parameters and buffers are shared.
 
-    On GPUs these are PyTorch's ``SyncBatchNorm``, which refuses CPU ranks; those get :class:`SynchronizedBatchNorm`.
+    On GPUs these are PyTorch's ``SyncBatchNorm``. It does not support CPUs, which get :class:`SynchronizedBatchNorm`.
     """
     if device.type != "cpu":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -129,18 +129,19 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     if isinstance(model, _BatchNorm):
         return SynchronizedBatchNorm.of(model)
     for name, child in model.named_children():
-        setattr(model, name, synchronized(child, device))
+        setattr(model, name, synchronize_layers(child, device))
     return model
 
 
 class SynchronizedBatchNorm(ReplacedBatchNorm):
-    """Batch norm by the mean and variance of all ranks' batches, whose gradients flow through all ranks.
+    """Batch norm by the mean and variance over all ranks. Gradients flow through all ranks.
 
-    Two small collectives a layer and step, one forward and one backward. Ranks must have batches of one size.
+    It takes two small collectives per layer and step, one forward and one backward. Ranks must have batches of equal
+    size.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs``: (N, C, ...) -> the same shape and type."""
+        """``inputs``: (N, C, ...) -> the same shape and dtype."""
         if not self.training:
             return super().forward(inputs)
         values = inputs.float()
@@ -156,16 +157,16 @@ class SynchronizedBatchNorm(ReplacedBatchNorm):
         return (values * scale.view(shape) + shift.view(shape)).to(inputs.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Add to the running statistics. ``count``: values behind them, of each channel over all ranks."""
+        """Update the running statistics. ``count``: values per channel over all ranks."""
         if not self.track_running_stats:
             return
-        share = self.counted()
+        share = self.count_batch()
         for running, value in zip(_statistics(self), (mean, variance * count / (count - 1)), strict=True):
             running.lerp_(value, share)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
+    """The layers with running statistics."""
     return [
         layer for layer in model.modules() if isinstance(layer, _BatchNorm) and isinstance(layer.running_mean, Tensor)
     ]
@@ -179,5 +180,5 @@ def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _count(counts: dict[nn.Module, int], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Note how many values of each channel a layer gets."""
+    """A hook: count the values per channel that a layer gets."""
     counts[layer] = inputs[0].numel() // inputs[0].shape[1]

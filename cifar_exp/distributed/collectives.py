@@ -1,4 +1,4 @@
-"""Sums and gathers over ranks."""
+"""Collectives: sums, means and gathers over ranks. Every rank must call them, in the same order."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, in place."""
+    """All-reduce: the element-wise sum over ranks, in place."""
     carried = values.to(exact_device(values.device))
     dist.all_reduce(carried)
     return values if carried is values else values.copy_(carried)
 
 
 def gathered(value: T) -> list[T]:
-    """Each rank's value, by rank, on every rank."""
+    """All-gather of picklable values: each rank's value, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def rows(values: Sequence[float], device: torch.device) -> Tensor:
-    """Each rank's ``values``, by rank: (ranks, len(values)) float64, on every rank."""
+    """All-gather of numbers: (ranks, len(values)) float64, in the order of ranks."""
     mine = torch.tensor(values, dtype=torch.float64, device=exact_device(device))
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(of_all, mine)
@@ -35,19 +35,19 @@ def rows(values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def wait_for_all() -> None:
-    """Return when all ranks have come here."""
+    """Return when all ranks have called this."""
     dist.barrier()
 
 
 def differentiable_rows(row: Tensor) -> Tensor:
-    """Each rank's ``row``, by rank: (K,) -> (ranks, K). Gradients flow back to the rank that a row came from."""
+    """All-gather with gradients: (K,) -> (ranks, K). Each row's gradient flows back to its rank."""
     mine = [row if rank == dist.get_rank() else torch.zeros_like(row) for rank in range(dist.get_world_size())]
     of_all: Tensor = _DifferentiableSum.apply(torch.stack(mine))
     return of_all
 
 
 class _DifferentiableSum(torch.autograd.Function):
-    """The sum over ranks. Each rank's loss depends on it, so that the gradients are added up over ranks as well."""
+    """The sum over ranks. Every rank's loss depends on it, so its gradient is the sum over ranks, too."""
 
     @staticmethod
     def forward(_context: Any, values: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ class _DifferentiableSum(torch.autograd.Function):
 
 
 def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's mean over ranks as float64, in one collective; all are on one device.
+    """Each tensor's mean over ranks, as float64, in one collective. All tensors are on one device.
 
-    In float64 the mean of equal float32 values is that value, whatever the number of ranks.
+    In float64, the mean of equal float32 values is exactly that value on any number of ranks.
     """
     if not values:
         return []
     mean = sum_over_ranks(torch.cat([exact(value.flatten()) for value in values])) / dist.get_world_size()
-    return _apart(mean, values)
+    return _split_like(mean, values)
 
 
 def average_buffers(model: nn.Module) -> None:
@@ -77,14 +77,14 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def share_first_ranks_buffers(model: nn.Module) -> None:
-    """Replace floating-point buffers by those of the first rank, in one collective."""
+    """Replace floating-point buffers by those of rank 0, in one collective."""
     buffers = _floating_buffers(model)
     if not buffers:
         return
-    together = torch.cat([buffer.flatten() for buffer in buffers])
-    together = together.to(exact_device(together.device))
-    dist.broadcast(together, src=0)
-    for buffer, first in zip(buffers, _apart(together, buffers), strict=True):
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = flat.to(exact_device(flat.device))
+    dist.broadcast(flat, src=0)
+    for buffer, first in zip(buffers, _split_like(flat, buffers), strict=True):
         buffer.copy_(first)
 
 
@@ -92,7 +92,7 @@ def _floating_buffers(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
-def _apart(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of what was flattened and put together, shaped as those in ``like``."""
-    parts = together.split([value.numel() for value in like])
+def _split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Split a flat tensor into parts with the shapes of those in ``like``."""
+    parts = flat.split([value.numel() for value in like])
     return [part.view_as(value) for part, value in zip(parts, like, strict=True)]

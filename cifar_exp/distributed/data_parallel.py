@@ -1,7 +1,4 @@
-"""The one place that knows there are several ranks. World size 1 takes the same calls.
-
-Gradients, sums and counts are combined here; nobody else asks for the rank or the world size.
-"""
+"""Gradient averaging with DDP, and what it costs. A single rank makes the same calls and trains without DDP."""
 
 import inspect
 import threading
@@ -24,53 +21,56 @@ from cifar_exp.distributed.process_group import World
 
 @dataclass
 class Communication:
-    """What averaging gradients over ranks takes. Measured on the host's clock, so on CPU ranks only.
+    """The time of gradient averaging. The host's clock measures it, so on CPU ranks only.
 
     Attributes:
-        exposed: for each step since they were last taken, the seconds from the moment at which the last bucket of
-            gradients was complete to the end of the backward pass, which had nothing left to compute meanwhile.
-        averaging: seconds since then in which some bucket was on its way, exposed or not; a bucket waits for the
-            slowest rank, too.
+        exposed: exposed communication in seconds, one value a step. It lasts from the moment when the last bucket of
+            gradients is complete to the end of the backward pass. Nothing is computed in this time.
+        averaging: seconds in which at least one bucket was being averaged, overlapped or exposed. This includes waiting
+            for the slowest rank.
     """
 
     exposed: list[float] = field(default_factory=list)
     averaging: float = 0.0
     _last_bucket: float | None = field(default=None, repr=False)
-    _on_the_way: int = field(default=0, repr=False)
+    _in_flight: int = field(default=0, repr=False)
     _since: float = field(default=0.0, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # averaged in a thread of gloo's
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # gloo calls back from its own thread
 
     def bucket_complete(self) -> None:
+        """The gradients of a bucket are computed; their averaging starts."""
         with self._lock:
             self._last_bucket = time.perf_counter()
-            self._since = self._since if self._on_the_way else self._last_bucket
-            self._on_the_way += 1
+            self._since = self._since if self._in_flight else self._last_bucket
+            self._in_flight += 1
 
     def bucket_averaged(self) -> None:
+        """The averaging of a bucket has ended."""
         with self._lock:
-            self._on_the_way -= 1
-            if not self._on_the_way:
+            self._in_flight -= 1
+            if not self._in_flight:
                 self.averaging += time.perf_counter() - self._since
 
     def backward_done(self) -> None:
+        """The backward pass has ended, and all averaging with it."""
         if self._last_bucket is not None:
             self.exposed.append(time.perf_counter() - self._last_bucket)
             self._last_bucket = None
 
     def take(self) -> tuple[list[float], float]:
-        """The seconds exposed in each step, and those hidden behind backward passes in all; counting starts again."""
+        """The exposed seconds of each step, and the overlapped seconds of all steps. Counting starts again at zero."""
         exposed, averaging = self.exposed, self.averaging
         self.exposed, self.averaging = [], 0.0
         return exposed, max(0.0, averaging - sum(exposed))
 
 
 def sent_bytes(size: int, ranks: int) -> float:
-    """What each rank sends to sum ``size`` bytes over all in a ring: 2 (n - 1) / n of it (Patarasuk and Yuan 2009)."""
+    """Bytes that each rank sends in a ring all-reduce of ``size`` bytes: 2 (n - 1) / n (Patarasuk and Yuan 2009)."""
     return 2 * (ranks - 1) / ranks * size
 
 
 def link_bytes_per_second(size: int, device: torch.device) -> float:
-    """What each rank sends in a second while they average ``size`` bytes and do nothing else: the median of five."""
+    """Bytes a second that each rank sends while ranks all-reduce ``size`` bytes and do nothing else: median of five."""
     values, seconds = torch.zeros(max(1, size // 4), device=device), []
     for _ in range(6):
         dist.barrier()
@@ -83,10 +83,10 @@ def link_bytes_per_second(size: int, device: torch.device) -> float:
 
 
 def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:
-    """The module to train: ``model`` itself on one rank, else DDP around it, which averages gradients over ranks.
+    """The module to train: ``model`` itself on one rank, else ``model`` in DDP, which averages gradients.
 
-    Buffers are not broadcast at each step, which would cost a collective; ``batch_norm.settle`` combines them before
-    they are used.
+    DDP does not broadcast buffers at each step: that would be one more collective. ``batch_norm.combine_over_ranks``
+    combines them before they are used.
     """
     communication = Communication()
     if world.size == 1:
@@ -96,24 +96,24 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communicat
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     settings: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     if world.device.type == "cpu":
-        # One bucket: gloo's threads run on the ranks' own cores, where averaging in the midst of a backward pass delays
-        # it by more than is gained (benchmarks/README.md).
+        # One bucket, so no overlap: gloo's threads run on the ranks' own cores, where overlapped averaging delays the
+        # backward pass by more than it saves (benchmarks/README.md).
         settings["bucket_cap_mb"] = gradient_bytes(model) // 2**20 + 1
     with _side_stream(world.device):
         parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
     if world.device.type == "cpu":
-        parallel.register_comm_hook(communication, _average_and_note)
+        parallel.register_comm_hook(communication, _average_and_measure)
     return parallel, communication
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes that ranks average in each step."""
+    """Bytes of gradients that ranks average in each step."""
     return sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream other than the default one: DDP that is to be captured in a CUDA graph must be made there."""
+    """On a GPU, a stream that is not the default one. DDP must be built there if a CUDA graph is to capture it."""
     if device.type != "cuda":
         yield
         return
@@ -124,7 +124,8 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(side)
 
 
-def _average_and_note(communication: Communication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def _average_and_measure(communication: Communication, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: the default all-reduce, measured."""
     communication.bucket_complete()
     gradients = bucket.buffer().div_(dist.get_world_size())
 

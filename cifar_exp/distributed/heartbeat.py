@@ -1,8 +1,8 @@
-"""What ranks and their launcher tell each other while training: signs of life up, wishes to stop down.
+"""Messages between ranks and their launcher during training: heartbeats up, requests to stop down.
 
-Both are files in the launcher's private folder, ``exchange``, which all ranks of a machine share. A wish must hold for
-all ranks at the same moment, or some would wait for the others forever. So the first rank looks for it before a moment
-at which all ranks wait for each other, and writes down that moment; when it comes, every rank can read that.
+Both are files in ``exchange``, the launcher's private folder, which all ranks of a machine share. All ranks must stop
+at the same point, or some would wait for the others forever. So rank 0 looks for a request before a point at which all
+ranks wait for each other, and writes that point to a file. When the ranks arrive there, each of them can read it.
 """
 
 import os
@@ -12,17 +12,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-STOP_FILE = "stop"  # in the run's folder: made by a user who wants training to end here
-LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher, for a signal
+STOP_FILE = "stop"  # in the run folder: made by a user who wants training to end here
+LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher after a signal
 _AGREED_FILE = "agreed"
-_BEAT = struct.Struct("qqqq")  # process id, the moment that it is on its way to, the stage of that, signs of life
+_BEAT = struct.Struct("5q")  # the fields of Beat
+
+
+class StopPoint(NamedTuple):
+    """A point at which all ranks may stop together. Points compare in the order in which training reaches them.
+
+    Attributes:
+        step: steps trained.
+        in_evaluation: False right after that step, True during the evaluation that follows.
+    """
+
+    step: int
+    in_evaluation: bool = False
+
+
+_START = StopPoint(0)
+
+
+class Beat(NamedTuple):
+    """A rank's newest heartbeat.
+
+    Attributes:
+        process: process id of the rank.
+        point: the stop point that the rank is on its way to.
+        stage: waits for other ranks that the rank has reached on its way there.
+        beats: heartbeats of the rank so far.
+    """
+
+    process: int
+    point: StopPoint
+    stage: int
+    beats: int
+
+    @property
+    def progress(self) -> tuple[StopPoint, int]:
+        """How far the rank is. Of several ranks that wait for each other, the hung one has the lowest progress."""
+        return self.point, self.stage
+
+    @property
+    def steps_trained(self) -> int:
+        """Steps that the rank has trained, as far as the stop point shows."""
+        return self.point.step if self.point.in_evaluation else max(0, self.point.step - 1)
 
 
 class Request(NamedTuple):
     """Why training ends before its last step.
 
     Attributes:
-        kind: ``leave``: save at once and end, to go on another time; ``finish``: this is the end of training.
+        kind: ``leave``: save at once and exit, to be resumed later; ``finish``: training ends here for good.
         reason: in words.
     """
 
@@ -32,17 +73,15 @@ class Request(NamedTuple):
 
 @dataclass
 class Control:
-    """One rank's end.
-
-    A moment is twice the steps trained, and one more once they were evaluated.
+    """One rank's side of the exchange.
 
     Attributes:
-        exchange: the folder that ranks and launcher share; None for a lone rank that nobody controls.
-        run_dir: the run's folder.
-        rank: this one.
-        every: steps after which all ranks have waited for each other: 1 on CPUs, where DDP does so in each step; on
-            GPUs, which run ahead of one another, the steps between two reads of the loss.
-        seconds: after which training is to finish, from now on; None: never.
+        exchange: the folder that ranks and launcher share; None for a single rank without a launcher.
+        run_dir: the run folder.
+        rank: this rank.
+        every: steps between two stop points. 1 on CPUs, where DDP makes the ranks wait in each step. On GPUs, where the
+            host runs ahead, the steps between two reads of the loss.
+        seconds: training finishes after so many seconds from now; None: no limit.
     """
 
     exchange: Path | None = None
@@ -50,11 +89,11 @@ class Control:
     rank: int = 0
     every: int = 1
     seconds: float | None = None
-    _moment: int = 0
+    _point: StopPoint = _START
     _stage: int = 0
-    _signs: int = 0
+    _beats: int = 0
     _file: int | None = None
-    _began: float = field(default_factory=time.monotonic)  # not the wall clock, which may be set meanwhile
+    _began: float = field(default_factory=time.monotonic)  # the wall clock may be set meanwhile
 
     def __post_init__(self) -> None:
         if self.exchange:
@@ -62,66 +101,76 @@ class Control:
             self.beat()
 
     def beat(self) -> None:
-        """A sign of life, and how far this rank is."""
+        """Give a heartbeat, with the progress of this rank."""
         if self._file is not None:
-            self._signs += 1
-            os.pwrite(self._file, _BEAT.pack(os.getpid(), self._moment, self._stage, self._signs), 0)
+            self._beats += 1
+            os.pwrite(self._file, _BEAT.pack(os.getpid(), *self._point, self._stage, self._beats), 0)
 
-    def got_on(self) -> None:
-        """Called before this rank may wait for others on its way to a moment: who hangs has not come to that stage.
+    def next_stage(self) -> None:
+        """Call before this rank may wait for others on its way to a stop point. All ranks have the same stages.
 
-        All ranks have the same stages.
+        When ranks wait for each other, the hung rank is the one at the lowest stage.
         """
         self._stage += 1
         self.beat()
 
-    def ask(self, moment: int) -> None:
-        """Called before all ranks wait for each other at ``moment``: the first one looks whether to end there."""
-        if moment != self._moment:
-            self._moment, self._stage = moment, 0
+    def approach(self, point: StopPoint) -> None:
+        """Call before all ranks wait for each other at ``point``. Rank 0 looks for a request to stop there."""
+        if point != self._point:
+            self._point, self._stage = point, 0
         self.beat()
-        if self.rank == 0 and self.exchange and (request := self._look()):
+        if self.rank == 0 and self.exchange and (request := self._look_for_request()):
             agreed = self.exchange / _AGREED_FILE
             if not agreed.exists():
                 temporary = agreed.with_suffix(".tmp")
-                temporary.write_text(f"{moment} {request.kind} {request.reason}")
+                temporary.write_text(f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}")
                 temporary.replace(agreed)
 
-    def agreed(self, moment: int) -> Request | None:
-        """Called after all ranks have waited for each other at ``moment``: whether training ends; the same on each."""
-        found = _agreed(self.exchange) if self.exchange else None
-        return found[1] if found and moment >= found[0] else None
+    def agreed(self, point: StopPoint) -> Request | None:
+        """Call after all ranks have waited for each other at ``point``. The same request on every rank, or None."""
+        found = _read_agreement(self.exchange) if self.exchange else None
+        return found[1] if found and point >= found[0] else None
 
     def done(self) -> None:
-        """Say that this rank has done its work: from now on its process may end."""
+        """Note that this rank has done its work: from now on its process may end."""
         if self.exchange:
             (self.exchange / f"done-{os.getpid()}").touch()
 
     def is_leaving(self) -> bool:
-        """Whether the launcher waits for the ranks to end; what they compute now that is not training is in vain."""
+        """Whether the launcher waits for the ranks to exit. Training steps still count, other work is wasted."""
         return self.exchange is not None and (self.exchange / LEAVE_FILE).exists()
 
-    def _look(self) -> Request | None:
+    def _look_for_request(self) -> Request | None:
         if self.is_leaving():
             return Request("leave", "a signal")
         stop = self.run_dir / STOP_FILE
         if stop.exists():
-            stop.unlink(missing_ok=True)  # or it would end the run that goes on from here, too
+            stop.unlink(missing_ok=True)  # it would also end the run that resumes from here
             return Request("finish", f"the file {stop.name} in the run's folder")
         if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
             return Request("finish", "train.max_seconds")
         return None
 
 
+def read_beat(exchange: Path, rank: int) -> Beat | None:
+    """The newest heartbeat of a rank; None before its first one."""
+    try:
+        process, step, in_evaluation, stage, beats = _BEAT.unpack((exchange / f"beat-{rank}").read_bytes())
+    except (FileNotFoundError, struct.error):
+        return None
+    return Beat(process, StopPoint(step, bool(in_evaluation)), stage, beats)
+
+
 def ended_by(exchange: Path) -> Request | None:
-    """Why training ended before its last step; None where nothing ended it."""
-    found = _agreed(exchange)
+    """The request that ended training before its last step; None where there was none."""
+    found = _read_agreement(exchange)
     return found[1] if found else None
 
 
-def _agreed(exchange: Path) -> tuple[int, Request] | None:
+def _read_agreement(exchange: Path) -> tuple[StopPoint, Request] | None:
     try:
-        moment, kind, reason = (exchange / _AGREED_FILE).read_text().split(" ", 2)
+        step, in_evaluation, kind, reason = (exchange / _AGREED_FILE).read_text().split(" ", 3)
     except FileNotFoundError:
         return None
-    return int(moment), Request("leave" if kind == "leave" else "finish", reason)
+    request = Request("leave" if kind == "leave" else "finish", reason)
+    return StopPoint(int(step), in_evaluation == "1"), request

@@ -1,4 +1,4 @@
-"""Join the process group and leave it."""
+"""Join and leave the process group."""
 
 import os
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from cifar_exp.system.accelerator import device_of
 
 @dataclass(frozen=True)
 class World:
-    """One process among all that train together.
+    """The place of this process among all that train together.
 
     Attributes:
         rank: 0 to ``size`` - 1.
-        local_rank: the rank among those of this host, which picks the GPU.
+        local_rank: rank among the processes of this host; it selects the GPU.
         size: number of ranks.
-        device: where this rank computes.
+        device: the device of this rank.
     """
 
     rank: int
@@ -38,13 +38,13 @@ class World:
 
 @contextmanager
 def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iterator[World]:
-    """Join the process group of the ranks that elastic started, and leave it at the end.
+    """Join the process group of the ranks that torch elastic started, and leave it at the end.
 
-    Ranks find each other through a file in ``rendezvous_dir`` (a TCP store would listen on all interfaces).
+    Ranks find each other through a file in ``rendezvous_dir``. A TCP store would listen on all interfaces.
 
     Args:
         accelerator: ``cpu`` (gloo), ``gpu`` (NCCL, one GPU a rank) or ``mps`` (gloo, one rank).
-        rendezvous_dir: a folder that only this job uses.
+        rendezvous_dir: a private folder of this job.
         timeout: seconds a collective operation may take.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -52,14 +52,13 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     device = device_of(accelerator, local_rank)
     if accelerator == "gpu":
         torch.cuda.set_device(device)
-    # All ranks are on this machine: nothing need listen beyond it, whatever a cluster's environment says.
+    # All ranks are on this machine: loopback is enough, whatever interface a cluster's environment names.
     os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = host.loopback()
-    # The watchdog's questions about collectives are not allowed while a CUDA graph is captured. A dead rank is the
-    # launcher's to notice.
+    # NCCL's watchdog queries collectives, which fails while a CUDA graph is captured. The launcher notices dead ranks.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # On a rank's only core the thread of gloo's that reads from sockets is woken while another one writes, cannot take
-    # the lock that the writer holds, and asks again until the next tick: averaging 2.7 MB took 3.8 ms, so it takes 0.9.
+    # On a rank's only core, gloo's reading thread is woken while another one writes, cannot take the lock that the
+    # writer holds, and spins until the next tick: averaging 2.7 MB took 3.8 ms in place of 0.9.
     with host.threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
@@ -71,7 +70,7 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     try:
         yield World(rank, local_rank, size, device)
     except BaseException:
-        if accelerator != "gpu":  # NCCL would wait for collectives that never end
+        if accelerator != "gpu":  # NCCL would wait forever for collectives of ranks that are gone
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Where each rank's time went, and for whom the others waited: pure arithmetic.
+"""Where each rank's time went, and which rank the others waited for. Pure arithmetic.
 
-No clock is shared between ranks. In each step all of them wait until gradients are averaged; the last to come waits for
-the averaging alone, so what another rank waits beyond that, it waits for the last one.
+Ranks share no clock. In each step all of them wait until gradients are averaged. The slowest rank arrives last, so it
+only waits for the averaging itself. What another rank waits longer than that is its wait for the slowest rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-MEASURED = ("compute", "data", "evaluation", "hidden_communication")  # by each rank itself, in this order
+MEASURED = ("compute", "data", "evaluation", "hidden_communication")  # by each rank; the order of columns
 NAMES = (*MEASURED, "communication", "waiting")
-CLOCKED = ("hidden_communication", "communication", "waiting")  # known only where each step's averaging is clocked
+CLOCKED = (
+    "hidden_communication",
+    "communication",
+    "waiting",
+)  # known only where the averaging of each step is measured
 PREFIX = "rank_time/"
-OFTEN = 0.5  # of the steps: a rank that is the last one more often is a straggler
-NOTABLE = 0.02  # share of their time that the others wait for it
+OFTEN = 0.5  # share of the steps: a straggler is last in more of them
+NOTABLE = 0.02  # share of the others' training time: they wait for a straggler longer than that
 
 
 @dataclass
@@ -22,27 +26,30 @@ class RankTimes:
     """Seconds of each rank, summed over epochs.
 
     Attributes:
-        seconds: by ``NAMES`` and rank. ``compute`` is steps without data and waiting, ``hidden_communication`` the
-            averaging of gradients while a backward pass goes on (or waiting for a slower rank's), which is part of
-            ``compute``'s time; ``communication`` is exposed averaging, ``waiting`` that for the slowest rank. The
-            three are 0 where the host cannot see them, as on GPUs, and are then part of ``compute``. What synchronised
-            batch norms wait is in ``compute``. ``evaluation`` is validation, with the wait for other ranks' shares.
-        last: steps in which each rank was the last to come.
+        seconds: by the names in ``NAMES``, then by rank.
+
+            - ``compute``: steps without data, communication and waiting; synchronized batch norms are in it.
+            - ``data``: making batches.
+            - ``evaluation``: validation, with the wait for other ranks' shares.
+            - ``hidden_communication``: gradient averaging that overlaps a backward pass; part of ``compute``.
+            - ``communication``: exposed gradient averaging.
+            - ``waiting``: for the slowest rank.
+
+            The last three are 0 where the host cannot measure them, as on GPUs; ``compute`` then contains them.
+        last: for each rank, the steps in which it was the slowest.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     last: list[int] = field(default_factory=list)
 
     def add(self, rows: Sequence[Sequence[float]]) -> None:
-        """Add what the ranks have measured: a row each of seconds by ``MEASURED``, then what each step waited for
-        gradients.
-        """
+        """Add one row per rank: its seconds by ``MEASURED``, then each step's wait for averaged gradients."""
         waits = list(zip(*(row[len(MEASURED) :] for row in rows), strict=True))  # (steps, ranks)
         averaging = sum(min(step) for step in waits)
         new = {name: [row[place] for row in rows] for place, name in enumerate(MEASURED)}
         new["communication"] = [averaging] * len(rows)
         new["waiting"] = [sum(step[rank] - min(step) for step in waits) for rank in range(len(rows))]
-        if len(self.last) != len(rows):  # begun, or gone on with on another number of ranks
+        if len(self.last) != len(rows):  # the first rows, or resumed on another number of ranks
             self.seconds, self.last = {name: [0.0] * len(rows) for name in NAMES}, [0] * len(rows)
         for name, values in new.items():
             self.seconds[name] = [before + more for before, more in zip(self.seconds[name], values, strict=True)]
@@ -50,9 +57,9 @@ class RankTimes:
             self.last[step.index(min(step))] += 1
 
     def metrics(self) -> dict[str, float]:
-        """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the last one.
+        """As ``rank_time/<rank>/<name>`` in seconds, and the share of steps in which the rank was the slowest.
 
-        What no step's clock has seen is left out: it is not known, which is not 0.
+        Times that were not measured are left out: unknown is not 0.
         """
         steps = sum(self.last)
         figures = {
@@ -68,12 +75,12 @@ class RankTimes:
         return deepcopy(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         self.__init__(**deepcopy(dict(state)))  # type: ignore[misc]
 
 
 def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:
-    """What :meth:`RankTimes.metrics` has told, a dictionary a rank; none for a lone rank."""
+    """The metrics of :meth:`RankTimes.metrics`, one dictionary per rank; empty for a single rank's run."""
     ranks: dict[int, dict[str, float]] = {}
     for name, value in metrics.items():
         if name.startswith(PREFIX):
@@ -83,9 +90,10 @@ def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:
 
 
 def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
-    """A sentence about the rank that the others wait for; None where there is none.
+    """A sentence about the straggler; None where there is none.
 
-    It is one that comes last in more than half of the steps, for which the others wait more than 2 % of their training.
+    A straggler is the slowest rank in more than half of the steps, and the others wait for it for more than 2 % of
+    their training time.
     """
     if not ranks or "last_share" not in ranks[0]:
         return None
@@ -101,5 +109,5 @@ def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
 
 
 def training_seconds(times: Mapping[str, float]) -> float:
-    """Of a rank, evaluation excluded."""
+    """A rank's training time, without evaluation."""
     return sum(times.get(name, 0.0) for name in ("compute", "data", "communication", "waiting"))

@@ -49,7 +49,7 @@ class ElasticLauncher:
     """Ranks as processes of this machine, on torch elastic.
 
     Attributes:
-        timeout: seconds without a sign of life, from a step or a batch that is evaluated, after which a rank hangs.
+        timeout: seconds without a heartbeat after which a rank counts as hung; steps and evaluated batches give one.
         max_restarts: how many times ranks that died or hung are replaced; training goes on from the last checkpoint.
     """
 

@@ -39,7 +39,7 @@ gc.disable()
 
 import torch._dynamo  # noqa: E402, F401
 
-import cifar_exp.worker.train_job  # noqa: E402
+with suppress(Exception):  # each rank says why it cannot fuse its layers
+    from cifar_exp.cpu_kernels.fuse import preload
 
-with suppress(Exception):  # the rank says why it cannot
-    import cifar_exp.cpu_kernels.layers  # noqa: F401
+    preload()

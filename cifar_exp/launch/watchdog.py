@@ -2,24 +2,24 @@
 
 import os
 import signal
-import struct
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from cifar_exp.distributed.heartbeat import _BEAT
+from cifar_exp.distributed.heartbeat import Beat, read_beat
 
 ABSENCE = 15.0  # seconds without any rank; those that are replaced are away for a shorter time
 
 
 @dataclass
 class Watchdog:
-    """In the launcher: ends ranks that have given no sign of life for ``timeout`` seconds, and misses those that left.
+    """Runs in the launcher. Ends hung ranks, and notices ranks whose process ended without a word.
 
-    When one rank hangs, the others wait for it and give none either: ended is who is stopped, else who has got least
-    far. That is not told by the signs of life, of which a rank with a larger share of what is evaluated gives more.
+    Ranks hang when none has given a heartbeat for ``timeout`` seconds. One hung rank makes the others wait, so they
+    give no heartbeat either. The hung rank is one whose process is stopped, else the one with the lowest progress. The
+    number of heartbeats says nothing: a rank with a larger share of the evaluation gives more of them.
 
     Attributes:
         exchange: the folder that ranks and launcher share.
@@ -58,32 +58,27 @@ class Watchdog:
             if absent >= ABSENCE:
                 os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait for ever
                 return
-            for rank in [rank for rank, (process, _) in self._ended.items() if now[rank][0] != process]:
+            for rank in [rank for rank, (process, _) in self._ended.items() if now[rank].process != process]:
                 del self._ended[rank]  # another process has its place
             if quiet >= self.timeout:
                 self._end(now)
                 quiet = 0.0
 
-    def _beats(self) -> dict[int, tuple[int, int, int, int]]:
-        """Process id, moment, stage and signs of life of each rank that has given one."""
-        found = {}
-        for rank in range(self.ranks):
-            try:
-                found[rank] = _BEAT.unpack((self.exchange / f"beat-{rank}").read_bytes())
-            except (FileNotFoundError, struct.error):
-                continue
-        return found
+    def _beats(self) -> dict[int, Beat]:
+        """The newest heartbeat of each rank that has given one."""
+        beats = {rank: read_beat(self.exchange, rank) for rank in range(self.ranks)}
+        return {rank: beat for rank, beat in beats.items() if beat}
 
-    def _is_nobody_there(self, beats: dict[int, tuple[int, int, int, int]]) -> bool:
+    def _is_nobody_there(self, beats: dict[int, Beat]) -> bool:
         """Note ranks that have left without having done their work; whether no rank is left.
 
         For elastic a process that ends with exit code 0 has done it. Its peers fail, and would be blamed; where it has
         none, elastic waits for its result.
         """
         missing = {
-            rank: _trained(moment)
-            for rank, (process, moment, *_) in beats.items()
-            if not _is_alive(process) and not (self.exchange / f"done-{process}").exists()
+            rank: beat.steps_trained
+            for rank, beat in beats.items()
+            if not _is_alive(beat.process) and not (self.exchange / f"done-{beat.process}").exists()
         }
         if any(list(self.exchange.glob(f"failure-*-{rank}.json")) for rank in missing):
             return False  # elastic knows, and is ending the others
@@ -91,28 +86,23 @@ class Watchdog:
         self.vanished = {rank: f"rank {rank} {told.format(step)}" for rank, step in missing.items()}
         return bool(missing) and len(missing) == len(beats)
 
-    def _end(self, beats: dict[int, tuple[int, int, int, int]]) -> None:
-        stopped = [rank for rank, (process, *_) in beats.items() if _is_stopped(process)]
-        least = min((moment, stage) for _, moment, stage, _ in beats.values())
-        ranks = stopped or [rank for rank, (_, moment, stage, _) in beats.items() if (moment, stage) == least]
+    def _end(self, beats: dict[int, Beat]) -> None:
+        stopped = [rank for rank, beat in beats.items() if _is_stopped(beat.process)]
+        lowest = min(beat.progress for beat in beats.values())
+        ranks = stopped or [rank for rank, beat in beats.items() if beat.progress == lowest]
         several = len(ranks) > 1
         who = f"rank{'s'[:several]} {' and '.join(map(str, ranks))}"
-        why = f"no sign of life for launcher.timeout={self.timeout:g} s"
+        why = f"no heartbeat for launcher.timeout={self.timeout:g} s"
         if stopped:
             why += f", {'they are' if several else 'it is'} stopped"
         for rank in ranks:
-            process, moment, *_ = beats[rank]
-            told = f"{who} hung after step {_trained(moment)} ({why})"
-            self._ended[rank] = process, told
+            beat = beats[rank]
+            message = f"{who} hung after step {beat.steps_trained} ({why})"
+            self._ended[rank] = beat.process, message
             try:
-                os.kill(process, signal.SIGKILL)
+                os.kill(beat.process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-
-def _trained(moment: int) -> int:
-    """Steps trained by a rank on its way to a moment."""
-    return max(0, moment - 1) // 2
 
 
 def _is_alive(process: int) -> bool:

@@ -1,4 +1,4 @@
-"""Networks with width and depth. Each is called by its factory with ``num_classes`` and takes (N, 3, H, W) floats."""
+"""Networks with width and depth, as functions of ``num_classes``. They take images (N, 3, H, W) float."""
 
 from collections import OrderedDict
 from typing import Annotated, Protocol, runtime_checkable
@@ -12,26 +12,26 @@ Count = Annotated[int, Ge(1)]
 
 
 class ModelFactory(Protocol):
-    """What `_target_` of ``conf/model`` becomes once width and depth are bound."""
+    """A `_target_` of ``conf/model`` with its settings bound."""
 
     def __call__(self, *, num_classes: int) -> nn.Module: ...
 
 
 @runtime_checkable
 class InitializedFromImages(Protocol):
-    """A layer whose initial values follow from training images: built first, called once before training."""
+    """A layer that computes its initial values from training images, once before training."""
 
     def initialize_from(self, images: Tensor) -> None:
-        """``images``: (N, 3, H, W) float32, as the network's input."""
+        """``images``: (N, 3, H, W) float32, the network's input."""
         ...
 
 
 def convnet(*, num_classes: int, width: Count = 32, depth: Count = 4) -> nn.Sequential:
     """The reference network: three blocks of ``depth`` x (3x3 convolution, batch norm, ReLU).
 
-    Widths are ``width``, twice and four times it; 2x2 max-pooling follows the first two blocks, average pooling over
-    what is left of the image (8x8 for 32x32 images) and a linear classifier the third. Glorot uniform weights and zero
-    biases, as MATLAB's layers start. 677,610 parameters at width 32, depth 4, 10 classes.
+    The blocks have ``width``, 2 ``width`` and 4 ``width`` channels. 2x2 max-pooling follows the first two blocks.
+    Global average pooling (over 8x8 pixels for 32x32 images) and a linear classifier follow the third. Weights are
+    Glorot uniform and biases zero, as in MATLAB. 677,610 parameters at width 32, depth 4, 10 classes.
 
     Source: MathWorks example "Train Network Using Automatic Multi-GPU Support".
     """
@@ -57,10 +57,10 @@ def _glorot(module: nn.Module) -> None:
 
 
 def resnet(*, num_classes: int, width: Count = 16, depth: Count = 3) -> nn.Sequential:
-    """Residual network for small images: three stages of ``depth`` blocks, widths w, 2w, 4w.
+    """Residual network for small images: three stages of ``depth`` blocks with w, 2w and 4w channels.
 
     ``depth`` 3, 5, 9 at width 16 are ResNet-20, -32 and -56 of He et al. 2016 (arXiv:1512.03385, section 4.2), with
-    projections instead of zero-padded shortcuts (their option B).
+    projections instead of zero-padded shortcuts (option B there).
     """
     stages: list[tuple[str, nn.Module]] = [
         ("stem", nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()))
@@ -104,19 +104,19 @@ class ResidualBlock(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable numbers in ``model``."""
+    """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def seeded(factory: ModelFactory, num_classes: int, seed: int) -> nn.Module:
-    """``factory(num_classes=...)`` with initial values that depend on ``seed`` alone."""
+    """``factory(num_classes=...)`` with initial values that depend on ``seed`` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factory(num_classes=num_classes)
 
 
 def initialize_from_images(model: nn.Module, images: Tensor) -> None:
-    """Give every layer that asks for training images these: (N, 3, H, W) float32, as the network's input."""
+    """Initialize the layers that are :class:`InitializedFromImages`. ``images``: (N, 3, H, W) float32."""
     for module in model.modules():
         if isinstance(module, InitializedFromImages):
             module.initialize_from(images)

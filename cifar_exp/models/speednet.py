@@ -1,6 +1,7 @@
-"""A network that learns in few epochs: a fixed whitening layer, few convolutions, pooling early.
+"""A network that learns in few epochs: a fixed whitening layer, few convolutions, early pooling.
 
-The shape is that of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498).
+The architecture is that of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+arXiv:2404.00498).
 """
 
 from typing import Annotated
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from cifar_exp.models.networks import Count
 from cifar_exp.system.accelerator import exact
 
-PATCH_SIDE = 2  # pixels of the first layer's kernels
-SMALLEST_VARIANCE = 5e-4  # added to each variance, as a share of their mean, so that noise is not blown up (airbench)
+PATCH_SIDE = 2  # pixels: kernel size of the first layer
+SMALLEST_VARIANCE = 5e-4  # added to each variance, as a share of their mean, so that noise is not amplified (airbench)
 
 
 class Whitening(nn.Conv2d):
-    """Decorrelates patches: each component of the patch's principal axes at unit variance, and its negative.
+    """Decorrelates patches: outputs are the principal components of a patch at unit variance, and their negatives.
 
-    The weights follow from training images and are not trained. A network whose first layer has to learn this spends
-    a good part of a short training on it (Page 2019, "How to Train Your ResNet", part 8).
+    The weights are computed from training images and not trained. Learning them would take a good part of a short
+    training (Page 2019, "How to Train Your ResNet", part 8).
     """
 
     def __init__(self, side: int = PATCH_SIDE) -> None:
@@ -28,7 +29,7 @@ class Whitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     def initialize_from(self, images: Tensor) -> None:
-        """Set the weights from ``images``: (N, 3, H, W) float32, normalised, all of them of the training set."""
+        """Compute the weights. ``images``: (N, 3, H, W) float32, normalized training images."""
         patches = exact(patches_of(images, self.kernel_size[0]))
         variances, axes = torch.linalg.eigh(patches.T @ patches / len(patches))
         scales = (variances + SMALLEST_VARIANCE * variances.mean()).rsqrt()
@@ -36,13 +37,13 @@ class Whitening(nn.Conv2d):
         with torch.no_grad():
             self.weight.copy_(
                 torch.cat([components, -components]).to(self.weight.dtype)
-            )  # a nonlinearity follows: keep both signs
+            )  # both signs, since a nonlinearity follows
 
 
 class GlobalMaxPool(nn.Module):
-    """The largest value of each channel: (N, C, H, W) -> (N, C, 1).
+    """Global max-pooling: (N, C, H, W) -> (N, C, 1).
 
-    On a GPU the gradient of ``nn.AdaptiveMaxPool2d``, which is the same, is refused by ``train.deterministic=true``.
+    It replaces ``nn.AdaptiveMaxPool2d``, whose gradient is not deterministic on a GPU (``train.deterministic=true``).
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class GlobalMaxPool(nn.Module):
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:
-    """All ``side`` x ``side`` patches. ``images``: (N, 3, H, W) -> (N * places, 3 * side * side), as kernels lie."""
+    """All ``side`` x ``side`` patches: (N, 3, H, W) -> (N * places, 3 * side * side), laid out as kernels are."""
     patches = images.unfold(2, side, 1).unfold(3, side, 1)
     return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * side**2)
 
@@ -67,16 +68,16 @@ def speednet(
 ) -> nn.Sequential:
     """Whitening of 2x2 patches, three blocks of ``depth`` x (3x3 convolution, batch norm, GELU), the classifier.
 
-    2x2 max-pooling follows each block's first convolution, and the maximum over what is left of the image the last
-    block, so that any image of 16 pixels or more will do. Convolutions start as the identity on their first channels,
-    batch norm shifts but does not scale, the classifier has no bias.
+    2x2 max-pooling follows the first convolution of each block. Global max-pooling follows the last block, so images
+    may have any size from 16 pixels. Convolutions start as the identity on their first channels. Batch norm has a bias
+    but no weight. The classifier has no bias.
 
     Args:
         num_classes: number of labels.
         widths: channels of the three blocks.
         depth: convolutions a block.
-        whitening: whether the first layer whitens; else it is trained like the others.
-        batch_norm_momentum: weight of a batch in the running statistics; 200 steps are too few for 0.1.
+        whitening: whether the first layer whitens; otherwise it is trained like the others.
+        batch_norm_momentum: weight of a batch in the running statistics; 0.1 is too slow for 200 steps.
         logit_scale: standard deviation of the classifier's initial weights.
     """
     first = Whitening() if whitening else nn.Conv2d(3, 6 * PATCH_SIDE**2, PATCH_SIDE, bias=False)

@@ -1,6 +1,6 @@
 """What ranks have seen and computed in a few steps, written down to be compared with what one rank has.
 
-All of it is made of a real run's parts (``worker.assembled``): network, batches, DDP, optimizer, loop and evaluation.
+All of it is made of a real run's parts (``worker.assembly``): network, batches, DDP, optimizer, loop and evaluation.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from cifar_exp.distributed.heartbeat import STOP_FILE, Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import Averages
-from cifar_exp.worker.assembly import Assembly, assembled
+from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.first_steps import prepare_steps
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.process import live
@@ -125,7 +125,7 @@ def measure(
         reference: None where this is the reference.
     """
     losses: list[float] = []
-    parts = assembled(
+    parts = assemble(
         *(job, world, control),
         lambda _step, _epoch, metrics: losses.append(metrics["step/loss"]),
         *(train_images, test_images),
@@ -223,7 +223,7 @@ class _Steps:
         self.gradients: dict[int, Parameters] = {}
         self.parameters = {0: _copied(parts.model)}
         self._parts, self._reference = parts, reference
-        parts.trainer.optimizer.register_step_pre_hook(self._before_update)
+        parts.trainer.train_step.optimizer.register_step_pre_hook(self._before_update)
         parts.trainer.after_step = self._after_step
 
     def take(self, steps: int, stop: Path | None, control: Control) -> None:

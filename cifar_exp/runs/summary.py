@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cifar_exp.config.schema import EarlyStopping
+from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.data.batches import EVALUATION_BATCH, scaled, shard
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.distributed.rank_times import by_rank, straggler
@@ -19,7 +19,7 @@ from cifar_exp.training.plan import Plan
 
 
 def describe_plan(
-    plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module, stopping: EarlyStopping
+    plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module, stopping: EarlyStoppingSettings
 ) -> dict[str, str]:
     """The plan as names and texts, for the table and the run's page."""
     rates = ", ".join(
@@ -80,7 +80,7 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         console.print(f"DISTURBED: {text.format(share)}", highlight=False)
 
 
-def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStopping) -> list[str]:
+def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStoppingSettings) -> list[str]:
     """What came of early stopping and of the best epoch, in lines; none where neither was asked for.
 
     Args:
@@ -123,11 +123,11 @@ def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     }
 
 
-def _early_stopping(settings: EarlyStopping) -> dict[str, str]:
+def _early_stopping(settings: EarlyStoppingSettings) -> dict[str, str]:
     return {"early stopping": f"after {_no_better(settings)}"} if settings.patience else {}
 
 
-def _no_better(settings: EarlyStopping) -> str:
+def _no_better(settings: EarlyStoppingSettings) -> str:
     """As in ``3 epochs in a row without a lower val/loss``."""
     epochs = f"{settings.patience} epoch{'s'[: settings.patience != 1]} in a row"
     better = "lower" if settings.metric == "val/loss" else "higher"

@@ -1,8 +1,9 @@
-"""A training step that is captured once and replayed: on a GPU, launching a small network's kernels takes longer than
-running them.
+"""CUDA graphs of a training step: capture once, replay at each step.
 
-Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs: fixed buffers, warm-up on a side stream, which
-for DDP takes eleven steps.
+On a GPU, launching a small network's kernels one by one takes longer than running them.
+
+Source: PyTorch documentation, "CUDA semantics", section on CUDA graphs: static buffers, warm-up on a side stream,
+eleven warm-up iterations under DDP.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ from cifar_exp.training.optimizers import Muon
 
 Function = Callable[[], None]
 Capture = Callable[[Function], Function]
-WARM_UP_STEPS = 11  # DDP counts on as many before it is captured
+WARM_UP_STEPS = 11  # DDP needs so many before its step can be captured
 
 
 def cuda_graph(function: Function) -> Function:
-    """Run ``function`` a few times, then capture it; what is returned replays the same kernels on the same memory."""
+    """Warm ``function`` up, then capture it. The returned function replays the same kernels on the same memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -34,8 +35,8 @@ def cuda_graph(function: Function) -> Function:
     return graph.replay
 
 
-def told(error: BaseException) -> str:
-    """What went wrong: where a capture fails for it, CUDA's own error, which comes later, says only that it did."""
+def capture_problem(error: BaseException) -> str:
+    """Why a capture failed, cause first. CUDA's own error comes last and only says that the capture failed."""
     first = error
     while first.__context__ is not None:
         first = first.__context__
@@ -44,10 +45,10 @@ def told(error: BaseException) -> str:
 
 
 class CapturedStep:
-    """One step of fixed shape. Each call copies its draw into the buffers that were captured, and replays."""
+    """A captured step of fixed shape. A call copies its draw into the captured buffers and replays the step."""
 
     def __init__(self, compute: Callable[..., None], draw: Draw, capture: Capture) -> None:
-        """``compute`` is captured for draws of as many tensors as ``draw``, of the same shapes."""
+        """Capture ``compute(*draw)``. Later draws must have the same shapes as ``draw``."""
         self._buffers = tuple(part.clone() for part in draw)
         self._replay = capture(lambda: compute(*self._buffers))
 
@@ -58,10 +59,10 @@ class CapturedStep:
 
 
 @contextmanager
-def undone(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Whatever steps the block trains, weights, buffers and the optimizer's state are as before, in the same memory.
+def rolled_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Undo the training steps of the block: weights, buffers and optimizer state are restored in place.
 
-    State that the optimizer made meanwhile becomes zero, which is where those start that may be captured.
+    Optimizer state that the block created becomes zero. Every optimizer that may be captured starts there.
     """
     tensors = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in tensors]
@@ -83,9 +84,10 @@ def _tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def may_be_captured(optimizer: Optimizer) -> bool:
-    """Whether its steps can be part of a CUDA graph, and its state starts at zero, to which it can be set back."""
+def is_capturable(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step can be part of a CUDA graph, and its state starts at zero."""
     return isinstance(optimizer, Muon) or all(
-        group.get("fused") and group.get("capturable", True) and not group.get("dampening")  # the first step has none
+        # SGD does not apply dampening in its first step, so that step differs from the captured one.
+        group.get("fused") and group.get("capturable", True) and not group.get("dampening")
         for group in optimizer.param_groups
     )

@@ -1,27 +1,27 @@
-"""Which epoch was the best by its validation, and when training no longer gets better."""
+"""Early stopping: which epoch validates best, and when training no longer improves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cifar_exp.config import schema
+from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.training.metrics import Averages
 
 
 @dataclass
 class EarlyStopping:
-    """Told of each epoch's validation. All ranks hold the same averages, so all of them decide alike.
+    """Follows the validation of each epoch. All ranks hold the same averages, so all of them decide alike.
 
     Attributes:
-        settings: what better means, and how long to wait for it.
+        settings: what counts as better, and the patience.
         best: the best value so far.
-        best_epoch: the epoch that had it first; 0 before any.
-        best_step: the step after that epoch.
-        reference: the value that the next one has to be better than by more than ``min_delta``.
+        best_epoch: the first epoch with that value; 0 before any.
+        best_step: the last step of that epoch.
+        reference: the next value must be better than this one by more than ``min_delta``.
         waited: epochs in a row that were not.
     """
 
-    settings: schema.EarlyStopping = field(default_factory=schema.EarlyStopping)
+    settings: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     best: float | None = None
     best_epoch: int = 0
     best_step: int = 0
@@ -29,7 +29,7 @@ class EarlyStopping:
     waited: int = 0
 
     def update(self, validation: Averages, epoch: int, step: int) -> None:
-        """Note one epoch's validation."""
+        """Take one epoch's validation into account."""
         value = validation.named("val")[self.settings.metric]
         if self._is_better(value, self.best, by=0.0):
             self.best, self.best_epoch, self.best_step = value, epoch, step
@@ -48,6 +48,7 @@ class EarlyStopping:
         return {name: value for name, value in vars(self).items() if name != "settings"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a state, with this object's own settings."""
         for name in self.state_dict():
             setattr(self, name, state[name])
 

@@ -1,25 +1,101 @@
-"""The state of an epoch that was interrupted before its end."""
+"""An epoch that has not ended: its sums and times, and what each rank needs to resume in the middle of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from cifar_exp.config.schema import BatchNorm
+from cifar_exp.data.batches import TrainBatches
+from cifar_exp.distributed import batch_norm
+from cifar_exp.distributed.collectives import gathered
+from cifar_exp.system.accelerator import exact_device, random_state, set_random_state
 from cifar_exp.training.stopwatch import Stopwatch
 
 
 @dataclass
-class Unfinished:
-    """An epoch in the midst.
+class EpochState:
+    """How far the running epoch is.
 
     Attributes:
-        sums: loss, correct predictions and images so far over all ranks, (3,) float64; what ranks have
-            added since they last read them is not in it.
-        steps: of the epoch that are done.
+        sums: (3,) float64: loss, correct predictions and images so far, over all ranks. Steps since the
+            last read of the loss are not in it.
+        steps: steps of the epoch that are done.
         watch: the epoch's time so far.
-        block_seconds: of it, up to when the sums were last read.
+        block_seconds: the part of this time up to the last read of the loss.
+        saved_ranks: each rank's own state from the checkpoint; empty unless the epoch has just been resumed.
     """
 
     sums: Tensor
     steps: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch)
     block_seconds: float = 0.0
+    saved_ranks: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, device: torch.device) -> "EpochState":
+        """An epoch without any step."""
+        return cls(torch.zeros(3, dtype=torch.float64, device=exact_device(device)))
+
+    @classmethod
+    def load(cls, state: Mapping[str, Any], device: torch.device, same_run: bool) -> "EpochState":
+        """The epoch that :meth:`state_dict` saved. ``same_run``: keep its times, too."""
+        seconds = dict(state["seconds"]) if same_run else {}
+        block_seconds = state["block_seconds"] if same_run else 0.0
+        return cls(
+            state["sums"].to(exact_device(device)), state["steps"], Stopwatch(seconds), block_seconds, state["ranks"]
+        )
+
+    def state_dict(self, networks: nn.Module, unread_sums: Tensor) -> dict[str, Any]:
+        """What :meth:`load` takes. A collective: every rank adds its own RNG, buffers and sums.
+
+        Args:
+            networks: the networks whose buffers differ between ranks until the next evaluation.
+            unread_sums: this rank's sums since the last read of the loss.
+        """
+        own: dict[str, Any] = {
+            **random_state(unread_sums.device),
+            "buffers": [buffer.cpu() for buffer in networks.buffers()],
+            "sums": unread_sums.cpu(),
+        }
+        return {
+            "sums": self.sums,
+            "steps": self.steps,
+            "seconds": self.watch.seconds,
+            "block_seconds": self.block_seconds,
+            "ranks": gathered(own),
+        }
+
+    def restore_rank(
+        self, epoch: int, batches: TrainBatches, networks: nn.Module, unread_sums: Tensor, statistics: BatchNorm
+    ) -> None:
+        """Restore this rank's RNG, buffers and sums. If the world size changed, rank 0 takes the sums.
+
+        An epoch that was not resumed only gets its RNG seeded.
+
+        Args:
+            epoch: which epoch, counted from 1.
+            batches: this rank's training batches.
+            networks: the networks whose buffers are restored.
+            unread_sums: gets the sums, in place.
+            statistics: the choice of ``train.batch_norm``.
+        """
+        saved, self.saved_ranks = self.saved_ranks, []
+        same_world_size = len(saved) == batches.world_size
+        if same_world_size:
+            set_random_state(saved[batches.rank], unread_sums.device)
+        else:
+            torch.manual_seed(batches.noise_seed(epoch))
+        if not saved:
+            return
+        taken = saved[batches.rank : batches.rank + 1] if same_world_size else saved
+        combined = taken[:1] if statistics == "local" else taken
+        batch_norm.load_combined(networks, [rank["buffers"] for rank in combined])
+        if same_world_size or batches.rank == 0:
+            unread_sums.copy_(torch.stack([rank["sums"] for rank in taken]).sum(0).to(unread_sums.dtype))
+
+    def restart_clock(self) -> None:
+        """Forget the times, after they were added to the run's."""
+        self.watch, self.block_seconds = Stopwatch(), 0.0

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a network on a data set, summed over ranks."""
+"""Loss and accuracy of a network on a data set, over all ranks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,28 +16,32 @@ def evaluate(
     model: nn.Module,
     batches: EvaluationBatches,
     precision: torch.dtype,
-    go_on: Callable[[], bool] = lambda: True,
-    waiting: Callable[[], None] = lambda: None,
+    may_continue: Callable[[], bool] = lambda: True,
+    before_waiting: Callable[[], None] = lambda: None,
 ) -> Averages:
-    """Loss and accuracy over the whole set: every rank evaluates its shard, sums and counts are reduced.
+    """Loss and accuracy over the whole set: every rank evaluates its shard, then sums and counts are all-reduced.
 
-    ``go_on`` is asked before each batch; a rank that is told not to leaves the rest of its shard out. ``waiting`` is
-    called when this rank is done with its shard and may have to wait for others.
+    Args:
+        model: the network.
+        batches: this rank's shard.
+        precision: dtype of convolutions and matrix products.
+        may_continue: called before each batch; where it returns False, this rank skips the rest of its shard.
+        before_waiting: called after the shard, before this rank waits for the others.
     """
     model.eval()
     totals = Totals(batches.source.device)
     with torch.inference_mode(), autocast(batches.source.device, precision):
         for images, labels in batches:
-            if not go_on():
+            if not may_continue():
                 break
             logits = model(images)
             totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
-    waiting()
+    before_waiting()
     return Averages.of(sum_over_ranks(totals.take()))
 
 
 class Mirrored(nn.Module):
-    """The mean of a network's logits for each image and for its mirror image."""
+    """Test-time augmentation: the mean of the logits of each image and of its mirror image."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -50,5 +54,5 @@ class Mirrored(nn.Module):
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[None]:
-    """Compute convolutions and matrix products in ``precision``; float32 switches it off."""
+    """Mixed precision: convolutions and matrix products in ``precision``; float32 switches it off."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)

@@ -1,4 +1,4 @@
-"""Sums, counts and stopwatches. No I/O."""
+"""Loss and accuracy: sums while training runs, averages when they are read. No I/O."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from cifar_exp.system.accelerator import exact, exact_device
 
 
 class Totals:
-    """Loss sum, correct predictions and images, kept on the device until somebody reads them.
+    """Sum of losses, correct predictions and images. They stay on the device until they are read.
 
-    Sums are kept in float64 on CPU and CUDA alike, so that ten thousand images add up exactly. On MPS, which has none,
-    in float32 until they are read, which is exact for 16 million images; losses lose their last digit.
+    Sums are float64, so that counts are exact and losses keep their digits over many images. MPS has no float64:
+    there they are float32 until they are read. Counts stay exact for 16 million images.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,13 +29,13 @@ class Totals:
         self.sums[2] += count
 
     def take(self) -> Tensor:
-        """The sums so far, (3,) float64; counting starts again at zero, in place: a captured step adds there."""
+        """The sums so far, (3,) float64. They are reset in place, since a captured step adds to the same memory."""
         sums = self.read()
         self.sums.zero_()
         return sums
 
     def read(self) -> Tensor:
-        """The sums so far, (3,) float64, where sums of the device are added up over ranks."""
+        """The sums so far, (3,) float64, on the device where sums over ranks are made."""
         return exact(self.sums.clone())
 
 
@@ -49,10 +49,10 @@ class Averages:
 
     @classmethod
     def of(cls, sums: Tensor) -> "Averages":
-        """Divide once, after all sums have been reduced. ``sums``: (3,) as kept by :class:`Totals`."""
+        """Divide once, after the sums were reduced over ranks. ``sums``: (3,) as in :class:`Totals`."""
         loss, correct, count = sums.tolist()
         if not count:
-            return cls(math.nan, math.nan, 0)  # no images, as where an evaluation was left at once
+            return cls(math.nan, math.nan, 0)  # as in an evaluation that was interrupted before its first batch
         return cls(loss / count, correct / count, int(count))
 
     def named(self, prefix: str) -> dict[str, float]:

@@ -1,8 +1,4 @@
-"""Learning-rate schedules as functions of the step, and optimizers beyond torch.optim.
-
-A schedule is called as ``schedule(step, steps_per_epoch, epochs)`` with ``step`` from 0 and returns the factor on the
-full learning rate of that step.
-"""
+"""Optimizers that torch.optim does not have."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
@@ -14,30 +10,32 @@ from torch.optim import Optimizer
 
 
 class OptimizerFactory(Protocol):
-    """What `_target_` of ``conf/optimizer`` becomes once its settings are bound."""
+    """A `_target_` of ``conf/optimizer`` with its settings bound."""
 
     def __call__(self, params: Iterable[Tensor], *, lr: float) -> Optimizer: ...
 
 
 class Muon(Optimizer):
-    """Momentum with orthogonalised updates for convolutions and inner matrices, Nesterov SGD for all else.
+    """Orthogonalized momentum updates for convolutions, Nesterov SGD for all other parameters.
 
-    torch.optim.Muon takes 2-D parameters alone; here a convolution's weight is seen as (out, in * k * k), its update
-    orthogonalised by five Newton-Schulz steps, and the weight kept at a norm of sqrt(out), so that ``lr`` means the
-    same for every layer. Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
-    coefficients are those of its reference implementation.
+    torch.optim.Muon takes 2-D parameters only. Here a convolution's weight is seen as a matrix (out, in * k * k). Its
+    update is orthogonalized by five Newton-Schulz steps. The weight is kept at a norm of sqrt(out), so that ``lr``
+    means the same for every layer.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the coefficients of its
+    reference implementation.
 
     Args:
-        params: the parameters to train; those with four dimensions are convolutions, those with one are biases and
-            the like, the rest matrices.
-        lr: of the orthogonalised updates.
-        momentum: of these.
+        params: the parameters to train. Four dimensions: convolution weights; one: biases and batch norms; else
+            matrices.
+        lr: learning rate of the orthogonalized updates.
+        momentum: momentum of the orthogonalized updates.
         sgd_lr_ratio: learning rate of matrices, as a multiple of ``lr``.
-        bias_lr_ratio: the same of biases, which are few and may move fast.
-        sgd_momentum: of matrices and biases.
-        weight_decay: of matrices and biases: a step shrinks them by ``lr`` x ``weight_decay``, whatever their ratio.
+        bias_lr_ratio: learning rate of biases, as a multiple of ``lr``; they are few and may move fast.
+        sgd_momentum: momentum of matrices and biases.
+        weight_decay: of matrices and biases. A step shrinks them by ``lr`` x ``weight_decay``, without their ratio.
 
-    A group's ``lr`` may be a tensor on the parameters' device, for steps that are part of a CUDA graph.
+    A group's ``lr`` may be a tensor on the parameters' device, for steps in a CUDA graph.
     """
 
     def __init__(
@@ -89,13 +87,13 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix with the singular vectors of ``matrix`` and singular values near 1, by a quintic iteration.
+    """The matrix with the singular vectors of ``matrix`` and singular values near 1, by a quintic iteration.
 
     Args:
         matrix: (M, N) float32.
-        steps: iterations; five bring the singular values to about 0.7 ... 1.2, which is enough for an update.
+        steps: iterations; five bring the singular values to about 0.7 to 1.2, close enough for an update.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0 while it stays bounded (Jordan et al. 2024)
+    a, b, c = 3.4445, -4.7750, 2.0315  # as steep at 0 as the iteration can be without diverging (Jordan et al. 2024)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Pure arithmetic before anything starts: batches, steps, dropped images, learning rate by epoch."""
+"""The plan of a run: batches, steps, dropped images, learning rates. Pure arithmetic, before anything starts."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.training.schedules import Schedule, learning_rates
 
-REFERENCE_BATCH = 256  # images of global batch that `optimizer.lr` is stated for
-WARMUP_EPOCHS = 5  # of train.lr_scaling=linear_warmup
-MOST_STEPS = 10**7  # of a run: the rate of each is known beforehand
+REFERENCE_BATCH = 256  # images: the global batch that `optimizer.lr` is meant for
+WARMUP_EPOCHS = 5  # under train.lr_scaling=linear_warmup
+MOST_STEPS = 10**7  # in a run: the learning rate of each is stored
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Plan:
         global_batch_size: images a step over all ranks.
         epochs: passes over the training set.
         steps_per_epoch: whole global batches in the training set.
-        dropped_images: training images an epoch leaves out, the last partial batch.
+        dropped_images: training images that an epoch leaves out, the last partial batch.
         learning_rates: one for each step of the run.
-        image_scales: side of the training images in each epoch, as a share of their own; whatever is evaluated has the
-            last epoch's, since a network knows objects at the size that it last saw them.
+        image_scales: side of the training images in each epoch, as a share of their own. Evaluation uses the last
+            epoch's scale, the size at which the network last saw objects.
     """
 
     world_size: int
@@ -46,7 +46,7 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     def learning_rate_ranges(self) -> list[tuple[int, int, float, float]]:
-        """Epochs with the same rates: (first epoch, last epoch, lowest rate, highest rate), epochs from 1."""
+        """Groups of epochs with equal learning rates: (first epoch, last epoch, lowest, highest), epochs from 1."""
         ranges: list[tuple[int, int, float, float]] = []
         for epoch in range(1, self.epochs + 1):
             rates = self.learning_rates[(epoch - 1) * self.steps_per_epoch : epoch * self.steps_per_epoch]
@@ -59,23 +59,23 @@ class Plan:
 
 
 def check_scaling(config: Config, world_size: int) -> None:
-    """Refuse a global batch that its ranks cannot share evenly, or whose parts cannot be normalised together.
+    """Check that ranks can share the global batch evenly, and that batch norms can see it as a whole where they must.
 
     Raises:
-        ConfigError: under strong scaling, where ``train.batch_size`` is not divisible by the number of ranks; where
-            batch norms are to see the whole batch and it comes in micro-batches.
+        ConfigError: under strong scaling, ``train.batch_size`` is not divisible by the number of ranks; or synchronized
+            batch norms would need several micro-batches at once.
     """
     batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
     if config.train.batch_norm == "synchronized" and config.train.accumulate > 1:
         raise ConfigError(
-            f"train.batch_norm=synchronized: a rank's micro-batches come one after the other, and train.accumulate="
-            f"{config.train.accumulate} makes several. Type train.accumulate=1, or train.batch_norm=averaged"
+            f"train.batch_norm=synchronized: a rank takes its micro-batches one after the other, and train.accumulate="
+            f"{config.train.accumulate} makes several. Set train.accumulate=1, or train.batch_norm=averaged"
         )
     if config.train.scaling == "strong" and batch_size % parts:
         nearest = max(parts, round(batch_size / parts) * parts)
         raise ConfigError(
             f"train.batch_size={batch_size}: under train.scaling=strong it is shared by {_sharers(config, world_size)} "
-            f"and must be divisible by {parts}. Type train.batch_size={nearest}"
+            f"and must be divisible by {parts}. Set train.batch_size={nearest}"
         )
 
 
@@ -87,42 +87,30 @@ def _sharers(config: Config, world_size: int) -> str:
 def make_plan(
     config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
 ) -> Plan:
-    """The plan for ``world_size`` ranks and ``train_count`` training images, those kept apart not among them.
+    """Plan a run.
 
-    Under weak scaling ``train.batch_size`` is a device's, under strong scaling it is the global batch; with
-    ``train.accumulate`` each device stands for as many, one after the other. The learning
-    rate follows the global batch by ``train.lr_scaling``: see :func:`scaled_rates`. A run that goes on from a
-    checkpoint keeps that one's global batch, ``resumed_batch``, whatever the number of ranks.
+    Under weak scaling, ``train.batch_size`` is a device's batch; under strong scaling it is the global batch. With
+    ``train.accumulate``, a device takes the place of so many devices. The learning rate follows the global batch by
+    ``train.lr_scaling``; see :func:`scaled_rates`.
+
+    Args:
+        config: the settings.
+        world_size: number of ranks.
+        train_count: images of the training split.
+        schedule: the learning-rate schedule.
+        resumed_batch: the global batch of the checkpoint that the run resumes from; it is kept.
 
     Raises:
-        ConfigError: where the batch is larger than the training set or not divisible by the ranks.
+        ConfigError: the batch is larger than the training split or not divisible by the ranks, or there are too many
+            steps.
     """
-    batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
-    if resumed_batch is not None and resumed_batch % parts:
-        raise ConfigError(
-            f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images a step, which "
-            f"{_sharers(config, world_size)} cannot share evenly. Type a device count that divides {resumed_batch}"
-        )
-    if resumed_batch is None:
-        check_scaling(config, world_size)
-    global_batch = batch_size * parts if config.train.scaling == "weak" else batch_size
-    global_batch = resumed_batch or global_batch
-    if global_batch > train_count:
-        share = train_count // parts
-        fits = share * parts if config.train.scaling == "strong" else share
-        advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
-        rest = ""
-        if config.validation:
-            rest = f" without those of data.validation={config.validation}"
-            advice += ", or a smaller data.validation"
-        raise ConfigError(
-            f"train.batch_size={batch_size}: a step takes {global_batch} images on {world_size} device(s), but the "
-            f"training set has {train_count}{rest}. Type {advice}"
-        )
+    parts = world_size * config.train.accumulate
+    global_batch = _global_batch(config, world_size, resumed_batch)
+    _check_batch_fits(config, world_size, train_count, global_batch)
     steps_per_epoch = train_count // global_batch
     if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
         raise ConfigError(
-            f"train.epochs={config.train.epochs}: they are {steps:,} steps, and a run has {MOST_STEPS:,} at most. Type "
+            f"train.epochs={config.train.epochs}: they are {steps:,} steps, and a run has {MOST_STEPS:,} at most. Set "
             f"train.epochs={MOST_STEPS // steps_per_epoch} or less"
         )
     rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
@@ -139,38 +127,69 @@ def make_plan(
     )
 
 
+def _global_batch(config: Config, world_size: int, resumed_batch: int | None) -> int:
+    """Images a step over all ranks."""
+    parts = world_size * config.train.accumulate
+    if resumed_batch is None:
+        check_scaling(config, world_size)
+        return config.train.batch_size * (parts if config.train.scaling == "weak" else 1)
+    if resumed_batch % parts:
+        raise ConfigError(
+            f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images a step, which "
+            f"{_sharers(config, world_size)} cannot share evenly. Set a device count that divides {resumed_batch}"
+        )
+    return resumed_batch
+
+
+def _check_batch_fits(config: Config, world_size: int, train_count: int, global_batch: int) -> None:
+    if global_batch <= train_count:
+        return
+    parts = world_size * config.train.accumulate
+    share = train_count // parts
+    fits = share * parts if config.train.scaling == "strong" else share
+    advice = f"train.batch_size={fits} or less" if share else f"devices.count={train_count} or less"
+    rest = ""
+    if config.validation:
+        rest = f" without the validation split of data.validation={config.validation}"
+        advice += ", or a smaller data.validation"
+    raise ConfigError(
+        f"train.batch_size={config.train.batch_size}: a step takes {global_batch} images on {world_size} device(s), "
+        f"but the training set has {train_count}{rest}. Set {advice}"
+    )
+
+
 def doubts(config: Config, plan: Plan) -> list[str]:
-    """What can be done as configured and is hardly meant, a sentence each."""
+    """Warnings about settings that work but are hardly meant, a sentence each."""
     found = []
     if config.early_stopping.patience and not config.validation:
         found.append(
-            f"early_stopping.patience={config.early_stopping.patience}: no training images are kept apart, so the test "
-            f"set decides when training ends, and its accuracy is then chosen: it reads higher than that of new "
-            f"images. Type data.validation=0.1"
+            f"early_stopping.patience={config.early_stopping.patience}: there is no validation split, so the test set "
+            f"decides when training ends. Its accuracy is then selected and reads higher than that of new images. Set "
+            f"data.validation=0.1"
         )
     warms_up = config.train.lr_scaling == "linear_warmup" and plan.global_batch_size > REFERENCE_BATCH
     if warms_up and plan.epochs <= WARMUP_EPOCHS:
         found.append(
-            f"train.lr_scaling=linear_warmup: the rate rises over {WARMUP_EPOCHS} epochs, and train.epochs="
-            f"{plan.epochs} ends before it is the linear rule's. Type train.epochs={2 * WARMUP_EPOCHS} or more"
+            f"train.lr_scaling=linear_warmup: the learning rate rises over {WARMUP_EPOCHS} epochs, but train.epochs="
+            f"{plan.epochs} ends before it reaches the linear rule's. Set train.epochs={2 * WARMUP_EPOCHS} or more"
         )
     return found
 
 
 def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per_epoch: int) -> tuple[float, ...]:
-    """The learning rates of a global batch by the rule of ``train.lr_scaling``:
+    """Scale learning rates to a global batch by the rule of ``train.lr_scaling``:
 
-    - ``linear``: x batch / 256, as in the reference example.
-    - ``sqrt``: x sqrt(batch / 256), which keeps the variance of the update (Krizhevsky 2014, arXiv:1404.5997).
-    - ``none``: the same for every batch.
-    - ``linear_warmup``: linear, but rising to that from x 1 by equal amounts a step over the first 5 epochs (Goyal et
-      al. 2017, arXiv:1706.02677, "gradual warmup"). A batch of up to 256 images needs none.
+    - ``linear``: times batch / 256, as in the reference example.
+    - ``sqrt``: times sqrt(batch / 256), which keeps the variance of the update (Krizhevsky 2014, arXiv:1404.5997).
+    - ``none``: unchanged.
+    - ``linear_warmup``: linear, but rising from times 1 to there in equal steps over the first 5 epochs (Goyal et al.
+      2017, arXiv:1706.02677, "gradual warmup"). A batch of up to 256 images needs no warm-up.
 
     Args:
-        rule: which one.
-        rates: of each step, for a global batch of 256 images.
+        rule: the rule.
+        rates: one for each step, for a global batch of 256 images.
         global_batch: images a step over all ranks.
-        steps_per_epoch: what the warm-up is counted in.
+        steps_per_epoch: sets the length of the warm-up.
     """
     ratio = global_batch / REFERENCE_BATCH
     if rule == "linear_warmup" and ratio > 1:
@@ -181,5 +200,5 @@ def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per
 
 
 def spread(values: Sequence[float], epochs: int) -> tuple[float, ...]:
-    """One value an epoch, in order, each for as many epochs as the others (to within one); the last is reached."""
+    """Spread values evenly over the epochs, in order. The last epoch has the last value."""
     return tuple(values[-(-(epoch + 1) * len(values) // epochs) - 1] for epoch in range(epochs))

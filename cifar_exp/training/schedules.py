@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the learning rate, step by step."""
+"""Learning-rate schedules: functions from a step, counted from 0, to the factor on the full learning rate."""
 
 import math
 from typing import Annotated, Protocol
@@ -9,7 +9,7 @@ NonNegative = Annotated[float, Ge(0)]
 
 
 class Schedule(Protocol):
-    """What `_target_` of ``conf/schedule`` becomes once its settings are bound."""
+    """A `_target_` of ``conf/schedule`` with its settings bound."""
 
     def __call__(self, step: int, steps_per_epoch: int, epochs: int) -> float: ...
 
@@ -22,7 +22,7 @@ def piecewise(
     drop_factor: Annotated[float, Gt(0)] = 0.1,
     drop_period: Annotated[int, Ge(1)] = 50,
 ) -> float:
-    """``drop_factor`` to the power of how often ``drop_period`` epochs have gone by (MATLAB's "piecewise")."""
+    """The factor is multiplied by ``drop_factor`` every ``drop_period`` epochs (MATLAB's "piecewise")."""
     return float(drop_factor ** (step // steps_per_epoch // drop_period))
 
 
@@ -39,7 +39,7 @@ def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNe
 
 
 def _warmup_and_progress(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> tuple[float, float]:
-    """The warm-up's factor (1 once it is over) and the share of the remaining steps that are done (0 before)."""
+    """The factor of the warm-up, 1 after it, and the share of the steps after the warm-up that are done."""
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1), 0.0
@@ -47,5 +47,5 @@ def _warmup_and_progress(step: int, steps_per_epoch: int, epochs: int, warmup_ep
 
 
 def learning_rates(schedule: Schedule, full_rate: float, steps_per_epoch: int, epochs: int) -> tuple[float, ...]:
-    """The rate of every step of the run, in order."""
+    """The learning rate of every step of the run, in order."""
     return tuple(full_rate * schedule(step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs))

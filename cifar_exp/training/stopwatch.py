@@ -1,14 +1,23 @@
 """Where a rank's time goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from cifar_exp.distributed.collectives import rows
+from cifar_exp.distributed.data_parallel import Communication
+from cifar_exp.distributed.rank_times import MEASURED
+
+T = TypeVar("T")
 
 
 @dataclass
 class Stopwatch:
-    """Where the time went: seconds by name; nested spans are not counted twice, the inner one gets the time."""
+    """Seconds by name. Spans may be nested: the time of an inner span is not part of the outer one."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _running: list[str] = field(default_factory=list)
@@ -25,6 +34,11 @@ class Stopwatch:
             self._switch()
             self._running.pop()
 
+    def add(self, other: "Stopwatch") -> None:
+        """Add the seconds of another stopwatch."""
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def move(self, seconds: float, source: str, target: str) -> None:
         """Count ``seconds`` of ``source`` under ``target``."""
         self.seconds[source] = self.seconds.get(source, 0.0) - seconds
@@ -36,3 +50,43 @@ class Stopwatch:
             name = self._running[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+def timed(items: Iterable[T], watch: Stopwatch, name: str) -> Iterator[T]:
+    """The same items. The time that each takes to be made is counted under ``name``."""
+    source = iter(items)
+    nothing = object()
+    while True:
+        with watch.span(name):
+            item = next(source, nothing)
+        if item is nothing:
+            return
+        yield item  # type: ignore[misc]
+
+
+@dataclass
+class OwnTimes:
+    """The times of this rank since ranks last exchanged theirs.
+
+    Attributes:
+        seconds: by the names in ``rank_times.MEASURED``.
+        exposed: seconds that each step waited for averaged gradients.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0.0))
+    exposed: list[float] = field(default_factory=list)
+
+    def add_steps(self, watch: Stopwatch, before: Mapping[str, float], communication: Communication) -> None:
+        """Add what ``watch`` counted since it stood at ``before``; the exposed communication leaves ``step``."""
+        exposed, hidden = communication.take()
+        watch.move(sum(exposed), "step", "communication")
+        self.exposed += exposed
+        self.seconds["hidden_communication"] += hidden
+        for name, span in (("compute", "step"), ("data", "data")):
+            self.seconds[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
+
+    def exchange(self, device: torch.device) -> list[list[float]]:
+        """Every rank's times as a row, the input of ``RankTimes.add``. Counting starts again at zero."""
+        everyone: list[list[float]] = rows([*self.seconds.values(), *self.exposed], device).tolist()
+        self.seconds, self.exposed = dict.fromkeys(MEASURED, 0.0), []
+        return everyone

@@ -1,77 +1,57 @@
-"""The training loop: fit, train_one_epoch, evaluate. Pure torch; it knows no configuration system and no tracker."""
+"""The training loop of one rank: fit, train_one_epoch, evaluate. Pure torch: no configuration system, no tracker."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice, takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch import nn
 
 from cifar_exp.config.schema import BatchNorm
-from cifar_exp.data.batches import Draw, EvaluationBatches, TrainBatches
+from cifar_exp.data.batches import EvaluationBatches, TrainBatches
 from cifar_exp.distributed import batch_norm
-from cifar_exp.distributed.collectives import gathered, rows, sum_over_ranks
-from cifar_exp.distributed.data_parallel import Communication
-from cifar_exp.distributed.heartbeat import Control
-from cifar_exp.distributed.rank_times import MEASURED, RankTimes
+from cifar_exp.distributed.collectives import sum_over_ranks
+from cifar_exp.distributed.heartbeat import Control, Request, StopPoint
+from cifar_exp.distributed.rank_times import RankTimes
 from cifar_exp.errors import DivergenceError
-from cifar_exp.system.accelerator import exact_device, random_state, set_random_state
-from cifar_exp.training.cuda_graph import Capture, CapturedStep, may_be_captured, told, undone
 from cifar_exp.training.early_stopping import EarlyStopping
-from cifar_exp.training.epoch_state import Unfinished
+from cifar_exp.training.epoch_state import EpochState
 from cifar_exp.training.evaluation import autocast, evaluate
-from cifar_exp.training.metrics import Averages, Totals
-from cifar_exp.training.stopwatch import Stopwatch
-from cifar_exp.training.weight_averaging import RunningMean
+from cifar_exp.training.metrics import Averages
+from cifar_exp.training.step import TrainStep
+from cifar_exp.training.stopwatch import OwnTimes, Stopwatch, timed
 
-LESS = "Type a smaller optimizer.lr, or train.precision=fp32"
-Report = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
-Save = Callable[[bool], None]  # called with whether the state must be kept
+ADVICE = "Set a smaller optimizer.lr, or train.precision=fp32"
+ReportMetrics = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
+Save = Callable[[bool], None]  # called with whether the checkpoint must be saved
 
 
 @dataclass
 class Trainer:
-    """Everything that training one rank takes.
+    """The training loop of one rank.
 
     Attributes:
-        model: the module to train, in DDP where there are several ranks.
-        optimizer: over its parameters.
+        train_step: computes one step.
         learning_rates: one for each step of the run.
-        precision: type that convolutions and matrix products compute in.
-        label_smoothing: share of the target that is spread over all classes.
         log_every: steps between two reads of the loss.
-        report: takes metrics as they come; called on every rank.
-        communication: what DDP's averaging of gradients is counted in.
-        control: says whether training should end before its last step.
-        batch_norm: what batch norms are evaluated with; whose statistics they normalise by is the network's own.
-        averaging: decay a step of the running mean of the weights, which is what is evaluated; 0 evaluates the weights
-            themselves.
-        early_stopping: told of each epoch's validation, ends training.
+        report: gets metrics as they come; called on every rank.
+        batch_norm: the choice of ``train.batch_norm``: which statistics evaluation uses.
+        early_stopping: gets each epoch's validation and may end training.
         after_step: called after each step, for a profiler.
-        stopwatch: what all time is counted in.
+        stopwatch: counts the time of the whole run.
         epoch: epochs done.
         step: steps done.
         block_rates: images/s of each block of ``log_every`` steps.
-        rank_times: where the time of each rank went, up to the last epoch's end or save.
+        rank_times: where each rank's time went, up to the last epoch's end or checkpoint.
     """
 
-    model: nn.Module
-    optimizer: Optimizer
+    train_step: TrainStep
     learning_rates: tuple[float, ...]
-    precision: torch.dtype
-    label_smoothing: float
     log_every: int
-    report: Report
-    communication: Communication
-    control: Control = field(default_factory=Control)
+    report: ReportMetrics
     batch_norm: BatchNorm = "averaged"
-    averaging: float = 0.0
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -81,28 +61,28 @@ class Trainer:
     rank_times: RankTimes = field(default_factory=RankTimes)
 
     def __post_init__(self) -> None:
-        self.device = next(self.model.parameters()).device
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
-        self._block = Totals(self.device)
-        self._captured: dict[float, CapturedStep] = {}  # by the scale of the images
-        self._gradients: dict[float, list[Tensor | None]] = {}
-        self._unfinished: Unfinished | None = None
-        self._ranks: list[dict[str, Any]] = []  # what each had of its own in the midst of the epoch that goes on
-        self._own = dict.fromkeys(MEASURED, 0.0)  # seconds of this rank that rank_times has not got yet
-        self._exposed: list[float] = []
-        self._averaged = RunningMean(self._network, self.averaging) if self.averaging else None
+        self._running: EpochState | None = None  # the epoch that has not ended
+        self._own_times = OwnTimes()
 
     @property
-    def _network(self) -> nn.Module:
-        """The network itself, without what averages its gradients over ranks."""
-        network = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-        assert isinstance(network, nn.Module)
-        return network
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.train_step.device
+
+    @property
+    def control(self) -> Control:
+        """Says whether training ends before its last step."""
+        return self.train_step.control
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of convolutions and matrix products."""
+        return self.train_step.precision
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and used in the end: with averaged weights where these are kept."""
-        return self._averaged.module if self._averaged else self._network
+        """The network that is evaluated and exported: the EMA of the weights if there is one."""
+        return self.train_step.evaluated
 
     def fit(
         self,
@@ -111,23 +91,23 @@ class Trainer:
         epochs: int,
         save: Save = lambda _must: None,
     ) -> Averages | None:
-        """Train up to ``epochs`` passes, validating after each, or until early stopping ends it.
+        """Train and validate epoch by epoch, until ``epochs`` are done or early stopping ends training.
 
         Returns:
-            The last validation's figures; None where training was left to go on another time.
+            The last validation; None where training was interrupted, to be resumed later.
         """
         averages: Averages | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
             if self.early_stopping.is_over:
                 break
             trained = self.train_one_epoch(epoch, batches)
-            request = self.control.agreed(2 * self.step)
+            request = self.control.agreed(StopPoint(self.step))
             is_leaving = request is not None and request.kind == "leave"
-            averages = None if is_leaving else self._evaluate(validation, epoch, batches)
+            averages = None if is_leaving else self._validate(validation, epoch, batches)
             if averages is None:
                 save(True)
                 return None
-            request = request or self.control.agreed(2 * self.step + 1)
+            request = request or self.control.agreed(StopPoint(self.step, in_evaluation=True))
             self.early_stopping.update(averages, epoch, self.step)
             self.close_epoch(epoch, batches)
             self.report(self.step, epoch, trained | averages.named("val"))
@@ -135,205 +115,40 @@ class Trainer:
                 save(request is not None or epoch == epochs or self.early_stopping.is_over)
             if request:
                 return averages if request.kind == "finish" else None
-        return averages or self._evaluate(validation, self.epoch, batches)  # it was stopped after its last epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on from here; the model is not in it. Called on every rank."""
-        self._gather_times()
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "averaged": self._averaged.state_dict() if self._averaged else {},
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.stopwatch.seconds,
-            "block_rates": self.block_rates,
-            "rank_times": self.rank_times.state_dict(),
-            "unfinished": self._unfinished_state() if self._unfinished else {},
-            "early_stopping": self.early_stopping.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
-        """Go on where ``state`` was taken, with this optimizer's own settings.
-
-        Args:
-            state: of the trainer that is continued.
-            same_run: whether this is the same run, whose times and early stopping go on, too.
-
-        Raises:
-            ValueError: where the state is that of another optimizer or network.
-        """
-        # Before loading, since torch moves and casts state by what the groups say.
-        saved = state["optimizer"]
-        groups = [
-            {**then, **{name: now[name] for name in now if name != "params"}}
-            for then, now in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
-        ]
-        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        self._scaler.load_state_dict(state["scaler"])
-        if self._averaged and state["averaged"]:
-            self._averaged.load_state_dict(state["averaged"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        if same_run:
-            self.stopwatch.seconds = dict(state["seconds"])
-            self.block_rates = list(state["block_rates"])
-            self.rank_times.load_state_dict(state["rank_times"])
-            self.early_stopping.load_state_dict(state["early_stopping"])
-        if unfinished := state["unfinished"]:
-            watch = Stopwatch(dict(unfinished["seconds"]) if same_run else {})
-            block_seconds = unfinished["block_seconds"] if same_run else 0.0
-            sums = unfinished["sums"].to(exact_device(self.device))
-            self._unfinished = Unfinished(sums, unfinished["steps"], watch, block_seconds)
-            self._ranks = unfinished["ranks"]
-
-    def share_epoch_anew(self, steps_per_epoch: int, share: float) -> None:
-        """Go on with batches of another size: ``share`` is the size that they had over the one that they have now."""
-        steps = 0
-        if self._unfinished:
-            steps = self._unfinished.steps = min(int(self._unfinished.steps * share), steps_per_epoch)
-        self.step = self.epoch * steps_per_epoch + steps
-
-    def _unfinished_state(self) -> dict[str, Any]:
-        assert self._unfinished
-        buffers = [buffer.cpu() for buffer in self._networks().buffers()]
-        mine = random_state(self.device) | {"buffers": buffers, "sums": self._block.sums.cpu()}
-        return {
-            "sums": self._unfinished.sums,
-            "steps": self._unfinished.steps,
-            "seconds": self._unfinished.watch.seconds,
-            "block_seconds": self._unfinished.block_seconds,
-            "ranks": gathered(mine),
-        }
-
-    def _networks(self) -> nn.ModuleList:
-        """Those whose buffers, statistics of batch norms, are each rank's own until the next evaluation."""
-        return nn.ModuleList([self._network, *([self.evaluated] if self._averaged else [])])
-
-    def _take_up_epoch(self, epoch: int, batches: TrainBatches) -> None:
-        """Give this rank what it had of its own. Other ranks than then share it: the first has the sums."""
-        ranks, self._ranks = self._ranks, []
-        same = len(ranks) == batches.world_size
-        if same:
-            set_random_state(ranks[batches.rank], self.device)
-        else:
-            torch.manual_seed(batches.noise_seed(epoch))
-        if not ranks:
-            return
-        mine = ranks[batches.rank : batches.rank + 1] if same else ranks
-        statistics = mine[:1] if self.batch_norm == "local" else mine
-        batch_norm.take_over(self._networks(), [rank["buffers"] for rank in statistics])
-        if same or batches.rank == 0:
-            self._block.sums.copy_(torch.stack([rank["sums"] for rank in mine]).sum(0).to(self._block.sums.dtype))
-
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """A step that changes nothing: compilation and DDP's choice of buckets come before the first real one.
-
-        DDP orders its buckets by the first backward pass. A resumed run has to have the order that the run before had,
-        since sums over more than two ranks depend on it in the last bits.
-        """
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        self.model.train()
-        self._loss(images, labels)[0].backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        self.communication.backward_done()
-        self.communication.take()
-
-    def capture(self, batches: TrainBatches, capture: Capture) -> None:
-        """Take every step from now on by replaying one that is captured: augmentation, forward, backward, and the
-        update where the optimizer may be captured, which then reads its rate from the device.
-
-        Raises:
-            RuntimeError: where the step cannot be captured, as in float16, whose scaler asks the host; steps are then
-                taken one by one as before.
-        """
-        if batches.accumulate > 1:
-            raise RuntimeError(f"train.accumulate={batches.accumulate} makes several passes of each")
-        if self._scaler.is_enabled():
-            raise RuntimeError("float16 scales the loss by what the host reads of each step")
-        with_update = may_be_captured(self.optimizer)
-        if with_update:
-            self._set_lr(torch.tensor(self.learning_rates[0], device=self.device))
-
-        def compute(scale: float, *draw: Tensor) -> None:
-            images, labels = batches.make(*draw, scale=scale)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss, logits = self._loss(images, labels)
-            loss.backward()
-            if with_update:
-                self._update()
-            self._block.add(loss.detach(), logits.detach(), labels)
-
-        self.model.train()
-        draw = batches.example()
-        try:
-            with undone(self.model, self.optimizer):
-                for scale in sorted({*batches.scales, batches.scale(1)}):  # each a step of its own shape
-                    self._captured[scale] = CapturedStep(partial(compute, scale), draw, capture)
-                    if not with_update:  # each capture has gradients of its own, which the update has to find
-                        self._gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
-        except Exception as error:  # torch has no common class for what cannot be captured
-            self.release()
-            raise RuntimeError(told(error)) from error
-        finally:
-            self._block.take()
-
-    def release(self) -> None:
-        """Take steps one by one again."""
-        self._captured.clear()
-        self._gradients.clear()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rates[0]
-        self.optimizer.zero_grad(set_to_none=True)
+        return averages or self._validate(validation, self.epoch, batches)  # resumed after its last epoch
 
     def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
-        """One pass over the training set, or what is left of it; the epoch's metrics, over all ranks.
+        """Train one epoch, or the rest of a resumed one.
 
-        Nothing where training is left in the midst.
+        Returns:
+            The epoch's metrics over all ranks; none where training was interrupted.
         """
-        self.model.train()
-        if self._unfinished is None:
-            self._unfinished = Unfinished(torch.zeros(3, dtype=torch.float64, device=exact_device(self.device)))
-        progress = self._unfinished
-        watch = progress.watch
-        before = dict(watch.seconds)
-        self._take_up_epoch(epoch, batches)
-        last = self.step + batches.steps - progress.steps
-        micro_batches = _timed(batches.draws(epoch, progress.steps), watch)
+        state = self._begin_epoch(epoch, batches)
+        watch, before = state.watch, dict(state.watch.seconds)
+        last = self.step + batches.steps - state.steps
+        micro_batches = timed(batches.draws(epoch, state.steps), watch, "data")
         while draws := tuple(islice(micro_batches, batches.accumulate)):
             lr = self.learning_rates[self.step]
             if (self.step + 1) % self.control.every == 0 or self.step + 1 == last:
-                self.control.ask(2 * (self.step + 1))
-            self._take_step(batches, draws, batches.scale(epoch), lr, watch)
-            with watch.span("step"):
-                self.step += 1
-                progress.steps += 1
-                if self.step % self.log_every == 0:
-                    sums = sum_over_ranks(self._block.take())
-                    averages = Averages.of(sums)
-                    self._check(averages, epoch)
-                    progress.sums += sums
+                self.control.approach(StopPoint(self.step + 1))
+            self.train_step.run(batches, draws, batches.scale(epoch), lr, watch)
+            averages = self._count_step(state, epoch)
             self.after_step()
-            if self.step % self.log_every == 0:
-                seconds = sum(watch.seconds.values()) - progress.block_seconds
-                progress.block_seconds += seconds
-                self.block_rates.append(averages.count / seconds)
-                metrics = averages.named("step") | {"step/images_per_second": averages.count / seconds}
-                # The epoch has its rate in its own metrics: nothing is reported twice for one step.
-                self.report(self.step, epoch, metrics if self.step == last else metrics | {"lr": lr})
-            if self.step % self.control.every == 0 and (request := self.control.agreed(2 * self.step)):
+            if averages:
+                # The epoch reports the lr of its last step: nothing is reported twice for one step.
+                self._report_block(state, epoch, averages, {} if self.step == last else {"lr": lr})
+            if request := self._stop_request():
                 if request.kind == "leave":
-                    self._check_what_is_left(epoch)
-                    self._count_times(watch, before)
+                    self._check_unread_steps(epoch)
+                    self._own_times.add_steps(watch, before, self.train_step.communication)
                     return {}
                 break
         with watch.span("step"):
-            progress.sums += sum_over_ranks(self._block.take())
-            averages = Averages.of(progress.sums)
-            self._check(averages, epoch)
+            state.sums += sum_over_ranks(self.train_step.totals.take())
+            averages = Averages.of(state.sums)
+            self._check_loss(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
-        self._count_times(watch, before)
+        self._own_times.add_steps(watch, before, self.train_step.communication)
         return averages.named("train") | {
             "lr": self.learning_rates[self.step - 1],
             "epoch": epoch,
@@ -342,131 +157,129 @@ class Trainer:
         }
 
     def close_epoch(self, epoch: int, batches: TrainBatches) -> None:
-        """Add the epoch's times to the run's; one that was trained to its end is done."""
-        assert self._unfinished
-        for name, seconds in self._unfinished.watch.seconds.items():
-            self.stopwatch.seconds[name] = self.stopwatch.seconds.get(name, 0.0) + seconds
-        self._unfinished.watch, self._unfinished.block_seconds = Stopwatch(), 0.0
-        self._gather_times()
-        if self._unfinished.steps == batches.steps:
-            self.epoch, self._unfinished = epoch, None
+        """Add the epoch's times to the run's. The epoch counts as done if all its steps were trained."""
+        assert self._running
+        self.stopwatch.add(self._running.watch)
+        self._running.restart_clock()
+        self._exchange_times()
+        if self._running.steps == batches.steps:
+            self.epoch, self._running = epoch, None
 
-    def _take_step(
-        self, batches: TrainBatches, draws: Sequence[Draw], scale: float, lr: float, watch: Stopwatch
-    ) -> None:
-        with watch.span("step"):
-            self._set_lr(lr)
-            if self._captured:
-                (draw,) = draws
-                self._captured[scale](*draw)
-                if not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
-                    for parameter, gradient in zip(self.model.parameters(), self._gradients[scale], strict=True):
-                        parameter.grad = gradient
-                    self._update()
-            else:
-                for number, draw in enumerate(draws, 1):
-                    with watch.span("data"):
-                        images, labels = batches.make(*draw, scale=scale)
-                    self._add_gradients(images, labels, len(draws), is_last=number == len(draws))
-                self._update()
-                self.optimizer.zero_grad(set_to_none=True)
-            if self._averaged:
-                self._averaged.update_parameters(self._network)
-        self.control.got_on()
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to resume here, without the model. A collective."""
+        self._exchange_times()
+        running = self._running
+        return self.train_step.state_dict() | {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.stopwatch.seconds,
+            "block_rates": self.block_rates,
+            "rank_times": self.rank_times.state_dict(),
+            "unfinished": running.state_dict(self.train_step.networks, self.train_step.totals.sums) if running else {},
+            "early_stopping": self.early_stopping.state_dict(),
+        }
 
-    def _add_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
-        """Forward and backward; ranks average their gradients in the last of a step's micro-batches.
+    def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
+        """Resume where ``state`` was taken.
 
-        ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64.
+        Args:
+            state: what :meth:`state_dict` returned.
+            same_run: whether the same run continues; then its times and early stopping do, too.
+
+        Raises:
+            ValueError: the state belongs to another optimizer or network.
         """
-        parallel = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
-        with nullcontext() if is_last or parallel is None else parallel.no_sync():
-            self.control.got_on()  # batch norms may wait for other ranks
-            loss, logits = self._loss(images, labels)
-            self.control.got_on()
-            self._scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
-        self.communication.backward_done()
-        self._block.add(loss.detach(), logits.detach(), labels)
+        self.train_step.load_state_dict(state)
+        self.epoch, self.step = state["epoch"], state["step"]
+        if same_run:
+            self.stopwatch.seconds = dict(state["seconds"])
+            self.block_rates = list(state["block_rates"])
+            self.rank_times.load_state_dict(state["rank_times"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
+        if state["unfinished"]:
+            self._running = EpochState.load(state["unfinished"], self.device, same_run)
 
-    def _update(self) -> None:
-        with autocast(self.device, self.precision):  # for the matrix products of Muon
-            self._scaler.step(self.optimizer)
-        self._scaler.update()
+    def rescale_progress(self, steps_per_epoch: int, batch_ratio: float) -> None:
+        """Convert the steps done into steps of another global batch.
 
-    def _set_lr(self, lr: float | Tensor) -> None:
-        """The rate of the next update; a captured optimizer reads it from the tensor that it was captured with."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        ``batch_ratio``: old batch size / new batch size.
+        """
+        steps = 0
+        if self._running:
+            steps = self._running.steps = min(int(self._running.steps * batch_ratio), steps_per_epoch)
+        self.step = self.epoch * steps_per_epoch + steps
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(images.device, self.precision):
-            logits = self.model(images)
-            return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
+    def _begin_epoch(self, epoch: int, batches: TrainBatches) -> EpochState:
+        step = self.train_step
+        step.model.train()
+        if self._running is None:
+            self._running = EpochState.start(self.device)
+        self._running.restore_rank(epoch, batches, step.networks, step.totals.sums, self.batch_norm)
+        return self._running
 
-    def _evaluate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> Averages | None:
-        """The figures; None where training was left before all images were evaluated."""
+    def _count_step(self, state: EpochState, epoch: int) -> Averages | None:
+        """Count one step. Every ``log_every`` steps: the averages of this block over all ranks."""
+        with state.watch.span("step"):
+            self.step += 1
+            state.steps += 1
+            if self.step % self.log_every:
+                return None
+            sums = sum_over_ranks(self.train_step.totals.take())
+            averages = Averages.of(sums)
+            self._check_loss(averages, epoch)
+            state.sums += sums
+            return averages
 
-        def go_on() -> bool:
-            self.control.ask(2 * self.step + 1)
+    def _report_block(self, state: EpochState, epoch: int, averages: Averages, lr: dict[str, float]) -> None:
+        seconds = sum(state.watch.seconds.values()) - state.block_seconds
+        state.block_seconds += seconds
+        rate = averages.count / seconds
+        self.block_rates.append(rate)
+        self.report(self.step, epoch, averages.named("step") | {"step/images_per_second": rate} | lr)
+
+    def _stop_request(self) -> Request | None:
+        """The request to stop after this step, if the ranks have agreed on one."""
+        return self.control.agreed(StopPoint(self.step)) if self.step % self.control.every == 0 else None
+
+    def _validate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> Averages | None:
+        """Evaluate on ``validation``; None where training was interrupted before all images were evaluated."""
+
+        def may_continue() -> bool:
+            self.control.approach(StopPoint(self.step, in_evaluation=True))
             return not self.control.is_leaving()
 
         before = self.stopwatch.seconds.get("evaluation", 0.0)
         with self.stopwatch.span("evaluation"):
-            batch_norm.settle(self._network, self.batch_norm)  # what is saved must be what every rank goes on with
-            if self._averaged:
-                batch_norm.settle(self.evaluated, self.batch_norm)
+            for network in self.train_step.networks:  # a checkpoint must hold what every rank continues with
+                batch_norm.combine_over_ranks(network, self.batch_norm)
             if self.batch_norm == "population":
                 again = (batches.make(*draw, scale=validation.scale)[0] for draw in batches.draws(epoch))
                 with autocast(self.device, self.precision):
-                    batch_norm.recompute(self.evaluated, takewhile(lambda _images: go_on(), again))
-            averages = evaluate(self.evaluated, validation, self.precision, go_on, self.control.got_on)
-        self._own["evaluation"] += self.stopwatch.seconds["evaluation"] - before
+                    batch_norm.recompute(self.evaluated, takewhile(lambda _images: may_continue(), again))
+            averages = evaluate(self.evaluated, validation, self.precision, may_continue, self.control.next_stage)
+        self._own_times.seconds["evaluation"] += self.stopwatch.seconds["evaluation"] - before
         if averages.count < len(validation.source):
             return None
-        self._check(averages, epoch)
+        self._check_loss(averages, epoch)
         return averages
 
-    def _check(self, averages: Averages, epoch: int) -> None:
-        """Stop where the loss is not finite. All ranks hold the same sums, so all of them stop."""
+    def _check_loss(self, averages: Averages, epoch: int) -> None:
+        """Raise where the loss is not finite. All ranks hold the same sums, so all of them raise."""
         if not math.isfinite(averages.loss):
             raise DivergenceError(
-                f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. {LESS}"
+                f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. {ADVICE}"
             )
 
-    def _check_what_is_left(self, epoch: int) -> None:
-        """Stop rather than save a network that has diverged since the loss was last read."""
-        averages = Averages.of(sum_over_ranks(self._block.read()))
+    def _check_unread_steps(self, epoch: int) -> None:
+        """Raise rather than save a network that has diverged since the last read of the loss."""
+        averages = Averages.of(sum_over_ranks(self.train_step.totals.read()))
         if averages.count:
-            self._check(averages, epoch)
-        # The last update came after the last loss. All ranks hold the same weights, so all of them stop.
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            self._check_loss(averages, epoch)
+        # The last update came after the last loss. All ranks hold the same weights, so all of them raise.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.train_step.model.parameters()):
             raise DivergenceError(
-                f"weights are not finite after step {self.step} (epoch {epoch}): training has diverged. {LESS}"
+                f"weights are not finite after step {self.step} (epoch {epoch}): training has diverged. {ADVICE}"
             )
 
-    def _count_times(self, watch: Stopwatch, before: Mapping[str, float]) -> None:
-        """What DDP waited for inside the steps is communication; ``before``: the watch at their beginning."""
-        exposed, hidden = self.communication.take()
-        watch.move(sum(exposed), "step", "communication")
-        self._exposed += exposed
-        self._own["hidden_communication"] += hidden
-        for name, span in (("compute", "step"), ("data", "data")):
-            self._own[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
-
-    def _gather_times(self) -> None:
-        self.rank_times.add(rows([*self._own.values(), *self._exposed], self.device).tolist())
-        self._own, self._exposed = dict.fromkeys(MEASURED, 0.0), []
-
-
-def _timed(draws: Iterable[Draw], watch: Stopwatch) -> Iterator[Draw]:
-    """The same draws, the time they take to make counted as data."""
-    source = iter(draws)
-    while True:
-        with watch.span("data"):
-            draw = next(source, None)
-        if draw is None:
-            return
-        yield draw
+    def _exchange_times(self) -> None:
+        self.rank_times.add(self._own_times.exchange(self.device))

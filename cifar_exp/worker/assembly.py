@@ -1,4 +1,4 @@
-"""Build all that one rank trains with: model, optimizer, trainer, batches."""
+"""Build what one rank trains with: model, optimizer, trainer, batches."""
 
 import inspect
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_exp.cpu_kernels.fuse import fuse_layers
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.data.sources import Source, fetch
 from cifar_exp.distributed import data_parallel
-from cifar_exp.distributed.batch_norm import synchronized
+from cifar_exp.distributed.batch_norm import synchronize_layers
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
@@ -21,7 +20,8 @@ from cifar_exp.models.networks import InitializedFromImages, initialize_from_ima
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.system.accelerator import layout, resolve_precision
 from cifar_exp.training.early_stopping import EarlyStopping
-from cifar_exp.training.trainer import Report, Trainer
+from cifar_exp.training.step import TrainStep
+from cifar_exp.training.trainer import ReportMetrics, Trainer
 from cifar_exp.worker.job import Job
 
 
@@ -30,10 +30,10 @@ class Assembly:
     """What one rank trains with.
 
     Attributes:
-        model: the network itself, without what averages its gradients over ranks.
-        trainer: of it.
-        batches: this rank's of the training images.
-        test: this rank's of the test images.
+        model: the network itself, without DDP.
+        trainer: trains it.
+        batches: this rank's batches of the training images.
+        test: this rank's batches of the test images.
     """
 
     model: nn.Module
@@ -42,71 +42,116 @@ class Assembly:
     test: EvaluationBatches
 
 
-def assembled(
+def assemble(
     job: Job,
     world: World,
     control: Control,
-    report: Report,
+    report: ReportMetrics,
     train_images: Source,
     test_images: Source,
     saved: Checkpoint | None = None,
 ) -> Assembly:
-    """All parts on this rank's device; the network with its initial values, or those ``saved``."""
+    """Build everything on this rank's device.
+
+    Args:
+        job: the run.
+        world: this rank among the others.
+        control: gets heartbeats and stop points.
+        report: gets metrics as they come.
+        train_images: the training split.
+        test_images: the test set.
+        saved: the network starts from this checkpoint; None: from initial values.
+    """
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
-    model = seeded(job.make_model, len(job.data.classes), job.seed)
-    model = model.to(world.device).to(memory_format=layout(world.device))
-    if saved:
-        _load(model, saved)
-    elif any(isinstance(module, InitializedFromImages) for module in model.modules()):
-        initialize_from_images(model, normalization(_sample(train_images)))
-    if job.train.batch_norm == "synchronized" and world.size > 1:
-        model = synchronized(model, world.device)
     precision = resolve_precision(job.train.precision, world.device)
-    if job.train.compile == "always":
-        model.compile()
-    elif job.train.compile == "auto" and job.accelerator == "cpu":
-        problem = fuse_layers(model, precision)
-        if problem and world.is_first:
-            print(f"train.compile=auto: the layers are PyTorch's own here, since {problem}", flush=True)
-    parallel, communication = data_parallel.data_parallel(model, world)
-    trainer = Trainer(
-        model=parallel,
-        optimizer=_optimizer(job, model),
-        learning_rates=job.plan.learning_rates,
-        precision=precision,
-        label_smoothing=job.train.label_smoothing,
-        log_every=job.train.log_every,
-        report=report,
-        communication=communication,
-        control=control,
-        batch_norm=job.train.batch_norm,
-        averaging=job.train.weight_averaging,
-        early_stopping=EarlyStopping(job.early_stopping),
-    )
-    share = (world.rank, world.size)
+    model = _build_model(job, world, normalization, train_images, saved)
+    _compile_or_fuse(model, job, world, precision)
+    trainer = _build_trainer(job, world, control, report, model, precision)
     batches = TrainBatches(
         train_images,
         job.augmentation,
         normalization,
         job.seed,
-        *share,
+        world.rank,
+        world.size,
         job.plan.per_device_batch_size,
         job.plan.image_scales,
         job.plan.accumulate,
     )
-    test = EvaluationBatches(test_images, normalization, *share, scale=job.plan.image_scales[-1])
+    test = EvaluationBatches(test_images, normalization, world.rank, world.size, scale=job.plan.image_scales[-1])
     return Assembly(model, trainer, batches, test)
 
 
-def _load(model: nn.Module, saved: Checkpoint) -> None:
+def _build_trainer(
+    job: Job, world: World, control: Control, report: ReportMetrics, model: nn.Module, precision: torch.dtype
+) -> Trainer:
+    parallel, communication = data_parallel.data_parallel(model, world)
+    step = TrainStep(
+        model=parallel,
+        optimizer=_build_optimizer(job, model),
+        precision=precision,
+        label_smoothing=job.train.label_smoothing,
+        communication=communication,
+        control=control,
+        ema_decay=job.train.weight_averaging,
+    )
+    return Trainer(
+        step,
+        learning_rates=job.plan.learning_rates,
+        log_every=job.train.log_every,
+        report=report,
+        batch_norm=job.train.batch_norm,
+        early_stopping=EarlyStopping(job.early_stopping),
+    )
+
+
+def _build_model(
+    job: Job, world: World, normalization: Normalization, train_images: Source, saved: Checkpoint | None
+) -> nn.Module:
+    """The network with the weights of ``saved`` or its initial ones."""
+    model = seeded(job.make_model, len(job.data.classes), job.seed)
+    model = model.to(world.device).to(memory_format=layout(world.device))
+    if saved:
+        _load_weights(model, saved)
+    elif any(isinstance(module, InitializedFromImages) for module in model.modules()):
+        initialize_from_images(model, normalization(_sample(train_images)))
+    if job.train.batch_norm == "synchronized" and world.size > 1:
+        model = synchronize_layers(model, world.device)
+    return model
+
+
+def _load_weights(model: nn.Module, saved: Checkpoint) -> None:
     try:
         model.load_state_dict(saved.trained)
     except RuntimeError as error:
         raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
 
 
-def _optimizer(job: Job, model: nn.Module) -> Optimizer:
-    """The optimizer, on a GPU fused into one kernel where torch has that; what it refuses is the user's to mend."""
+def _compile_or_fuse(model: nn.Module, job: Job, world: World, precision: torch.dtype) -> None:
+    """What ``train.compile`` asks for: ``always`` compiles, ``auto`` fuses the layers of CPU ranks."""
+    if job.train.compile == "always":
+        model.compile()
+    elif job.train.compile == "auto" and job.accelerator == "cpu":
+        problem = _fuse_layers(model, precision)
+        if problem and world.is_first:
+            print(f"train.compile=auto: layers are not fused ({problem}): using PyTorch's own", flush=True)
+
+
+def _fuse_layers(model: nn.Module, precision: torch.dtype) -> str | None:
+    """Fuse the layers of ``model`` in place; the problem where that is not possible."""
+    try:
+        from cifar_exp.cpu_kernels.fuse import fuse  # an optional part of the package
+    except ModuleNotFoundError as error:
+        return str(error)
+    return fuse(model, precision)
+
+
+def _build_optimizer(job: Job, model: nn.Module) -> Optimizer:
+    """The optimizer. On a GPU it updates all parameters in one fused kernel where torch has one.
+
+    Raises:
+        ConfigError: the optimizer refuses its settings.
+    """
     make = job.make_optimizer
     target = make.func if isinstance(make, partial) else make
     chosen = make.keywords if isinstance(make, partial) else {}
@@ -122,9 +167,9 @@ def _optimizer(job: Job, model: nn.Module) -> Optimizer:
 
 
 def _sample(source: Source) -> Tensor:
-    """Images (N, 3, H, W) uint8 spread over the set, which may be sorted by class; the same on every rank.
+    """About 5,000 images (N, 3, H, W) uint8, spread over the set, which may be sorted by class. Equal on every rank.
 
-    About 5,000, or as many larger ones as have the pixels of 5,000 of 32 x 32.
+    Of images larger than 32 x 32 there are fewer, with about the same number of pixels.
     """
     height, width = source.image_size
     wanted = max(1, min(5000, 5000 * 32 * 32 // (height * width)))

@@ -1,20 +1,21 @@
-"""How a rank tells the launcher why it failed."""
+"""How a rank reports to the launcher why it failed."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError, DataError, DivergenceError, MachineError, StorageError
+from cifar_exp.system.atomic_files import write_json
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """Why a rank failed, as it told the launcher before it ended.
+    """A rank's report of its failure, written before it exits.
 
     Attributes:
-        rank: which one.
-        time: when, seconds since the epoch.
-        exit_code: the error's own where the user can mend it, else None.
+        rank: which rank.
+        time: seconds since the epoch.
+        exit_code: of an error that the user can correct; None for any other.
         message: the error in one line.
         traceback: the whole traceback.
     """
@@ -26,19 +27,21 @@ class RankFailure:
     traceback: str
 
     def save(self, exchange: Path, attempt: int) -> None:
-        """Leave word. The launcher may look at any moment, and sees the whole of it or nothing."""
-        path = exchange / f"failure-{attempt}-{self.rank}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(vars(self)))
-        temporary.replace(path)
+        """Write the report in an atomic write: the launcher may read it at any moment.
+
+        Args:
+            exchange: the folder that ranks and launcher share.
+            attempt: which start of the ranks failed, counted from 0.
+        """
+        write_json(exchange / f"failure-{attempt}-{self.rank}.json", vars(self))
 
     @classmethod
     def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":
-        """Those of the ranks' ``attempt``-th start, counted from 0, that had the time to tell."""
+        """The reports of one attempt. A rank that was killed has left none."""
         return [cls(**json.loads(path.read_text())) for path in exchange.glob(f"failure-{attempt}-*.json")]
 
     def raise_if_lasting(self) -> None:
-        """Raise again what would come again: an error that is the user's to mend."""
+        """Raise the error again if a restart would meet it again: one that the user has to correct."""
         for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
             if self.exit_code == kind.exit_code:
                 raise kind(self.message.partition(": ")[2])

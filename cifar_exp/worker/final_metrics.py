@@ -1,4 +1,4 @@
-"""The metrics at the end of a run: test set, counts, times, communication."""
+"""The metrics at the end of a run: test set, epochs, times, communication."""
 
 import sys
 from functools import partial
@@ -17,34 +17,23 @@ from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.job import Job
 
 
-def _communication(trainer: Trainer, model: nn.Module, world: World) -> dict[str, float]:
-    """Where the time of each of several ranks went, and what they sent beside what the link can carry."""
-    if world.size == 1:
-        return {}
-    size = data_parallel.gradient_bytes(model)
-    return trainer.rank_times.metrics() | {
-        "communication/bytes_per_step": data_parallel.sent_bytes(size, world.size),
-        "communication/link_bytes_per_second": data_parallel.link_bytes_per_second(size, world.device),
-    }
-
-
-def _tested(
+def test_metrics(
     trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job, control: Control
 ) -> dict[str, float]:
-    """What the test set says of the last network and, where images are kept apart, of the best epoch's.
+    """The last network on the test set. With a validation split, the best epoch's network, too.
 
     Args:
-        trainer: after its last step; its network is the best epoch's in the end.
+        trainer: after its last step. With a validation split, its network becomes the best epoch's.
         test: the test set.
-        validated: the last validation, which was on the test set where no images are kept apart.
-        job: the whole run.
-        control: given signs of life, since a large test set may take long.
+        validated: the last validation; without a validation split it was on the test set.
+        job: the run.
+        control: gets heartbeats, since a large test set may take long.
     """
 
     def evaluated(network: nn.Module) -> Averages:
-        return evaluate(network, test, trainer.precision, go_on, control.got_on)
+        return evaluate(network, test, trainer.precision, with_heartbeat, control.next_stage)
 
-    def go_on() -> bool:
+    def with_heartbeat() -> bool:
         control.beat()
         return True
 
@@ -56,7 +45,7 @@ def _tested(
     if job.data.validation_count:
         best = final
         if trainer.early_stopping.best_step != trainer.step:
-            collectives.wait_for_all()  # the first rank has it on disk
+            collectives.wait_for_all()  # rank 0 has written the best checkpoint
             saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
             assert saved
             trainer.evaluated.load_state_dict(saved.model)
@@ -65,8 +54,8 @@ def _tested(
     return figures
 
 
-def _epochs(trainer: Trainer, job: Job) -> dict[str, float]:
-    """The best epoch where one is looked for, and the last one where that was not the plan's."""
+def epoch_metrics(trainer: Trainer, job: Job) -> dict[str, float]:
+    """The best epoch if validation chose one, and the last epoch if early stopping ended training before the plan's."""
     progress = trainer.early_stopping
     epochs: dict[str, float] = {}
     if job.data.validation_count or job.early_stopping.patience:
@@ -76,13 +65,27 @@ def _epochs(trainer: Trainer, job: Job) -> dict[str, float]:
     return epochs
 
 
-def _times(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
-    """Training time, the steady rate, and where all time went."""
+def time_metrics(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
+    """Training time, steady-state throughput, and where the time of the run went."""
     seconds = {"compile": 0.0, "communication": 0.0} | trainer.stopwatch.seconds
     train_seconds = sum(seconds[name] for name in ("data", "step", "communication"))
     blocks = trainer.block_rates[1:] or trainer.block_rates or [trainer.step * global_batch_size / train_seconds]
     return {
         "time/train_seconds": train_seconds,
-        "steady_images_per_second": median(blocks),  # blocks of log_every steps, without the first, the warm-up
+        "steady_images_per_second": median(blocks),  # blocks of log_every steps, without the first one, the warm-up
         **{f"time_split/{name}": value for name, value in seconds.items()},
+    }
+
+
+def communication_metrics(trainer: Trainer, model: nn.Module, world: World) -> dict[str, float]:
+    """Where each rank's time went, the bytes that it sends, and the bytes that the link can carry. A collective.
+
+    A single rank has none of these metrics.
+    """
+    if world.size == 1:
+        return {}
+    size = data_parallel.gradient_bytes(model)
+    return trainer.rank_times.metrics() | {
+        "communication/bytes_per_step": data_parallel.sent_bytes(size, world.size),
+        "communication/link_bytes_per_second": data_parallel.link_bytes_per_second(size, world.device),
     }

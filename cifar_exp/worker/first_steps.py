@@ -1,4 +1,4 @@
-"""Steps before the first: warm-up, compilation, CUDA graph capture."""
+"""What comes before the first step: compilation, DDP's buckets, CUDA graph capture."""
 
 import torch
 
@@ -10,40 +10,46 @@ from cifar_exp.errors import MachineError
 from cifar_exp.training.cuda_graph import cuda_graph
 from cifar_exp.training.trainer import Trainer
 
-COMPILER = ("torch._dynamo", "torch._inductor")  # by name: importing them takes seconds
+COMPILER = ("torch._dynamo", "torch._inductor")  # compared as names: importing them takes seconds
 
 
 def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Compile, and let DDP choose its buckets, before the first step; one eager rank has nothing to prepare."""
+    """Compile the network and let DDP choose its buckets. One eager rank needs neither.
+
+    ``choice``: the value of ``train.compile``.
+    """
     compiled = choice == "always"
     torch.manual_seed(batches.noise_seed(0))  # for what the network draws before its first epoch
     with trainer.stopwatch.span("compile" if compiled else "startup"):
         if compiled or world.size > 1:
-            # Compiled code is made for one shape. Buckets only need gradients: two images give them at once.
+            # Compiled code is specialized to one shape. DDP only needs gradients, which two images give quickly.
             count = batches.batch_size if compiled else min(2, batches.batch_size)
             images, labels = fetch(batches.source, torch.arange(count))
             try:
-                trainer.warm_up(batches.normalization(images), labels)
+                trainer.train_step.dry_run(batches.normalization(images), labels)
             except Exception as error:
                 if type(error).__module__.startswith(COMPILER):
-                    raise MachineError(f"train.compile=always: {error}. Type train.compile=auto") from error
+                    raise MachineError(f"train.compile=always: {error}. Set train.compile=auto") from error
                 raise
 
 
-def _capture_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Replay each step as a CUDA graph from now on, where that can be: ``benchmarks/compiled.py`` compares.
+def capture_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Capture each step as a CUDA graph where that is possible; ``benchmarks/compiled.py`` compares.
 
-    A rank that fails in the steps before its capture, where ranks wait for each other, is the launcher's to notice.
+    All ranks agree: if one of them cannot capture, all run eagerly. A rank may fail earlier, in the warm-up steps,
+    where ranks wait for each other; the launcher notices that.
+
+    ``choice``: the value of ``train.compile``.
     """
     with trainer.stopwatch.span("compile"):
         problem = ""
         try:
-            trainer.capture(batches, cuda_graph)
+            trainer.train_step.capture(batches, cuda_graph)
         except RuntimeError as error:
             problem = str(error) or type(error).__name__
         failures = collectives.sum_over_ranks(torch.tensor(float(bool(problem)), device=world.device))
-        if failures.item():  # on one rank alone, too: all of them take their steps in the same way
-            trainer.release()
+        if failures.item():
+            trainer.train_step.release()
             if problem or world.is_first:
-                why = problem or "another rank's cannot be captured"
-                print(f"train.compile={choice}: steps are launched one by one, since {why}", flush=True)
+                why = problem or "on another rank"
+                print(f"train.compile={choice}: CUDA graph capture failed ({why}): running eagerly", flush=True)

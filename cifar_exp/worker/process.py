@@ -1,4 +1,4 @@
-"""Setting up and ending one rank's process."""
+"""Set up and end one rank's process."""
 
 import atexit
 import gc
@@ -27,15 +27,15 @@ DEAD_PEER_PATIENCE = 2.0  # seconds
 
 
 def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) -> None:
-    """The whole life of a started process.
+    """The whole life of a rank's process.
 
     Args:
-        job: what to do.
-        exchange: a private folder in which ranks find each other, leave word of a failure, and are told to end.
-        work: done once this rank has its device and knows the others.
+        job: the run.
+        exchange: a private folder that ranks and launcher share: rendezvous, heartbeats, failures, stop requests.
+        work: called once this rank has its device and has joined the process group.
     """
     begin_rank()
-    gc.freeze()  # what the nursery has imported stays, and is no longer looked through
+    gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
@@ -43,35 +43,39 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
         if attempt:
             job = _restarted(job, exchange, rank, attempt)
         _prepare_process(job)
-        # Longer than the launcher's patience, which knows better who is to blame.
+        # Longer than launcher.timeout: the launcher ends hung ranks first, since it can name them.
         with process_group.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
             work(job, world, control)
         control.done()
         end_rank()
     except Exception as error:
-        if not exchange.exists():  # the launcher was stopped before it knew of this rank, and nobody is to hear of it
+        if not exchange.exists():  # the launcher was stopped before it knew of this rank: nobody reads a report
             os._exit(1)
-        code = error.exit_code if isinstance(error, CifarExpError) else None
-        failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
-        failure.save(exchange, attempt)
-        if code is None and int(os.environ["WORLD_SIZE"]) > 1:
-            # It may only be the echo of a peer that was killed and could leave no word: let the launcher see that
-            # one first. It ends this rank as soon as it does.
-            time.sleep(DEAD_PEER_PATIENCE)
-        sys.exit(1 if code is None else code)
+        _report_failure_and_exit(error, exchange, rank, attempt)
+
+
+def _report_failure_and_exit(error: Exception, exchange: Path, rank: int, attempt: int) -> None:
+    code = error.exit_code if isinstance(error, CifarExpError) else None
+    failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
+    failure.save(exchange, attempt)
+    if code is None and int(os.environ["WORLD_SIZE"]) > 1:
+        # The cause may be a peer that was killed and left no report. Wait, so that the launcher sees that one first.
+        # Then it ends this rank.
+        time.sleep(DEAD_PEER_PATIENCE)
+    sys.exit(1 if code is None else code)
 
 
 def begin_rank() -> None:
-    """In a rank: it ends with its parent, and Ctrl-C, which reaches every process of the terminal, is its parent's."""
+    """End with the parent, and leave Ctrl-C, which reaches every process of the terminal, to it."""
     host.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_rank() -> None:
-    """Called when a rank's work is done: it ends without Python's finalisation, as one that was forked does.
+    """End without Python's finalisation, as a forked process does.
 
-    That would abort a thread of gloo's which is still at a callback of Python's.
+    Finalisation would abort a thread of gloo's that is still in a Python callback.
     """
     if host.start_method() == "spawn":  # forked processes call nothing at their exit
         atexit.register(os._exit, 0)
@@ -87,31 +91,31 @@ def _seconds_left(job: Job) -> float | None:
 
 
 def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
-    """The job after a rank died: it goes on from the newest checkpoint that is sound.
+    """The job after a rank died: it resumes from the newest valid checkpoint.
 
     Raises:
-        CifarExpError: the one that ended the attempt before, where it would come again.
+        CifarExpError: the error that ended the attempt before, if it would come again.
     """
     for failure in RankFailure.of_attempt(exchange, attempt - 1):
         failure.raise_if_lasting()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    manifest = checkpoint.sound(job.run_dir, tell)
-    after = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
-    tell(f"cifar-exp: a rank died or hung; restart {attempt}: training goes on from {after}")
-    # What was trained since is trained again: that time is start-up.
+    manifest = checkpoint.sound(job.run_dir, report)
+    start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
+    report(f"cifar-exp: a rank died or hung; restart {attempt}: training resumes from {start}")
+    # Steps after the checkpoint are trained again. The time of the lost ones counts as start-up.
     return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
 
 
 def _prepare_process(job: Job) -> None:
-    _pin(job)
+    _pin_to_cores(job)
     torch.set_num_threads(job.threads)
     if job.accelerator == "cpu":
         keep_freed_memory()
-    # Batches keep their shape, for which the fastest algorithms are worth finding: others may be found another time.
+    # Batches have one shape, so it pays to try all algorithms. The choice may differ from run to run.
     torch.backends.cudnn.benchmark = not job.train.deterministic
     if job.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
@@ -120,11 +124,11 @@ def _prepare_process(job: Job) -> None:
         torch.use_deterministic_algorithms(mode=True)
 
 
-def _pin(job: Job) -> None:
-    """Keep each CPU rank on cores of its own, where the ranks take all of them.
+def _pin_to_cores(job: Job) -> None:
+    """Pin each CPU rank to cores of its own if the ranks use all cores.
 
-    Threads that wander evict each other's caches. A run that leaves cores free is left to the system: another run would
-    choose the same ones. Threads that are started from now on inherit it.
+    Threads that migrate between cores lose their caches. A run that leaves cores free is not pinned: another run would
+    choose the same cores. Threads that start later inherit the cores.
     """
     cores = host.own_cores()
     if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):

@@ -1,4 +1,4 @@
-"""One rank's life: device, process group, build, fit, close. It never enters Hydra and never imports mlflow."""
+"""What one rank does in a run: build, resume, train, test, report. It never enters Hydra and never imports mlflow."""
 
 import time
 from contextlib import ExitStack, nullcontext
@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 
-from cifar_exp.data.batches import scaled
 from cifar_exp.data.sources import Source, opened
 from cifar_exp.data.validation_split import divided
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint
-from cifar_exp.records.checkpoint import Checkpoint, Origin
+from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.records.checkpoint_saver import Saver
-from cifar_exp.records.journal import Entry, JournalWriter, run_id
-from cifar_exp.training.trainer import Trainer
-from cifar_exp.worker.assembly import assembled
-from cifar_exp.worker.final_metrics import _communication, _epochs, _tested, _times
-from cifar_exp.worker.first_steps import _capture_steps, prepare_steps
+from cifar_exp.records.journal import Entry, JournalWriter
+from cifar_exp.training.metrics import Averages
+from cifar_exp.training.trainer import ReportMetrics, Trainer
+from cifar_exp.worker.assembly import Assembly, assemble
+from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
+from cifar_exp.worker.final_metrics import communication_metrics, epoch_metrics, test_metrics, time_metrics
+from cifar_exp.worker.first_steps import capture_steps, prepare_steps
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.process import live
 
@@ -28,98 +29,68 @@ TRACE_FILE = "trace.json.gz"
 
 
 def run_rank(job: Job, exchange: Path) -> None:
-    """What each process runs that trains: see :func:`live`."""
+    """The entry point of each training process; see :func:`live`."""
     live(job, exchange, train)
 
 
 def train(job: Job, world: World, control: Control) -> None:
-    """Build everything on this rank's device, train, and write down how it went."""
-    with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        _train(job, world, control, *divided(train_images, job.data), test_images)
+    """Train on this rank's device, and write journal and checkpoints on rank 0."""
+    with (
+        opened(job.data, world.device, job.threads) as (images, test_images),
+        JournalWriter(job.run_dir) if world.is_first else nullcontext() as journal,
+    ):
+        train_images, held_out = divided(images, job.data)
+
+        def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
+            if journal:
+                journal.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
+
+        saved = checkpoint.load(*job.resume_from) if job.resume_from else None
+        assembly = assemble(job, world, control, report, train_images, test_images, saved)
+        trainer = assembly.trainer
+        if saved:
+            _resume(trainer, saved, job)
+        validated = _fit(job, world, assembly, held_out, journal)
+        if validated is None:
+            return
+        with trainer.stopwatch.span("evaluation"):
+            tested = test_metrics(trainer, assembly.test, validated, job, control)
+        _report_end(job, world, assembly, report, tested)
 
 
-def _train(
-    job: Job, world: World, control: Control, train_images: Source, kept_apart: Source | None, test_images: Source
-) -> None:
-    with JournalWriter(job.run_dir) if world.is_first else nullcontext() as writer:
-        _train_and_tell(job, world, control, writer, train_images, kept_apart, test_images)
-
-
-def _train_and_tell(
-    job: Job,
-    world: World,
-    control: Control,
-    writer: JournalWriter | None,
-    train_images: Source,
-    kept_apart: Source | None,
-    test_images: Source,
-) -> None:
-    def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
-        if writer:
-            writer.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
-
-    saved = checkpoint.load(*job.resume_from) if job.resume_from else None
-    parts = assembled(job, world, control, report, train_images, test_images, saved)
-    model, trainer, batches, test = parts.model, parts.trainer, parts.batches, parts.test
-    normalization = batches.normalization
-    if saved:
-        _go_on(trainer, saved, job)
-    validation = test if kept_apart is None else replace(test, source=kept_apart)
+def _fit(
+    job: Job, world: World, assembly: Assembly, held_out: Source | None, journal: JournalWriter | None
+) -> Averages | None:
+    """Train with checkpoints and, where asked for, a profile. Returns what ``Trainer.fit`` does."""
+    trainer, batches = assembly.trainer, assembly.batches
+    validation = assembly.test if held_out is None else replace(assembly.test, source=held_out)
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
-        saver = closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)) if world.is_first else None
-
-        def save(must: bool) -> None:
-            progress = trainer.early_stopping
-            # The test set chooses nothing: where no images are kept apart there is no best checkpoint.
-            best_step, best = (progress.best_step, progress.best) if kept_apart is not None else (None, None)
-            if not (must or trainer.epoch % job.checkpoint.every == 0 or best_step == trainer.step):
-                if saver:
-                    saver.wait()  # a save that failed is told an epoch later, not when the next one is due
-                return
-            training = trainer.state_dict()  # for which all ranks are needed
-            if saver:
-                shift, scale = normalization.shift, normalization.scale
-                classes, size = job.data.classes, scaled(job.data.image_size, validation.scale)
-                used = trainer.evaluated.state_dict()
-                state = Checkpoint(used, model.state_dict(), training, classes, shift, scale, size)
-                origin = Origin(
-                    epoch=trainer.epoch,
-                    step=trainer.step,
-                    global_batch_size=job.plan.global_batch_size,
-                    world_size=world.size,
-                    data_hash=job.data.content_hash,
-                    config_hash=job.config_hash,
-                    seconds=time.monotonic() - job.started,
-                    best_step=best_step,
-                    best_value=best,
-                    run_id=run_id(job.run_dir),
-                )
-                assert writer
-                writer.sync()  # a checkpoint must not outlive the journal of its steps
-                saver.save(state, origin)
-
+        files = None
+        if journal:
+            files = RankZeroFiles(journal, closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)))
+        policy = CheckpointPolicy(job, world, assembly, validation, held_out is not None, files)
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
         prepare_steps(trainer, batches, job.train.compile, world)
         if world.device.type == "cuda" and job.train.compile != "never":
-            _capture_steps(trainer, batches, job.train.compile, world)
-        validated = trainer.fit(batches, validation, job.plan.epochs, save)
+            capture_steps(trainer, batches, job.train.compile, world)
+        validated = trainer.fit(batches, validation, job.plan.epochs, policy.save)
         with trainer.stopwatch.span("checkpoint"):
-            if saver:
-                saver.wait()
-    if validated is None:
-        return
-    with trainer.stopwatch.span("evaluation"):
-        tested = _tested(trainer, test, validated, job, control)
+            policy.wait()
+    return validated
+
+
+def _report_end(job: Job, world: World, assembly: Assembly, report: ReportMetrics, tested: dict[str, float]) -> None:
+    trainer = assembly.trainer
     counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    times = _times(trainer, job.plan.global_batch_size) | _communication(trainer, model, world)
-    report(trainer.step, trainer.epoch, tested | counts | _epochs(trainer, job) | times)
+    times = time_metrics(trainer, job.plan.global_batch_size) | communication_metrics(trainer, assembly.model, world)
+    report(trainer.step, trainer.epoch, tested | counts | epoch_metrics(trainer, job) | times)
 
 
 def profiler(path: Path) -> torch.profiler.profile:
-    """A profiler that leaves the first steps out and writes a trace of six; ``step`` is to be called after each."""
+    """A profiler that skips the first steps and writes a trace of six. Call its ``step`` after each training step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -131,11 +102,12 @@ def profiler(path: Path) -> torch.profiler.profile:
     )
 
 
-def _go_on(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
+def _resume(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
+    """Continue where the checkpoint was saved, with the plan's global batch."""
     assert job.resume_from
     folder, manifest = job.resume_from
     try:
         trainer.load_state_dict(saved.training, same_run=folder == job.run_dir)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"optimizer: the checkpoint's state is another one's: {error}") from error
-    trainer.share_epoch_anew(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)
+        raise ConfigError(f"optimizer: the checkpoint's state belongs to another one: {error}") from error
+    trainer.rescale_progress(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)

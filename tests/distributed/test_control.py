@@ -9,21 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.distributed.heartbeat import LEAVE_FILE, STOP_FILE, Control, Request, ended_by
+from cifar_exp.distributed.heartbeat import LEAVE_FILE, STOP_FILE, Control, Request, StopPoint, ended_by
 from cifar_exp.launch.watchdog import Watchdog
 
 
 def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
     first, second = (Control(tmp_path, tmp_path, rank) for rank in (0, 1))
     (tmp_path / LEAVE_FILE).touch()
-    second.ask(2)  # only the first one looks
-    assert second.agreed(2) is None
-    first.ask(4)
-    assert [rank.agreed(3) for rank in (first, second)] == [None, None]
+    second.approach(StopPoint(1))  # only the first one looks
+    assert second.agreed(StopPoint(1)) is None
+    first.approach(StopPoint(2))
+    assert [rank.agreed(StopPoint(1, in_evaluation=True)) for rank in (first, second)] == [None, None]
     request = Request("leave", "a signal")
-    assert [rank.agreed(4) for rank in (first, second)] == [request, request]
-    first.ask(6)  # what was agreed stays
-    assert second.agreed(5) == ended_by(tmp_path) == request
+    assert [rank.agreed(StopPoint(2)) for rank in (first, second)] == [request, request]
+    first.approach(StopPoint(3))  # what was agreed stays
+    assert second.agreed(StopPoint(2, in_evaluation=True)) == ended_by(tmp_path) == request
+
+
+def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_path: Path) -> None:
+    first, second = (Control(tmp_path, tmp_path, rank) for rank in (0, 1))
+    (tmp_path / LEAVE_FILE).touch()
+    first.approach(StopPoint(5, in_evaluation=True))
+    assert second.agreed(StopPoint(5)) is None
+    assert second.agreed(StopPoint(5, in_evaluation=True)) == second.agreed(StopPoint(6)) == ended_by(tmp_path)
+    points = [StopPoint(step, in_evaluation) for in_evaluation in (True, False) for step in (1, 0)]
+    assert [tuple(point) for point in sorted(points)] == [(0, False), (0, True), (1, False), (1, True)]
 
 
 def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
@@ -31,11 +41,11 @@ def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
     exchange.mkdir()
     run_dir.mkdir()
     control = Control(exchange, run_dir)
-    control.ask(2)
-    assert control.agreed(2) is None
+    control.approach(StopPoint(1))
+    assert control.agreed(StopPoint(1)) is None
     (run_dir / STOP_FILE).touch()
-    control.ask(4)
-    assert control.agreed(4) == Request("finish", "the file stop in the run's folder")
+    control.approach(StopPoint(2))
+    assert control.agreed(StopPoint(2)) == Request("finish", "the file stop in the run's folder")
     assert not (run_dir / STOP_FILE).exists()
 
 
@@ -44,17 +54,20 @@ def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     over, endless = Control(tmp_path / "a", seconds=0.0), Control(tmp_path / "b", seconds=86400.0)
     for control in (over, endless):
-        control.ask(2)
-    assert over.agreed(2) == Request("finish", "train.max_seconds")
-    assert endless.agreed(2) is None
+        control.approach(StopPoint(1))
+    assert over.agreed(StopPoint(1)) == Request("finish", "train.max_seconds")
+    assert endless.agreed(StopPoint(1)) is None
+
+
+EVALUATE = "control.approach(StopPoint(9, in_evaluation=True))"
 
 
 def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
     """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
-        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import Control\n"
+        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import Control, StopPoint\n"
         f"control = Control(Path({str(exchange)!r}), rank={rank})\n"
-        f"for step in range({steps} + 1): control.ask(2 * (step + 1))\n"
+        f"for step in range({steps} + 1): control.approach(StopPoint(step + 1))\n"
         f"{then}\n"
         "time.sleep(600)\n"
     )
@@ -74,7 +87,7 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
     blamed = 1 if stopped is None else stopped
     try:
         watchdog = Watchdog(tmp_path, 2, timeout=2.0)
-        until(lambda: {moment for _, moment, *_ in watchdog._beats().values()} == {20, 10})
+        until(lambda: {beat.point.step for beat in watchdog._beats().values()} == {10, 5})
         if stopped is not None:
             ranks[stopped].send_signal(signal.SIGSTOP)
         with watchdog:
@@ -82,7 +95,7 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
         assert ranks[1 - blamed].poll() is None
         assert list(watchdog.hung) == [blamed]
         assert (
-            f"rank {blamed} hung after step {(9, 4)[blamed]} (no sign of life for launcher.timeout=2 s"
+            f"rank {blamed} hung after step {(9, 4)[blamed]} (no heartbeat for launcher.timeout=2 s"
             in watchdog.hung[blamed]
         )
     finally:
@@ -94,8 +107,8 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
 @pytest.mark.parametrize(
     ("first", "second", "blamed"),
     [
-        ("control.got_on()", "", [1]),  # the first waits for the second's gradients
-        ("for _ in range(5): control.ask(19)", "control.ask(19); control.got_on()", [0]),  # whose shard is larger
+        ("control.next_stage()", "", [1]),  # the first waits for the second's gradients
+        (f"for _ in range(5): {EVALUATE}", f"{EVALUATE}; control.next_stage()", [0]),  # its shard is larger
         ("", "", [0, 1]),
     ],
 )
@@ -112,7 +125,7 @@ def test_whoever_waits_for_another_rank_is_not_blamed(
                 assert ranks[rank].wait(60) == -signal.SIGKILL
         assert list(watchdog.hung) == blamed
         who = "ranks 0 and 1" if len(blamed) == 2 else f"rank {blamed[0]}"
-        assert watchdog.hung[blamed[0]].startswith(f"{who} hung after step 9 (no sign of life")
+        assert watchdog.hung[blamed[0]].startswith(f"{who} hung after step 9 (no heartbeat")
     finally:
         for process in ranks:
             process.kill()

@@ -10,9 +10,9 @@ from torch import Tensor
 from cifar_exp.data.batches import EvaluationBatches, TrainBatches
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.process_group import World
-from cifar_exp.training.cuda_graph import Capture, Function, cuda_graph, told
+from cifar_exp.training.cuda_graph import Capture, Function, capture_problem, cuda_graph
 from cifar_exp.training.optimizers import Muon, OptimizerFactory
-from tests.test_distributed import train_batches, trainer, validation
+from tests.helpers.tiny_training import train_batches, trainer, validation
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
 
@@ -41,10 +41,10 @@ def on_its_own_memory(parameters: list[Tensor]) -> Capture:
 
 def trained(captured: bool, world: World, make_optimizer: OptimizerFactory) -> tuple[list[Tensor], list[object]]:
     made, model, reports = trainer(world)
-    made.optimizer = make_optimizer(model.parameters(), lr=1.0)
+    made.train_step.optimizer = make_optimizer(model.parameters(), lr=1.0)
     batches = train_batches(world)
     if captured:
-        made.capture(batches, on_its_own_memory(list(model.parameters())))
+        made.train_step.capture(batches, on_its_own_memory(list(model.parameters())))
     made.fit(batches, validation(world), epochs=1)
     figures = [
         (step, name, value) for step, _, metrics in reports for name, value in metrics.items() if "second" not in name
@@ -56,11 +56,11 @@ def test_steps_of_several_sizes_have_gradients_of_their_own(only_rank: World) ->
     networks = []
     for captured in (False, True):
         made, model, _ = trainer(only_rank)
-        made.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=False)
+        made.train_step.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=False)
         batches = replace(train_batches(only_rank), scales=(0.5, 1.0))
         made.learning_rates = (0.1,) * 6
         if captured:
-            made.capture(batches, on_its_own_memory(list(model.parameters())))
+            made.train_step.capture(batches, on_its_own_memory(list(model.parameters())))
         made.fit(batches, validation(only_rank), epochs=2)
         networks.append([*model.parameters(), *model.buffers()])
     for ours, theirs in zip(*networks, strict=True):
@@ -93,9 +93,9 @@ def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: W
     expected, _ = trained(False, only_rank, SGD)
     made, model, _ = trainer(only_rank)
     before = [value.clone() for value in model.state_dict().values()]
-    made.optimizer = SGD(model.parameters(), lr=1.0, fused=True)
+    made.train_step.optimizer = SGD(model.parameters(), lr=1.0, fused=True)
     with pytest.raises(RuntimeError, match="not this one"):
-        made.capture(train_batches(only_rank), refusing)
+        made.train_step.capture(train_batches(only_rank), refusing)
     for value, old in zip(model.state_dict().values(), before, strict=True):
         assert torch.equal(value, old)
     made.fit(train_batches(only_rank), validation(only_rank), epochs=1)
@@ -111,11 +111,12 @@ def test_a_cuda_graph_trains_the_same_network(only_rank: World, make_optimizer: 
     for captured in (False, True):
         made, model, _ = trainer(only_rank)
         optimizer = make_optimizer(model.to("cuda").parameters(), lr=1.0)
-        made = replace(made, optimizer=optimizer, learning_rates=(0.1,) * 6)
+        step = replace(made.train_step, optimizer=optimizer)
+        made = replace(made, train_step=step, learning_rates=(0.1,) * 6)
         batches, test = train_batches(only_rank), validation(only_rank)
         batches = replace(batches, source=images_on_gpu(batches), scales=(0.5, 1.0))
         if captured:
-            made.capture(batches, cuda_graph)
+            made.train_step.capture(batches, cuda_graph)
         made.fit(batches, replace(test, source=images_on_gpu(test)), epochs=2)
         networks.append([*model.parameters(), *model.buffers()])
     for ours, theirs in zip(*networks, strict=True):
@@ -138,13 +139,13 @@ def test_what_made_a_capture_fail_is_told_first() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         capture()
-    assert told(raised.value) == "the host reads a number; then a previous error"
-    assert told(MemoryError()) == "MemoryError"
+    assert capture_problem(raised.value) == "the host reads a number; then a previous error"
+    assert capture_problem(MemoryError()) == "MemoryError"
 
 
 def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(only_rank: World) -> None:
     made, model, _ = trainer(only_rank)
-    made = replace(made, averaging=0.75)
+    made = replace(made, train_step=replace(made.train_step, ema_decay=0.75))
     seen: list[Tensor] = []
     weight = next(model.parameters())
     made.after_step = lambda: seen.append(weight.detach().clone())
@@ -158,6 +159,7 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(only_rank
     assert not torch.equal(averaged, weight)
 
     state = made.state_dict()
-    again = replace(trainer(only_rank)[0], averaging=0.75)
+    again, _, _ = trainer(only_rank)
+    again = replace(again, train_step=replace(again.train_step, ema_decay=0.75))
     again.load_state_dict(state, same_run=True)
     assert torch.equal(next(again.evaluated.parameters()), averaged)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar_exp.cpu_kernels import winograd
-from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import WinogradConvolution
-from cifar_exp.cpu_kernels.replace import fused
+from cifar_exp.cpu_kernels.replace import fuse_layers
 from cifar_exp.models.networks import convnet, seeded
 from tests.conftest import environment
 
@@ -159,7 +159,7 @@ def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: tuple
     for name, parameter in plain[0].named_parameters():
         parameter.requires_grad_(name not in frozen)
     state = torch.random.get_rng_state()
-    model = fused(copy.deepcopy(plain), torch.bfloat16)
+    model = fuse_layers(copy.deepcopy(plain), torch.bfloat16)
     assert torch.equal(state, torch.random.get_rng_state())
     assert type(model[0]) is WinogradConvolution
     inputs = last(integers(32, 32, 8, 8, limit=3, seed=0), torch.bfloat16).requires_grad_("inputs" not in frozen)
@@ -187,21 +187,22 @@ def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: tuple
     ],
 )
 def test_another_convolution_stays(change: dict[str, object]) -> None:
-    assert type(fused(layers(**change), torch.bfloat16)[0]) is nn.Conv2d
+    assert type(fuse_layers(layers(**change), torch.bfloat16)[0]) is nn.Conv2d
 
 
 def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(fused(layers(), torch.float32)[0]) is nn.Conv2d
+    assert type(fuse_layers(layers(), torch.float32)[0]) is nn.Conv2d
     for features in ({"avx512bf16", "avx512bw", "amx-bf16"}, {"avx512bw"}):
         monkeypatch.setattr(
             "cifar_exp.cpu_kernels.numba_runtime.target", lambda features=features: ("", "", frozenset(features))
         )
-        assert type(fused(layers(), torch.bfloat16)[0]) is nn.Conv2d
+        assert type(fuse_layers(layers(), torch.bfloat16)[0]) is nn.Conv2d
 
 
 def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
     """LLVM would end the process."""
-    code = "import torch, tests.test_winograd as here; print(here.fused(here.layers(), torch.bfloat16)[0])"
+    show = "print(here.fuse_layers(here.layers(), torch.bfloat16)[0])"
+    code = f"import torch, tests.cpu_kernels.test_winograd as here; {show}"
     for setting in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -222,7 +223,7 @@ def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(mo
     monkeypatch.setattr("cifar_exp.cpu_kernels.winograd.pays", lambda: True)
     monkeypatch.setattr("cifar_exp.cpu_kernels.numba_runtime.compiled", refuse)
     model = layers()
-    assert fuse_layers(model, torch.bfloat16) == "RuntimeError: no such instruction"
+    assert fuse(model, torch.bfloat16) == "RuntimeError: no such instruction"
     assert type(model[0]) is nn.Conv2d
 
 
@@ -250,7 +251,7 @@ def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(mo
 )
 def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change: Callable[[nn.Module], None]) -> None:
     plain = layers()
-    model = fused(copy.deepcopy(plain), torch.bfloat16)
+    model = fuse_layers(copy.deepcopy(plain), torch.bfloat16)
     for some in (plain, model):
         change(some)
     with torch.autocast("cpu", torch.bfloat16):
@@ -259,7 +260,7 @@ def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change:
 
 @has_instructions
 def test_inputs_that_pytorch_refuses_are_refused() -> None:
-    model, inputs = fused(layers(), torch.bfloat16), last(torch.ones(32, 64, 8, 8), torch.bfloat16)
+    model, inputs = fuse_layers(layers(), torch.bfloat16), last(torch.ones(32, 64, 8, 8), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="channels"):
         model(inputs)
 
@@ -268,7 +269,7 @@ def test_inputs_that_pytorch_refuses_are_refused() -> None:
 def test_a_network_learns_as_with_pytorchs_layers() -> None:
     """Its first losses, which have few digits in bfloat16 either way."""
     losses = []
-    for change in (lambda model: model, lambda model: fused(model, torch.bfloat16)):
+    for change in (lambda model: model, lambda model: fuse_layers(model, torch.bfloat16)):
         model = change(seeded(convnet, 10, 0).to(memory_format=torch.channels_last))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         generator = torch.Generator().manual_seed(0)

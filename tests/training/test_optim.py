@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar_exp.training.cuda_graph import may_be_captured
+from cifar_exp.training.cuda_graph import is_capturable
 from cifar_exp.training.optimizers import Muon, orthogonalized
 from cifar_exp.training.schedules import cosine, learning_rates, linear, piecewise
 
@@ -190,7 +190,7 @@ def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
         (torch.optim.NAdam, {"capturable": True}, False),  # has no fused one; part of its state starts at one
     ],
 )
-def test_which_optimizers_may_be_captured(
+def test_which_optimizers_is_capturable(
     make: Callable[..., torch.optim.Optimizer], settings: dict[str, Any], may_be: bool
 ) -> None:
-    assert may_be_captured(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **settings)) is may_be
+    assert is_capturable(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **settings)) is may_be

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cifar_exp.training import metrics
+from cifar_exp.training import stopwatch
 from cifar_exp.training.metrics import Averages, Totals
 from cifar_exp.training.stopwatch import Stopwatch
 
@@ -27,7 +27,7 @@ class FakeClock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     fake = FakeClock()
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=fake.perf_counter))
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=fake.perf_counter))
     return fake
 
 

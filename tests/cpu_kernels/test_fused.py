@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_exp.cpu_kernels.fuse import fuse_layers
+from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool
-from cifar_exp.cpu_kernels.replace import fused
+from cifar_exp.cpu_kernels.replace import fuse_layers
 from cifar_exp.models.networks import convnet, resnet, seeded
 from cifar_exp.models.speednet import speednet
 from tests.conftest import TINY, environment
@@ -81,7 +81,7 @@ def test_a_step_is_that_of_pytorchs_layers(name: str, shape: tuple[int, ...], dt
     """Against float64; of pooling only outputs are compared in bfloat16, where other values of a window are equal."""
     inputs = channels_last(*shape, dtype=dtype)
     own = with_any_values(nn.Sequential(*LAYERS[name](shape[1])))
-    exact, layers = copy.deepcopy(own).double(), fused(own, dtype)
+    exact, layers = copy.deepcopy(own).double(), fuse_layers(own, dtype)
     assert any(isinstance(layer, FusedBatchNorm) for layer in layers)
     for _ in range(2):  # statistics go on
         expected, results = step(exact, inputs.double()), step(layers, inputs)
@@ -97,7 +97,7 @@ def test_an_evaluation_is_that_of_pytorchs_layers(name: str, dtype: torch.dtype)
     inputs = channels_last(6, 24, 9, 8, dtype=dtype)
     own = with_any_values(nn.Sequential(*LAYERS[name](24)))
     own(channels_last(8, 24, 9, 8, seed=3))
-    exact, layers = copy.deepcopy(own).double().eval(), fused(own, dtype).eval()
+    exact, layers = copy.deepcopy(own).double().eval(), fuse_layers(own, dtype).eval()
     before = copy.deepcopy(layers.state_dict())
     with torch.no_grad():
         assert_close({"outputs": layers(inputs)}, {"outputs": exact(inputs.double())}, dtype)
@@ -111,7 +111,7 @@ def test_pooling_is_bit_for_bit_pytorchs(dtype: torch.dtype) -> None:
     """Also where values of a window are equal, and where a side is odd."""
     for shape in ((4, 16, 8, 8), (3, 5, 7, 9), (2, 8, 2, 3)):
         inputs = channels_last(*shape, dtype=dtype).round()
-        layers = fused(nn.Sequential(nn.MaxPool2d(2)), dtype)
+        layers = fuse_layers(nn.Sequential(nn.MaxPool2d(2)), dtype)
         assert isinstance(layers[0], HalvingMaxPool)
         results, expected = step(layers, inputs), step(nn.MaxPool2d(2), inputs)
         assert all(torch.equal(results[key], expected[key]) for key in expected)
@@ -120,7 +120,7 @@ def test_pooling_is_bit_for_bit_pytorchs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_nothing_depends_on_the_number_of_threads(name: str) -> None:
     inputs = channels_last(7, 12, 11, 10, dtype=torch.bfloat16)
-    layers = fused(with_any_values(nn.Sequential(*LAYERS[name](12))), torch.bfloat16)
+    layers = fuse_layers(with_any_values(nn.Sequential(*LAYERS[name](12))), torch.bfloat16)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -131,7 +131,7 @@ def test_nothing_depends_on_the_number_of_threads(name: str) -> None:
 
 def test_small_differences_of_large_numbers_are_seen() -> None:
     inputs = channels_last(32, 4, 8, 8) / 100 + 1000
-    layer = fused(nn.Sequential(nn.BatchNorm2d(4, eps=0, momentum=1.0)), torch.float32)
+    layer = fuse_layers(nn.Sequential(nn.BatchNorm2d(4, eps=0, momentum=1.0)), torch.float32)
     outputs = layer(inputs)
     variance = inputs.double().var((0, 2, 3))
     assert torch.allclose(layer[0].running_var.double(), variance, rtol=1e-3)
@@ -141,12 +141,12 @@ def test_small_differences_of_large_numbers_are_seen() -> None:
 def test_what_is_not_a_number_is_not_hidden() -> None:
     inputs = channels_last(4, 16, 8, 8, dtype=torch.bfloat16)
     inputs[1, 3, 2, 2] = torch.nan
-    layers = fused(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), torch.bfloat16)
+    layers = fuse_layers(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), torch.bfloat16)
     outputs = layers(inputs)
     assert outputs[:, 3].isnan().all()
     assert not outputs[:, :3].isnan().any()
     assert layers[0].running_mean[3].isnan()
-    pooled = fused(nn.Sequential(nn.MaxPool2d(2)), torch.bfloat16)(inputs)
+    pooled = fuse_layers(nn.Sequential(nn.MaxPool2d(2)), torch.bfloat16)(inputs)
     assert pooled.isnan().sum() == 1
     assert pooled[1, 3, 1, 1].isnan()
 
@@ -158,7 +158,7 @@ def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype
     model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     plain = copy.deepcopy(model)
-    fused(model, dtype)
+    fuse_layers(model, dtype)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -169,28 +169,28 @@ def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype
 
 def test_only_what_is_the_next_layer_is_taken_in() -> None:
     relu, dropout = nn.ReLU(), nn.Dropout()
-    layers = fused(nn.Sequential(dropout, nn.BatchNorm2d(4), dropout, relu), torch.float32)
+    layers = fuse_layers(nn.Sequential(dropout, nn.BatchNorm2d(4), dropout, relu), torch.float32)
     assert layers[3] is relu
     outer = nn.Sequential(nn.Sequential(nn.BatchNorm2d(4)), relu)
-    assert fused(outer, torch.float32)[1] is relu
+    assert fuse_layers(outer, torch.float32)[1] is relu
     named = OrderedDict(norm=nn.BatchNorm2d(4), activation=nn.GELU(approximate="tanh"))
-    assert type(fused(nn.Sequential(named), torch.float32).activation) is nn.GELU
+    assert type(fuse_layers(nn.Sequential(named), torch.float32).activation) is nn.GELU
     ceiling = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 2, 1))
-    assert {type(layer) for layer in fused(ceiling, torch.float32)} == {nn.MaxPool2d}
+    assert {type(layer) for layer in fuse_layers(ceiling, torch.float32)} == {nn.MaxPool2d}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_types_keep_their_layers(dtype: torch.dtype) -> None:
-    assert type(fused(nn.Sequential(nn.BatchNorm2d(4)), dtype)[0]) is nn.BatchNorm2d
+    assert type(fuse_layers(nn.Sequential(nn.BatchNorm2d(4)), dtype)[0]) is nn.BatchNorm2d
 
 
 def test_what_has_no_kernel_is_computed_by_pytorch() -> None:
-    layers = fused(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU()), torch.float32)
+    layers = fuse_layers(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU()), torch.float32)
     plain = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU())
     for inputs in (channels_last(3, 4, 6, 6).contiguous(), channels_last(3, 4, 6, 6).double()):
         expected = plain.to(inputs.dtype)(inputs)
         assert torch.equal(layers.to(inputs.dtype)(inputs), expected)
-    halved = fused(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), torch.bfloat16).bfloat16()
+    halved = fuse_layers(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), torch.bfloat16).bfloat16()
     inputs = channels_last(3, 4, 6, 6, dtype=torch.bfloat16)
     assert torch.equal(halved(inputs), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).bfloat16()(inputs))
     with pytest.raises(ValueError, match="more than 1 value"):
@@ -223,7 +223,7 @@ def test_a_layer_that_was_changed_is_computed_as_it_is(change: Callable[[nn.Batc
     inputs = channels_last(3, 4, 6, 6)
     for training in (True, False):
         plain, model = (changed(nn.BatchNorm2d(4), change).train(training) for _ in range(2))
-        layers = fused(nn.Sequential(model, nn.ReLU()), torch.float32)
+        layers = fuse_layers(nn.Sequential(model, nn.ReLU()), torch.float32)
         assert torch.allclose(layers(inputs), plain(inputs).relu(), atol=1e-5)
         assert torch.allclose(layers[0].running_mean, plain.running_mean, atol=1e-6)
         assert torch.allclose(layers[0].running_var, plain.running_var, atol=1e-6)
@@ -233,7 +233,7 @@ def test_a_layer_in_evaluation_can_be_trained_further() -> None:
     """Its scale and shift, by images of which no gradient is wanted."""
     inputs = channels_last(3, 4, 6, 6)
     plain = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).eval()
-    layers = fused(copy.deepcopy(plain), torch.float32).eval()
+    layers = fuse_layers(copy.deepcopy(plain), torch.float32).eval()
     for model in (plain, layers):
         model(inputs).square().sum().backward()
     assert torch.allclose(layers[0].weight.grad, plain[0].weight.grad)
@@ -241,8 +241,8 @@ def test_a_layer_in_evaluation_can_be_trained_further() -> None:
 
 
 def test_another_default_type_changes_nothing() -> None:
-    layers = fused(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()), torch.float32)
-    trained = fused(nn.Sequential(nn.BatchNorm2d(4)), torch.float32)
+    layers = fuse_layers(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()), torch.float32)
+    trained = fuse_layers(nn.Sequential(nn.BatchNorm2d(4)), torch.float32)
     inputs = channels_last(3, 4, 6, 6)
     before, gradients = layers(inputs), step(trained, inputs)
     torch.set_default_dtype(torch.float64)
@@ -255,12 +255,12 @@ def test_another_default_type_changes_nothing() -> None:
 
 def test_inputs_that_pytorch_refuses_are_refused() -> None:
     for channels in (4, 8):
-        layers = fused(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), torch.float32)
+        layers = fuse_layers(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), torch.float32)
         with pytest.raises(RuntimeError, match=r"running_mean|weight"):
             layers(channels_last(2, 12 - channels, 4, 4))
     for sides in ((1, 1), (1, 4), (4, 1)):
         with pytest.raises(RuntimeError, match="too small"):
-            fused(nn.Sequential(nn.MaxPool2d(2)), torch.float32)(channels_last(2, 4, *sides))
+            fuse_layers(nn.Sequential(nn.MaxPool2d(2)), torch.float32)(channels_last(2, 4, *sides))
 
 
 class Residual(nn.Sequential):
@@ -272,22 +272,22 @@ class Residual(nn.Sequential):
 def test_layers_of_which_somebody_makes_other_use_stay() -> None:
     inputs = channels_last(3, 4, 6, 6)
     own = Residual(nn.BatchNorm2d(4), nn.ReLU())
-    assert torch.allclose(fused(copy.deepcopy(own), torch.float32)(inputs), own(inputs), atol=1e-5)
+    assert torch.allclose(fuse_layers(copy.deepcopy(own), torch.float32)(inputs), own(inputs), atol=1e-5)
     shared = nn.BatchNorm2d(4)
-    twice = fused(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)), torch.float32)
+    twice = fuse_layers(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)), torch.float32)
     assert twice[0] is twice[2][0] is shared
     seen = []
     hooked = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
     for layer in hooked:
         layer.register_forward_hook(lambda layer, _inputs, _outputs: seen.append(layer))
-    fused(hooked, torch.float32)(inputs)
+    fuse_layers(hooked, torch.float32)(inputs)
     assert seen == list(hooked)
 
 
 def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
     """Each variant's apart from the others': what is kept under one index two processes would mix up."""
     test = "here.test_pooling_is_bit_for_bit_pytorchs"
-    code = f"import torch, tests.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
+    code = f"import torch, tests.cpu_kernels.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=settings, check=True, timeout=120)
@@ -300,7 +300,8 @@ def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
 def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
     """With no room for it, as on a full disk."""
     (tmp_path / "file").write_text("")
-    code = "import torch, tests.test_fused as here; here.test_pooling_is_bit_for_bit_pytorchs(torch.float32)"
+    test = "test_pooling_is_bit_for_bit_pytorchs"
+    code = f"import torch, tests.cpu_kernels.test_fused as here; here.{test}(torch.float32)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "below")},
@@ -318,7 +319,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatc
 
     monkeypatch.setattr("cifar_exp.cpu_kernels.numba_runtime.compiled", refuse)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
-    assert fuse_layers(model, torch.float32) == "RuntimeError: no such instruction"
+    assert fuse(model, torch.float32) == "RuntimeError: no such instruction"
     assert model(channels_last(2, 3, 8, 8)).shape == (2, 4, 6, 6)
 
 

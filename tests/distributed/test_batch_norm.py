@@ -17,7 +17,7 @@ from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records import journal
 from tests.conftest import TINY, Command
-from tests.test_distributed import (
+from tests.helpers.tiny_training import (
     floating_buffers,
     gradient_of,
     tiny_model,
@@ -26,7 +26,7 @@ from tests.test_distributed import (
     validation,
     vector,
 )
-from tests.worlds import results_of_ranks, world_of_one
+from tests.helpers.worlds import results_of_ranks, world_of_one
 
 Results = dict[str, Any]
 RANKS = 2
@@ -46,7 +46,7 @@ def after_one_batch(images: Tensor) -> nn.BatchNorm2d:
 
 def settled(world: World, choice: BatchNorm) -> Tensor:
     layer = after_one_batch(rank_images(world.rank))
-    batch_norm.settle(layer, choice)
+    batch_norm.combine_over_ranks(layer, choice)
     return vector(floating_buffers(layer))
 
 
@@ -77,7 +77,7 @@ def scaled_layer() -> nn.BatchNorm2d:
 
 def synchronized_network(world: World) -> Results:
     """A step of the whole network under DDP, synchronised."""
-    model = batch_norm.synchronized(tiny_model(), world.device)
+    model = batch_norm.synchronize_layers(tiny_model(), world.device)
     kinds = [type(layer).__name__ for layer in batch_norm.batch_norms(model)]
     parallel, _ = data_parallel(model, world)
     (images, labels), *_ = train_batches(world).epoch(1)
@@ -152,7 +152,7 @@ def test_what_several_ranks_had_is_taken_over_as_it_would_have_been_settled() ->
     whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
     for ranks, expected in ((layers, whole), (layers[:1], vector(floating_buffers(layers[0])))):
         network = nn.Sequential(nn.BatchNorm2d(3))
-        batch_norm.take_over(network, [list(layer.buffers()) for layer in ranks])
+        batch_norm.load_combined(network, [list(layer.buffers()) for layer in ranks])
         torch.testing.assert_close(vector(floating_buffers(network)), expected, rtol=1 / (4 * 36), atol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_a_run_is_evaluated_with_the_chosen_statistics(cifar_exp: Command, workp
 def test_micro_batches_cannot_be_synchronized(cifar_exp: Command) -> None:
     refused = cifar_exp(*TINY, "train.batch_norm=synchronized", "train.accumulate=2", "tracking=none")
     assert refused.returncode == 2
-    assert "Type train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
+    assert "Set train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
 
 
 def test_a_choice_in_other_words_is_refused(cifar_exp: Callable[..., Any]) -> None:

@@ -34,8 +34,8 @@ from cifar_exp.training import trainer
 from cifar_exp.training.cuda_graph import Function
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import make_plan
-from cifar_exp.worker.assembly import Assembly, assembled
-from tests.test_config import composed
+from cifar_exp.worker.assembly import Assembly, assemble
+from tests.helpers.configs import composed
 
 GPU = torch.device("cuda", 0)
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
@@ -100,7 +100,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
     control = Control(folder, folder, 0, 1, None)
-    rank = assembled(job, World(0, 0, 1, GPU), control, lambda *_: None, split, split)
+    rank = assemble(job, World(0, 0, 1, GPU), control, lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:
         for parameter in rank.model.parameters():
@@ -129,7 +129,7 @@ def test_a_captured_step_is_the_whole_step(
         return step
 
     rank = rank_on_a_gpu(monkeypatch, tmp_path, recipe)
-    rank.trainer.capture(rank.batches, capture)
+    rank.trainer.train_step.capture(rank.batches, capture)
     assert len(captured) == len({*rank.batches.scales, 1.0})
     trained = sum(parameter.requires_grad for parameter in rank.model.parameters())
     for seen in captured:
@@ -137,7 +137,7 @@ def test_a_captured_step_is_the_whole_step(
         assert seen.operators["aten.convolution"] == sum(isinstance(it, nn.Conv2d) for it in rank.model.modules())
         assert "aten.adaptive_max_pool2d" not in seen.operators  # whose gradient train.deterministic=true refuses there
         assert seen.operators["update"] == 1 or seen.operators["aten.addcmul_"] == trained  # as Muon does
-    rates = [group["lr"] for group in rank.trainer.optimizer.param_groups]
+    rates = [group["lr"] for group in rank.trainer.train_step.optimizer.param_groups]
     assert {rate.device for rate in rates} == {GPU}
 
 
@@ -155,7 +155,7 @@ def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, mon
     steps, crossings = [], []
     for images in (5000, 10000):
         rank = rank_on_a_gpu(monkeypatch, tmp_path, recipe, "train.log_every=1000", images=images)
-        rank.trainer.capture(rank.batches, capture)
+        rank.trainer.train_step.capture(rank.batches, capture)
         with Crossings(allowed=True) as seen:
             rank.trainer.train_one_epoch(1, rank.batches)
         steps.append(rank.trainer.step)
@@ -178,7 +178,7 @@ def test_an_optimizer_may_be_captured_unless_somebody_says_otherwise(
     overrides: list[str], settings: tuple[bool | None, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = rank_on_a_gpu(monkeypatch, tmp_path, "optimizer=adamw", *overrides)
-    (group,) = rank.trainer.optimizer.param_groups
+    (group,) = rank.trainer.train_step.optimizer.param_groups
     assert (group["fused"], group["capturable"]) == settings
 
 

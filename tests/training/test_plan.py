@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cifar_exp.config.schema import Config, EarlyStopping, Train
+from cifar_exp.config.schema import Config, EarlyStoppingSettings, Train
 from cifar_exp.errors import ConfigError
 from cifar_exp.training.plan import Plan, doubts, make_plan
 from cifar_exp.training.schedules import cosine, piecewise
@@ -22,7 +22,7 @@ def plan(
 def configured(*, lr: float = 0.1, apart: float = 0.0, patience: int = 0, **train: Any) -> Config:
     sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
     sections["data"] = {"validation": apart}
-    stopping = EarlyStopping(patience=patience)
+    stopping = EarlyStoppingSettings(patience=patience)
     return Config(**sections, optimizer={"lr": lr}, early_stopping=stopping, train=Train(**train))
 
 
@@ -61,7 +61,7 @@ def test_accumulation_plans_what_as_many_devices_would(scaling: str) -> None:
 
 
 def test_micro_batches_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"2 devices x 3 micro-batches and must be divisible by 6\. Type .*=258"):
+    with pytest.raises(ConfigError, match=r"2 devices x 3 micro-batches and must be divisible by 6\. Set .*=258"):
         plan(2, accumulate=3, scaling="strong")
 
 
@@ -99,7 +99,7 @@ def test_what_is_hardly_meant_is_said() -> None:
     assert "train.epochs=5 ends before" in told
     assert doubts(config, plan(1, epochs=5)) == doubts(config, plan(2, epochs=6)) == []
     (told,) = doubts(configured(patience=2), plan(1))
-    assert "early_stopping.patience=2: no training images are kept apart" in told
+    assert "early_stopping.patience=2: there is no validation split" in told
     assert doubts(configured(patience=2, apart=0.1), plan(1)) == []
 
 
@@ -139,7 +139,7 @@ def test_a_batch_that_cannot_be_is_refused_with_one_that_can(case: str) -> None:
     (devices, count, train), parts, valid = REFUSED[case]
     with pytest.raises(ConfigError) as refusal:
         plan(devices, count, **train)
-    for part in (*parts, f"Type train.batch_size={valid}"):
+    for part in (*parts, f"Set train.batch_size={valid}"):
         assert part in str(refusal.value)
     assert plan(devices, count, **train | {"batch_size": valid}).steps_per_epoch >= 1
 
@@ -149,8 +149,8 @@ def test_what_images_kept_apart_leave_too_few_of_is_said() -> None:
         plan(2, 40, batch_size=32, apart=0.6)
     for part in (
         "train.batch_size=32",
-        "has 40 without those of data.validation=0.6",
-        "Type train.batch_size=20 or less",
+        "has 40 without the validation split of data.validation=0.6",
+        "Set train.batch_size=20 or less",
     ):
         assert part in str(refusal.value)
 

@@ -1,0 +1,101 @@
+"""When a rank saves a checkpoint, and what goes into it."""
+
+import time
+from dataclasses import dataclass
+
+from cifar_exp.data.batches import EvaluationBatches, scaled
+from cifar_exp.distributed.process_group import World
+from cifar_exp.records.checkpoint import Checkpoint, Origin
+from cifar_exp.records.checkpoint_saver import Saver
+from cifar_exp.records.journal import JournalWriter, run_id
+from cifar_exp.worker.assembly import Assembly
+from cifar_exp.worker.job import Job
+
+
+@dataclass
+class RankZeroFiles:
+    """What rank 0 writes to."""
+
+    journal: JournalWriter
+    saver: Saver
+
+
+@dataclass
+class CheckpointPolicy:
+    """Saves checkpoints during training. Its methods are called on every rank; rank 0 writes.
+
+    Attributes:
+        job: the run.
+        world: this rank among the others.
+        assembly: what is saved.
+        validation: what each epoch is validated on.
+        has_validation_split: False where ``validation`` is the test set, which must not choose a best checkpoint.
+        files: what rank 0 writes to; None on the other ranks.
+    """
+
+    job: Job
+    world: World
+    assembly: Assembly
+    validation: EvaluationBatches
+    has_validation_split: bool
+    files: RankZeroFiles | None
+
+    def save(self, must: bool) -> None:
+        """Save a checkpoint if it is due. It is due after every ``checkpoint.every`` epochs and after the best epoch.
+
+        ``must``: save in any case.
+
+        Raises:
+            StorageError: an earlier checkpoint could not be written.
+        """
+        trainer = self.assembly.trainer
+        is_best = self._best()[0] == trainer.step
+        if not (must or trainer.epoch % self.job.checkpoint.every == 0 or is_best):
+            self.wait()  # reports a failed save at the next epoch, not when the next checkpoint is due
+            return
+        training = trainer.state_dict()  # a collective
+        if self.files:
+            network = self.assembly.model.state_dict()
+            normalization = self.assembly.batches.normalization
+            checkpoint = Checkpoint(
+                model=trainer.evaluated.state_dict(),
+                trained=network,
+                training=training,
+                classes=self.job.data.classes,
+                shift=normalization.shift,
+                scale=normalization.scale,
+                image_size=scaled(self.job.data.image_size, self.validation.scale),
+            )
+            origin = self._origin()
+            self.files.journal.sync()  # a checkpoint must not outlive the journal of its steps
+            self.files.saver.save(checkpoint, origin)
+
+    def wait(self) -> None:
+        """Return when all checkpoints are on disk.
+
+        Raises:
+            StorageError: one could not be written.
+        """
+        if self.files:
+            self.files.saver.wait()
+
+    def _best(self) -> tuple[int | None, float | None]:
+        """Step and value of the best epoch so far; None without a validation split."""
+        progress = self.assembly.trainer.early_stopping
+        return (progress.best_step, progress.best) if self.has_validation_split else (None, None)
+
+    def _origin(self) -> Origin:
+        trainer = self.assembly.trainer
+        best_step, best_value = self._best()
+        return Origin(
+            epoch=trainer.epoch,
+            step=trainer.step,
+            global_batch_size=self.job.plan.global_batch_size,
+            world_size=self.world.size,
+            data_hash=self.job.data.content_hash,
+            config_hash=self.job.config_hash,
+            seconds=time.monotonic() - self.job.started,
+            best_step=best_step,
+            best_value=best_value,
+            run_id=run_id(self.job.run_dir),
+        )

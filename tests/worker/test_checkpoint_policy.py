@@ -1,0 +1,105 @@
+"""A checkpoint is saved when it is due, and says what it is of."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cifar_exp.distributed.process_group import World
+from cifar_exp.records.checkpoint import Checkpoint, Origin
+from cifar_exp.worker.assembly import Assembly
+from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
+from tests.helpers.tiny_training import train_batches, trainer, validation
+
+
+class Disk:
+    """Stands in for the journal and the saver, and lists what they are asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.saved: list[tuple[Checkpoint, Origin]] = []
+
+    def sync(self) -> None:
+        self.calls.append("sync")
+
+    def save(self, checkpoint: Checkpoint, origin: Origin) -> None:
+        self.calls.append("save")
+        self.saved.append((checkpoint, origin))
+
+    def wait(self) -> None:
+        self.calls.append("wait")
+
+
+def policy(world: World, folder: Path, disk: Disk | None, *, every: int = 2, split: bool = True) -> CheckpointPolicy:
+    made, model, _ = trainer(world)
+    data = SimpleNamespace(classes=("cat", "dog"), image_size=(32, 32), content_hash="data")
+    job: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(every=every),
+        data=data,
+        plan=SimpleNamespace(global_batch_size=16),
+        config_hash="config",
+        started=0.0,
+        run_dir=folder,
+    )
+    files: Any = RankZeroFiles(disk, disk) if disk else None  # type: ignore[arg-type]
+    test = validation(world)
+    return CheckpointPolicy(job, world, Assembly(model, made, train_batches(world), test), test, split, files)
+
+
+def after(made: CheckpointPolicy, epoch: int, best_epoch: int) -> None:
+    """As if training were at the end of ``epoch``, three steps each."""
+    progress = made.assembly.trainer
+    progress.epoch, progress.step = epoch, 3 * epoch
+    progress.early_stopping.best_step, progress.early_stopping.best = 3 * best_epoch, 0.5
+
+
+@pytest.mark.parametrize(
+    ("epoch", "best_epoch", "must", "split", "saved"),
+    [
+        (1, 0, False, True, False),
+        (2, 0, False, True, True),  # checkpoint.every=2
+        (3, 3, False, True, True),  # the best one
+        (3, 3, False, False, False),  # by the test set, which chooses nothing
+        (3, 1, True, True, True),  # the last one
+    ],
+)
+def test_when_a_checkpoint_is_saved(
+    only_rank: World, tmp_path: Path, epoch: int, best_epoch: int, must: bool, split: bool, saved: bool
+) -> None:
+    disk = Disk()
+    made = policy(only_rank, tmp_path, disk, split=split)
+    after(made, epoch, best_epoch)
+    made.save(must)
+    # The journal is on disk first. Where nothing is saved, a save that failed before is noticed.
+    assert disk.calls == (["sync", "save"] if saved else ["wait"])
+
+
+def test_a_checkpoint_says_what_it_is_of(only_rank: World, tmp_path: Path) -> None:
+    disk = Disk()
+    made = policy(only_rank, tmp_path, disk, every=1)
+    after(made, epoch=4, best_epoch=3)
+    made.save(must=False)
+    ((checkpoint, origin),) = disk.saved
+    assert (origin.epoch, origin.step, origin.best_step, origin.best_value) == (4, 12, 9, 0.5)
+    assert (origin.global_batch_size, origin.world_size, origin.data_hash, origin.config_hash) == (
+        16,
+        1,
+        "data",
+        "config",
+    )
+    assert (checkpoint.classes, checkpoint.image_size, checkpoint.shift) == (("cat", "dog"), (32, 32), (128, 127, 126))
+    for name, value in made.assembly.model.state_dict().items():
+        assert torch.equal(checkpoint.model[name], value)
+        assert torch.equal(checkpoint.trained[name], value)
+    assert (checkpoint.training["epoch"], checkpoint.training["step"]) == (4, 12)
+
+
+def test_other_ranks_write_nothing(only_rank: World, tmp_path: Path) -> None:
+    made = policy(only_rank, tmp_path, None)
+    after(made, epoch=1, best_epoch=0)
+    made.save(must=False)
+    made.save(must=True)
+    made.wait()
+    assert list(tmp_path.iterdir()) == []
