@@ -6,24 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cifar_exp.config.defaults import conf_dir
-from cifar_exp.config.reading import read_config, register_resolvers
+from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.runs.components import build
 from tests.conftest import Command, environment
+from tests.helpers.configs import composed
 
 GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
-
-
-def composed(*overrides: str) -> DictConfig:
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", list(overrides))
 
 
 def test_the_default_is_the_reference_recipe() -> None:

@@ -17,7 +17,7 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import Averages
 from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
-from tests.test_distributed import train_batches, trainer, validation
+from tests.helpers.tiny_training import train_batches, trainer, validation
 from tests.test_failures import Start, training_ranks, wait_for
 from tests.test_resume import REPEATABLE, curve, weights
 from tests.test_run import all_runs, client

@@ -287,7 +287,7 @@ def test_layers_of_which_somebody_makes_other_use_stay() -> None:
 def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
     """Each variant's apart from the others': what is kept under one index two processes would mix up."""
     test = "here.test_pooling_is_bit_for_bit_pytorchs"
-    code = f"import torch, tests.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
+    code = f"import torch, tests.cpu_kernels.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=settings, check=True, timeout=120)
@@ -300,7 +300,8 @@ def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
 def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
     """With no room for it, as on a full disk."""
     (tmp_path / "file").write_text("")
-    code = "import torch, tests.test_fused as here; here.test_pooling_is_bit_for_bit_pytorchs(torch.float32)"
+    test = "test_pooling_is_bit_for_bit_pytorchs"
+    code = f"import torch, tests.cpu_kernels.test_fused as here; here.{test}(torch.float32)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "below")},

@@ -201,7 +201,7 @@ def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatc
 
 def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
     """LLVM would end the process."""
-    code = "import torch, tests.test_winograd as here; print(here.fused(here.layers(), torch.bfloat16)[0])"
+    code = "import torch, tests.cpu_kernels.test_winograd as here; print(here.fused(here.layers(), torch.bfloat16)[0])"
     for setting in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}):
         done = subprocess.run(
             [sys.executable, "-c", code],

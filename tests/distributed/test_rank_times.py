@@ -74,14 +74,14 @@ def test_a_straggler_comes_last_in_most_steps_and_costs_the_others_time() -> Non
 def test_hidden_communication_is_what_buckets_take_beyond_the_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two buckets, from 0 and from 3 to 9; the backward pass ends at 10."""
     clock = iter([0.0, 3.0])
-    monkeypatch.setattr("cifar_exp.distributed.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("cifar_exp.distributed.data_parallel.time.perf_counter", lambda: next(clock))
     communication = Communication()
     communication.bucket_complete()
     communication.bucket_complete()
-    monkeypatch.setattr("cifar_exp.distributed.time.perf_counter", lambda: 9.0)
+    monkeypatch.setattr("cifar_exp.distributed.data_parallel.time.perf_counter", lambda: 9.0)
     communication.bucket_averaged()
     communication.bucket_averaged()
-    monkeypatch.setattr("cifar_exp.distributed.time.perf_counter", lambda: 10.0)
+    monkeypatch.setattr("cifar_exp.distributed.data_parallel.time.perf_counter", lambda: 10.0)
     communication.backward_done()
     communication.backward_done()  # of a micro-batch without gradients to average
     assert communication.take() == ([7.0], 2.0)

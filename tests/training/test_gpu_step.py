@@ -35,7 +35,7 @@ from cifar_exp.training.cuda_graph import Function
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import make_plan
 from cifar_exp.worker.assembly import Assembly, assembled
-from tests.test_config import composed
+from tests.helpers.configs import composed
 
 GPU = torch.device("cuda", 0)
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)

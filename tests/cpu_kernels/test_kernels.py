@@ -13,8 +13,8 @@ from tests.conftest import environment
 STEP = """
 import torch
 from torch.nn import functional as F
-from cifar_exp.models import convnet, seeded
-from cifar_exp.train import autocast
+from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.training.evaluation import autocast
 
 torch.set_num_threads(1)
 model = seeded(convnet, 10, 0).to(memory_format=torch.channels_last)

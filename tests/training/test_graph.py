@@ -12,7 +12,7 @@ from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.process_group import World
 from cifar_exp.training.cuda_graph import Capture, Function, cuda_graph, told
 from cifar_exp.training.optimizers import Muon, OptimizerFactory
-from tests.test_distributed import train_batches, trainer, validation
+from tests.helpers.tiny_training import train_batches, trainer, validation
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
 

@@ -17,7 +17,7 @@ from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records import journal
 from tests.conftest import TINY, Command
-from tests.test_distributed import (
+from tests.helpers.tiny_training import (
     floating_buffers,
     gradient_of,
     tiny_model,
@@ -26,7 +26,7 @@ from tests.test_distributed import (
     validation,
     vector,
 )
-from tests.worlds import results_of_ranks, world_of_one
+from tests.helpers.worlds import results_of_ranks, world_of_one
 
 Results = dict[str, Any]
 RANKS = 2
