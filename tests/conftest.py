@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from cifar_exp.distributed.process_group import World
+from tests.helpers.servers import mlflow_server  # noqa: F401
 from tests.helpers.worlds import world_of_one
-from tests.servers import mlflow_server  # noqa: F401
 
 REPO = Path(__file__).resolve().parents[1]
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.

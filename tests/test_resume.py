@@ -4,27 +4,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from cifar_exp.records import checkpoint, journal
+from cifar_exp.records import journal
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
-from tests.test_checkpoint import reseal
-from tests.test_failures import wait_for
-from tests.test_run import all_runs, client
-
-Start = Callable[..., "subprocess.Popen[str]"]
-REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.newest(run_dir, pytest.fail).model)
+from tests.helpers.checkpoints import reseal
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, wait_for
+from tests.helpers.runs import REPEATABLE, weights
 
 
 def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) -> None:

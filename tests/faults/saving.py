@@ -24,7 +24,7 @@ from tests.faults.runs import (
     settings,
 )
 from tests.faults.scene import Scene, says
-from tests.test_checkpoint import Malicious, origin, reseal, trained
+from tests.helpers.checkpoints import Malicious, origin, reseal, trained
 
 STEPS = {
     "while the network is written": ("fsync", "*.pt.tmp", 3, "cut"),

@@ -36,10 +36,10 @@ from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import Averages
 from tests.conftest import TINY, Command
-from tests.test_config import composed
-from tests.test_residency import CPU, SIDE, tree
-from tests.test_resume import curve
-from tests.test_run import all_runs, client
+from tests.faults.runs import curve
+from tests.helpers.configs import composed
+from tests.helpers.image_trees import CPU, SIDE, tree
+from tests.helpers.mlflow_runs import all_runs, client
 
 Run = subprocess.CompletedProcess[str]
 

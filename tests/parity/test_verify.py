@@ -24,7 +24,7 @@ from cifar_exp.parity.report import Report, Result
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
-from tests.test_failures import wait_for
+from tests.helpers.processes import wait_for
 
 SMALL = [
     *("data=synthetic", "data.train_count=100", "data.test_count=33", "train.batch_size=8", "train.epochs=2"),

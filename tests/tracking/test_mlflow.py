@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ from cifar_exp.tracking.dead_runs import owner_tags
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, environment, the_run
-from tests.servers import Relay, relay  # noqa: F401
-from tests.test_failures import wait_for
-from tests.test_run import all_runs, client
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, wait_for
+from tests.helpers.servers import Relay, relay  # noqa: F401
 
-Start = Callable[..., "subprocess.Popen[str]"]
 ENDLESS = [*TINY, "data.train_count=960", "train.log_every=10", "train.epochs=100000"]
 
 

@@ -1,6 +1,5 @@
 """Wherever images lie, the same (seed, epoch, position) is the same pixels and label; broken files are named."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.data import image_files
+from cifar_exp.data import file_source, image_files
 from cifar_exp.data.augment import Shift
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, epoch_order
 from cifar_exp.data.cifar10 import cifar10
@@ -37,28 +36,9 @@ from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.training.cuda_graph import CapturedStep
 from cifar_exp.training.evaluation import evaluate
 from tests.conftest import TINY, Command
-from tests.test_config import composed
-from tests.test_failures import assert_nothing_is_left, training_ranks
-
-CPU = torch.device("cpu")
-SIDE = 12
-MIXED = ((12, 12), (12, 30), (40, 13), (9, 9), (7, 25), (12, 13), (33, 33))  # heights and widths; some below SIDE
-
-
-def save(path: Path, height: int, width: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def tree(root: Path, sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)) -> Path:
-    """26 training and 11 test images of two classes, 13 and 6 of them ants; their sizes go around ``sizes``."""
-    seeds = itertools.count()
-    for folder, count in (("train/ant", 13), ("train/bee", 13), ("test/ant", 6), ("test/bee", 5)):
-        for number in range(count):
-            seed = next(seeds)
-            save(root / folder / f"{number:02d}.png", *sizes[seed % len(sizes)], seed)
-    return root
+from tests.helpers.configs import composed
+from tests.helpers.image_trees import CPU, MIXED, SIDE, tree
+from tests.helpers.processes import assert_nothing_is_left, training_ranks
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +228,7 @@ def test_auto_is_a_worker_a_thread_and_at_most_eight(
         asked.append(num_workers)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_files, "DataLoader", noted)
+    monkeypatch.setattr(file_source, "DataLoader", noted)
     files = folders(equal, residency="loader", image_size=SIDE)
     with pytest.raises(KeyboardInterrupt), opened(files, CPU, threads):
         pass
