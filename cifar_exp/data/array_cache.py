@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, _array_names
 from cifar_exp.errors import ConfigError, storage_errors
-from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished, write_json
+from cifar_exp.system.locks import locked
 
 _FORMAT = 2  # of the files; another number means that they are made anew
 
@@ -48,7 +49,7 @@ def prepare(
         return files
     advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
     with locked(cache / ".lock", advice):
-        remove_leftovers(cache)
+        remove_unfinished(cache)
         files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
         if files is not None:
             return files
@@ -59,7 +60,7 @@ def prepare(
             with storage_errors(cache, f"{advice}. {too_large}" if too_large else advice):
                 files = _write_dataset(cache / digest, classes, arrays)
         with storage_errors(cache, advice):
-            _write_index(cache, {**_read_index(cache), fingerprint: digest})
+            write_json(cache / "index.json", {**_read_index(cache), fingerprint: digest})
     return files
 
 
@@ -75,12 +76,6 @@ def _read_index(cache: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}
-
-
-def _write_index(cache: Path, index: dict[str, str]) -> None:
-    temporary = cache / "index.json.tmp"
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(cache / "index.json")
 
 
 def _open_dataset(folder: Path) -> DatasetFiles | None:
@@ -104,13 +99,12 @@ def _open_dataset(folder: Path) -> DatasetFiles | None:
 
 
 def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> DatasetFiles:
-    with new_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for split in SPLITS:
             images, labels = arrays[split]
             pair: tuple[NDArray[Any], ...] = (np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
             for name, array in zip(_array_names(split), pair, strict=True):
-                with durable(unfinished / name) as file:
-                    np.save(file, array, allow_pickle=False)
+                np.save(unfinished / name, array, allow_pickle=False)
         train_images = arrays["train"][0]
         counts = np.zeros((3, 256), dtype=np.int64)
         for start in range(0, len(train_images), 1024):  # bincount makes an int64 copy of what it counts
@@ -127,8 +121,7 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
             "std": std,
             "content_hash": folder.name,
         }
-        with durable(unfinished / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     files = _open_dataset(folder)
     if files is None:
         raise OSError(f"{folder} is not as it was written")

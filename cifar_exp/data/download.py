@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 from cifar_exp.data.cifar10_archive import FILE_NAME
 from cifar_exp.errors import ConfigError, DataError, storage_errors
-from cifar_exp.system.atomic_files import locked
+from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

@@ -22,7 +22,8 @@ from cifar_exp.data.array_cache import channel_statistics, value_counts
 from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, Split, SplitName
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.errors import DataError, storage_errors
-from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
+from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
 SAMPLE = 5000  # images that the statistics are taken over
@@ -141,7 +142,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
     if statistics is None:
         advice = "Make room, or choose a folder that can be written: data.cache=<folder>"
         with locked(cache / ".lock", advice):
-            remove_leftovers(cache)
+            remove_unfinished(cache)
             statistics = _read_statistics(folder)  # another process may have finished it while this one waited
             if statistics is None:
                 statistics = _sample_statistics(listing, image_size)
@@ -192,17 +193,15 @@ def _sample_statistics(listing: Listing, size: int) -> tuple[list[float], list[f
 
 def _write_lists(folder: Path, listing: Listing, statistics: tuple[list[float], list[float]]) -> None:
     parts = {"train": slice(0, listing.train_count), "test": slice(listing.train_count, None)}
-    with new_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for split in SPLITS:
             # Bytes of fixed length can be mapped: no rank and no worker has a copy of a million names.
             paths = np.array([os.fsencode(path) for path in listing.paths[parts[split]]], dtype=np.bytes_)
             labels = np.array(listing.labels[parts[split]], dtype=np.int64)
             for name, array in zip(_list_names(split), (paths, labels), strict=True):
-                with durable(unfinished / name) as file:
-                    np.save(file, array, allow_pickle=False)
+                np.save(unfinished / name, array, allow_pickle=False)
         meta = {"format": _FORMAT, "file_bytes": _file_bytes(unfinished), "mean": statistics[0], "std": statistics[1]}
-        with durable(unfinished / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _list_names(split: SplitName) -> tuple[str, str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from cifar_exp.system.atomic_files import write_atomically
+
 STOP_FILE = "stop"  # in the run's folder: made by a user who wants training to end here
 LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher, for a signal
 _AGREED_FILE = "agreed"
@@ -83,9 +85,7 @@ class Control:
         if self.rank == 0 and self.exchange and (request := self._look()):
             agreed = self.exchange / _AGREED_FILE
             if not agreed.exists():
-                temporary = agreed.with_suffix(".tmp")
-                temporary.write_text(f"{moment} {request.kind} {request.reason}")
-                temporary.replace(agreed)
+                write_atomically(agreed, f"{moment} {request.kind} {request.reason}", durable=False)
 
     def agreed(self, moment: int) -> Request | None:
         """Called after all ranks have waited for each other at ``moment``: whether training ends; the same on each."""

@@ -19,6 +19,7 @@ from cifar_exp.data.sources import Source, fetch, opened
 from cifar_exp.data.validation_split import divided
 from cifar_exp.distributed.heartbeat import STOP_FILE, Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import Averages
 from cifar_exp.worker.assembly import Assembly, assembled
@@ -71,9 +72,8 @@ class Measurement:
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
-        temporary.replace(path)
+        with atomic_path(path, durable=False) as temporary:
+            torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cifar_exp.errors import FREE_SPACE, StorageError
-from cifar_exp.system.atomic_files import write_whole
+from cifar_exp.system.atomic_files import write_atomically
 
 FOLDER = "checkpoints"
 
@@ -131,8 +131,8 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
-        write_whole(path, content)
-        write_whole(manifest_path, sealed(asdict(manifest)))
+        write_atomically(path, content)
+        write_atomically(manifest_path, sealed(asdict(manifest)))
         _delete_networks(manifest_path, but=path)
         manifests = sorted(folder.glob("*.json"))
         # This one is not the newest where a run has gone on from one before a damaged one.

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
-from cifar_exp.system import atomic_files
+from cifar_exp.system.atomic_files import write_atomically
 
 FILE_NAME = "model.safetensors"
 
@@ -32,7 +32,7 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
     saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
     path = run_dir / FILE_NAME
     with storage_errors(path, FREE_SPACE):
-        atomic_files.write_whole(path, _content(saved, model))
+        write_atomically(path, _content(saved, model))
     return path
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cifar_exp.errors import storage_errors
+
 PROC = Path("/proc")
 
 
@@ -65,7 +67,7 @@ class HeldError(Exception):
 
 
 @contextmanager
-def held(path: Path, timeout: float) -> Iterator[None]:
+def held(path: Path, timeout: float | None) -> Iterator[None]:
     """:func:`hold` for as long as the block lasts."""
     lock = hold(path, timeout)
     try:
@@ -74,19 +76,33 @@ def held(path: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def hold(path: Path, timeout: float = 0) -> FileLock:
+@contextmanager
+def locked(path: Path, advice: str) -> Iterator[None]:
+    """Wait for the lock file ``path`` and hold it for the block; its folder is created where it is missing.
+
+    Raises:
+        StorageError: the folder cannot be written; the message ends with ``advice``.
+    """
+    with storage_errors(path.parent, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(path, timeout=None)
+    with lock:
+        yield
+
+
+def hold(path: Path, timeout: float | None = 0) -> FileLock:
     """Lock ``path`` until the returned lock is released or this process ends, however it does; note who holds it there.
 
     Args:
         path: the lock's file, which stays.
-        timeout: seconds to wait for another holder.
+        timeout: seconds to wait for another holder; None waits as long as it takes.
 
     Raises:
         HeldError: where another process holds it for longer.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        lock.acquire(timeout=-1 if timeout is None else timeout)
     except Timeout:
         raise HeldError(path, str(_noted(path) or "another process")) from None
     with suppress(OSError):  # the lock holds without its note

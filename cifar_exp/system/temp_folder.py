@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from cifar_exp.system.locks import HeldError, held
 
 PREFIX = "cifar-exp-"
 _LOCK = ".lock"
@@ -25,7 +25,7 @@ def private_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
     try:
         try:
-            with FileLock(folder / _LOCK):
+            with held(folder / _LOCK, timeout=0):
                 folder = folder.rename(folder.with_name(folder.name[1:]))  # held before another start can see it
                 yield folder
         finally:
@@ -36,7 +36,7 @@ def private_folder() -> Iterator[Path]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove a folder that nobody holds: its process was killed before it could."""
-    with suppress(OSError, Timeout):
+    with suppress(OSError, HeldError):
         if (folder / _LOCK).exists() and folder.stat().st_uid == os.geteuid():
-            with FileLock(folder / _LOCK, timeout=0):
+            with held(folder / _LOCK, timeout=0):
                 shutil.rmtree(folder)

@@ -12,6 +12,7 @@ from cifar_exp.errors import ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
 from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_private
 from cifar_exp.system import locks
+from cifar_exp.system.atomic_files import atomic_path, write_atomically
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 
 if TYPE_CHECKING:
@@ -160,10 +161,7 @@ class MLflowStore:
         return self._note(run, created.info.run_id)
 
     def _note(self, run: RunInfo, identity: str) -> str:
-        path = run.run_dir / RUN_ID_FILE
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(f"{identity}\n")
-        temporary.replace(path)
+        write_atomically(run.run_dir / RUN_ID_FILE, f"{identity}\n")
         return identity
 
 
@@ -171,8 +169,7 @@ def _make_store(path: Path) -> None:
     """Make an SQLite store whole or not at all: MLflow takes seconds for it, and cannot go on with a half-made one."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)  # of a process that was killed
     make: Any = SqlAlchemyStore
-    make(f"sqlite:///{unfinished}", OUTPUTS.resolve().as_uri()).engine.dispose()
-    unfinished.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
+        make(f"sqlite:///{temporary}", OUTPUTS.resolve().as_uri()).engine.dispose()

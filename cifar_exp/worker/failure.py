@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError, DataError, DivergenceError, MachineError, StorageError
+from cifar_exp.system.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class RankFailure:
     def save(self, exchange: Path, attempt: int) -> None:
         """Leave word. The launcher may look at any moment, and sees the whole of it or nothing."""
         path = exchange / f"failure-{attempt}-{self.rank}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(vars(self)))
-        temporary.replace(path)
+        write_atomically(path, json.dumps(vars(self)), durable=False)
 
     @classmethod
     def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":

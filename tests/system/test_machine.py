@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
-from cifar_exp.system import gpu, load_watch, machine
+from cifar_exp.system import gpu, load_watch
 from cifar_exp.system.load_watch import LoadMeter, Watch, disturbances, own_cpu_seconds
 from cifar_exp.system.machine import description
 
