@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.data.batches import Normalization
+from cifar_exp.data.image_files import IMAGE_SUFFIXES, read_image
 from cifar_exp.errors import CifarExpError, ConfigError, DataError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.find_run import find_run
@@ -30,7 +29,6 @@ Classify images with the network of a finished run.
   --json              one JSON object a line: image, label, probability
   trusted_modules=[<package>]  whose code may be run, where the run's network comes from a package of yours
 """
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,10 @@ class Classifier:
         Raises:
             DataError: where it is no readable image.
         """
-        try:
-            with Image.open(path) as image:
-                pixels = transforms.pil_to_tensor(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: it cannot be read as an image: {error}") from error
-        resized: Tensor = transforms.resize(pixels, list(self.image_size), antialias=True)
-        return resized
+        image = read_image(path, self.image_size)
+        if isinstance(image, str):
+            raise DataError(f"{path}: the image cannot be read: {image.removeprefix(f'{path}: ')}")
+        return image
 
 
 def images_in(paths: Sequence[str]) -> list[Path]:
@@ -101,7 +96,7 @@ def images_in(paths: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise DataError(f"{path}: there is no image here. Type the path of an image or of a folder of images")
         files += found
@@ -126,7 +121,7 @@ def main() -> None:
             raise ConfigError(f"it takes run=<run> and at least one image.\n\n{USAGE}")
         if which and which[-1] not in ("best", "last"):
             raise ConfigError(f"checkpoint={which[-1]}: it must be best or last. Type checkpoint=best")
-        run_dir = find_run(runs[0])
+        run_dir = find_run(runs[0], with_checkpoint=True)
         print(f"network of {run_dir}", file=sys.stderr)
         names = [name for word in trusted for name in word.strip("[]").split(",")]
         classifier = Classifier.of_run(run_dir, "".join(which[-1:]), names)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from cifar_exp.config.schema import Report
 from cifar_exp.errors import CifarExpError, ConfigError, storage_errors
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
@@ -22,7 +23,7 @@ def main() -> None:
         prog="cifar-exp-report", description="Make a sweep's speedup table and figure again, or compare two sweeps."
     )
     parser.add_argument(
-        "sweeps", nargs="+", help="one or two sweeps: a folder under outputs/multirun, or the parent run's id"
+        "sweeps", nargs="+", help="one or two sweeps: a folder under outputs/multirun, the parent run's id, or latest"
     )
     parser.add_argument("--uri", help="read MLflow at this tracking address, folders too (default: under outputs/)")
     parser.add_argument("--to", type=Path, default=Path(), help="folder for what is written (default: here)")
@@ -64,7 +65,7 @@ def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_
 
 
 def _study(sweep: str, runs: Sequence[FinishedRun], settings: Report) -> Study:
-    study = Study.of(runs, settings, _unfinished(Path(sweep)))
+    study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
     if study is None:
         raise ConfigError(
             f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Type "

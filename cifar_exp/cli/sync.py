@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
@@ -23,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[CifarExpError] = []
     try:
         settings = _settings([word for word in words if "=" in word and not Path(word).exists()])
-        for folder in [Path(word) for word in words if "=" not in word or Path(word).exists()]:
-            failures += _deliver_all(folder, settings)
+        for word in (word for word in words if "=" not in word or Path(word).exists()):
+            failures += _deliver_all(_folder(word), settings)
     except CifarExpError as error:
         failures.append(error)
     except KeyboardInterrupt:
@@ -44,6 +45,11 @@ def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[Cifar
         except CifarExpError as error:
             failures.append(error)
     return failures
+
+
+def _folder(word: str) -> Path:
+    """A folder as typed, or the folder of the run that ``word`` names."""
+    return Path(word) if Path(word).is_dir() else find_folder(word, RUN_FILE) or find_folder(word) or Path(word)
 
 
 def _parser() -> argparse.ArgumentParser:

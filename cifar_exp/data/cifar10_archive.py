@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cifar_exp.data.dataset_files import Arrays
 from cifar_exp.errors import DataError
 
-FILE_NAME = "cifar-10-python.tar.gz"
+ARCHIVE_FILE = "cifar-10-python.tar.gz"
 _FOLDER = "cifar-10-batches-py"
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _READ = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
@@ -37,7 +37,7 @@ def read_archive(path: Path) -> tuple[tuple[str, ...], Arrays]:
     return classes, {"train": (images, labels), "test": test}
 
 
-_REPLACE = f"Delete it and start again, or name a sound copy of {FILE_NAME}: data.archive=<file>"
+_REPLACE = f"Delete it and start again, or name a sound copy of {ARCHIVE_FILE}: data.archive=<file>"
 
 
 def _read_members(path: Path) -> dict[str, bytes]:

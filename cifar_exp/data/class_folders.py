@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from cifar_exp.data.array_cache import _cache_folder, _path, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency, SplitName
-from cifar_exp.data.image_files import Listing, decode_image, prepare_files
+from cifar_exp.data.image_files import IMAGE_SUFFIXES, Listing, decode_image, prepare_files
 from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.progress_line import Progress
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _SHOWN = 5  # paths in a message
 _UNDECODED = "let images be read and resized while ranks train: data.residency=loader"
 _EXPECTED = (
@@ -156,12 +155,12 @@ def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
 def _list_class(root: Path, folder: str, label: int) -> list[_ImageFile]:
     with os.scandir(root / folder) as entries:
         images = [
-            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(_SUFFIXES)
+            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(IMAGE_SUFFIXES)
         ]
         stats = [(entry.name, entry.stat()) for entry in images if entry.is_file()]
     if not stats:
         raise DataError(
-            f"data.root={root}: the class folder {root / folder} has no images ({', '.join(_SUFFIXES)}).\n"
+            f"data.root={root}: the class folder {root / folder} has no images ({', '.join(IMAGE_SUFFIXES)}).\n"
             "Add some, or remove the class from both train and test."
         )
     return sorted(_ImageFile(f"{folder}/{name}", label, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -17,7 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from cifar_exp.data.cifar10_archive import FILE_NAME
+from cifar_exp.data.cifar10_archive import ARCHIVE_FILE
 from cifar_exp.errors import ConfigError, DataError, storage_errors
 from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
@@ -29,14 +29,14 @@ _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20  # bytes
 _GZIP = b"\x1f\x8b"
 _WHAT_TO_TYPE = f"""What to type instead:
-  data.archive=<file>     a copy of {FILE_NAME} that is on this machine
+  data.archive=<file>     a copy of {ARCHIVE_FILE} that is on this machine
   data.mirror=<address>   another address of the same file
   data=folders data.root=<folder>   images of your own, in train/<class>/ and test/<class>/
   experiment=quickstart   synthetic images, no download"""
 
 
 def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
-    """The verified archive: ``archive`` where it is given, else ``root / FILE_NAME``, downloaded if it is not there.
+    """The verified archive: ``archive`` where it is given, else ``root / ARCHIVE_FILE``, downloaded if it is not there.
 
     Args:
         root: folder that a download goes to, made if missing.
@@ -54,16 +54,16 @@ def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: i
         path = Path(archive).expanduser()
         if not path.is_file():
             raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
-        _check(path, f"data.archive={archive}", size, sha256, f"It must be {FILE_NAME} as it was released.")
+        _check(path, f"data.archive={archive}", size, sha256, f"It must be {ARCHIVE_FILE} as it was released.")
         return path
     address = mirror or ADDRESS
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"data.mirror={address} must begin with http:// or https://; a local file is data.archive=<file>"
         )
-    target = root / FILE_NAME
+    target = root / ARCHIVE_FILE
     advice = "Choose another folder with data.root=<folder>, or make room in this one."
-    with locked(root / f".{FILE_NAME}.lock", advice):
+    with locked(root / f".{ARCHIVE_FILE}.lock", advice):
         if target.exists():
             mend = "Delete it to download it again, or name another: data.archive=<file>"
             _check(target, str(target), size, sha256, mend)

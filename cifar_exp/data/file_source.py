@@ -23,7 +23,7 @@ MOST_WORKERS = 8  # that `auto` starts a rank
 class _Images(Dataset[Tensor | str]):
     """The files of both splits, by place."""
 
-    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: int) -> None:
+    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: tuple[int, int]) -> None:
         self._root, self._paths, self._size = root, paths, size
 
     def __getitem__(self, place: int) -> Tensor | str:
@@ -102,7 +102,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     (train, train_labels), (test, test_labels) = files.listed("train"), files.listed("test")
     workers = min(MOST_WORKERS, threads) if files.workers == "auto" else files.workers
     reader = DataLoader(
-        _Images(files.root, (train, test), files.image_size[0]),
+        _Images(files.root, (train, test), files.image_size),
         batch_sampler=_Requests(),
         num_workers=workers,
         collate_fn=_together,

@@ -28,6 +28,7 @@ from cifar_exp.system.progress_line import Progress
 
 SAMPLE = 5000  # images that the statistics are taken over
 _FORMAT = 1  # of the files; another number means that they are made anew
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
 _MAX_PIXELS = 4096 * 4096  # a small file can claim to be gigabytes of pixels
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
@@ -50,19 +51,25 @@ def decode_image(path: Path) -> NDArray[np.uint8] | str:
         return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def read_image(path: Path, size: int) -> Tensor | str:
-    """The image (3, size, size) uint8, or what is wrong with the file, its path first.
+def read_image(path: Path, size: tuple[int, int]) -> Tensor | str:
+    """The image (3, *size) uint8, or what is wrong with the file, its path first.
 
-    The shorter side is resized to ``size`` with antialiasing, then the centre is cut out; an image of that size stays
-    as it is.
+    Training from files, evaluation and prediction all read images by this function. The image is resized with
+    antialiasing until it just covers ``size`` (height, width), then the centre is cropped. An image of that size stays
+    unchanged.
     """
     from torchvision.transforms.v2 import functional  # a second and a half, which no other residency has to wait for
 
     decoded = decode_image(path)
     if isinstance(decoded, str):
         return f"{path}: {decoded}"
-    resized = functional.resize(torch.from_numpy(decoded), [size], antialias=True)
-    cropped: Tensor = functional.center_crop(resized, [size, size])
+    (height, width), (own_height, own_width) = size, decoded.shape[1:]
+    if height * own_width >= width * own_height:  # wider than the target
+        covering = [height, int(height * own_width / own_height)]
+    else:
+        covering = [int(width * own_height / own_width), width]
+    resized = functional.resize(torch.from_numpy(decoded), covering, antialias=True)
+    cropped: Tensor = functional.center_crop(resized, list(size))
     return cropped
 
 
@@ -87,7 +94,7 @@ class ImageFiles(DatasetFiles):
             StorageError: the list is gone or cannot be read.
         """
         paths, labels = self.listed(split)
-        images = torch.stack([_sound(read_image(self.root / os.fsdecode(path), self.image_size[0])) for path in paths])
+        images = torch.stack([_sound(read_image(self.root / os.fsdecode(path), self.image_size)) for path in paths])
         return Split(images.contiguous(memory_format=torch.channels_last), labels)
 
     def listed(self, split: SplitName) -> tuple[NDArray[np.bytes_], Tensor]:
@@ -145,7 +152,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
             remove_unfinished(cache)
             statistics = _read_statistics(folder)  # another process may have finished it while this one waited
             if statistics is None:
-                statistics = _sample_statistics(listing, image_size)
+                statistics = _sample_statistics(listing, (image_size, image_size))
                 with storage_errors(cache, advice):
                     _write_lists(folder, listing, statistics)
     mean, std = statistics
@@ -174,7 +181,7 @@ def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
         return None
 
 
-def _sample_statistics(listing: Listing, size: int) -> tuple[list[float], list[float]]:
+def _sample_statistics(listing: Listing, size: tuple[int, int]) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel, 0 to 255, over at most ``SAMPLE`` training images after resizing."""
     order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
     paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]

@@ -18,7 +18,7 @@ from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records.journal import Entry
 from cifar_exp.system.atomic_files import write_atomically
 
-FILE_NAME = "progress.html"
+PAGE_FILE = "progress.html"
 LIVE = ("starting", "running")
 
 
@@ -37,7 +37,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
     Raises:
         StorageError: where the file system refuses.
     """
-    page = run_dir / FILE_NAME
+    page = run_dir / PAGE_FILE
     text = page_html(entries, facts, elapsed)
     with storage_errors(page, FREE_SPACE):
         write_atomically(page, text, durable=False)  # it is drawn again and again

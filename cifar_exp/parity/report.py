@@ -14,7 +14,7 @@ from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.parity.checks import Check, Subject
 from cifar_exp.system.atomic_files import write_json
 
-FILE_NAMES = ("parity.md", "parity.json")
+REPORT_FILES = ("parity.md", "parity.json")
 FAILED = "DOES NOT HOLD"
 TITLES = {
     "images": "The same images in the same order",
@@ -120,7 +120,7 @@ class Report:
         Raises:
             StorageError: where the file system refuses.
         """
-        page, figures = (folder / name for name in FILE_NAMES)
+        page, figures = (folder / name for name in REPORT_FILES)
         with storage_errors(folder, FREE_SPACE):
             write_json(figures, self.content())
             page.write_text(self.markdown(), encoding="utf-8")

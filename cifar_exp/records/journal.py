@@ -15,7 +15,7 @@ from typing import Any
 
 from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
 
-FILE_NAME = "metrics.jsonl"
+JOURNAL_FILE = "metrics.jsonl"
 RUN_ID_FILE = "mlflow_run_id"
 
 
@@ -44,7 +44,7 @@ class JournalWriter:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        path = run_dir / FILE_NAME
+        path = run_dir / JOURNAL_FILE
         with storage_errors(path, FREE_SPACE):
             _drop_half_line(path)
             self._written = {name: entry.step for entry in read(run_dir) for name in entry.metrics}
@@ -101,7 +101,7 @@ class JournalFollower:
     """Reads a journal while it grows; a line that is still being written waits for the next call."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / FILE_NAME
+        self._path = run_dir / JOURNAL_FILE
         self._offset = 0
 
     def new_entries(self) -> Iterator[Entry]:

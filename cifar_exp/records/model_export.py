@@ -12,7 +12,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.system.atomic_files import write_atomically
 
-FILE_NAME = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 
 
 def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]) -> Path:
@@ -30,7 +30,7 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
         StorageError: where the network cannot be read back, or the file cannot be written.
     """
     saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
-    path = run_dir / FILE_NAME
+    path = run_dir / MODEL_FILE
     with storage_errors(path, FREE_SPACE):
         write_atomically(path, _content(saved, model))
     return path

@@ -119,7 +119,7 @@ class Outcome:
             return cls(**json.loads((folder / OUTCOME_FILE).read_text()))
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             if is_finished(folder):  # and died between its last line and the file
-                return cls("FINISHED", (folder / journal.FILE_NAME).stat().st_mtime)
+                return cls("FINISHED", (folder / journal.JOURNAL_FILE).stat().st_mtime)
         return None
 
     @staticmethod

@@ -46,7 +46,7 @@ class ParentRun:
             known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
         if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
             return
-        (self._info.run_dir / journal.FILE_NAME).unlink(missing_ok=True)  # the whole summary is written again
+        (self._info.run_dir / journal.JOURNAL_FILE).unlink(missing_ok=True)  # the whole summary is written again
         if not metrics:
             return
         writer = journal.JournalWriter(self._info.run_dir)

@@ -36,7 +36,7 @@ from cifar_exp.tracking.recorder import Recording
 from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.worker.train_job import TRACE_FILE, run_rank
 
-ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, model_export.FILE_NAME)
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.JOURNAL_FILE, TRACE_FILE, model_export.MODEL_FILE)
 
 
 def run(config: Config, parts: Parts) -> float:

@@ -11,6 +11,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from cifar_exp.config.result_settings import distinguishes_sweeps
 from cifar_exp.errors import FREE_SPACE, ConfigError, storage_errors
 from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
@@ -23,18 +24,6 @@ from cifar_exp.study.speedup import accuracy_means, by_count, log_means
 TEST = (
     "Welch's t test of each difference (rates and times in logarithms, the noise of each sweep pooled over its device "
     "counts); p adjusted for the number of differences (Holm)"
-)
-# Settings that sweeps may differ in and be repeats of each other, or that do not bear on what is measured.
-INCIDENTAL = (
-    "seed",
-    "devices",
-    "resume",
-    "progress",
-    "trusted_modules",
-    "tracking",
-    "checkpoint",
-    "launcher",
-    "report",
 )
 WITHIN_RUNS = (
     "a sweep has one run a device count: its noise is that of blocks within runs, which says less than repeats"
@@ -175,7 +164,7 @@ def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second
     """A sentence for each setting that bears on the figures and is not the same in both sweeps."""
     lines = []
     for name in sorted({name for run in (*first, *second) for name in run.params}):
-        if name.partition(".")[0] in INCIDENTAL:
+        if not distinguishes_sweeps(name):
             continue
         one, two = (sorted({str(run.params.get(name)) for run in sweep}) for sweep in (first, second))
         if one != two:

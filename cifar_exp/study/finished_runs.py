@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.config.result_settings import distinguishes_groups
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records import journal
+from cifar_exp.records.find_run import LATEST, find_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-NOT_GROUPING = ("devices.count", "seed")  # the axis of the study, and its repeats
-
 
 def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
     """The group of each job of a sweep: the values that tell it apart, but for its device count and its seed.
@@ -31,9 +31,7 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
     Returns:
         A name for each job, such as ``strong``; empty where nothing else differs.
     """
-    rest = [
-        [override for override in job if override.split("=")[0].lstrip("+") not in NOT_GROUPING] for job in overrides
-    ]
+    rest = [[text for text in job if distinguishes_groups(text.split("=")[0].lstrip("+"))] for job in overrides]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
     return [" ".join(override.partition("=")[2] for override in job if override not in common) for job in rest]
 
@@ -89,6 +87,8 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
     Raises:
         ConfigError: where there is no such sweep.
     """
+    if sweep == LATEST:
+        sweep = str(find_folder(LATEST) or sweep)
     folder = Path(sweep)
     if uri is None and folder.is_dir():
         sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from cifar_exp.records.journal import FILE_NAME, Entry, JournalFollower
+from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalFollower
 from cifar_exp.records.run_folder import Status, sync_command
 from cifar_exp.system.redaction import masked_text
 
@@ -199,7 +199,7 @@ class Follower(threading.Thread):
 
 def lacking(error: Exception, folder: Path) -> str:
     """What to tell of a tracker that did not get everything, down to the command that delivers it."""
-    path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
+    path = folder / JOURNAL_FILE if (folder / JOURNAL_FILE).exists() else folder
     return (
         f"the tracker did not get everything: {shortened(error)}. "
         f"It is all in {path}. Once the tracker can be reached, type\n{sync_command(folder)}"

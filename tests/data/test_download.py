@@ -53,10 +53,10 @@ def test_a_download_is_verified_decoded_and_not_repeated(tmp_path: Path, server:
     files = small_cifar10(tmp_path, mirror=server.address)
     check_content(files)
     assert files.content_hash == SHA256
-    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == ARCHIVE
+    assert (tmp_path / cifar10_archive.ARCHIVE_FILE).read_bytes() == ARCHIVE
     server.status = 500
     assert small_cifar10(tmp_path, mirror=server.address) == files
-    (tmp_path / cifar10_archive.FILE_NAME).unlink()  # the decoded copy is enough
+    (tmp_path / cifar10_archive.ARCHIVE_FILE).unlink()  # the decoded copy is enough
     assert small_cifar10(tmp_path, mirror=server.address) == files
     assert server.ranges == [None]
 
@@ -71,7 +71,7 @@ def test_a_local_archive_needs_no_network_and_leaves_the_root_alone(tmp_path: Pa
 
 
 def test_an_archive_that_lies_in_the_root_is_used(tmp_path: Path) -> None:
-    (tmp_path / cifar10_archive.FILE_NAME).write_bytes(ARCHIVE)
+    (tmp_path / cifar10_archive.ARCHIVE_FILE).write_bytes(ARCHIVE)
     check_content(small_cifar10(tmp_path, mirror="http://127.0.0.1:9/none"))
 
 
@@ -85,10 +85,10 @@ def test_a_wrong_local_archive_is_refused(tmp_path: Path, wrong: bytes) -> None:
         small_cifar10(tmp_path / "root", archive=archive)
     assert found in str(caught.value)
     assert f"where {expected}" in str(caught.value)
-    archive.rename(tmp_path / cifar10_archive.FILE_NAME)
+    archive.rename(tmp_path / cifar10_archive.ARCHIVE_FILE)
     with pytest.raises(DataError, match="Delete it to download it again"):
         small_cifar10(tmp_path)
-    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == wrong  # the user's file is not overwritten
+    assert (tmp_path / cifar10_archive.ARCHIVE_FILE).read_bytes() == wrong  # the user's file is not overwritten
 
 
 def test_a_missing_local_archive_is_named(tmp_path: Path) -> None:
@@ -168,14 +168,14 @@ def test_a_wrong_beginning_is_thrown_away(
     tmp_path: Path, server: Server, kept: bytes, understands_ranges: bool
 ) -> None:
     server.understands_ranges = understands_ranges
-    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(kept)
+    (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(kept)
     check_content(small_cifar10(tmp_path, mirror=server.address))
-    assert not (tmp_path / f"{cifar10_archive.FILE_NAME}.part").exists()
+    assert not (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").exists()
 
 
 def test_a_beginning_longer_than_the_mirrors_file_is_no_dead_end(tmp_path: Path, server: Server) -> None:
     web_page(server)
-    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(ARCHIVE[:1000])
+    (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(ARCHIVE[:1000])
     with pytest.raises(DataError, match="a web page"):
         small_cifar10(tmp_path, mirror=server.address)
     assert server.ranges == ["bytes=1000-", None]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from cifar_exp.cli.predict import Classifier
 from cifar_exp.config.reading import read_config
 from cifar_exp.data import file_source, image_files
 from cifar_exp.data.augment import Shift
@@ -478,3 +479,24 @@ def test_workers_end_with_a_rank_that_is_killed(
     assert process.returncode == 7
     assert "rank 0 died without a word" in errors
     assert_nothing_is_left([*ranks, *workers])
+
+
+def test_prediction_reads_an_image_as_training_does(mixed: Path) -> None:
+    files = folders(mixed, residency="loader", image_size=SIDE, workers=0)
+    classifier = Classifier(torch.nn.Identity(), files.classes, Normalization(), files.image_size)
+    paths = sorted((mixed / "test" / "ant").iterdir())
+    predicted = torch.stack([classifier.read(path) for path in paths])
+    assert torch.equal(predicted, files.load("test").images[: len(paths)])
+
+
+@pytest.mark.parametrize(("shape", "size"), [((20, 40), (10, 10)), ((40, 20), (10, 15)), ((7, 9), (14, 18))])
+def test_a_read_image_covers_the_size_and_keeps_its_centre(
+    tmp_path: Path, shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[shape[0] // 2 - 2 : shape[0] // 2 + 2, shape[1] // 2 - 2 : shape[1] // 2 + 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    image = image_files.read_image(tmp_path / "x.png", size)
+    assert isinstance(image, torch.Tensor)
+    assert image.shape == (3, *size)
+    assert image[:, size[0] // 2, size[1] // 2].min() > 200

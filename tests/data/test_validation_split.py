@@ -268,9 +268,9 @@ def test_a_run_never_trains_on_what_it_is_validated_on_whatever_its_ranks_and_af
     assert last["test/count"] == 33
     assert "stopped_epoch" not in last
     cut = workplace / "one"
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if "val/accuracy" in line)
-    (cut / journal.FILE_NAME).write_text("".join(lines[: first + 1]))
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[: first + 1]))
     for path in sorted(cut.glob("checkpoints/*"))[2:]:
         path.unlink()
     again = cifar_exp(*SPIED, "train.batch_size=32", "hydra.run.dir=one", "seed=1", "resume=auto")
@@ -376,12 +376,12 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
         expected = float(saved.model["bias"].softmax(0).max())
         assert json.loads(predicted.stdout)["probability"] == pytest.approx(expected, abs=1e-4)
 
-    lines = (whole / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (whole / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     fourth = [number for number, line in enumerate(lines) if "val/accuracy" in line][3]
     # As if it had been stopped after the fourth epoch, and in its last evaluation.
     for name, kept, files in (("early", fourth + 1, 2), ("late", -2, 3)):
         cut = shutil.copytree(whole, workplace / "outputs" / name)
-        (cut / journal.FILE_NAME).write_text("".join(lines[:kept]))
+        (cut / journal.JOURNAL_FILE).write_text("".join(lines[:kept]))
         for path in sorted(cut.glob("checkpoints/*"))[2 * files :]:
             path.unlink()
         again = cifar_exp(*run, "checkpoint.every=4", f"hydra.run.dir={cut}", "resume=auto", "tracking=none")

@@ -116,7 +116,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        state.address = f"http://127.0.0.1:{http.server_port}/{cifar10_archive.FILE_NAME}"
+        state.address = f"http://127.0.0.1:{http.server_port}/{cifar10_archive.ARCHIVE_FILE}"
         try:
             yield state
         finally:
