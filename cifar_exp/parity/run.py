@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
-from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.data.validation_split import hold_out
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.models.networks import parameter_count
 from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
@@ -88,7 +88,7 @@ def check(cases: Sequence[Case], command: str, console: Console) -> Report:
         CifarExpError: whatever keeps a rank from its end, as in training.
     """
     first = cases[0]
-    data = keep_apart(first.parts.dataset(), first.config.validation)
+    data = hold_out(first.parts.dataset(), first.config.validation)
     with private_folder() as work:
         results = [_result(case, data, work / str(case.devices.count), console) for case in cases]
     precision = results[0].figures["precision"]

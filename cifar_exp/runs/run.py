@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
-from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import RunFacts
 from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError, Stopped
@@ -67,7 +67,7 @@ def run(config: Config, parts: Parts) -> float:
         _claimed(new, config, resumed) as info,
         Recording(run_dir, started, parts.tracker.sink(info), parts.tracker.store()) as recording,
     ):
-        data = keep_apart(parts.dataset(), config.validation)
+        data = hold_out(parts.dataset(), config.validation)
         plan = make_plan(
             config, devices.count, data.train_count, parts.schedule, resumed.kept_batch if resumed else None
         )

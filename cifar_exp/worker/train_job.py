@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from cifar_exp.data.batches import scaled
+from cifar_exp.data.batches import scaled_size
 from cifar_exp.data.sources import Source, opened
-from cifar_exp.data.validation_split import divided
+from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
@@ -35,7 +35,7 @@ def run_rank(job: Job, exchange: Path) -> None:
 def train(job: Job, world: World, control: Control) -> None:
     """Build everything on this rank's device, train, and write down how it went."""
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        _train(job, world, control, *divided(train_images, job.data), test_images)
+        _train(job, world, control, *split_source(train_images, job.data), test_images)
 
 
 def _train(
@@ -70,7 +70,7 @@ def _train(
             training = trainer.state_dict()  # for which all ranks are needed
             if saver:
                 shift, scale = normalization.shift, normalization.scale
-                classes, size = job.data.classes, scaled(job.data.image_size, validation.scale)
+                classes, size = job.data.classes, scaled_size(job.data.image_size, validation.scale)
                 used = trainer.evaluated.state_dict()
                 state = Checkpoint(used, model.state_dict(), training, classes, shift, scale, size)
                 origin = Origin(

@@ -27,7 +27,7 @@ from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_files import ImageFiles
-from cifar_exp.data.prefetch import ahead
+from cifar_exp.data.prefetch import prefetched
 from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
 from cifar_exp.data.synthetic import synthetic
 from cifar_exp.distributed.process_group import World
@@ -203,7 +203,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
                 worker.kill()
             fetch(train, torch.arange(26))
 
-    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Type fewer, or data\.workers=0"):
+    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Set data\.workers to fewer"):
         killed()
 
 
@@ -286,8 +286,8 @@ def test_statistics_are_those_of_a_sample_where_there_are_more(tmp_path: Path, m
 
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "data=cifar10 data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
-    "data=synthetic data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
+    "data=cifar10 data.residency=loader": ("data.residency=loader", "auto, device or host", "Set data.residency="),
+    "data=synthetic data.residency=loader": ("data.residency=loader", "auto, device or host", "Set data.residency="),
     "data=folders data.residency=disk": ("data.residency=disk", "loader", "Type data.residency="),
     "data=folders data.workers=-1": ("data.workers=-1", "0 or more or auto", "Type data.workers=0"),
     "data=folders data.image_size=0": ("data.image_size=0", "1 or more", "Type data.image_size=1"),
@@ -304,9 +304,9 @@ def test_settings_are_refused_with_value_rule_and_what_to_type(overrides: str) -
 
 def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal: Path) -> None:
     for source in (cifar10, lambda root, **settings: synthetic(root, train_count=20, test_count=20, **settings)):
-        with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Type data\.residency="):
+        with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Set data\.residency="):
             source(tmp_path, residency="loader")
-    with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Type data\.image_size=<"):
+    with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Set data\.image_size=<"):
         folders(equal, residency="loader")
     with pytest.raises(ConfigError, match=r"data\.image_size=20: .* 12 x 12 .* data\.residency=host .*=loader"):
         folders(equal, residency="host", image_size=20)
@@ -386,7 +386,7 @@ def test_items_are_made_ahead_by_no_more_than_asked_for() -> None:
             made.append(number)
             yield number
 
-    stream = ahead(items(), 3)
+    stream = prefetched(items(), 3)
     assert next(stream) == 0
     deadline = time.monotonic() + 5
     while len(made) < 5 and time.monotonic() < deadline:
@@ -402,7 +402,7 @@ def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
         yield 1
         raise DataError("the second one")
 
-    stream = ahead(items(), 3)
+    stream = prefetched(items(), 3)
     assert next(stream) == 1
     with pytest.raises(DataError, match="the second one"):
         next(stream)
@@ -411,7 +411,7 @@ def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
 
 def test_what_begins_the_thread_runs_in_it() -> None:
     names: list[str] = []
-    assert list(ahead([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
+    assert list(prefetched([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
     assert names == ["images ahead"]
 
 
