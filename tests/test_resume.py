@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_a_sound_one_it_is_exit_
     newest.write_bytes(newest.read_bytes()[:-1])
     again = cifar_exp(*run, "resume=cut")
     assert again.returncode == 0, again.stderr
-    assert again.stderr == f"cifar-exp: {newest.relative_to(workplace)}: the checkpoint is damaged and is passed over\n"
+    assert again.stderr == f"cifar-exp: {newest.relative_to(workplace)}: the checkpoint is damaged and is skipped\n"
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
 
     (cut / journal.JOURNAL_FILE).write_text("".join(lines[:-2]))

@@ -23,7 +23,7 @@ from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import checkpoint, journal, model_export
-from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim, is_owed
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim, is_undelivered
 from cifar_exp.runs import config_changes, resume, summary
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.job_setup import new_job, title
@@ -54,7 +54,7 @@ def run(config: Config, parts: Parts) -> float:
     if resumed and resumed.finished:
         accuracy = journal.last_values(resumed.run_dir)["test/accuracy"]
         console.print(f"{resumed.run_dir}: finished before, test accuracy {accuracy:.4f}", highlight=False)
-        if is_owed(resumed.run_dir):
+        if is_undelivered(resumed.run_dir):
             console.print(parts.tracker.deliver(resumed.run_dir), highlight=False)
         return accuracy
     if resumed and resumed.in_place:

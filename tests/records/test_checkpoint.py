@@ -94,7 +94,7 @@ def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
     assert_equal(found, trained(10))
-    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is passed over"]
+    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
     save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
@@ -137,7 +137,7 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", refuse)
         refusal = pytest.raises(
-            StorageError, match=r"step-00000020\.pt: the network could not be saved: .*No space left"
+            StorageError, match=r"step-00000020\.pt: the checkpoint could not be saved: .*No space left"
         )
         with refusal, Saver(tmp_path, keep=1) as saver:
             saver.save(trained(1), origin(20))
@@ -226,7 +226,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
         manifest = sound(tmp_path, told.append)
         assert manifest is not None
         assert manifest.step == 10
-        assert told == [f"{path}: the checkpoint is damaged and is passed over"]
+        assert told == [f"{path}: the checkpoint is damaged and is skipped"]
     assert_equal(newest(tmp_path, lambda _: None), trained(10))
 
 
@@ -250,7 +250,7 @@ def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
     manifest = sound(tmp_path, told.append)
     assert manifest is not None
     assert manifest.step == 10
-    assert told == [f"{path}: the checkpoint cannot be read and is passed over: it is not as it was written"]
+    assert told == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

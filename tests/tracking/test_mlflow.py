@@ -108,7 +108,7 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     follower.finish("FINISHED", patience=100)
     assert follower.error is None
     told += capsys.readouterr().err
-    assert told.count("trying again") == told.count("is back") == told.count("\n") / 2 == 1
+    assert told.count("retrying") == told.count("reachable again") == told.count("\n") / 2 == 1
     store = MLflowTracker(uri).client()
     (record,) = all_runs(store)
     assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
@@ -163,7 +163,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
             relay.turn(mode)
             wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
             relay.turn("pass")
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("is back") > told, process)
+            wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
         for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("run", module="cifar_exp.cli.sync")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
@@ -270,7 +270,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are delivered, 5 files, FINISHED" in brought.stdout
     again = cifar_exp("outputs", module="cifar_exp.cli.sync")
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
