@@ -205,7 +205,7 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
 
 def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     assert sound(tmp_path, silent) is None
-    with pytest.raises(StorageError, match=r"checkpoints: there is no saved network. Name a run"):
+    with pytest.raises(StorageError, match=r"checkpoints: there is no checkpoint. Choose a run"):
         newest(tmp_path, silent)
 
 
