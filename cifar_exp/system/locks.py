@@ -1,4 +1,4 @@
-"""Which process holds something, told so that any later process can find out whether it still lives."""
+"""Lock files, and a description of the process that holds one, by which others can tell whether it still lives."""
 
 import functools
 import hashlib
@@ -19,14 +19,14 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Owner:
-    """A process of a host. What cannot be known on a system is empty.
+    """A process on a host. Fields that the system does not provide are empty.
 
     Attributes:
-        host: its name, and a few digits made from its machine id, since names are often given twice.
-        boot_id: another one after each start of the host.
-        pid_namespace: containers on one host count their processes separately.
-        pid: the process.
-        pid_started: when it started, in the kernel's ticks since the boot: pids are used again, and clocks are moved.
+        host: host name and a few digits of a hash of its machine id, since names are often not unique.
+        boot_id: changes with each boot of the host.
+        pid_namespace: containers on one host number their processes separately.
+        pid: process id.
+        pid_started: start of the process in kernel ticks since boot: pids are reused, and clocks are changed.
     """
 
     host: str
@@ -37,11 +37,11 @@ class Owner:
 
     @classmethod
     def here(cls) -> "Owner":
-        """The process that asks."""
+        """The calling process."""
         return cls(_host(), _boot_id(), _pid_namespace(), os.getpid(), _started(os.getpid()))
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended; False where that cannot be told from here."""
+        """Whether the process has certainly ended; False where that is unknown here."""
         if self.host != _host() or not self.boot_id or not _boot_id():
             return False
         if self.boot_id != _boot_id():
@@ -58,7 +58,7 @@ class HeldError(Exception):
     """Another process holds a lock.
 
     Attributes:
-        holder: which, as in ``process 123 on host``.
+        holder: that process, for example ``process 123 on host``.
     """
 
     def __init__(self, path: Path, holder: str) -> None:
@@ -91,10 +91,10 @@ def locked(path: Path, advice: str) -> Iterator[None]:
 
 
 def hold(path: Path, timeout: float | None = 0) -> FileLock:
-    """Lock ``path`` until the returned lock is released or this process ends, however it does; note who holds it there.
+    """Lock ``path`` until the returned lock is released or this process ends, and write the holder into the file.
 
     Args:
-        path: the lock's file, which stays.
+        path: the lock file, which is not deleted.
         timeout: seconds to wait for another holder; None waits as long as it takes.
 
     Raises:
@@ -105,7 +105,7 @@ def hold(path: Path, timeout: float | None = 0) -> FileLock:
         lock.acquire(timeout=-1 if timeout is None else timeout)
     except Timeout:
         raise HeldError(path, str(_noted(path) or "another process")) from None
-    with suppress(OSError):  # the lock holds without its note
+    with suppress(OSError):  # the lock holds without the holder's name
         path.write_text(json.dumps(asdict(Owner.here())) + "\n")
     return lock
 
