@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from workload import BATCH, CORES, network, random_split, train_batches, training_flop
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.data.batches import scaled
+from cifar_exp.data.batches import scaled_size
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records import journal
 from cifar_exp.runs.components import build
@@ -124,7 +124,7 @@ def flop_per_image(run: Run) -> float:
     settings = read_config(config)
     model = build(settings).make_model(num_classes=10)
     scales = spread(settings.train.image_scales or (1.0,), settings.train.epochs)
-    return mean(training_flop(model, scaled((32, 32), scale)) for scale in scales)
+    return mean(training_flop(model, scaled_size((32, 32), scale)) for scale in scales)
 
 
 def images_trained(run: Run) -> float:

@@ -14,8 +14,8 @@ from filelock import FileLock
 
 from cifar_exp.distributed.process_group import World
 from tests.helpers.commands import REPO, ForkedCommand, environment  # noqa: F401
+from tests.helpers.servers import mlflow_server  # noqa: F401
 from tests.helpers.worlds import world_of_one
-from tests.servers import mlflow_server  # noqa: F401
 
 # A whole run in a second or two once its processes are up: 3 steps an epoch, 33 test images.
 TINY = [

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,32 +14,10 @@ import pytest
 from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
-from tests.helpers.processes import answers_signals
-from tests.test_run import all_runs, client
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, answers_signals, assert_nothing_is_left, training_ranks, wait_for
 
 LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-def training_ranks(process: "subprocess.Popen[str]", workplace: Path) -> list[psutil.Process]:
-    """The rank processes, in order, once training has begun."""
-    wait_for(lambda: any(path.stat().st_size for path in workplace.rglob("metrics.jsonl")), process)
-    (nursery,) = (c for c in psutil.Process(process.pid).children() if "multiprocessing.forkserver" in str(c.cmdline()))
-    return sorted(nursery.children(), key=lambda child: child.pid)  # forked in the order of their ranks
-
-
-def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def assert_nothing_is_left(processes: list[psutil.Process]) -> None:
-    """Gone, or dead and waiting for the init process to notice."""
-    _, alive = psutil.wait_procs(processes, timeout=2)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(born: Start, workplace: Path) -> None:
@@ -318,7 +295,7 @@ assert process.exitcode == -signal.SIGKILL, process.exitcode
 
 ABANDONED = """
 from multiprocessing.synchronize import Lock
-import cifar_exp.nursery_modules
+import cifar_exp.launch.forkserver_preload
 {}
 """
 

@@ -14,8 +14,8 @@ import pytest
 
 from cifar_exp.records import journal
 from tests.conftest import REPO, TINY
-from tests.test_failures import assert_nothing_is_left, wait_for
-from tests.test_run import all_runs, client
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import assert_nothing_is_left, wait_for
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SPAWNED = "multiprocessing.spawn"

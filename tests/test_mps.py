@@ -43,8 +43,8 @@ from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.assembly import Assembly, assembled
 from tests.conftest import TINY, Command
-from tests.test_config import composed
-from tests.test_gpu_step import MEAN, STD, _moved
+from tests.helpers.configs import composed
+from tests.training.test_gpu_step import MEAN, STD, _moved
 
 MPS = torch.device("mps")
 GPU = torch.device("cuda", 0)  # plays MPS where there are tensors: torch makes none of a device it was not built for

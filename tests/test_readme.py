@@ -5,15 +5,17 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.conftest import REPO, TINY, Command
-from tests.test_download import ARCHIVE, Server, server  # noqa: F401
-from tests.test_run import all_runs, client
+from tests.helpers.cifar10_release import (
+    ARCHIVE,
+    Server,
+    server,  # noqa: F401
+)
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.readme import README, folders
 
-README = (REPO / "README.md").read_text()
 SETTINGS = (REPO / "docs" / "settings.md").read_text()
 SMALL = [
     *("train.batch_size=16", "train.epochs=1", "model.width=4", "model.depth=1", "devices=cpu", "train.precision=fp32"),
@@ -25,17 +27,6 @@ def commands() -> list[list[str]]:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
     typed = [shlex.split(line.partition(" #")[0]) for line in lines]
     return [words[words.index("cifar-exp") + 1 :] for words in typed if "cifar-exp" in words]
-
-
-def folders(root: Path) -> None:
-    """Random pictures in three classes, 20 to train and 5 to test each."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 5)):
-        for name in ("ant", "bee", "cow"):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
 
 
 @pytest.mark.usefixtures("no_store")
@@ -79,7 +70,7 @@ def test_the_sweep_composes_and_runs(cifar_exp: Command, workplace: Path) -> Non
 def test_every_override_of_the_readmes_table_is_accepted() -> None:
     from cifar_exp.config.reading import read_config
     from cifar_exp.runs.components import build
-    from tests.test_config import composed
+    from tests.helpers.configs import composed
 
     table = (README + SETTINGS).partition("| I want | I type |")[2]
     typed = [

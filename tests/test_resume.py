@@ -4,27 +4,19 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from cifar_exp.records import checkpoint, journal
+from cifar_exp.records import journal
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
-from tests.helpers.commands import ForkedCommand
-from tests.test_checkpoint import reseal
-from tests.test_failures import wait_for
-from tests.test_run import all_runs, client
-
-Start = Callable[..., ForkedCommand]
-REPEATABLE = [*TINY, "train.epochs=16", "data.train_count=480", "train.deterministic=true", "train.precision=fp32"]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.newest(run_dir, pytest.fail).model)
+from tests.helpers.checkpoints import reseal
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, wait_for
+from tests.helpers.runs import REPEATABLE, weights
 
 
 def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) -> None:
@@ -92,16 +84,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_a_sound_one_it_is_exit_
     run = [*REPEATABLE, "tracking=none", "progress=quiet"]
     assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
     cut = shutil.copytree(workplace / "whole", workplace / "cut")
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
-    (cut / journal.FILE_NAME).write_text("".join(lines[:-2]))  # as if it had been stopped in its last evaluation
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[:-2]))  # as if it had been stopped in its last evaluation
     newest = max(cut.glob("checkpoints/*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1])
     again = cifar_exp(*run, "resume=cut")
     assert again.returncode == 0, again.stderr
-    assert again.stderr == f"cifar-exp: {newest.relative_to(workplace)}: the checkpoint is damaged and is passed over\n"
+    assert again.stderr == f"cifar-exp: {newest.relative_to(workplace)}: the checkpoint is damaged and is skipped\n"
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
 
-    (cut / journal.FILE_NAME).write_text("".join(lines[:-2]))
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[:-2]))
     for path in cut.glob("checkpoints/*.pt"):
         path.write_bytes(b"")
     refused = cifar_exp(*run, "resume=cut")
@@ -218,9 +210,9 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(cifar_e
     assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
     cut = shutil.copytree(workplace / "whole", workplace / "cut")
     shutil.rmtree(cut / "checkpoints")
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if "val/accuracy" in line)
-    (cut / journal.FILE_NAME).write_text("".join(lines[: first + 1]))
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[: first + 1]))
     again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto", "checkpoint.every=2")
     assert again.returncode == 0, again.stderr
     assert "was stopped before its first checkpoint: it starts again" in again.stdout
@@ -228,8 +220,8 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(cifar_e
     assert "was stopped before its first checkpoint: it starts again" in next(cut.glob("*.log")).read_text()
 
     shutil.rmtree(cut / "checkpoints")
-    whole = (workplace / "whole" / journal.FILE_NAME).read_text().splitlines(keepends=True)
-    (cut / journal.FILE_NAME).write_text("".join(line for line in whole if "time/total_seconds" not in line))
+    whole = (workplace / "whole" / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
+    (cut / journal.JOURNAL_FILE).write_text("".join(line for line in whole if "time/total_seconds" not in line))
     lost = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")  # in the third epoch the first one's was on disk
     assert lost.returncode == 8
     assert "its checkpoints are gone" in lost.stderr
@@ -244,19 +236,19 @@ def test_a_new_run_that_is_stopped_before_its_first_checkpoint_starts_again_from
     assert cifar_exp(*longer, "resume=old", "hydra.run.dir=whole").returncode == 0
     cut = shutil.copytree(workplace / "whole", workplace / "cut")
     shutil.rmtree(cut / "checkpoints")
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
-    (cut / journal.FILE_NAME).write_text(lines[0])
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
+    (cut / journal.JOURNAL_FILE).write_text(lines[0])
     again = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
     assert again.returncode == 0, again.stderr
     assert "cut starts again from old, after epoch 2" in again.stdout
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
 
     shutil.rmtree(cut / "checkpoints")
-    (cut / journal.FILE_NAME).write_text("".join(line for line in lines if "time/total_seconds" not in line))
+    (cut / journal.JOURNAL_FILE).write_text("".join(line for line in lines if "time/total_seconds" not in line))
     lost = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
     assert lost.returncode == 8
     assert "its checkpoints are gone" in lost.stderr
-    (cut / journal.FILE_NAME).write_text(lines[0])
+    (cut / journal.JOURNAL_FILE).write_text(lines[0])
     shutil.rmtree(workplace / "old" / "checkpoints")
     gone = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
     assert gone.returncode == 8
@@ -270,9 +262,9 @@ def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command,
     cut = shutil.copytree(workplace / "whole", workplace / "cut")
     for path in sorted(cut.glob("checkpoints/*"))[4:]:
         path.unlink()
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     second = [number for number, line in enumerate(lines) if "val/accuracy" in line][1]
-    (cut / journal.FILE_NAME).write_text("".join(lines[: second + 1]))
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[: second + 1]))
     again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
     assert again.returncode == 0, again.stderr
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))

@@ -8,8 +8,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from cifar_exp.cli.predict import Classifier
 from cifar_exp.data.batches import resized
@@ -19,17 +17,8 @@ from cifar_exp.models.speednet import patches_of
 from cifar_exp.records import journal
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, the_run
-from tests.test_datasets import REAL_IMAGES
-
-
-def client() -> MlflowClient:
-    """A client of the store that runs in the current folder use by default."""
-    return MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
-
-
-def all_runs(store: MlflowClient) -> list[Run]:
-    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
-    return list(store.search_runs(experiments))
+from tests.helpers.image_trees import REAL_IMAGES
+from tests.helpers.mlflow_runs import all_runs, client
 
 
 def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace: Path) -> None:

@@ -17,10 +17,11 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import Averages
 from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
+from tests.faults.runs import curve
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, training_ranks, wait_for
+from tests.helpers.runs import REPEATABLE, weights
 from tests.helpers.tiny_training import train_batches, trainer, validation
-from tests.test_failures import Start, training_ranks, wait_for
-from tests.test_resume import REPEATABLE, curve, weights
-from tests.test_run import all_runs, client
 
 # 60 steps an epoch, read every 7: whatever ends it ends it in the midst of an epoch and of a block.
 STEPS = [*REPEATABLE, "train.batch_size=8", "train.log_every=7", "train.epochs=6", "devices.oversubscribe=true"]

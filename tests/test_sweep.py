@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import TINY, Command
 from tests.helpers.commands import ForkedCommand
-from tests.test_run import all_runs, client
+from tests.helpers.mlflow_runs import all_runs, client
 
 Start = Callable[..., ForkedCommand]
 

@@ -3,7 +3,6 @@
 The images are the release's, bit for bit; ``data=folders data.root=data/cifar10-folders`` trains on them.
 """
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from cifar_exp.cli.words import settings_in
 from cifar_exp.data.cifar10 import cifar10
-from cifar_exp.data.dataset_files import SPLITS, DatasetFiles
+from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, SplitName
 from cifar_exp.errors import ConfigError, storage_errors
+from cifar_exp.system.atomic_files import atomic_path
+from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 from cifar_exp.system.surroundings import settle
 
@@ -67,31 +68,37 @@ def export(files: DatasetFiles, folder: Path) -> Counts:
         StorageError: the folder cannot be written.
     """
     counts: Counts = Counter()
-    for split in SPLITS:
-        data = files.load(split)
-        numbers: Counter[int] = Counter()
-        jobs: list[tuple[Tensor, Path]] = []
-        for image, label in zip(data.images, data.labels.tolist(), strict=True):
-            numbers[label] += 1
-            jobs.append((image, folder / split / files.classes[label] / f"{numbers[label]:04d}.png"))
-        with storage_errors(folder, "Make room, or choose another folder: --to <folder>"):
-            for name in files.classes:
-                (folder / split / name).mkdir(parents=True, exist_ok=True)
-            with ThreadPoolExecutor() as pool, Progress(f"Writing {split} images", len(jobs), "files") as progress:
-                for (_, path), outcome in zip(jobs, pool.map(_write, jobs), strict=True):
-                    counts[split, path.parent.name, outcome] += 1
-                    progress.add(1)
+    advice = "Make room, or choose another folder: --to <folder>"
+    with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be under way
+        for split in SPLITS:
+            counts += _export_split(files, split, folder)
+    return counts
+
+
+def _export_split(files: DatasetFiles, split: SplitName, folder: Path) -> Counts:
+    data = files.load(split)
+    numbers: Counter[int] = Counter()
+    jobs: list[tuple[Tensor, Path]] = []
+    for image, label in zip(data.images, data.labels.tolist(), strict=True):
+        numbers[label] += 1
+        jobs.append((image, folder / split / files.classes[label] / f"{numbers[label]:04d}.png"))
+    for name in files.classes:
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+    counts: Counts = Counter()
+    with ThreadPoolExecutor() as pool, Progress(f"Writing {split} images", len(jobs), "files") as progress:
+        for (_, path), outcome in zip(jobs, pool.map(_write, jobs), strict=True):
+            counts[split, path.parent.name, outcome] += 1
+            progress.add(1)
     return counts
 
 
 def _write(job: tuple[Tensor, Path]) -> str:
-    """Write an image (3, H, W) uint8, so that a file of its final name is always whole."""
+    """Write an image (3, H, W) uint8, atomically."""
     image, path = job
     if path.exists():
         return "skipped"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic_path(path, durable=False) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
     return "written"
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import click
 import torch
 from omegaconf import OmegaConf
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from cifar_exp.cli.words import settings_in
 from cifar_exp.data.batches import Normalization
+from cifar_exp.data.image_files import IMAGE_SUFFIXES, read_image
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.find_run import find_run
@@ -23,8 +22,6 @@ from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.runs.components import model_factory
 from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.system.surroundings import settle
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,10 @@ class Classifier:
         Raises:
             DataError: where it is no readable image.
         """
-        try:
-            with Image.open(path) as image:
-                pixels = transforms.pil_to_tensor(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: it cannot be read as an image: {error}") from error
-        resized: Tensor = transforms.resize(pixels, list(self.image_size), antialias=True)
-        return resized
+        image = read_image(path, self.image_size)
+        if isinstance(image, str):
+            raise DataError(f"{path}: the image cannot be read: {image.removeprefix(f'{path}: ')}")
+        return image
 
 
 def _model_section(path: Path) -> dict[str, Any]:
@@ -106,7 +100,7 @@ def images_in(paths: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise DataError(f"{path}: there is no image here. Type the path of an image or of a folder of images")
         files += found
@@ -137,7 +131,7 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
         raise ConfigError(f"checkpoint={which}: it must be best or last. Set checkpoint=best")
     if not paths:
         raise ConfigError("predict: it takes at least one image. Add the path of an image or a folder")
-    run_dir = find_run(run)
+    run_dir = find_run(run, with_checkpoint=True)
     print(f"network of {run_dir}", file=sys.stderr)
     trusted = settings.get("trusted_modules", "").strip("[]")
     classifier = Classifier.of_run(run_dir, which, trusted.split(",") if trusted else ())

@@ -10,6 +10,7 @@ from rich.console import Console
 from cifar_exp.cli.words import settings_in
 from cifar_exp.config.schema import Report
 from cifar_exp.errors import ConfigError, storage_errors
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
@@ -72,7 +73,7 @@ def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_
 
 
 def _study(sweep: str, runs: Sequence[FinishedRun], settings: Report) -> Study:
-    study = Study.of(runs, settings, _unfinished(Path(sweep)))
+    study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
     if study is None:
         raise ConfigError(
             f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Type "

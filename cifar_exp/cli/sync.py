@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.system.surroundings import settle
@@ -39,13 +40,18 @@ def command(words: tuple[str, ...]) -> int:
     settings = {name.partition(".")[2]: None if value == "null" else value for name, value in typed.items()}
     failures: list[CifarExpError] = []
     try:
-        for folder in map(Path, folders):
-            failures += _deliver_all(folder, settings)
+        for word in folders:
+            failures += _deliver_all(_folder(word), settings)
     except CifarExpError as error:
         failures.append(error)
     for failure in failures:
         print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
     return failures[0].exit_code if failures else 0
+
+
+def _folder(word: str) -> Path:
+    """A folder as typed, or the folder of the run that ``word`` names."""
+    return Path(word) if Path(word).is_dir() else find_folder(word, RUN_FILE) or find_folder(word) or Path(word)
 
 
 def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:

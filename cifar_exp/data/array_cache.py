@@ -1,8 +1,7 @@
-"""Decoded images on disk: ``.npy`` arrays, keyed by content, written once and mapped into memory by every rank.
+"""A cache of decoded images: ``.npy`` arrays on disk, written once and memory-mapped by every rank.
 
-``<cache>/<content hash>/`` holds a dataset, ``{train,test}_{images,labels}.npy`` and ``meta.json``;
-``<cache>/index.json`` says which content hash a source had when it last looked like this. All of it may be deleted at
-any time.
+``<cache>/<content hash>/`` holds one dataset: ``{train,test}_{images,labels}.npy`` and ``meta.json``.
+``<cache>/index.json`` maps a source's fingerprint to its content hash. All of it may be deleted at any time.
 """
 
 import json
@@ -13,11 +12,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, _array_names
+from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, array_names
 from cifar_exp.errors import ConfigError, storage_errors
-from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished, write_json
+from cifar_exp.system.locks import locked
 
-_FORMAT = 2  # of the files; another number means that they are made anew
+_FORMAT = 2  # version of the files; those of another version are written again
 
 
 def prepare(
@@ -28,17 +28,17 @@ def prepare(
     setting: str,
     too_large: str = "",
 ) -> DatasetFiles:
-    """The dataset's files: found by the fingerprint, else by the content hash, else decoded and written.
+    """The dataset's files: looked up by fingerprint, then by content hash, else decoded and written.
 
-    A cache that has them is only read, so that it may lie on read-only storage and need no lock.
+    A cache that holds the dataset is only read. It may lie on read-only storage and needs no lock.
 
     Args:
         cache: absolute folder of all cached datasets of a source.
-        fingerprint: what is cheap to know about the source; the same fingerprint means the same content.
-        content_hash: the dear way to know: sha256 of the content, in hex.
-        decode: class names and arrays.
-        setting: the setting that names ``cache``.
-        too_large: what to do where the arrays do not fit there, other than to make room; one sentence.
+        fingerprint: a cheap description of the source; the same fingerprint means the same content.
+        content_hash: computes sha256 of the content in hex, which is slow.
+        decode: returns class names and arrays.
+        setting: the setting that names ``cache``, for messages.
+        too_large: what else to do where the arrays do not fit on the disk, in one sentence.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -46,10 +46,10 @@ def prepare(
     files = _lookup(cache, fingerprint)
     if files is not None:
         return files
-    advice = f"Make room, or choose a folder that can be written: {setting}=<folder>"
+    advice = f"Free space there, or set {setting}=<folder> to a folder that can be written"
     with locked(cache / ".lock", advice):
-        remove_leftovers(cache)
-        files = _lookup(cache, fingerprint)  # another process may have finished it while this one waited
+        remove_unfinished(cache)
+        files = _lookup(cache, fingerprint)  # another process may have written it while this one waited
         if files is not None:
             return files
         digest = content_hash()
@@ -59,7 +59,7 @@ def prepare(
             with storage_errors(cache, f"{advice}. {too_large}" if too_large else advice):
                 files = _write_dataset(cache / digest, classes, arrays)
         with storage_errors(cache, advice):
-            _write_index(cache, {**_read_index(cache), fingerprint: digest})
+            write_json(cache / "index.json", {**_read_index(cache), fingerprint: digest})
     return files
 
 
@@ -69,7 +69,7 @@ def _lookup(cache: Path, fingerprint: str) -> DatasetFiles | None:
 
 
 def _read_index(cache: Path) -> dict[str, str]:
-    """Content hash by fingerprint; empty where there is no readable index."""
+    """Content hash by fingerprint; empty where the index is missing or unreadable."""
     try:
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,14 +77,8 @@ def _read_index(cache: Path) -> dict[str, str]:
     return index if isinstance(index, dict) else {}
 
 
-def _write_index(cache: Path, index: dict[str, str]) -> None:
-    temporary = cache / "index.json.tmp"
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(cache / "index.json")
-
-
 def _open_dataset(folder: Path) -> DatasetFiles | None:
-    """The dataset in ``folder``; None unless it is whole."""
+    """The dataset in ``folder``; None where it is missing or incomplete."""
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != _FORMAT or meta["file_bytes"] != _file_bytes(folder):
@@ -104,16 +98,15 @@ def _open_dataset(folder: Path) -> DatasetFiles | None:
 
 
 def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> DatasetFiles:
-    with new_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for split in SPLITS:
             images, labels = arrays[split]
             pair: tuple[NDArray[Any], ...] = (np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
-            for name, array in zip(_array_names(split), pair, strict=True):
-                with durable(unfinished / name) as file:
-                    np.save(file, array, allow_pickle=False)
+            for name, array in zip(array_names(split), pair, strict=True):
+                np.save(unfinished / name, array, allow_pickle=False)
         train_images = arrays["train"][0]
         counts = np.zeros((3, 256), dtype=np.int64)
-        for start in range(0, len(train_images), 1024):  # bincount makes an int64 copy of what it counts
+        for start in range(0, len(train_images), 1024):  # in chunks, since bincount copies its input to int64
             counts += value_counts(train_images[start : start + 1024])
         mean, std = channel_statistics(counts)
         meta = {
@@ -127,45 +120,47 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
             "std": std,
             "content_hash": folder.name,
         }
-        with durable(unfinished / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     files = _open_dataset(folder)
     if files is None:
-        raise OSError(f"{folder} is not as it was written")
+        raise OSError(f"{folder} was damaged after it was written")
     return files
 
 
 def _file_bytes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for split in SPLITS for name in _array_names(split)}
+    return {name: (folder / name).stat().st_size for split in SPLITS for name in array_names(split)}
 
 
 def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often each channel has each value: (N, 3, H, W) -> (3, 256)."""
+    """Histogram of each channel: (N, 3, H, W) uint8 -> (3, 256) counts."""
     return np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
 
 
 def channel_statistics(counts: NDArray[np.int64]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, 0 to 255; exact, from ``value_counts``."""
+    """Mean and standard deviation of each channel over all pixels, 0 to 255. ``counts``: from :func:`value_counts`."""
     pixels, values = counts.sum(axis=1), np.arange(256)
     mean = counts @ values / pixels
     variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / pixels
     return mean.tolist(), np.sqrt(variance).tolist()
 
 
-Decoded = Literal["auto", "device", "host"]  # where images lie that were decoded before training starts
+Decoded = Literal["auto", "device", "host"]  # where decoded images lie while a rank trains
 
 
-def _check_decoded(residency: str) -> None:
+def check_decoded(residency: str) -> None:
+    """Raise a ConfigError for a residency that decoded images cannot have."""
     if residency not in get_args(Decoded):
         raise ConfigError(
-            f"data.residency={residency}: it must be auto, device or host, since only data=folders can leave images in "
-            f"their files. Type data.residency=auto"
+            f"data.residency={residency}: it must be auto, device or host; only data=folders can read image files "
+            f"while training. Set data.residency=auto"
         )
 
 
-def _path(path: str | Path) -> Path:
-    return Path(path).expanduser()  # no shell expands the ~ in a YAML file
+def expanded(path: str | Path) -> Path:
+    """The path with its ``~`` expanded, which no shell does in a YAML file."""
+    return Path(path).expanduser()
 
 
-def _cache_folder(root: Path, cache: str | Path | None) -> Path:
-    return (root / ".cache" if cache is None else _path(cache)).absolute()
+def cache_folder(root: Path, cache: str | Path | None) -> Path:
+    """The absolute folder of the cache: ``<root>/.cache`` unless another one is set."""
+    return (root / ".cache" if cache is None else expanded(cache)).absolute()

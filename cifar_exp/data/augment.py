@@ -1,7 +1,7 @@
 """Batched augmentation on the training device.
 
-Randomness is a function of (seed, epoch, global position): an augmentation first lays out its parameters for every
-position of the epoch, and each rank takes the rows of the images it trains on. So 1 and N ranks see the same pixels.
+Randomness is a function of (seed, epoch, position in the epoch). An augmentation draws its parameters for all positions
+of an epoch; each rank takes the rows of its own images. So one rank and N ranks see the same pixels.
 """
 
 import math
@@ -21,10 +21,10 @@ Probability = Annotated[float, Ge(0), Le(1)]
 
 
 class Augmentation(Protocol):
-    """What `_target_` of ``conf/augment`` is: a small picklable object."""
+    """The interface of ``conf/augment``: a small picklable object."""
 
     def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
-        """One row a position of the epoch: (N, K) float32. ``order``: (N,) the image at each position."""
+        """A row for each position of the epoch: (N, K) float32. ``order``: (N,) the image at each position."""
         ...
 
     def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Crop:
-    """Reflection and translation by whole pixels, filled with black; the usual "pad and crop".
+    """Random flip and translation by whole pixels, filled with black: the usual "pad and crop".
 
     Attributes:
         max_pixels: shifts on each axis are drawn from -max_pixels ... max_pixels.
-        flip_probability: of a horizontal reflection.
+        flip_probability: of a horizontal flip.
     """
 
     max_pixels: Annotated[int, Ge(0)] = 4
@@ -74,11 +74,11 @@ class Crop:
 
 @dataclass(frozen=True)
 class Alternating:
-    """Reflection in every other epoch instead of at random, and translation by whole pixels with mirrored borders.
+    """Flips in every other epoch, and random translation by whole pixels with reflected borders.
 
-    Half of the images, drawn once for the run, are mirrored in odd epochs, the other half in even ones. So any two
-    epochs in a row show both sides of every image, where random flips show a quarter of them one side twice and
-    another quarter the other (Jordan 2024, arXiv:2404.00498, section 3.6).
+    Half of the images, drawn once for the run, are flipped in odd epochs, the other half in even ones. So two
+    consecutive epochs show both sides of every image. Random flips would show half of the images the same side twice
+    (Jordan 2024, arXiv:2404.00498, section 3.6).
 
     Attributes:
         max_pixels: shifts on each axis are drawn from -max_pixels ... max_pixels.
@@ -105,7 +105,7 @@ class Alternating:
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:
-    """Places beyond the border, as -2 or ``size`` + 1, seen in mirrors on the outermost pixels: 2 or ``size`` - 3."""
+    """Indices beyond the border reflected at the outermost pixels: -2 -> 2, ``size`` + 1 -> ``size`` - 3."""
     period = max(1, 2 * (size - 1))
     places = places % period
     return torch.minimum(places, period - places)
@@ -113,14 +113,14 @@ def _reflected(places: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Shift:
-    """The reference's: reflection, then translation by real-valued distances, bilinear, filled with black.
+    """The reference recipe's: random flip, then bilinear translation by real-valued distances, filled with black.
 
-    As MATLAB's imageDataAugmenter with RandXReflection, RandXTranslation and RandYTranslation, whose distances are
+    It follows MATLAB's imageDataAugmenter with RandXReflection, RandXTranslation and RandYTranslation: distances are
     drawn uniformly and continuously (documentation of imageDataAugmenter).
 
     Attributes:
         max_pixels: distances on each axis are drawn uniformly from [-max_pixels, max_pixels].
-        flip_probability: of a horizontal reflection.
+        flip_probability: of a horizontal flip.
     """
 
     max_pixels: Annotated[float, Ge(0)] = 4.0
@@ -134,7 +134,7 @@ class Shift:
         """Output pixel (y, x) is the input at (y - dy, x - dx), columns mirrored where the flip is 1."""
         flip, dx, dy = parameters.unbind(1)
         margin = math.ceil(self.max_pixels)
-        # Each pixel lies between two neighbours on each axis, in the same place between them all over the image.
+        # Each output pixel interpolates two neighbours an axis, with the same weights all over the image.
         top, left = (-dy).floor(), (-dx).floor()
         down, right = (-dy - top).view(-1, 1, 1, 1), (-dx - left).view(-1, 1, 1, 1)
         padded = _padded(_mirrored(images, flip.long()), margin, more=1)
@@ -145,14 +145,14 @@ class Shift:
 
 
 def _mirrored(images: Tensor, flip: Tensor) -> Tensor:
-    """Images whose columns are mirrored where ``flip`` (B,) is 1: (B, 3, H, W) -> (B, H, W, 3)."""
+    """Images, flipped horizontally where ``flip`` (B,) is 1: (B, 3, H, W) -> (B, H, W, 3)."""
     images = images.contiguous(memory_format=torch.channels_last)
     both = torch.cat([images, images.flip(3)]).permute(0, 2, 3, 1)
     return both.index_select(0, torch.arange(len(images), device=images.device) + flip * len(images))
 
 
 def _padded(images: Tensor, margin: int, more: int = 0) -> Tensor:
-    """(B, H, W, 3) with ``margin`` black pixels around, and ``more`` below and at the right."""
+    """(B, H, W, 3) with ``margin`` black pixels on each side, and ``more`` further ones below and at the right."""
     return F.pad(images, (0, 0, margin, margin + more, margin, margin + more))
 
 
@@ -161,7 +161,7 @@ def _windows(images: Tensor, top: Tensor, left: Tensor, size: Sequence[int]) -> 
     height, width = size
     batch = torch.arange(len(images), device=images.device)
     if images.device.type == "cpu":
-        # Torch gathers byte by byte on CPUs, 15 us an image; numpy copies whole rows, in 1 us.
+        # On CPUs torch gathers byte by byte (15 us an image), numpy copies whole rows (1 us).
         windows = sliding_window_view(images.numpy(), (height, width, images.shape[3]), axis=(1, 2, 3))[:, :, :, 0]
         return torch.from_numpy(windows[batch.numpy(), top.numpy(), left.numpy()]).permute(0, 3, 1, 2)
     rows = top[:, None] + torch.arange(height, device=images.device)

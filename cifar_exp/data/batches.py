@@ -1,7 +1,7 @@
-"""From images on disk to the batches of one rank.
+"""The batches of one rank: shuffled, augmented and normalised on the training device.
 
-Training order is a permutation keyed by (seed, epoch). Step s takes positions [s * global batch, (s + 1) * global
-batch), rank r the r-th slice of them: which images a step sees does not depend on how many ranks share it.
+The order of an epoch is a permutation keyed by (seed, epoch). Step s trains on positions [s * global batch, (s + 1) *
+global batch), and rank r takes the r-th slice of them. So the images of a step do not depend on the number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.data.sources import Source
 
-Draw = tuple[Tensor, ...]  # a source's own draw, then augmentation parameters (B, K) float32, on the training device
+Draw = tuple[Tensor, ...]  # what a source fetched, then augmentation parameters (B, K) float32, on the training device
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
 
 
@@ -26,7 +26,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def shard(count: int, rank: int, world_size: int) -> range:
-    """The images that a rank evaluates: unpadded and contiguous, at most one more than another rank's."""
+    """The images that a rank evaluates: a contiguous range without padding; ranks differ by at most one image."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
@@ -34,7 +34,7 @@ def shard(count: int, rank: int, world_size: int) -> range:
 class Normalization:
     """``(pixel - shift) * scale`` per channel; pixels and ``shift`` in 0..255.
 
-    It follows the augmentation, so that what a translation uncovers is black, not the mean.
+    It comes after the augmentation: pixels that a translation uncovers are black before it.
     """
 
     shift: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -51,8 +51,8 @@ class Normalization:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255, any type -> float32, channels-last."""
-        # Whole images of the mean, and in place: three channels to broadcast over defeat vectors, new memory costs as
-        # much as the arithmetic. 0.4 us an image instead of 5.
+        # In place, with a full image of the mean: broadcasting three channels is not vectorized, and a new tensor costs
+        # as much as the arithmetic. 0.4 us an image instead of 5.
         images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         images -= _constant_images(self.shift, images.shape[2:], images.device)
         if set(self.scale) != {1.0}:
@@ -62,7 +62,7 @@ class Normalization:
 
 @lru_cache(maxsize=32)
 def _constant_images(values: tuple[float, ...], size: Sequence[int], device: torch.device) -> Tensor:
-    """(1, 3, H, W) with one value a channel; kept, since a step that is being captured must not copy from the host."""
+    """(1, 3, H, W) with one value a channel; cached, since CUDA graph capture forbids copies from the host."""
     with torch.inference_mode(mode=False):
         channels = torch.tensor(values, device=device).view(1, -1, 1, 1)
         return channels.expand(1, len(values), *size).contiguous(memory_format=torch.channels_last)
@@ -73,15 +73,15 @@ class TrainBatches:
     """One rank's training batches, epoch by epoch.
 
     Attributes:
-        source: all training images, wherever they lie; they come out on the training device.
+        source: the training images; it delivers them on the training device.
         augmentation: applied to whole batches on that device.
-        normalization: applied after it.
+        normalization: applied after the augmentation.
         seed: of order and augmentation.
         rank: this rank.
         world_size: number of ranks.
-        batch_size: images of this rank and micro-batch.
-        scales: side of the images in each epoch, as a share of their own; none: full size.
-        accumulate: micro-batches of this rank a step. They are those that as many ranks would have.
+        batch_size: images of a micro-batch on this rank.
+        scales: height and width of the images in each epoch, as a share of the full size; empty means full size.
+        accumulate: micro-batches that this rank accumulates a step. They are the batches that as many ranks would have.
     """
 
     source: Source
@@ -95,28 +95,28 @@ class TrainBatches:
     accumulate: int = 1
 
     def noise_seed(self, epoch: int) -> int:
-        """Seed of what the network itself draws in an epoch, as dropout does; each rank has its own."""
+        """Seed of the network's own random numbers in an epoch, such as dropout; each rank has its own."""
         return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch; the last partial global batch is dropped."""
+        """Steps in an epoch; the last partial global batch is dropped."""
         return len(self.source) // (self.batch_size * self.world_size * self.accumulate)
 
     def draws(self, epoch: int, done: int = 0) -> Iterator[Draw]:
-        """What each micro-batch of an epoch (counted from 1) trains on, after those of the first ``done`` steps."""
+        """The draw of each micro-batch of an epoch (counted from 1), without the first ``done`` steps."""
         return self._draws(epoch, range(done, self.steps))
 
     def example(self) -> Draw:
-        """The first draw, and nothing is fetched beyond it: a GPU that is being captured must not be copied to."""
+        """The first draw; no other is prefetched, since CUDA graph capture forbids copies."""
         (draw,) = self._draws(1, range(1))
         return draw
 
     def _draws(self, epoch: int, steps: range) -> Iterator[Draw]:
         order = epoch_order(len(self.source), self.seed, epoch)
-        # A whole epoch's rows go to the device at once: a copy a step would make the host wait.
+        # One copy an epoch: a copy a step would synchronize with the device.
         parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
-        ranks = self.world_size * self.accumulate  # that would share a step without accumulation
+        ranks = self.world_size * self.accumulate  # that would share a step without gradient accumulation
         places = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
         starts = [(step * ranks + rank) * self.batch_size for step in steps for rank in places]
         mine = [slice(start, start + self.batch_size) for start in starts]
@@ -124,7 +124,7 @@ class TrainBatches:
             yield *draw, parameters[part]
 
     def scale(self, epoch: int) -> float:
-        """Side of the images in an epoch, as a share of their own."""
+        """Height and width of the images in an epoch, as a share of the full size."""
         return self.scales[epoch - 1] if self.scales else 1.0
 
     def make(self, *draw: Tensor, scale: float = 1.0) -> Batch:
@@ -139,14 +139,14 @@ class TrainBatches:
 
 
 def resized(images: Tensor, scale: float) -> Tensor:
-    """(B, 3, H, W) float32 -> (B, 3, H * scale, W * scale), as :func:`scaled`; bilinear with antialiasing."""
+    """(B, 3, H, W) float32 -> (B, 3, *scaled_size), bilinear with antialiasing."""
     if scale == 1:
         return images
     height, width = images.shape[2:]
-    return F.interpolate(images, scaled((height, width), scale), mode="bilinear", antialias=True)
+    return F.interpolate(images, scaled_size((height, width), scale), mode="bilinear", antialias=True)
 
 
-def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Height and width at ``scale``, in whole pixels."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -156,7 +156,7 @@ EVALUATION_BATCH = 500  # images; large enough to be fast, small enough for any 
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """One rank's share of a set that is evaluated, each image once, in order, at ``scale`` of its size."""
+    """One rank's share of an evaluation set: each image once, in order, at ``scale`` times its size."""
 
     source: Source
     normalization: Normalization

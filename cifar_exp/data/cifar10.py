@@ -1,10 +1,10 @@
-"""CIFAR-10: fetched once, verified, and kept as arrays."""
+"""CIFAR-10: downloaded once, verified by sha256, and decoded into the array cache."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from cifar_exp.data import cifar10_archive, download
-from cifar_exp.data.array_cache import Decoded, _cache_folder, _check_decoded, _path, prepare
+from cifar_exp.data.array_cache import Decoded, cache_folder, check_decoded, expanded, prepare
 from cifar_exp.data.dataset_files import Arrays, DatasetFiles
 
 
@@ -20,30 +20,30 @@ def cifar10(
 ) -> DatasetFiles:
     """CIFAR-10 as released: 50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes, lossless.
 
-    Once decoded, neither the network nor the archive is needed. Source: Krizhevsky, Learning Multiple Layers of
+    Once it is decoded, neither the network nor the archive is needed. Source: Krizhevsky, Learning Multiple Layers of
     Features from Tiny Images, 2009.
 
     Args:
         root: folder that the archive is downloaded to.
         mirror: address to download from instead of the release's own.
-        archive: a local copy of the archive; nothing is downloaded then.
+        archive: a local copy of the archive; then nothing is downloaded.
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
         size: of the archive in bytes.
         sha256: of the archive, in hex.
         residency: where the images lie while ranks train, as in ``DatasetFiles``.
 
     Raises:
-        ConfigError: the mirror is no http or https address, or the residency is none of those.
-        DataError: the archive cannot be had or is not the right one.
+        ConfigError: the mirror is no http or https address, or the residency is unknown.
+        DataError: the archive cannot be downloaded or read, or its sha256 is wrong.
         StorageError: ``root`` or the cache cannot be written.
     """
-    _check_decoded(residency)
-    root = _path(root)
+    check_decoded(residency)
+    root = expanded(root)
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
         return cifar10_archive.read_archive(
             download.fetch(root, mirror=mirror, archive=archive, size=size, sha256=sha256)
         )
 
-    files = prepare(_cache_folder(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
+    files = prepare(cache_folder(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
     return replace(files, residency=residency)

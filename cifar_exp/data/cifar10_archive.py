@@ -1,4 +1,4 @@
-"""Read the published archive of CIFAR-10 without running what is in it."""
+"""Read the published archive of CIFAR-10 without executing code from it."""
 
 import io
 import pickle
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from cifar_exp.data.dataset_files import Arrays
 from cifar_exp.errors import DataError
 
-FILE_NAME = "cifar-10-python.tar.gz"
+ARCHIVE_FILE = "cifar-10-python.tar.gz"
 _FOLDER = "cifar-10-batches-py"
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _READ = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
 _IGNORED = (_FOLDER, f"{_FOLDER}/readme.html")
-_MAX_MEMBER = 64 * 2**20  # bytes; a batch of the release has 31 MB, and gzip could blow up to anything
+_MAX_MEMBER = 64 * 2**20  # bytes; a batch of the release has 31 MB, and a crafted gzip file could expand without limit
 
 
 def read_archive(path: Path) -> tuple[tuple[str, ...], Arrays]:
     """The class names and the images of an archive of the release's format; nothing is written to disk.
 
     Raises:
-        DataError: a member or a pickle is not what the release has.
+        DataError: a member or a pickle differs from the release.
     """
     members = _read_members(path)
     try:
@@ -37,11 +37,11 @@ def read_archive(path: Path) -> tuple[tuple[str, ...], Arrays]:
     return classes, {"train": (images, labels), "test": test}
 
 
-_REPLACE = f"Delete it and start again, or name a sound copy of {FILE_NAME}: data.archive=<file>"
+_REPLACE = f"Delete it and start again, or set data.archive=<file> to an intact copy of {ARCHIVE_FILE}"
 
 
 def _read_members(path: Path) -> dict[str, bytes]:
-    """Content of the members that are needed, by name without the folder."""
+    """Content of the needed members, by name without the folder."""
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -76,7 +76,7 @@ def _batch(batch: dict[bytes, Any], class_count: int) -> tuple[NDArray[np.uint8]
     return data.reshape(-1, 3, 32, 32), labels
 
 
-_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]  # lies in numpy.core or numpy._core, as numpy's version has it
+_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]  # in numpy.core or numpy._core, depending on numpy's version
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -86,16 +86,16 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numbers, bytes, lists, dictionaries and numpy arrays; no other name is ever looked up."""
+    """Builds numbers, bytes, lists, dictionaries and numpy arrays; every other name is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise DataError(f"a pickle in it asks for {module}.{name}, which is not run")
+            raise DataError(f"a pickle in it asks for {module}.{name}, which is not allowed")
         return _ALLOWED[module, name]
 
 
 def _unpickle(content: bytes, path: Path) -> dict[bytes, Any]:
-    """The dictionary in a pickle of the release, which Python 2 wrote: its strings are bytes here."""
+    """The dictionary in a pickle of the release. Python 2 wrote it, so its strings are bytes here."""
     try:
         loaded = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     except DataError as error:

@@ -1,9 +1,8 @@
-"""Sources of images -> uint8 arrays on disk, decoded once and shared by all ranks.
+"""A tree of class folders as a dataset, decoded into the array cache or read from its files while training.
 
-The parent process calls one of ``cifar10``, ``folders`` and ``synthetic``. Each brings its images into an array cache
-and returns a small ``DatasetFiles``, which every rank maps into its memory: the system holds one copy for all of them.
-Only ``folders`` can leave images in their files (``residency="loader"``). A dataset of your own is one more such
-function and one YAML file.
+The parent process calls one dataset function: ``folders``, ``cifar10`` or ``synthetic``. It returns a small
+``DatasetFiles``; every rank memory-maps the arrays, so the machine holds one copy. A dataset of your own is one more
+such function and one YAML file.
 """
 
 import hashlib
@@ -18,15 +17,14 @@ import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
 
-from cifar_exp.data.array_cache import _cache_folder, _path, prepare
+from cifar_exp.data.array_cache import cache_folder, expanded, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency, SplitName
-from cifar_exp.data.image_files import Listing, decode_image, prepare_files
+from cifar_exp.data.image_files import IMAGE_SUFFIXES, Listing, decode_image, prepare_files
 from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.progress_line import Progress
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_SHOWN = 5  # paths in a message
-_UNDECODED = "let images be read and resized while ranks train: data.residency=loader"
+_MAX_PATHS_SHOWN = 5  # in a message
+_USE_LOADER = "set data.residency=loader to read and resize images while training, with"
 _EXPECTED = (
     "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
 )
@@ -42,59 +40,69 @@ def folders(
 ) -> DatasetFiles:
     """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``; labels by sorted class name.
 
-    Gray, palette and CMYK images become RGB, transparency is dropped. Hidden files and files that are no images are
-    ignored. All images must have one size, unless ``residency`` is ``loader``: then they are resized as they are read,
-    the shorter side to ``image_size`` and the centre cut out, and nothing is decoded ahead. Mean and deviation are then
-    those of a sample of at most 5,000 training images, and the content hash is one over the files' relative paths,
-    sizes and times and ``image_size``: cheaper than their content, but another one where a file was only touched.
+    Gray, palette and CMYK images become RGB; transparency is dropped. Hidden files and files that are no images are
+    ignored. All images must have one size, unless ``residency`` is ``loader``.
+
+    ``loader`` reads images while training: the shorter side is resized to ``image_size``, then the centre is cropped.
+    Mean and standard deviation come from a sample of at most 5,000 training images. The content hash covers paths,
+    sizes and times of the files and ``image_size``. So touching a file changes it.
 
     Args:
         root: folder that holds ``train`` and ``test``.
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
         residency: where the images lie while ranks train, as in ``DatasetFiles``.
-        image_size: height and width in pixels; None is the images' own.
-        workers: of ``loader``: processes a rank that read images; 0 reads them in the rank itself.
+        image_size: height and width in pixels; None keeps the images' own size.
+        workers: for ``loader``: processes a rank that read images; 0 reads them in the rank itself.
 
     Raises:
-        ConfigError: ``loader`` has no ``image_size``, or the images would have to be resized for another residency.
+        ConfigError: ``loader`` has no ``image_size``, or another residency would have to resize images.
         DataError: folders or images are missing, broken or of several sizes.
         StorageError: the cache cannot be written.
     """
     if residency == "loader" and image_size is None:
         raise ConfigError(
-            "data.image_size=null: data.residency=loader resizes images as it reads them and must know to what. Type "
+            "data.image_size=null: data.residency=loader resizes images as it reads them and needs a size. Set "
             "data.image_size=<height and width in pixels>"
         )
-    root = _path(root)
+    root = expanded(root)
     tree = _scan(root)
     if residency == "loader":
         assert image_size is not None
-        paths, labels = [file.path for file in tree.files], [file.label for file in tree.files]
-        digest = _hash_listing(f"loader {image_size}".encode(), tree.files)
-        listing = Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest)
-        return prepare_files(_cache_folder(root, cache), listing, image_size, workers)
+        return prepare_files(cache_folder(root, cache), _listing(root, tree, image_size), image_size, workers)
 
-    def decode() -> tuple[tuple[str, ...], Arrays]:
-        arrays = _decode_images(root, tree)
-        if _scan(root) != tree:
-            raise DataError(f"data.root={root} changed while its images were read. Start again when it is at rest.")
-        return tree.classes, arrays
-
-    files = prepare(
-        _cache_folder(root, cache),
-        _fingerprint(root, tree.files),
-        lambda: _hash_files(root, tree.files),
-        decode,
-        "data.cache",
-        too_large=f"Or {_UNDECODED} data.image_size=<n>",
-    )
+    files = _decoded_files(root, tree, cache_folder(root, cache))
     if image_size is not None and files.image_size != (image_size, image_size):
         height, width = files.image_size
         raise ConfigError(
             f"data.image_size={image_size}: the images have {width} x {height} pixels, and data.residency={residency} "
-            f"resizes none. Type data.image_size=null, or data.residency=loader data.image_size={image_size}"
+            f"resizes none. Set data.image_size=null, or data.residency=loader data.image_size={image_size}"
         )
     return replace(files, residency=residency)
+
+
+def _decoded_files(root: Path, tree: "_Tree", cache: Path) -> DatasetFiles:
+    """The tree's images in the array cache."""
+
+    def decode() -> tuple[tuple[str, ...], Arrays]:
+        arrays = _decode_images(root, tree)
+        if _scan(root) != tree:
+            raise DataError(f"data.root={root} changed while its images were read. Start again once it stays as it is.")
+        return tree.classes, arrays
+
+    return prepare(
+        cache,
+        _fingerprint(root, tree.files),
+        lambda: _hash_files(root, tree.files),
+        decode,
+        "data.cache",
+        too_large=f"Or {_USE_LOADER} data.image_size=<n>",
+    )
+
+
+def _listing(root: Path, tree: "_Tree", image_size: int) -> Listing:
+    paths, labels = [file.path for file in tree.files], [file.label for file in tree.files]
+    digest = _hash_listing(f"loader {image_size}".encode(), tree.files)
+    return Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest)
 
 
 class _ImageFile(NamedTuple):
@@ -111,7 +119,7 @@ class _Tree(NamedTuple):
 
 
 def _scan(root: Path) -> _Tree:
-    """What a tree of class folders holds.
+    """The classes and image files of a tree of class folders.
 
     Raises:
         DataError: a folder or a class is missing, or a class has no images.
@@ -120,8 +128,8 @@ def _scan(root: Path) -> _Tree:
         if not folder.is_dir():
             raise DataError(
                 f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{_EXPECTED}\n"
-                "Name the folder with data.root=<folder>, let cifar-exp data make it from the CIFAR-10 archive, "
-                "or type experiment=quickstart, which needs no images."
+                "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
+                "or set experiment=quickstart, which needs no images."
             )
     try:
         names = {split: _visible_folders(root / split) for split in SPLITS}
@@ -156,24 +164,24 @@ def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
 def _list_class(root: Path, folder: str, label: int) -> list[_ImageFile]:
     with os.scandir(root / folder) as entries:
         images = [
-            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(_SUFFIXES)
+            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(IMAGE_SUFFIXES)
         ]
         stats = [(entry.name, entry.stat()) for entry in images if entry.is_file()]
     if not stats:
         raise DataError(
-            f"data.root={root}: the class folder {root / folder} has no images ({', '.join(_SUFFIXES)}).\n"
+            f"data.root={root}: the class folder {root / folder} has no images ({', '.join(IMAGE_SUFFIXES)}).\n"
             "Add some, or remove the class from both train and test."
         )
     return sorted(_ImageFile(f"{folder}/{name}", label, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _shown(lines: list[str]) -> str:
-    more = f"\n  and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
-    return "\n".join(f"  {line}" for line in lines[:_SHOWN]) + more
+    more = f"\n  and {len(lines) - _MAX_PATHS_SHOWN:,} more" if len(lines) > _MAX_PATHS_SHOWN else ""
+    return "\n".join(f"  {line}" for line in lines[:_MAX_PATHS_SHOWN]) + more
 
 
 def _fingerprint(root: Path, files: list[_ImageFile]) -> str:
-    """What can be known of a tree without reading it: where it lies, and each file's path, size and time."""
+    """The location of a tree, and path, size and time of its files: what is known without reading them."""
     return f"folders {_hash_listing(os.fsencode(root.absolute()), files)}"
 
 
@@ -224,7 +232,7 @@ def _decode_images(root: Path, tree: _Tree) -> Arrays:
 
 
 def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[np.uint8]:
-    """The images by path as one array (N, 3, H, W), unless one is broken or of another size than most."""
+    """The images by path as one array (N, 3, H, W); refused where one is broken or differs in size from the others."""
     broken = [f"{path}: {problem}" for path, problem in decoded.items() if isinstance(problem, str)]
     if broken:
         raise DataError(
@@ -239,7 +247,7 @@ def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[
     if odd:
         raise DataError(
             f"data.root={root}: all images must have one size. Most have {usual} pixels, but not these "
-            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them, or {_UNDECODED} "
+            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them, or {_USE_LOADER} "
             f"data.image_size={side}"
         )
     return np.stack(list(images.values()))

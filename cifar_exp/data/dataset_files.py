@@ -1,4 +1,4 @@
-"""A data set on disk as the rest of the package sees it: splits, classes, statistics."""
+"""A dataset on disk as the rest of the package sees it: splits, classes, statistics."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
 Residency = Literal["auto", "device", "host", "loader"]
-"""Where training images lie: on the training device, in host memory, or in their files; see ``residency.py``."""
+"""Where training images lie: on the training device, in host memory, or in their files; see ``sources.py``."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, all on one device; as a ``Source`` (``residency.py``) a draw is where its images lie.
+    """Images of one split in the memory of one device. It is a ``Source`` (``sources.py``) whose draws are indices.
 
     Attributes:
-        images: (N, 3, H, W) uint8, channels-last: each image's pixels lie in one piece.
+        images: (N, 3, H, W) uint8, channels-last: the pixels of an image are contiguous.
         labels: (N,) int64, each an index into the dataset's classes.
     """
 
@@ -34,7 +34,7 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are and come out."""
+        """Where the images are."""
         return self.images.device
 
     @property
@@ -46,18 +46,18 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """The same images on ``device``; not copied where they are there."""
+        """The same images on ``device``; nothing is copied if they are there already."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor]]:
         """The indices (B,) int64 of each part of ``order``, on the device."""
-        order = order.to(self.device)  # all at once: a copy a step would make the host wait
+        order = order.to(self.device)  # one copy an epoch: a copy a step would synchronize with the device
         return ((order[part],) for part in parts)
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The images (B, 3, H, W) uint8, channels-last, and labels (B,) int64 of a draw."""
         (indices,) = draw
-        rows = self.images.permute(0, 2, 3, 1).index_select(0, indices)  # whole images in one piece
+        rows = self.images.permute(0, 2, 3, 1).index_select(0, indices)  # copies contiguous images
         return rows.permute(0, 3, 1, 2), self.labels[indices]
 
 
@@ -66,17 +66,17 @@ class DatasetFiles:
     """A decoded dataset on disk; small and picklable.
 
     Attributes:
-        folder: where the arrays lie, absolute.
-        classes: names by label, sorted.
-        train_count: training images, without those kept apart.
+        folder: absolute folder of the arrays.
+        classes: class names by label, sorted.
+        train_count: training images, without the validation split.
         test_count: test images.
         image_size: height and width in pixels.
-        mean: of the training set's channels, 0 to 255; images that are kept apart included.
-        std: of the same, 0 to 255, over all pixels (population).
-        content_hash: sha256 in hex of what the arrays were made from.
+        mean: of each channel over the training set, validation split included, 0 to 255.
+        std: population standard deviation of each channel over the same pixels, 0 to 255.
+        content_hash: sha256 in hex of the content that the arrays were made from.
         residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
-            chooses between these two by the device's free memory; ``loader`` is for ``ImageFiles`` (``loader.py``).
-        validation_count: images of the training set that are kept apart to validate on (``validation.py``).
+            chooses between the two by the device's free memory. ``loader`` reads files and needs ``ImageFiles``.
+        validation_count: training images that are held out as the validation split (``validation_split.py``).
     """
 
     folder: Path
@@ -91,31 +91,34 @@ class DatasetFiles:
     validation_count: int = 0
 
     def load(self, split: SplitName) -> Split:
-        """One split whole, mapped and not copied: processes that load it share the page cache.
+        """One split, memory-mapped: processes that load it share the page cache.
 
         Raises:
-            StorageError: the cache is gone or cannot be read.
+            StorageError: the cache is missing or unreadable.
         """
-        images_name, _ = _array_names(split)
+        images_name, _ = array_names(split)
         return Split(torch.from_numpy(self._mapped(images_name)).permute(0, 3, 1, 2), self.labels(split))
 
     def labels(self, split: SplitName) -> Tensor:
-        """Labels of one split whole, (N,) int64, mapped and not copied; no image is read.
+        """Labels of one split, (N,) int64, memory-mapped; no image is read.
 
         Raises:
-            StorageError: the cache is gone or cannot be read.
+            StorageError: the cache is missing or unreadable.
         """
-        _, labels_name = _array_names(split)
+        _, labels_name = array_names(split)
         return torch.from_numpy(self._mapped(labels_name))
 
     def _mapped(self, name: str) -> NDArray[Any]:
         try:
-            # Copy-on-write: torch accepts the array as writable, and nobody can change the file.
+            # Copy-on-write: torch wants a writable array, and the file must not change.
             array: NDArray[Any] = np.load(self.folder / name, mmap_mode="c")
         except (OSError, ValueError) as error:
-            raise StorageError(f"{self.folder} cannot be read: {error}. Start again, and it is made anew.") from error
+            raise StorageError(
+                f"{self.folder} cannot be read: {error}. Start again: the cache is written again."
+            ) from error
         return array
 
 
-def _array_names(split: SplitName) -> tuple[str, str]:
+def array_names(split: SplitName) -> tuple[str, str]:
+    """File names of a split's images and labels."""
     return f"{split}_images.npy", f"{split}_labels.npy"

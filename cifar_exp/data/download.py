@@ -1,7 +1,4 @@
-"""The CIFAR-10 release: fetched once, verified always, and read without trusting what is in it.
-
-The archive is a tar of pickles, two formats that can write anywhere and run anything. So no member is unpacked to disk,
-and the pickles are read by an unpickler that knows arrays and nothing else.
+"""Download the CIFAR-10 archive once, resume an interrupted download, and verify size and sha256 always.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html
 """
@@ -17,29 +14,29 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from cifar_exp.data.cifar10_archive import FILE_NAME
+from cifar_exp.data.cifar10_archive import ARCHIVE_FILE
 from cifar_exp.errors import ConfigError, DataError, storage_errors
-from cifar_exp.system.atomic_files import locked
+from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-_TIMEOUT = 30.0  # seconds without a byte
+_TIMEOUT = 30.0  # seconds without data
 _CHUNK = 2**20  # bytes
 _GZIP = b"\x1f\x8b"
-_WHAT_TO_TYPE = f"""What to type instead:
-  data.archive=<file>     a copy of {FILE_NAME} that is on this machine
+_WHAT_TO_TYPE = f"""Set one of these instead:
+  data.archive=<file>     a copy of {ARCHIVE_FILE} that is on this machine
   data.mirror=<address>   another address of the same file
   data=folders data.root=<folder>   images of your own, in train/<class>/ and test/<class>/
   experiment=quickstart   synthetic images, no download"""
 
 
 def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
-    """The verified archive: ``archive`` where it is given, else ``root / FILE_NAME``, downloaded if it is not there.
+    """The verified archive: ``archive`` if given, else ``root / ARCHIVE_FILE``, which is downloaded if missing.
 
     Args:
-        root: folder that a download goes to, made if missing.
+        root: folder for the download, created if missing.
         mirror: address to download from instead of the release's own.
         archive: a local copy; then there is no network access, and ``root`` is not touched.
         size: of the archive in bytes.
@@ -47,25 +44,25 @@ def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: i
 
     Raises:
         ConfigError: the mirror is no http or https address.
-        DataError: there is no archive to be had, or not the right one.
+        DataError: the archive cannot be downloaded or read, or its size or sha256 is wrong.
         StorageError: ``root`` cannot be written.
     """
     if archive is not None:
         path = Path(archive).expanduser()
         if not path.is_file():
             raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
-        _check(path, f"data.archive={archive}", size, sha256, f"It must be {FILE_NAME} as it was released.")
+        _check(path, f"data.archive={archive}", size, sha256, f"It must be {ARCHIVE_FILE} as it was released.")
         return path
     address = mirror or ADDRESS
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"data.mirror={address} must begin with http:// or https://; a local file is data.archive=<file>"
         )
-    target = root / FILE_NAME
-    advice = "Choose another folder with data.root=<folder>, or make room in this one."
-    with locked(root / f".{FILE_NAME}.lock", advice):
+    target = root / ARCHIVE_FILE
+    advice = "Set data.root=<folder> to another folder, or free space in this one."
+    with locked(root / f".{ARCHIVE_FILE}.lock", advice):
         if target.exists():
-            mend = "Delete it to download it again, or name another: data.archive=<file>"
+            mend = "Delete it to download it again, or set data.archive=<file> to another copy"
             _check(target, str(target), size, sha256, mend)
             return target
         part = target.with_suffix(".gz.part")
@@ -76,7 +73,7 @@ def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: i
 
 
 def _problem(path: Path, size: int, sha256: str) -> str | None:
-    """What is wrong with a file that must have this size and hash; None if nothing is."""
+    """How a file differs from the expected size and sha256; None where it does not."""
     found_size = path.stat().st_size
     if found_size != size:
         return f"{found_size:,} bytes where {size:,} are expected"
@@ -95,7 +92,7 @@ def _check(path: Path, name: str, size: int, sha256: str, advice: str) -> None:
 
 
 def _download(address: str, part: Path, size: int, sha256: str, advice: str) -> None:
-    """Fill ``part`` from ``address``, going on where an earlier download stopped, until size and hash are right."""
+    """Download to ``part``, resuming an earlier download, until size and sha256 are right."""
     while True:
         begun = part.stat().st_size if part.exists() else 0
         if begun < size:
@@ -109,7 +106,7 @@ def _download(address: str, part: Path, size: int, sha256: str, advice: str) -> 
 
 
 def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> None:
-    """Append the bytes from ``begun`` on to ``part``, or write all of it where the server sends all."""
+    """Append the bytes from ``begun`` on to ``part``, or write the whole file if the server sends it."""
     with _network_errors(address), _request(address, begun) as response:
         resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
         received = begun if resumes else 0
@@ -140,12 +137,12 @@ def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> No
     if received < size:
         raise DataError(
             f"The connection to {address} ended after {received:,} of {size:,} bytes. They are kept in {part}: "
-            f"start again to go on from there.\n{_WHAT_TO_TYPE}"
+            f"start again to resume.\n{_WHAT_TO_TYPE}"
         )
 
 
 def _request(address: str, begun: int) -> Any:
-    """The open answer of the server; the whole file where it has nothing from ``begun`` on."""
+    """The server's open response; the whole file if the range from ``begun`` cannot be had."""
     if not begun:
         return _open(address, {})
     try:
@@ -157,7 +154,7 @@ def _request(address: str, begun: int) -> Any:
 
 
 def _open(address: str, headers: dict[str, str]) -> Any:
-    """The answer to one request. A user's name and password in the address, which urllib does not know, are sent."""
+    """The response to one request. User name and password in the address are sent, which urllib does not do."""
     parts = urlsplit(address)
     user_info, _, host = parts.netloc.rpartition("@")
     request = Request(
@@ -172,7 +169,7 @@ def _open(address: str, headers: dict[str, str]) -> Any:
 
 @contextmanager
 def _network_errors(address: str) -> Iterator[None]:
-    """Turn what a network can do to the block into a ``DataError``."""
+    """Turn network errors of the block into a ``DataError``."""
     try:
         yield
     except HTTPError as error:

@@ -1,4 +1,4 @@
-"""Images that are read from their files while training, for data sets larger than memory."""
+"""Images read from their files while training, for datasets larger than memory."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cifar_exp.data.image_files import ImageFiles, _sound, read_image
+from cifar_exp.data.image_files import ImageFiles, checked_image, read_image
 from cifar_exp.errors import MachineError
 from cifar_exp.system.accelerator import takes_copies_meanwhile
 from cifar_exp.system.host import end_with_parent, worker_start_method
 
-MOST_WORKERS = 8  # that `auto` starts a rank
+MAX_AUTO_WORKERS = 8  # a rank, with data.workers=auto
 
 
 class _Images(Dataset[Tensor | str]):
-    """The files of both splits, by place."""
+    """The files of both splits by index: training images first."""
 
-    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: int) -> None:
+    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: tuple[int, int]) -> None:
         self._root, self._paths, self._size = root, paths, size
 
     def __getitem__(self, place: int) -> Tensor | str:
@@ -34,7 +34,7 @@ class _Images(Dataset[Tensor | str]):
 
 
 class _Requests(Sampler[list[int]]):
-    """The batches that are wanted next, set before each pass: the workers stay the same ones."""
+    """The batches to read next. They are set before each pass, so that the same workers serve all passes."""
 
     def __init__(self) -> None:
         self.places: Iterable[list[int]] = ()
@@ -43,8 +43,8 @@ class _Requests(Sampler[list[int]]):
         return iter(self.places)
 
 
-def _together(images: list[Tensor | str]) -> Tensor | str:
-    """One batch (B, H, W, 3), or the first problem: an exception in a worker would arrive as a traceback."""
+def _collate(images: list[Tensor | str]) -> Tensor | str:
+    """One batch (B, H, W, 3), or the first problem as text: an exception in a worker would arrive as a traceback."""
     sound = [image for image in images if isinstance(image, Tensor)]
     if len(sound) < len(images):
         return next(image for image in images if isinstance(image, str))
@@ -53,19 +53,21 @@ def _together(images: list[Tensor | str]) -> Tensor | str:
 
 def _begin_worker(_number: int) -> None:
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; this process ends with its rank
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes of a terminal; a worker ends with its rank
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """The images of one split, read by worker processes in the order in which they are wanted.
+    """The images of one split, read by worker processes in the order of training.
 
     Attributes:
-        reader: what reads them.
-        first: place of the split's first image in it.
+        reader: the worker processes.
+        first: index of the split's first image in the reader.
         labels: (N,) int64, on the host.
         image_size: height and width in pixels.
-        device: where they are trained on.
+        device: the training device.
     """
 
     reader: "DataLoader[Tensor | str]"
@@ -83,7 +85,7 @@ class FileSource:
         assert isinstance(requests, _Requests)
         requests.places = ((order[part] + self.first).tolist() for part in parts)
         for part, images in zip(parts, self.reader, strict=True):
-            yield _sound(images).to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
+            yield checked_image(images).to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = draw
@@ -92,38 +94,40 @@ class FileSource:
 
 @contextmanager
 def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Iterator[tuple[FileSource, FileSource]]:
-    """Training and test images, read by the same worker processes, which end with the block or with this process.
+    """Training and test images, read by shared worker processes. Workers end with the block or with this process.
 
     Raises:
-        MachineError: a worker process has died, as where shared memory is too small.
-        StorageError: the list of files is gone or cannot be read.
+        MachineError: a worker process has died, for example because shared memory is too small.
+        StorageError: the list of files is missing or unreadable.
     """
-    import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked: they need not
+    import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked, so that they need not
 
     (train, train_labels), (test, test_labels) = files.listed("train"), files.listed("test")
-    workers = min(MOST_WORKERS, threads) if files.workers == "auto" else files.workers
+    workers = min(MAX_AUTO_WORKERS, threads) if files.workers == "auto" else files.workers
     reader = DataLoader(
-        _Images(files.root, (train, test), files.image_size[0]),
+        _Images(files.root, (train, test), files.image_size),
         batch_sampler=_Requests(),
         num_workers=workers,
-        collate_fn=_together,
+        collate_fn=_collate,
         pin_memory=takes_copies_meanwhile(device),
         worker_init_fn=_begin_worker if workers else None,
         persistent_workers=workers > 0,
-        # A fork server would be a new one for each rank and import torch again. Forking is safe here: the workers are
-        # made before the rank has threads of Python's, and compute with one thread.
+        # A fork server would import torch again for each rank. Forking is safe here: workers start before the rank has
+        # Python threads, and they compute with one thread.
         multiprocessing_context=worker_start_method() if workers else None,
-        generator=torch.Generator(),  # of seeds that nobody uses; the network's own numbers must not move
+        generator=torch.Generator(),  # its seeds are not used, and the network's random numbers must not change
     )
-    iter(reader)  # makes the workers
+    iter(reader)  # starts the workers
     share = (files.image_size, device)
     try:
         yield FileSource(reader, 0, train_labels, *share), FileSource(reader, len(train), test_labels, *share)
-    except RuntimeError as error:  # torch has no class for it, and raises it wherever the rank is
+    except RuntimeError as error:  # torch has no class for a dead worker
         if not str(error).startswith("DataLoader worker"):
             raise
         what = str(error).rstrip(". ")
-        raise MachineError(f"data.workers={files.workers}: {what}. Type fewer, or data.workers=0") from error
+        raise MachineError(
+            f"data.workers={files.workers}: {what}. Set data.workers to fewer, or data.workers=0"
+        ) from error
     finally:
         if workers:
             reader._iterator._shutdown_workers()  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""Images that stay in their files: read, decoded and resized by worker processes while a rank trains.
+"""Image files: how one is read, and a dataset of files that are read while training.
 
-For sets that are larger than memory, or of images of several sizes. Nothing is decoded ahead; what is kept on disk is
-the list of files, the labels, and the channels' statistics over a sample.
+Such a dataset suits sets larger than memory and images of several sizes. The cache holds the list of files, the labels,
+and the channel statistics of a sample.
 """
 
 import json
@@ -22,13 +22,15 @@ from cifar_exp.data.array_cache import channel_statistics, value_counts
 from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, Split, SplitName
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.errors import DataError, storage_errors
-from cifar_exp.system.atomic_files import durable, locked, new_folder, remove_leftovers
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
+from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
-SAMPLE = 5000  # images that the statistics are taken over
-_FORMAT = 1  # of the files; another number means that they are made anew
+SAMPLE = 5000  # images for the channel statistics
+_FORMAT = 1  # version of the files; those of another version are written again
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
-_MAX_PIXELS = 4096 * 4096  # a small file can claim to be gigabytes of pixels
+_MAX_PIXELS = 4096 * 4096  # a small file can claim gigabytes of pixels
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
 
 
@@ -40,7 +42,7 @@ def decode_image(path: Path) -> NDArray[np.uint8] | str:
                 return f"claims {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,} in all"
             if image.mode in _DEEP_MODES:
                 return f"has more than 8 bits a channel (mode {image.mode})"
-            # A palette may hold transparency, and Pillow warns where it goes straight to RGB.
+            # A palette may have transparency; Pillow warns if it is converted to RGB directly.
             opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
             return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
     except (ImportError, NameError):  # no file raises these
@@ -51,30 +53,36 @@ def decode_image(path: Path) -> NDArray[np.uint8] | str:
         return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def read_image(path: Path, size: int) -> Tensor | str:
-    """The image (3, size, size) uint8, or what is wrong with the file, its path first.
+def read_image(path: Path, size: tuple[int, int]) -> Tensor | str:
+    """The image (3, *size) uint8, or what is wrong with the file, its path first.
 
-    The shorter side is resized to ``size`` with antialiasing, then the centre is cut out; an image of that size stays
-    as it is.
+    Training from files, evaluation and prediction all read images by this function. The image is resized with
+    antialiasing until it just covers ``size`` (height, width), then the centre is cropped. An image of that size stays
+    unchanged.
     """
-    from torchvision.transforms.v2 import functional  # a second and a half, which no other residency has to wait for
+    from torchvision.transforms.v2 import functional  # imported here: it takes 1.5 s, and only this needs it
 
     decoded = decode_image(path)
     if isinstance(decoded, str):
         return f"{path}: {decoded}"
-    resized = functional.resize(torch.from_numpy(decoded), [size], antialias=True)
-    cropped: Tensor = functional.center_crop(resized, [size, size])
+    (height, width), (own_height, own_width) = size, decoded.shape[1:]
+    if height * own_width >= width * own_height:  # wider than the target
+        covering = [height, int(height * own_width / own_height)]
+    else:
+        covering = [int(width * own_height / own_width), width]
+    resized = functional.resize(torch.from_numpy(decoded), covering, antialias=True)
+    cropped: Tensor = functional.center_crop(resized, list(size))
     return cropped
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles(DatasetFiles):
-    """A dataset whose images stay files. ``folder`` holds their list; mean and deviation are those of a sample.
+    """A dataset whose images are read from files. ``folder`` holds the list of files; statistics are those of a sample.
 
     Attributes:
         root: folder that the listed paths start from, absolute.
-        workers: processes a rank that read images; 0 reads them in the rank itself, ``auto`` is its number of threads,
-            at most 8.
+        workers: processes a rank that read images. 0 reads them in the rank itself; ``auto`` is the rank's number of
+            threads, at most 8.
     """
 
     root: Path
@@ -85,17 +93,19 @@ class ImageFiles(DatasetFiles):
 
         Raises:
             DataError: an image cannot be read.
-            StorageError: the list is gone or cannot be read.
+            StorageError: the list is missing or unreadable.
         """
         paths, labels = self.listed(split)
-        images = torch.stack([_sound(read_image(self.root / os.fsdecode(path), self.image_size[0])) for path in paths])
+        images = torch.stack(
+            [checked_image(read_image(self.root / os.fsdecode(path), self.image_size)) for path in paths]
+        )
         return Split(images.contiguous(memory_format=torch.channels_last), labels)
 
     def listed(self, split: SplitName) -> tuple[NDArray[np.bytes_], Tensor]:
-        """Paths (N,) relative to ``root``, mapped and not copied, and labels (N,) int64.
+        """Paths (N,) relative to ``root``, memory-mapped, and labels (N,) int64.
 
         Raises:
-            StorageError: the list is gone or cannot be read.
+            StorageError: the list is missing or unreadable.
         """
         paths, labels = map(self._mapped, _list_names(split))
         return paths, torch.from_numpy(labels)
@@ -106,7 +116,7 @@ class ImageFiles(DatasetFiles):
 
 @dataclass(frozen=True)
 class Listing:
-    """What a tree of class folders holds, as far as it can be known without opening its files.
+    """A tree of class folders as known without opening its files.
 
     Attributes:
         root: absolute folder.
@@ -126,12 +136,12 @@ class Listing:
 
 
 def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int | Literal["auto"]) -> ImageFiles:
-    """The dataset of a listing; its statistics are computed where the cache does not have them.
+    """The dataset of a listing; its statistics are computed unless the cache has them.
 
     Args:
         cache: absolute folder of all cached datasets of a source.
         listing: the files.
-        image_size: height and width in pixels that they are resized to.
+        image_size: height and width in pixels after resizing.
         workers: as in :class:`ImageFiles`.
 
     Raises:
@@ -141,12 +151,12 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
     folder = cache / listing.digest
     statistics = _read_statistics(folder)
     if statistics is None:
-        advice = "Make room, or choose a folder that can be written: data.cache=<folder>"
+        advice = "Free space there, or set data.cache=<folder> to a folder that can be written"
         with locked(cache / ".lock", advice):
-            remove_leftovers(cache)
-            statistics = _read_statistics(folder)  # another process may have finished it while this one waited
+            remove_unfinished(cache)
+            statistics = _read_statistics(folder)  # another process may have written it while this one waited
             if statistics is None:
-                statistics = _sample_statistics(listing, image_size)
+                statistics = _sample_statistics(listing, (image_size, image_size))
                 with storage_errors(cache, advice):
                     _write_lists(folder, listing, statistics)
     mean, std = statistics
@@ -166,7 +176,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
 
 
 def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation of the dataset in ``folder``; None unless that is whole."""
+    """Mean and standard deviation of the dataset in ``folder``; None where it is missing or incomplete."""
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         whole = meta["format"] == _FORMAT and meta["file_bytes"] == _file_bytes(folder)
@@ -175,36 +185,34 @@ def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
         return None
 
 
-def _sample_statistics(listing: Listing, size: int) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel, 0 to 255, over at most ``SAMPLE`` training images after resizing."""
+def _sample_statistics(listing: Listing, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, 0 to 255, over at most ``SAMPLE`` resized training images."""
     order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
     paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]
 
-    def counted(path: Path) -> NDArray[np.int64]:
-        return value_counts(_sound(read_image(path, size)).numpy()[None])
+    def histogram(path: Path) -> NDArray[np.int64]:
+        return value_counts(checked_image(read_image(path, size)).numpy()[None])
 
     counts = np.zeros((3, 256), dtype=np.int64)
     with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(paths), "files") as progress:
         for start in range(0, len(paths), 256):
             part = paths[start : start + 256]
-            counts += sum(pool.map(counted, part))
+            counts += sum(pool.map(histogram, part))
             progress.add(len(part))
     return channel_statistics(counts)
 
 
 def _write_lists(folder: Path, listing: Listing, statistics: tuple[list[float], list[float]]) -> None:
     parts = {"train": slice(0, listing.train_count), "test": slice(listing.train_count, None)}
-    with new_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for split in SPLITS:
-            # Bytes of fixed length can be mapped: no rank and no worker has a copy of a million names.
+            # Fixed-length bytes can be memory-mapped: no rank or worker copies a million names.
             paths = np.array([os.fsencode(path) for path in listing.paths[parts[split]]], dtype=np.bytes_)
             labels = np.array(listing.labels[parts[split]], dtype=np.int64)
             for name, array in zip(_list_names(split), (paths, labels), strict=True):
-                with durable(unfinished / name) as file:
-                    np.save(file, array, allow_pickle=False)
+                np.save(unfinished / name, array, allow_pickle=False)
         meta = {"format": _FORMAT, "file_bytes": _file_bytes(unfinished), "mean": statistics[0], "std": statistics[1]}
-        with durable(unfinished / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _list_names(split: SplitName) -> tuple[str, str]:
@@ -215,7 +223,8 @@ def _file_bytes(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for split in SPLITS for name in _list_names(split)}
 
 
-def _sound(image: Tensor | str) -> Tensor:
+def checked_image(image: Tensor | str) -> Tensor:
+    """The image; raises a DataError where it is the description of a problem."""
     if isinstance(image, str):
         raise DataError(f"data.residency=loader: {image}. Replace or delete it.")
     return image

@@ -1,4 +1,4 @@
-"""Randomness that is a function of its key, never of who drew last."""
+"""Random numbers that depend on a key alone, never on earlier draws."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Fetch the next batch while the current one trains."""
+"""Prepare the next items in a thread while the current one is used."""
 
 import queue
 import threading
@@ -8,13 +8,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], count: int, enter: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """The same items, made by a thread that is up to ``count`` ahead; it ends when this iterator does.
+def prefetched(items: Iterable[T], count: int, enter: Callable[[], None] = lambda: None) -> Iterator[T]:
+    """The same items, produced by a thread that runs up to ``count`` items ahead. It ends with this iterator.
 
     Args:
-        items: made in the thread; what they raise is raised here.
-        count: items that wait at most.
-        enter: called in the thread first.
+        items: produced in the thread; their exceptions are raised here.
+        count: most items that wait.
+        enter: called first in the thread.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)
     closed = threading.Event()
@@ -30,7 +30,7 @@ def ahead(items: Iterable[T], count: int, enter: Callable[[], None] = lambda: No
         except BaseException as error:
             ready.put((None, error))
 
-    thread = threading.Thread(target=work, name="images ahead", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
@@ -42,7 +42,7 @@ def ahead(items: Iterable[T], count: int, enter: Callable[[], None] = lambda: No
             yield item  # type: ignore[misc]
     finally:
         closed.set()
-        while thread.is_alive():  # it may be waiting for room
+        while thread.is_alive():  # it may be waiting for a free place
             try:
                 ready.get(timeout=0.01)
             except queue.Empty:

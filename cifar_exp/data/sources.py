@@ -1,7 +1,7 @@
-"""Where images lie while a rank trains, and how they come to the training device.
+"""Where images lie while a rank trains, and how they reach the training device.
 
-On the device all the time (``Split``), in host memory (:class:`HostSource`), or in their files (``loader.FileSource``):
-the same order gives the same images and labels from each.
+They lie on the device (``Split``), in host memory (:class:`HostSource`) or in their files (``FileSource``). The same
+order gives the same images and labels from each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,19 @@ from torch import Tensor
 from cifar_exp.data.dataset_files import DatasetFiles, Residency, Split
 from cifar_exp.data.file_source import opened_files
 from cifar_exp.data.image_files import ImageFiles
-from cifar_exp.data.prefetch import ahead
+from cifar_exp.data.prefetch import prefetched
 from cifar_exp.system.accelerator import free_bytes, takes_copies_meanwhile
 
-AHEAD = 3  # steps gathered before they are asked for: enough to hide one that is slow
-LARGEST_SHARE = 0.5  # of a device's free memory: the network's activations need the rest
+PREFETCHED_STEPS = 3  # enough to hide a slow one
+MAX_DEVICE_SHARE = 0.5  # of a device's free memory for images; activations need the rest
 
 
 class Source(Protocol):
-    """The images of one split, wherever they lie."""
+    """The interface of all sources: the images of one split."""
 
     @property
     def device(self) -> torch.device:
-        """Where draws and what is picked from them are."""
+        """The device of draws, images and labels."""
         ...
 
     @property
@@ -37,13 +37,13 @@ class Source(Protocol):
         ...
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         ...
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
-        """For each part of ``order`` ((N,) int64, on the host), tensors on the device that :meth:`pick` takes.
+        """A draw for each part of ``order`` ((N,) int64, on the host): the tensors that :meth:`pick` takes.
 
-        Parts to come may be fetched meanwhile.
+        The next parts may be prefetched.
 
         Raises:
             DataError: an image cannot be read.
@@ -66,9 +66,9 @@ def opened(files: DatasetFiles, device: torch.device, threads: int) -> Iterator[
     """Training and test images for ``device``.
 
     Args:
-        files: the dataset; its ``residency`` says where the images lie meanwhile.
-        device: where they are trained on.
-        threads: of this rank, which ``workers=auto`` is limited by.
+        files: the dataset; its ``residency`` says where the images lie while training.
+        device: the training device.
+        threads: CPU threads of this rank, the limit of ``workers=auto``.
     """
     if isinstance(files, ImageFiles):
         with opened_files(files, device, threads) as sources:
@@ -82,24 +82,24 @@ def opened(files: DatasetFiles, device: torch.device, threads: int) -> Iterator[
 
 
 def residency_on(device: torch.device, choice: Residency, images_bytes: int) -> Residency:
-    """What ``auto`` means for a training set of so many bytes; other choices stay.
+    """The residency that ``auto`` means for a training set of so many bytes; other choices are returned unchanged.
 
-    On the CPU nothing is copied: images are mapped from disk, one copy for all ranks.
+    On the CPU ``device`` copies nothing: images are memory-mapped, one copy for all ranks.
     """
     if choice != "auto":
         return choice
-    if images_bytes > LARGEST_SHARE * free_bytes(device):
+    if images_bytes > MAX_DEVICE_SHARE * free_bytes(device):
         return "host"
     return "device"
 
 
 @dataclass(frozen=True)
 class HostSource:
-    """Images that stay in host memory; each step's are gathered there by a thread, a few steps ahead.
+    """Images in host memory. A thread gathers the images of the next few steps.
 
     Attributes:
         split: the images, on the host.
-        device: where they are trained on.
+        device: the training device.
     """
 
     split: Split
@@ -115,7 +115,7 @@ class HostSource:
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.split.labels[order].to(self.device)
         places, meanwhile = order.numpy(), takes_copies_meanwhile(self.device)
-        rows = ahead((self._gathered(places[part]) for part in parts), AHEAD, self._enter_thread)
+        rows = prefetched((self._gathered(places[part]) for part in parts), PREFETCHED_STEPS, self._enter_thread)
         for part, images in zip(parts, rows, strict=True):
             yield images.to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
 
@@ -124,16 +124,18 @@ class HostSource:
         return images, labels
 
     def _gathered(self, places: np.ndarray) -> Tensor:
-        """(B, H, W, 3) uint8 on the host, pinned where a GPU is to copy it."""
+        """(B, H, W, 3) uint8 on the host, pinned if a GPU copies it."""
         images = self.split.images.permute(0, 2, 3, 1).numpy()
         rows = torch.empty(
             len(places), *images.shape[1:], dtype=torch.uint8, pin_memory=takes_copies_meanwhile(self.device)
         )
-        # By numpy, whose copy takes one thread: torch's would compete with the step for all of the rank's. Without
-        # `clip` numpy copies twice.
+        # numpy copies with one thread; torch would compete with the step for all threads of the rank. Without `clip`
+        # numpy copies twice.
         np.take(images, places, axis=0, out=rows.numpy(), mode="clip")
         return rows
 
     def _enter_thread(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a thread begins on the first GPU, and pinning would use memory there
+            torch.cuda.set_device(
+                self.device
+            )  # a new thread uses the first GPU, and pinning would allocate memory there

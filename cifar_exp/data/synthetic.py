@@ -1,6 +1,6 @@
 """Synthetic images: shapes filled with textures, the same bytes on every machine.
 
-Random numbers are taken as uniform floats and bytes, and the arithmetic is that which IEEE 754 rounds the same way
+Random numbers are uniform floats and bytes, and the arithmetic uses only operations that IEEE 754 rounds the same way
 everywhere: no sines, no normal deviates.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_exp.data.array_cache import Decoded, _check_decoded, _path, prepare
+from cifar_exp.data.array_cache import Decoded, check_decoded, expanded, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles
 from cifar_exp.errors import ConfigError
 
-VERSION = 1  # changes whenever the images do
+VERSION = 1  # to be raised whenever the images change
 _SHAPES = ("cross", "disc", "ring", "square", "triangle")
 CLASSES = tuple(f"{shape}-{texture}" for shape in _SHAPES for texture in ("checks", "stripes"))
 _NOISE = 16.0  # largest change of a pixel by noise
@@ -37,7 +37,7 @@ def _draw_split(
     rng = np.random.Generator(bits)
     labels = np.argsort(rng.random(count), kind="stable") % num_classes
     images = np.empty((count, 3, image_size, image_size), dtype=np.uint8)
-    for start in range(0, count, 1024):  # in pieces that fit the processor's cache
+    for start in range(0, count, 1024):  # in chunks that fit the processor's cache
         images[start : start + 1024] = _draw(labels[start : start + 1024], image_size, rng)
     return images, labels.astype(np.int64)
 
@@ -49,14 +49,14 @@ def _draw(labels: NDArray[np.int64], image_size: int, rng: np.random.Generator) 
         numbers = low + (high - low) * rng.random((len(labels), channels, 1, 1))
         return numbers.astype(np.float32)
 
-    unit = np.float32(image_size / 32)  # lengths are given for images of 32 pixels
+    unit = np.float32(image_size / 32)  # lengths are for images of 32 pixels
     centres = np.arange(image_size, dtype=np.float32) + np.float32(0.5)
     x = centres[None, None, None, :] - uniform(12, 20) * unit
     y = centres[None, None, :, None] - uniform(12, 20) * unit
     mask = _shape_mask(x, y, uniform(7.5, 10.5) * unit, labels[:, None, None, None] // 2)
     period = uniform(2, 3.5) * unit
     columns, rows = (np.floor((along + uniform(0, 8) * unit) / period).astype(np.int32) & 1 for along in (x, y))
-    stripes = np.where(uniform(0, 1) < 0.5, columns, rows)  # of either direction
+    stripes = np.where(uniform(0, 1) < 0.5, columns, rows)  # horizontal or vertical
     texture = np.where(labels[:, None, None, None] % 2 == 0, columns ^ rows, stripes)
     # Either sign for each channel: the mean image of a class is flat, so a linear model finds nothing.
     contrast = uniform(50, 100, 3) * np.where(uniform(0, 1, 3) < 0.5, -1, 1).astype(np.float32)
@@ -98,13 +98,13 @@ def synthetic(
     seed: int = 0,
     residency: Decoded = "auto",
 ) -> DatasetFiles:
-    """Shapes filled with textures, made on the spot: a convolutional network learns them, a linear model does not.
+    """Generated images of shapes filled with textures. A convolutional network learns them, a linear model does not.
 
-    Position, size, colours, contrast, phase and noise are random. The class survives a horizontal flip and a shift by
-    an eighth of the image. The same settings give the same bytes on every machine.
+    Position, size, colours, contrast, phase and noise are random. A horizontal flip or a shift by an eighth of the
+    image does not change the class. The same settings give the same bytes on every machine.
 
     Args:
-        root: folder that the images are kept in.
+        root: folder of the array cache.
         train_count: training images, in balanced classes.
         test_count: test images, in balanced classes.
         num_classes: 2 to 10.
@@ -116,30 +116,37 @@ def synthetic(
         ConfigError: a setting is out of its range.
         StorageError: ``root`` cannot be written.
     """
-    _check_decoded(residency)
-    limits = {
-        "train_count": (train_count, num_classes, 10**7),
-        "test_count": (test_count, num_classes, 10**7),
-        "num_classes": (num_classes, 2, len(CLASSES)),
-        "image_size": (image_size, 16, 256),
-        "seed": (seed, 0, 2**63 - 1),
-    }
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"data.{name}={value} must be a whole number from {low:,} to {high:,}")
+    check_decoded(residency)
+    _check_range("train_count", train_count, num_classes, 10**7)
+    _check_range("test_count", test_count, num_classes, 10**7)
+    _check_range("num_classes", num_classes, 2, len(CLASSES))
+    _check_range("image_size", image_size, 16, 256)
+    _check_range("seed", seed, 0, 2**63 - 1)
 
     @cached
     def draw() -> Arrays:
         return draw_arrays(train_count, test_count, num_classes, image_size, seed)
 
-    def content_hash() -> str:
-        digest = hashlib.sha256()
-        for images, labels in draw().values():
-            digest.update(images.data)
-            digest.update(labels.data)
-        return digest.hexdigest()
-
     recipe = f"synthetic {VERSION} {train_count} {test_count} {num_classes} {image_size} {seed}"
-    classes = CLASSES[:num_classes]
-    files = prepare(_path(root).absolute(), recipe, content_hash, lambda: (classes, draw()), "data.root")
+    files = prepare(
+        expanded(root).absolute(),
+        fingerprint=recipe,
+        content_hash=lambda: _content_hash(draw()),
+        decode=lambda: (CLASSES[:num_classes], draw()),
+        setting="data.root",
+    )
     return replace(files, residency=residency)
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"data.{name}={value} must be a whole number from {low:,} to {high:,}")
+
+
+def _content_hash(arrays: Arrays) -> str:
+    """sha256 in hex of all images and labels."""
+    digest = hashlib.sha256()
+    for images, labels in arrays.values():
+        digest.update(images.data)
+        digest.update(labels.data)
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Training images that are kept apart to validate on, so that the test set is evaluated once, at the end.
+"""The validation split: training images that are held out, so that the test set is evaluated once, at the end.
 
-Which ones depends on the labels and on their number, not on the seed: repeats over seeds and the jobs of a sweep are
-judged by the same images, and a run that starts from another one's checkpoint finds them as unseen as they were there.
+The split depends on the labels and the number of held-out images, not on the seed. So repeats over seeds and the jobs
+of a sweep are validated on the same images. A run that starts from another run's checkpoint has not trained on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from cifar_exp.data.sources import Source
 from cifar_exp.errors import ConfigError
 
 
-def keep_apart(files: DatasetFiles, share: float) -> DatasetFiles:
-    """The same dataset with a ``share`` (0 to 1) of its training images kept apart.
+def hold_out(files: DatasetFiles, share: float) -> DatasetFiles:
+    """The same dataset with a ``share`` (0 to 1) of its training images held out.
 
     Raises:
         ConfigError: where that is no image, or all of them.
@@ -26,31 +26,31 @@ def keep_apart(files: DatasetFiles, share: float) -> DatasetFiles:
     if share and not 0 < count < files.train_count:
         usual = 0.1 if round(0.1 * files.train_count) else 0
         raise ConfigError(
-            f"data.validation={share}: it keeps {count} of {files.train_count} training images apart, but at least one "
-            f"must be left to train on and one to validate on. Type data.validation={usual}"
+            f"data.validation={share}: it holds out {count} of {files.train_count} training images, but at least one "
+            f"must be left to train on and one to validate on. Set data.validation={usual}"
         )
     return replace(files, train_count=files.train_count - count, validation_count=count)
 
 
-def divided(source: Source, files: DatasetFiles) -> tuple[Source, Source | None]:
-    """All training images as those to train on and those kept apart, None where there are none; nothing is copied."""
+def split_source(source: Source, files: DatasetFiles) -> tuple[Source, Source | None]:
+    """The training images without the validation split, and the validation split or None. Nothing is copied."""
     if not files.validation_count:
         return source, None
-    rest, kept = division(files.labels("train"), files.validation_count)
-    return Subset(source, rest), Subset(source, kept)
+    training, held_out = split_indices(files.labels("train"), files.validation_count)
+    return Subset(source, training), Subset(source, held_out)
 
 
-def division(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The places of the images to train on and of the ``count`` kept apart, (N,) int64, ascending.
+def split_indices(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of the ``count`` held-out ones, (N,) int64, ascending.
 
-    Images are drawn at random, and of each class its share, to within one.
+    The split is random and stratified: each class has its share to within one image.
     """
     shuffled = torch.randperm(len(labels), generator=keyed_generator("validation"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    # At even distances over the classes side by side, in whole numbers: exactly `count` in all.
+    # Every len/count-th image of the list sorted by class, in whole numbers: exactly `count` in all.
     reached = torch.arange(len(labels) + 1) * count // len(labels)
-    kept = reached[1:] > reached[:-1]
-    return by_class[~kept].sort().values, by_class[kept].sort().values
+    held_out = reached[1:] > reached[:-1]
+    return by_class[~held_out].sort().values, by_class[held_out].sort().values
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Subset:
     """Some images of a source, as a source.
 
     Attributes:
-        source: all of them.
-        places: (N,) int64, on the host, where in ``source`` each image is.
+        source: all images.
+        places: (N,) int64, on the host: the index of each image in ``source``.
     """
 
     source: Source

@@ -8,7 +8,6 @@ stretches to the window; texts are placed in percent beside it and keep their si
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from cifar_exp.display.page_assets import HOVER_SCRIPT, RELOAD_SCRIPT, STYLE
 from cifar_exp.display.svg import ABSENT, _number, _plots
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records.journal import Entry
+from cifar_exp.system.atomic_files import write_atomically
 
-FILE_NAME = "progress.html"
+PAGE_FILE = "progress.html"
 LIVE = ("starting", "running")
 
 
@@ -37,16 +37,10 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
     Raises:
         StorageError: where the file system refuses.
     """
-    page = run_dir / FILE_NAME
-    temporary = page.with_suffix(".tmp")
+    page = run_dir / PAGE_FILE
     text = page_html(entries, facts, elapsed)
-    try:
-        with storage_errors(page, FREE_SPACE):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(page)
-    finally:
-        with suppress(OSError):  # of the same cause
-            temporary.unlink(missing_ok=True)
+    with storage_errors(page, FREE_SPACE):
+        write_atomically(page, text, durable=False)  # it is drawn again and again
     return page
 
 

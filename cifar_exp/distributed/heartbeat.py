@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from cifar_exp.system.atomic_files import write_atomically
+
 STOP_FILE = "stop"  # in the run folder: made by a user who wants training to end here
 LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher after a signal
 _AGREED_FILE = "agreed"
@@ -122,9 +124,8 @@ class Control:
         if self.rank == 0 and self.exchange and (request := self._look_for_request()):
             agreed = self.exchange / _AGREED_FILE
             if not agreed.exists():
-                temporary = agreed.with_suffix(".tmp")
-                temporary.write_text(f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}")
-                temporary.replace(agreed)
+                text = f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}"
+                write_atomically(agreed, text, durable=False)
 
     def agreed(self, point: StopPoint) -> Request | None:
         """Call after all ranks have waited for each other at ``point``. The same request on every rank, or None."""

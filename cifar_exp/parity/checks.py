@@ -1,4 +1,4 @@
-"""Whether ranks have seen and computed what one rank has: each check with its figure and its tolerance. No I/O."""
+"""Compare the measurements of N ranks with those of one rank: each check with its value and tolerance. No I/O."""
 
 import hashlib
 import math
@@ -18,16 +18,16 @@ Subject = Literal["images", "gradients", "evaluation"]
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How much rounding may leave between N ranks and one; all relative but the accuracy's.
+    """The largest allowed differences between N ranks and one; all are relative, except that of the accuracy.
 
     Attributes:
-        gradient: norm of a tensor's difference over the norm of the whole gradient.
+        gradient: norm of a tensor's difference / norm of the whole gradient.
         loss: difference of a step's loss.
-        parameters: distance between the networks after a step over the distance that it has moved them. Optimizers that
-            divide by the size of a gradient, as Adam does, make whole steps of small ones, whose sign rounding decides.
-        accuracy: difference of the accuracies of one network on the test set.
-        evaluation_loss: difference of the losses of one network on the test set.
-        why: so much, in words.
+        parameters: distance between the networks after a step / length of the step. Optimizers that divide by the size
+            of a gradient, such as Adam, turn a tiny gradient, whose sign depends on rounding, into a whole step.
+        accuracy: difference of the test accuracies of one network.
+        evaluation_loss: difference of the test losses of one network.
+        why: the reason for these tolerances, in words.
     """
 
     gradient: float
@@ -38,31 +38,31 @@ class Tolerances:
     why: str
 
 
-# Below, what was measured is that of the reference network, 64 images a rank.
+# The measured values below are those of the reference network with 64 images a rank.
 _ALIKE = (1e-5, 1e-6, 1e-4)  # measured: 3e-8, 0, 3e-6 (AdamW)
 _DIVIDED = {  # measured on 3 ranks: fp32 5e-6, 0, 1e-3 (AdamW); bf16 9e-3, 0, 2e-2; fp16 1e-3, 0, 3e-3
     "fp32": (1e-4, 1e-6, 1e-2),
     "bf16": (2**-5, 1e-6, 2**-2),
     "fp16": (2**-8, 1e-6, 2**-3),
 }
-# Measured in fp32 1e-2, 9e-7, 2e-2, and where statistics are not joined 3e-1, 4e-3, 7e-1; in bf16 1e-1, 2e-4, 2e-1, and
-# where they are not 3e-1, 6e-4, 6e-1: it is fp32 that tells both well apart.
+# Measured with joined statistics: fp32 1e-2, 9e-7, 2e-2; bf16 1e-1, 2e-4, 2e-1. Without: fp32 3e-1, 4e-3, 7e-1; bf16
+# 3e-1, 6e-4, 6e-1. So fp32 distinguishes both well.
 _JOINED = {"fp32": (5e-2, 1e-5, 2**-2), "bf16": (2e-1, 1e-3, 2**-1), "fp16": (1e-1, 1e-4, 2**-2)}
-_EVALUATION = {"fp32": (0.0, 1e-6), "bf16": (2e-3, 1e-3), "fp16": (5e-4, 1e-4)}  # of another size are some batches
+_EVALUATION = {"fp32": (0.0, 1e-6), "bf16": (2e-3, 1e-3), "fp16": (5e-4, 1e-4)}  # some batches have another size
 _WHY_ALIKE = """\
-Each micro-batch goes through the same arithmetic on both sides, only the sums over them have another order: each sum is
-rounded by up to 6e-8 of itself, and {0:.2g} of the gradient is allowed."""
+Both sides do the same arithmetic for each micro-batch, but sum the gradients in another order. Each sum has a relative
+rounding error of up to 6e-8; {0:.2g} of the gradient is allowed."""
 _WHY_DIVIDED = """\
-One rank divides the loss of each micro-batch by their number before it goes back through the layers, several ranks
-divide the gradients. Where that number is no power of two, and in float16 always, each layer is so rounded in another
-way: {0:.2g} of the gradient is allowed."""
+One rank divides the loss of each micro-batch by their number before the backward pass; several ranks divide the
+gradients. Unless that number is a power of two, and always in float16, each layer is then rounded differently: {0:.2g}
+of the gradient is allowed."""
 _WHY_JOINED = """\
-The statistics of all ranks' images are added up in another order, and a ReLU whose input is zero but for that opens or
-closes: {0:.2g} of the gradient is allowed. The loss makes no such leaps; it shows best whether they are joined."""
+The batch statistics of all ranks are summed in another order, so a ReLU whose input is almost zero may switch: {0:.2g}
+of the gradient is allowed. The loss has no such jumps; it shows best whether the statistics are joined."""
 
 
 def tolerances(precision: str, ranks: int, is_synchronized: bool) -> Tolerances:
-    """What is allowed in ``fp32``, ``bf16`` or ``fp16``, and where batch norms join the batches of all ranks."""
+    """The tolerances for ``fp32``, ``bf16`` or ``fp16``. ``is_synchronized``: batch norm spans all ranks."""
     if is_synchronized and ranks > 1:
         limits, why = _JOINED[precision], _WHY_JOINED
     elif precision != "fp16" and ranks.bit_count() == 1:
@@ -77,13 +77,13 @@ class Check:
     """One comparison.
 
     Attributes:
-        subject: what it is about.
-        name: what is measured.
-        wanted: what it must be, in words.
-        found: what it is, in words.
-        measured: how far that is from what it should be.
-        tolerance: how far it may be.
-        detail: where the largest difference is, or between what.
+        subject: the report section.
+        name: the measured quantity.
+        wanted: the limit, in words.
+        found: the value, in words.
+        measured: deviation from the expected value.
+        tolerance: largest allowed deviation.
+        detail: where the largest difference is, or the compared values.
     """
 
     subject: Subject
@@ -96,7 +96,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it is as it should be; what is not a number is not."""
+        """Whether the deviation is within the tolerance; NaN is not."""
         return self.measured <= self.tolerance
 
 
@@ -104,10 +104,10 @@ def compared(reference: Measurement, ranks: Sequence[Measurement], plan: Plan, a
     """All checks.
 
     Args:
-        reference: of one rank that takes the micro-batches of all ranks in turn.
+        reference: of one rank that accumulates the micro-batches of all ranks.
         ranks: of each rank, in order.
-        plan: of the several ranks.
-        allowed: how much rounding may leave.
+        plan: of these ranks.
+        allowed: the tolerances.
     """
     return [
         *_images(reference, ranks, plan),
@@ -117,19 +117,19 @@ def compared(reference: Measurement, ranks: Sequence[Measurement], plan: Plan, a
 
 
 def epoch_digest(ranks: Sequence[Measurement]) -> str:
-    """sha256 in hex of the first epoch: of the digests of all images as the network gets them, in order."""
+    """sha256 in hex over the digests of the first epoch's images in order, as the network gets them."""
     return hashlib.sha256(_side_by_side([rank.inputs for rank in ranks]).contiguous().numpy().tobytes()).hexdigest()
 
 
 def relative_difference(ours: Parameters, theirs: Parameters) -> tuple[float, str]:
-    """The largest norm of a tensor's difference, over the norm of all of ``theirs``; and the name of that tensor.
+    """The largest norm of a tensor's difference / the norm of all of ``theirs``, and the name of that tensor.
 
-    Values that are not finite count as equal where both are the same.
+    Equal infinities and NaNs count as equal.
     """
     if ours.keys() != theirs.keys():
         return math.inf, "other parameters"
     differences = {name: _norm([_difference(ours[name], theirs[name])]) for name in theirs}
-    # What is not a number is the largest of all.
+    # NaN counts as the largest.
     worst = max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]))
     return _ratio(differences[worst], _norm(theirs.values())), worst if differences[worst] else ""
 
@@ -158,7 +158,7 @@ def _gradients(reference: Measurement, ranks: Sequence[Measurement], allowed: To
     for step in range(1, steps + 1):
         name = f"gradient of step {step}"
         if step not in reference.gradients and step not in first.gradients:
-            yield Check("gradients", name, "", "skipped for an overflow by both", 0.0, allowed.gradient)
+            yield Check("gradients", name, "", "both skipped it for an overflow", 0.0, allowed.gradient)
             continue
         measured, worst = relative_difference(first.gradients.get(step, {}), reference.gradients.get(step, {}))
         yield _limited("gradients", name, measured, allowed.gradient, worst)
@@ -194,9 +194,9 @@ def _limited(subject: Subject, name: str, measured: float, tolerance: float, det
 
 
 def _trained(reference: Measurement, rounding: float) -> tuple[list[str], str]:
-    """Tensors whose gradient is in some step more than a share ``rounding`` of the whole; a word on the others.
+    """Tensors whose gradient exceeds a share ``rounding`` of the whole in some step, and a sentence on the others.
 
-    A bias before a batch norm, for one, has a gradient that is zero but for rounding.
+    For example, a bias before a batch norm has a zero gradient apart from rounding.
     """
     start, gradients = reference.parameters[0], reference.gradients.values()
     least = [rounding * _norm(step.values()) for step in gradients]
@@ -206,23 +206,23 @@ def _trained(reference: Measurement, rounding: float) -> tuple[list[str], str]:
         if any(name in step and _norm([step[name]]) > few for step, few in zip(gradients, least, strict=True))
     ]
     numbers = sum(value.numel() for name, value in start.items() if name not in kept)
-    return kept, f"{numbers:,} parameters whose gradient is zero but for rounding are left out" if numbers else ""
+    return kept, f"{numbers:,} parameters whose gradient is zero apart from rounding are left out" if numbers else ""
 
 
 def _moved_apart(reference: Measurement, first: Measurement, step: int, names: Sequence[str]) -> float:
-    """Distance of the parameters after a step, over how far it has moved the reference's."""
+    """Distance between the parameters after a step / length of the reference's step."""
     before, after, ours = reference.parameters[step - 1], reference.parameters[step], first.parameters[step]
     moved = _norm(after[name] - before[name] for name in names)
     return _ratio(_norm(ours[name] - after[name] for name in names), moved)
 
 
 def _norm(parts: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all values together."""
+    """The Euclidean norm over all values."""
     return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Zero where both are the same, be it infinite or not a number."""
+    """The difference; zero for equal infinities and for two NaNs."""
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     return torch.where(same, 0.0, ours.double() - theirs.double())
 
@@ -232,14 +232,14 @@ def _relative(ours: float, theirs: float) -> float:
 
 
 def _ratio(difference: float, size: float) -> float:
-    """Nothing over nothing is nothing."""
+    """The ratio, with 0 / 0 = 0."""
     if not difference:
         return 0.0
     return difference / size if size else math.inf
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """The ranks' images of each step in order: (steps, images, 32) each -> (steps, images of all, 32)."""
+    """The images of all ranks, step by step: (steps, images, 32) each -> (steps, images of all ranks, 32)."""
     return torch.cat(list(parts), 1)
 
 

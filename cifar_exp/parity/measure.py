@@ -1,6 +1,7 @@
-"""What ranks have seen and computed in a few steps, written down to be compared with what one rank has.
+"""Measure on each rank the images, gradients, losses and parameters of a few steps, and the evaluation.
 
-All of it is made of a real run's parts (``worker.assembly``): network, batches, DDP, optimizer, loop and evaluation.
+The measurement uses the components of a real run (``worker/assembly.py``): network, batches, gradient averaging,
+optimizer, training loop and evaluation.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from cifar_exp.data.batches import TrainBatches
 from cifar_exp.data.sources import Source, fetch, opened
-from cifar_exp.data.validation_split import divided
+from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.heartbeat import STOP_FILE, Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import Averages
 from cifar_exp.worker.assembly import Assembly, assemble
@@ -26,7 +28,7 @@ from cifar_exp.worker.first_steps import prepare_steps
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.process import live
 
-STEPS = 3  # of training; a shorter run has all of its own
+STEPS = 3  # training steps, fewer if the run is shorter
 REFERENCE_FILE = "reference.pt"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIGEST_BYTES = 32  # of sha256
@@ -37,23 +39,23 @@ Parameters = dict[str, Tensor]  # by name, on the host
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rank has seen and computed.
+    """The measurement of one rank.
 
     Attributes:
-        precision: what it multiplied in: ``fp32``, ``bf16`` or ``fp16``.
-        inputs: sha256 of each image of the first epoch as the network gets it, with its label: (steps, images of this
-            rank and step, 32) uint8.
-        drawn: the same of these images as they are in the training set.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        inputs: sha256 of each image and label of the first epoch as the network gets it: (steps, images of this rank
+            and step, 32) uint8.
+        drawn: sha256 of the same images before augmentation.
         losses: of each training step, over all ranks.
-        gradients: by training step, counted from 1, as the optimizer gets them; the first rank's alone. Steps that
-            float16 skips for an overflow are not in it.
-        parameters: after each training step; 0 is before the first one; the first rank's alone.
+        gradients: by training step, counted from 1, as the optimizer gets them; on rank 0 only. Steps that float16
+            skips for an overflow are missing.
+        parameters: after each training step, and before the first one as step 0; on rank 0 only.
         parameter_digests: sha256 in hex of this rank's parameters after each step.
         evaluated: loss, accuracy and count over all ranks of the reference's network on the test set.
-        tested: sha256 of each test image that this rank has evaluated, with its label, in order: (N, 32) uint8.
-        training_set: the same of all training images in the order of the set; the reference's alone.
-        test_set: the same of all test images.
-        network: state of the network that is evaluated; the reference's alone.
+        tested: sha256 of each test image and label that this rank evaluated, in order: (N, 32) uint8.
+        training_set: sha256 of all training images in order; on the reference only.
+        test_set: sha256 of all test images in order; on the reference only.
+        network: state dict of the evaluated network; on the reference only.
     """
 
     precision: str
@@ -70,37 +72,36 @@ class Measurement:
     network: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write it whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
-        temporary.replace(path)
+        """Write it atomically."""
+        with atomic_path(path, durable=False) as temporary:
+            torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """What :meth:`save` has written."""
+        """Read what :meth:`save` wrote."""
         content = torch.load(path, map_location="cpu", weights_only=True)
         return cls(**content | {"evaluated": Averages(**content["evaluated"])})
 
 
 def rank_file(rank: int) -> str:
-    """Where a rank of several writes its measurement, in the job's folder."""
+    """The name of a rank's measurement in the job's folder."""
     return f"rank-{rank}.pt"
 
 
 def measure_reference(job: Job, exchange: Path) -> None:
-    """What the process of the one rank runs: measure, and leave ``REFERENCE_FILE`` in the job's folder."""
+    """Entry point of the single rank: measure and write ``REFERENCE_FILE`` to the job's folder."""
     live(job, exchange, partial(_measure_to, file=REFERENCE_FILE, reference_file=None))
 
 
 def measure_ranks(job: Job, exchange: Path) -> None:
-    """What each process of several ranks runs: measure, and evaluate the network that ``REFERENCE_FILE`` holds."""
+    """Entry point of each of several ranks: measure, and evaluate the network in ``REFERENCE_FILE``."""
     live(job, exchange, partial(_measure_to, file=None, reference_file=REFERENCE_FILE))
 
 
 def _measure_to(job: Job, world: World, control: Control, file: str | None, reference_file: str | None) -> None:
     reference = Measurement.load(job.run_dir / reference_file) if reference_file else None
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
-        training, _ = divided(train_images, job.data)
+        training, _ = split_source(train_images, job.data)
         measured = measure(job, world, control, training, test_images, reference)
     measured.save(job.run_dir / (file or rank_file(world.rank)))
 
@@ -108,21 +109,17 @@ def _measure_to(job: Job, world: World, control: Control, file: str | None, refe
 def measure(
     job: Job, world: World, control: Control, train_images: Source, test_images: Source, reference: Measurement | None
 ) -> Measurement:
-    """Look at one epoch's batches, train ``STEPS`` steps, evaluate.
+    """Hash one epoch's batches, train ``STEPS`` steps, evaluate.
 
-    Each step begins with the reference's parameters. Else rounding would grow from step to step, most of all where a
-    ReLU opens that is closed on the other side: with the reference recipe on four ranks from 2e-8 of the gradient to
-    6e-4 in the second step and 6e-3 in the third.
-
-    The process ends where the launcher wants its ranks to.
+    The process exits when the launcher asks its ranks to leave.
 
     Args:
-        job: the whole run.
+        job: the run.
         world: this rank among the others.
-        control: gives signs of life.
-        train_images: without those kept apart.
-        test_images: all.
-        reference: None where this is the reference.
+        control: sends heartbeats.
+        train_images: without the validation split.
+        test_images: the test set.
+        reference: None on the reference itself.
     """
     losses: list[float] = []
     parts = assemble(
@@ -174,12 +171,12 @@ def parameter_digest(parameters: Parameters) -> str:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A source that notes what is taken from it.
+class HashingSource:
+    """A source that hashes every batch it delivers.
 
     Attributes:
-        source: whose images these are.
-        taken: digests of each batch that was picked, (B, 32) uint8.
+        source: delivers the images.
+        taken: digests of each batch, (B, 32) uint8.
     """
 
     source: Source
@@ -206,18 +203,23 @@ class Recorded:
 
 
 def _one_epoch(batches: TrainBatches, control: Control) -> tuple[Tensor, Tensor]:
-    """Digests of the first epoch's images as the network gets them, and as they are in the set."""
-    recorded = Recorded(batches.source)
+    """Digests of the first epoch's images as the network gets them, and before augmentation."""
+    hashing = HashingSource(batches.source)
     inputs = []
-    for images, labels in replace(batches, source=recorded).epoch(1):
+    for images, labels in replace(batches, source=hashing).epoch(1):
         inputs.append(digests(images, labels))
-        _go_on(control)
+        _beat_or_exit(control)
     shape = (-1, batches.accumulate * batches.batch_size, DIGEST_BYTES)
-    return _joined(inputs).view(shape), _joined(recorded.taken).view(shape)
+    return _joined(inputs).view(shape), _joined(hashing.taken).view(shape)
 
 
 class _Steps:
-    """Training steps of which notes are taken: what the optimizer gets, and what it makes of the parameters."""
+    """Training steps with a copy of the gradients that the optimizer gets and of the parameters after each step.
+
+    Each step starts from the reference's parameters. Otherwise rounding errors would grow from step to step, above all
+    where a ReLU is active on one side only: with the reference recipe on four ranks from 2e-8 of the gradient to 6e-4
+    in the second step and 6e-3 in the third.
+    """
 
     def __init__(self, parts: Assembly, reference: Measurement | None) -> None:
         self.gradients: dict[int, Parameters] = {}
@@ -227,7 +229,7 @@ class _Steps:
         parts.trainer.after_step = self._after_step
 
     def take(self, steps: int, stop: Path | None, control: Control) -> None:
-        """Train ``steps`` steps. ``stop``: the file that tells training to end, where it is this rank's to make it."""
+        """Train ``steps`` steps. ``stop``: the file that ends training early; None on ranks that do not create it."""
         self._steps, self._stop = steps, stop
         trainer, epoch = self._parts.trainer, 0
         self._end_if_last()
@@ -235,7 +237,7 @@ class _Steps:
             epoch += 1
             trainer.train_one_epoch(epoch, self._parts.batches)
             trainer.close_epoch(epoch, self._parts.batches)
-            _go_on(control)
+            _beat_or_exit(control)
 
     def _before_update(self, *_: object) -> None:
         found = {name: parameter.grad for name, parameter in self._parts.model.named_parameters()}
@@ -253,35 +255,35 @@ class _Steps:
         self._end_if_last()
 
     def _end_if_last(self) -> None:
-        """Before the last step, tell training to end after it, as a user would."""
+        """Before the last step, ask training to stop after it, as a user would."""
         if self._stop and self._parts.trainer.step == self._steps - 1:
             self._stop.touch()
 
 
 def _evaluated(parts: Assembly, control: Control) -> tuple[Averages, Tensor]:
-    """Loss and accuracy on the test set, over all ranks, and the digests of what this one has evaluated."""
-    recorded = Recorded(parts.test.source)
-    batches = replace(parts.test, source=recorded)
+    """Loss and accuracy on the test set over all ranks, and digests of this rank's images."""
+    hashing = HashingSource(parts.test.source)
+    batches = replace(parts.test, source=hashing)
     trainer = parts.trainer
 
-    def go_on() -> bool:
-        _go_on(control)
+    def beat() -> bool:
+        _beat_or_exit(control)
         return True
 
-    return evaluate(trainer.evaluated, batches, trainer.precision, go_on), _joined(recorded.taken)
+    return evaluate(trainer.evaluated, batches, trainer.precision, beat), _joined(hashing.taken)
 
 
 def _whole(source: Source, control: Control) -> Tensor:
-    """The digests of a whole set, in its order."""
+    """The digests of a whole set in order."""
     found = []
     for start in range(0, len(source), _READ_AT_ONCE):
         found.append(digests(*fetch(source, torch.arange(start, min(start + _READ_AT_ONCE, len(source))))))
-        _go_on(control)
+        _beat_or_exit(control)
     return _joined(found)
 
 
-def _go_on(control: Control) -> None:
-    """Give a sign of life, or end where the launcher waits for that."""
+def _beat_or_exit(control: Control) -> None:
+    """Send a heartbeat; exit if the launcher has asked for it."""
     control.beat()
     if control.is_leaving():
         sys.exit(1)
@@ -292,5 +294,5 @@ def _copied(model: nn.Module) -> Parameters:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """(B, 32) each -> (all, 32); none are none."""
+    """(B, 32) each -> (all, 32)."""
     return torch.cat([torch.empty(0, DIGEST_BYTES, dtype=torch.uint8), *parts])

@@ -1,4 +1,4 @@
-"""The report of a parity check: tables in the terminal, ``parity.md`` to read and to attach, ``parity.json``."""
+"""The report of a parity check: tables in the terminal, ``parity.md`` to read, ``parity.json`` for programs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.parity.checks import Check, Subject
 from cifar_exp.system.atomic_files import write_json
 
-FILE_NAMES = ("parity.md", "parity.json")
+REPORT_FILES = ("parity.md", "parity.json")
 FAILED = "DOES NOT HOLD"
 TITLES = {
     "images": "The same images in the same order",
@@ -22,39 +22,39 @@ TITLES = {
     "evaluation": "Every test image counted once",
 }
 METHOD = """\
-N ranks are compared with one rank that takes their micro-batches one after the other and adds up the gradients, as
-`train.accumulate` does: so each batch norm sees the same images. (Under `train.batch_norm=synchronized`, where it sees
-those of all ranks, the one rank takes them as one batch.) Where N is 1, the same is done twice: what this machine does
-not repeat would show there."""
+N ranks are compared with one rank that accumulates the gradients of their micro-batches, as `train.accumulate` does. So
+each batch norm sees the same images. (With `train.batch_norm=synchronized` batch norm sees the images of all ranks;
+then the one rank trains on them as one batch.) N = 1 is the same measurement twice: it shows what this machine does not
+reproduce."""
 HOW = {
     "images": """\
-For one whole epoch the images are compared as the network gets them, augmented and normalised, each with its label, by
-their sha256: step by step, the micro-batch of rank r must be the r-th that the single rank takes. Before augmentation
-they are counted: in an epoch none comes twice, all are of the training set, and as many are left out as do not fill a
-step.""",
+The images of one epoch are compared by sha256 as the network gets them: augmented, normalised, with their labels. In
+each step the micro-batch of rank r must be the r-th of the single rank. Before augmentation the images are counted: in
+an epoch none is repeated, all belong to the training set, and only the images of the last partial step are left
+out.""",
     "gradients": """\
-All train the first steps of the run from the same initial values; after each step all go on with the single rank's
-parameters, so that rounding does not grow from one to the next. *Gradient*: as the optimizer gets it; the norm of a
-tensor's difference, of the tensor where it is largest, over the norm of the whole gradient. *Loss*: over all ranks; the
-largest relative difference. *Parameters*: the distance between both networks after a step, over the distance that the
-step has moved them; the largest. They need not agree to the last bit, since the ranks' gradients are added up in
-another order. {rounding} The parameters of all ranks must be the same to the last bit.""",
+Both train the first steps of the run from the same initial values. After each step both continue with the single rank's
+parameters, so that rounding errors do not grow. *Gradient*: as the optimizer gets it; the norm of the largest
+difference of a tensor / the norm of the whole gradient. *Loss*: the mean over all ranks; the largest relative
+difference. *Parameters*: the distance between both networks after a step / the length of the step; the largest. They
+need not agree bit for bit, since the ranks' gradients are summed in another order. {rounding} The parameters of all
+ranks must agree bit for bit.""",
     "evaluation": """\
-All evaluate one network, the single rank's after these steps, on the test set. sha256 of the images that the ranks
-evaluate, joined in the order of the ranks, must be that of the test set, image by image: none is missing, doubled, or
-added to fill a batch. *Accuracy*: the difference. *Loss*: the relative difference.""",
+Both evaluate the single rank's network after these steps on the test set. The images of the ranks, joined in the order
+of the ranks, must be those of the test set by sha256: none is missing, repeated or added as padding. *Accuracy*: the
+difference. *Loss*: the relative difference.""",
 }
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of one number of ranks.
+class ParityResult:
+    """The checks for one number of ranks.
 
     Attributes:
         ranks: how many.
         devices: in words.
-        checks: all of them; the same ones for each number of ranks.
-        figures: what else was measured, for the JSON file.
+        checks: the same ones for each number of ranks.
+        figures: further measurements for the JSON file.
     """
 
     ranks: int
@@ -64,17 +64,17 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A whole parity check.
+class ParityReport:
+    """The results of a parity check.
 
     Attributes:
         title: network and data in a few words.
         command: as it was typed, without secrets.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        rounding: how much of it is allowed, in words.
-        about: what was checked, and where: names and texts.
+        rounding: the allowed rounding error, in words.
+        about: what was checked and where, as names and texts.
         settings: the resolved configuration, without secrets.
-        results: by number of ranks.
+        results: one for each number of ranks.
     """
 
     title: str
@@ -83,11 +83,11 @@ class Report:
     rounding: str
     about: Mapping[str, str]
     settings: Mapping[str, Any]
-    results: Sequence[Result]
+    results: Sequence[ParityResult]
 
     @property
     def holds(self) -> bool:
-        """Whether every check does."""
+        """Whether every check holds."""
         return all(check.holds for result in self.results for check in result.checks)
 
     @property
@@ -104,7 +104,7 @@ class Report:
         return f"{FAILED}: {failed[0]}" + (f", and {len(failed) - 1} more" if failed[1:] else "")
 
     def print(self, console: Console) -> None:
-        """A table a subject."""
+        """Print a table for each subject."""
         for subject in get_args(Subject):
             headings, *rows = self._cells(subject)
             table = Table(title=TITLES[subject], title_justify="left")
@@ -120,14 +120,14 @@ class Report:
         Raises:
             StorageError: where the file system refuses.
         """
-        page, figures = (folder / name for name in FILE_NAMES)
+        page, figures = (folder / name for name in REPORT_FILES)
         with storage_errors(folder, FREE_SPACE):
             write_json(figures, self.content())
             page.write_text(self.markdown(), encoding="utf-8")
         return page
 
     def content(self) -> dict[str, Any]:
-        """All figures as plain values; None for what is not finite, which JSON has no number for."""
+        """All figures as plain values; None for values that are not finite, which JSON lacks."""
         return {
             "title": self.title,
             "holds": self.holds,
@@ -150,7 +150,7 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """The report in words and tables."""
+        """The report as Markdown."""
         about = _table([["", ""], *([name, text] for name, text in self.about.items())])
         parts = [
             f"# Do N ranks compute what one computes? {self.title}",
@@ -165,7 +165,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _cells(self, subject: Subject) -> list[list[str]]:
-        """Headings, then a list of texts a check: what it must be, and what it is for each number of ranks."""
+        """Headings, then a row of texts a check: its limit, and its value for each number of ranks."""
         columns = [[check for check in result.checks if check.subject == subject] for result in self.results]
         rows = [
             [checks[0].name, _common([check.wanted for check in checks]), *map(_cell, checks)]
@@ -174,7 +174,7 @@ class Report:
         return [["check", "must be", *(listed([result.ranks]) for result in self.results)], *rows]
 
     def _details(self, subject: Subject) -> list[str]:
-        """What the tables have no room for, as a list."""
+        """Details of the checks as a Markdown list."""
         ranks: dict[tuple[str, str], list[int]] = {}
         for result in self.results:
             for check in result.checks:
@@ -194,12 +194,12 @@ def _cell(check: Check) -> str:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """One text where all are the same, else each."""
+    """One text if all are equal, else all of them."""
     return ", ".join(dict.fromkeys(filter(None, texts))) if len(set(texts)) == 1 else ", ".join(texts)
 
 
 def listed(counts: Sequence[int]) -> str:
-    """As in ``1, 2 and 4 ranks``."""
+    """For example ``1, 2 and 4 ranks``."""
     words = [*map(str, counts)]
     listed = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
     return f"{listed} rank{'s'[: counts != [1]]}"

@@ -1,4 +1,4 @@
-"""One parity check in the parent process: ranks are launched, their measurements compared with one rank's."""
+"""A parity check in the parent process: launch the ranks and compare their measurements with one rank's."""
 
 import platform
 import time
@@ -12,12 +12,12 @@ from rich.console import Console
 
 from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
-from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.data.validation_split import hold_out
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.models.networks import parameter_count
 from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
 from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
-from cifar_exp.parity.report import Report, Result, listed
+from cifar_exp.parity.report import ParityReport, ParityResult, listed
 from cifar_exp.runs import model_check
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.job_setup import new_job, title
@@ -34,9 +34,9 @@ class Case:
     """One number of ranks, ready to be measured.
 
     Attributes:
-        config: theirs.
-        parts: what it names.
-        devices: theirs.
+        config: the configuration of these ranks.
+        parts: its components.
+        devices: their devices.
     """
 
     config: Config
@@ -44,13 +44,13 @@ class Case:
     devices: DeviceSet
 
     def plan(self, data: DatasetFiles) -> Plan:
-        """What they would do in a whole run."""
+        """The plan of a whole run on these ranks."""
         return make_plan(self.config, self.devices.count, data.train_count, self.parts.schedule)
 
     def on_one_rank(self) -> "Case":
-        """One rank that takes the micro-batches of all ranks in turn, each through batch norm by itself.
+        """One rank that accumulates the gradients of all ranks' micro-batches, with batch norm over each of them.
 
-        Where batch norm sees the batches of all ranks at once, it is one batch of that size.
+        With synchronized batch norm it trains on one batch of that size instead.
         """
         ranks, train = self.devices.count, self.config.train
         in_turn = replace(train, accumulate=ranks * train.accumulate)
@@ -59,15 +59,15 @@ class Case:
         return Case(replace(self.config, train=train), self.parts, replace(self.devices, count=1))
 
     def allowed(self, precision: str) -> Tolerances:
-        """What rounding in ``precision`` may leave between both."""
+        """The allowed differences by rounding in ``precision``."""
         return tolerances(precision, self.devices.count, self.config.train.batch_norm == "synchronized")
 
 
 def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
-    """The numbers of ranks of the configurations.
+    """A case for each configuration.
 
     Raises:
-        ConfigError: where ranks cannot share the batch, or no single rank can do the same.
+        ConfigError: where ranks cannot share the batch, or one rank cannot train on it.
         MachineError: where there are too few devices.
     """
     cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, parts, strict=True)]
@@ -76,23 +76,23 @@ def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
     return cases
 
 
-def check(cases: Sequence[Case], command: str, console: Console) -> Report:
+def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport:
     """Measure each number of ranks and compare it with one rank.
 
     Args:
         cases: at least one.
-        command: as it was typed, without secrets.
-        console: told what is being done.
+        command: the command line, without secrets.
+        console: prints progress.
 
     Raises:
-        CifarExpError: whatever keeps a rank from its end, as in training.
+        CifarExpError: as in training.
     """
     first = cases[0]
-    data = keep_apart(first.parts.dataset(), first.config.validation)
+    data = hold_out(first.parts.dataset(), first.config.validation)
     with private_folder() as work:
         results = [_result(case, data, work / str(case.devices.count), console) for case in cases]
     precision = results[0].figures["precision"]
-    return Report(
+    return ParityReport(
         title=title(first.config),
         command=command,
         precision=precision,
@@ -103,34 +103,34 @@ def check(cases: Sequence[Case], command: str, console: Console) -> Report:
     )
 
 
-def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> Result:
-    """One number of ranks. ``folder``: a new one, for their measurements."""
+def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> ParityResult:
+    """Measure one case. ``folder``: a new folder for the measurements."""
     plan, count = case.plan(data), case.devices.count
-    _look_at_network(case, plan, data)
+    _check_network(case, plan, data)
     folder.mkdir()
     one = case.on_one_rank()
-    console.print(f"measuring {listed([count])}, after one rank in their place ...", highlight=False)
+    console.print(f"measuring {listed([count])}, after one rank ...", highlight=False)
     one.parts.launcher.launch(measure_reference, _job(one, data, folder))
     case.parts.launcher.launch(measure_ranks, _job(case, data, folder))
     reference = Measurement.load(folder / REFERENCE_FILE)
     ranks = [Measurement.load(folder / rank_file(rank)) for rank in range(count)]
     checks = compared(reference, ranks, plan, case.allowed(reference.precision))
-    return Result(count, str(case.devices), checks, _figures(plan, reference, ranks))
+    return ParityResult(count, str(case.devices), checks, _figures(plan, reference, ranks))
 
 
 def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
     return new_job(case.config, case.parts, case.devices, case.plan(data), data, folder, time.monotonic())
 
 
-def _look_at_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
-    """Raise a ConfigError where the network cannot be built, or cannot take the images."""
+def _check_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
+    """Raise a ConfigError where the network cannot be built or fails on the images."""
     model = checked_model(case.config, case.parts, len(data.classes))
     model_check.layer_shapes(model, data.image_size)
     check_scales(plan, model, data.image_size)
 
 
 def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -> dict[str, Any]:
-    """What the checks are made of."""
+    """The measurements behind the checks."""
     first = ranks[0]
     return {
         "precision": reference.precision,
@@ -151,13 +151,13 @@ def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -
 
 
 def _rounding(why: Mapping[int, str]) -> str:
-    """What is said of each number of ranks, once."""
+    """The explanation for each number of ranks; equal ones are merged."""
     texts = {text: [count for count in why if why[count] == text] for text in why.values()}
     return " ".join(f"{listed(counts)}: {text}" if len(texts) > 1 else text for text, counts in texts.items())
 
 
 def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
-    """What was checked and where, as names and texts."""
+    """Facts about configuration and machine, as names and texts."""
     first = cases[0]
     config, train = first.config, first.config.train
     model = checked_model(config, first.parts, len(data.classes))
@@ -186,6 +186,6 @@ def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
 
 
 def _in_short(section: Mapping[str, Any]) -> str:
-    """As in ``SGD lr=0.1 momentum=0.9``."""
+    """For example ``SGD lr=0.1 momentum=0.9``."""
     settings = [f"{name}={value}" for name, value in masked(section).items() if name != "_target_"]
     return " ".join([section["_target_"].rpartition(".")[2], *settings])

@@ -1,8 +1,7 @@
-"""What is saved of a run, and how it comes back bit for bit.
+"""Checkpoints: saved atomically, verified by sha256 before loading, restored bit for bit.
 
-``checkpoints/step-00001365.pt`` holds a checkpoint; the ``.json`` of that name, its manifest, the sha256 that it must
-have. The manifest is written last: a checkpoint without one was never finished. Every file is written under another
-name, forced to disk and renamed, so that a reader sees the whole of it or nothing, whenever the writer was killed.
+``checkpoints/step-00001365.pt`` is a checkpoint; the ``.json`` file of the same name is its manifest with the sha256.
+The manifest is written last: a checkpoint without a manifest is incomplete.
 """
 
 import hashlib
@@ -19,20 +18,20 @@ import torch
 from torch import Tensor
 
 from cifar_exp.errors import FREE_SPACE, StorageError
-from cifar_exp.system.atomic_files import write_whole
+from cifar_exp.system.atomic_files import write_atomically
 
 FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network in training: what it takes to use it, and to go on as if nothing had happened.
+    """A network in training: enough to predict with it and to resume its training bit for bit.
 
     Attributes:
-        model: state dict of the network to use, buffers included: of averaged weights where these are kept.
-        trained: state dict of the network to train on; the same where no weights are averaged.
+        model: state dict of the network to predict with, buffers included; with an EMA of the weights, of that.
+        trained: state dict of the network to train; equal to ``model`` without an EMA.
         training: the trainer's state: optimizer, epoch, step, times.
-        classes: names of the labels, in order.
+        classes: class names in the order of their labels.
         shift: subtracted from each channel, 0..255.
         scale: multiplied to each channel after that.
         image_size: height and width of the training images.
@@ -49,26 +48,25 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What can be known of a checkpoint without reading it.
+    """Facts about a checkpoint that are known without reading it.
 
     Attributes:
-        file: its name, in the same folder.
-        bytes: its size.
+        file: name of the checkpoint, in the same folder.
+        bytes: size of the checkpoint.
         sha256: of its content, in hex.
-        epoch: whole epochs trained.
-        step: steps trained.
+        epoch: completed epochs.
+        step: completed steps.
         global_batch_size: images a step over all ranks.
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
         config_hash: sha256 of the settings that bear on the result, in hex.
-        seconds: the run had taken, over all its sessions.
-        torch: the version that wrote it.
-        python: the same.
-        cifar_exp: the same.
-        run_id: the tracker's; None where none had taken the run yet.
-        best_step: steps of the checkpoint of the best epoch so far, which stays whatever newer ones there are; None
-            where no images are kept apart to choose it by.
-        best_value: what that epoch was measured at: ``early_stopping.metric``.
+        seconds: time that the run had taken, over all its sessions.
+        torch: version that wrote it.
+        python: version that wrote it.
+        cifar_exp: version that wrote it.
+        run_id: the tracker's id of the run; None where no tracker had opened it yet.
+        best_step: step of the best epoch's checkpoint so far, which is never deleted; None without a validation split.
+        best_value: ``early_stopping.metric`` of that epoch.
     """
 
     file: str
@@ -91,7 +89,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint stands in its run: the fields of the same names in :class:`Manifest`."""
+    """The position of a checkpoint in its run: the fields of the same names in :class:`Manifest`."""
 
     epoch: int
     step: int
@@ -106,13 +104,13 @@ class Origin:
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> None:
-    """Write a checkpoint, then delete all but the ``keep`` newest and the best that each of these knows.
+    """Write a checkpoint, then delete all but the ``keep`` newest ones and the best ones that their manifests name.
 
     Raises:
-        StorageError: where the file system refuses; what was there before stays.
+        StorageError: where the file system refuses; earlier checkpoints stay.
     """
     folder = run_dir / FOLDER
-    path = _unnamed(_path(run_dir, origin.step))
+    path = _free_path(_path(run_dir, origin.step))
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
@@ -129,30 +127,30 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
     manifest_path = _path(run_dir, origin.step).with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # of a writer that was killed
+        for leftover in folder.glob("*.tmp"):  # left by a writer that was killed
             leftover.unlink()
-        write_whole(path, content)
-        write_whole(manifest_path, sealed(asdict(manifest)))
+        write_atomically(path, content)
+        write_atomically(manifest_path, sealed(asdict(manifest)))
         _delete_networks(manifest_path, but=path)
         manifests = sorted(folder.glob("*.json"))
-        # This one is not the newest where a run has gone on from one before a damaged one.
+        # This one is not the newest where the run resumed before a damaged checkpoint.
         newest = {*manifests[-keep:], manifest_path}
         for old in set(manifests) - newest - set(map(_best_named_by, newest)):
-            old.unlink()  # first: without it the file beside it counts for nothing
+            old.unlink()  # first: a checkpoint without a manifest is ignored
             _delete_networks(old)
     except OSError as error:
-        raise StorageError(f"{path}: the network could not be saved: {error}. {FREE_SPACE}") from error
+        raise StorageError(f"{path}: the checkpoint could not be saved: {error}. {FREE_SPACE}") from error
 
 
 def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
-    """The newest checkpoint whose content has the hash that it was written with; None where none was ever finished.
+    """The newest intact checkpoint: its sha256 is that of its manifest. None where no checkpoint was completed.
 
     Args:
         run_dir: the run's folder.
-        warn: called with a line for each damaged one that is passed over.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        StorageError: where there are checkpoints and all are damaged.
+        StorageError: where all checkpoints are damaged.
     """
     paths = sorted((run_dir / FOLDER).glob("*.json"), reverse=True)
     for path in paths:
@@ -160,47 +158,48 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
             return manifest
     if paths:
         raise StorageError(
-            f"{run_dir / FOLDER}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or type "
+            f"{run_dir / FOLDER}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or set "
             f"resume=never to start again from the beginning"
         )
     return None
 
 
 def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
-    """The manifest at ``path`` where the checkpoint's content is what it says."""
+    """The manifest at ``path`` if the checkpoint has its size and sha256, else None after a warning."""
     try:
         manifest = _unsealed(path.read_bytes())
         content = path.with_name(manifest.file).read_bytes()
     except (OSError, ValueError, TypeError) as error:
-        warn(f"{path}: the checkpoint cannot be read and is passed over: {error}")
+        warn(f"{path}: the checkpoint cannot be read and is skipped: {error}")
         return None
     if len(content) == manifest.bytes and hashlib.sha256(content).hexdigest() == manifest.sha256:
         return manifest
-    warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is passed over")
+    warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is skipped")
     return None
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """The content of a manifest's file, with a hash of its own: a step or a batch size that was altered is noticed."""
+    """The content of a manifest's file, sealed by a hash of its fields, so that an altered field is noticed."""
     seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     return json.dumps({**fields, "seal": seal}, indent=1).encode()
 
 
 def _unsealed(content: bytes) -> Manifest:
-    """The manifest that was written as ``content``.
+    """The manifest in ``content``.
 
     Raises:
-        ValueError: where it was not written so. TypeError: where it lacks a field that was always there.
+        ValueError: where the seal is wrong.
+        TypeError: where a required field is missing.
     """
     fields = dict(json.loads(content))
     fields.pop("seal", None)
     if sealed(fields) != content:
-        raise ValueError("it is not as it was written")
+        raise ValueError("it was changed after it was written")
     return Manifest(**fields)
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
-    """A checkpoint that was found :func:`sound`; nothing in it is executed (``weights_only``).
+    """A checkpoint that :func:`sound` has verified; no code in it is executed (``weights_only``).
 
     Raises:
         StorageError: where it cannot be read, or is no checkpoint of this package.
@@ -209,29 +208,27 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
     try:
         fields: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**fields)
-    except (ImportError, NameError):  # no file raises these
-        raise
-    except Exception as error:  # torch.load has no common class for what a damaged file raises
+    except Exception as error:  # torch.load has no common class for errors of damaged files
         raise StorageError(f"{path}: the checkpoint cannot be read: {error}") from error
 
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest sound checkpoint of a run.
+    """The newest intact checkpoint of a run.
 
     Raises:
         StorageError: where it has none.
     """
     manifest = sound(run_dir, warn)
     if manifest is None:
-        raise StorageError(f"{run_dir / FOLDER}: there is no saved network. Name a run that has finished an epoch")
+        raise StorageError(f"{run_dir / FOLDER}: there is no checkpoint. Choose a run that has finished an epoch")
     return load(run_dir, manifest)
 
 
 def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint of a run's best epoch, as its newest sound one names it; None where no best one is kept.
+    """The checkpoint of a run's best epoch, as the newest intact manifest names it; None without a best epoch.
 
     Raises:
-        StorageError: where it is damaged or gone.
+        StorageError: where it is damaged or missing.
     """
     manifest = sound(run_dir, warn)
     if manifest is None or manifest.best_step is None:
@@ -241,8 +238,8 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         manifest = _verified(path.with_suffix(".json"), warn)
     if manifest is None:
         raise StorageError(
-            f"{path}: the checkpoint of the best epoch is damaged or gone. Restore it from a backup; the newest one is "
-            f"what cifar-exp predict takes with checkpoint=last"
+            f"{path}: the checkpoint of the best epoch is damaged or gone. Restore it from a backup, or predict with "
+            f"the newest one: cifar-exp predict RUN checkpoint=last"
         )
     return load(run_dir, manifest)
 
@@ -254,12 +251,12 @@ def _path(run_dir: Path, step: int) -> Path:
 def _own_version() -> str:
     try:
         return version("cifar-exp")
-    except PackageNotFoundError:  # a copy of the source that was never installed
+    except PackageNotFoundError:  # source code that is not installed
         return ""
 
 
-def _unnamed(path: Path) -> Path:
-    """Where a step's network can be written while the one that its manifest names, if there is one, stays whole."""
+def _free_path(path: Path) -> Path:
+    """A path for a step's checkpoint that its present manifest does not name, so that the present one stays intact."""
     try:
         named = json.loads(path.with_suffix(".json").read_text())["file"]
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
@@ -268,15 +265,15 @@ def _unnamed(path: Path) -> Path:
 
 
 def _delete_networks(manifest: Path, but: Path | None = None) -> None:
-    """Delete the files of a step's networks, all or all but one."""
+    """Delete the checkpoint files of a step, all or all but one."""
     for path in {manifest.with_suffix(".pt"), manifest.with_name(f"{manifest.stem}-again.pt")} - {but}:
         path.unlink(missing_ok=True)
 
 
 def _best_named_by(manifest: Path) -> Path:
-    """The manifest of the best checkpoint that the one at ``manifest`` names; itself where it names none."""
+    """The manifest of the best checkpoint that ``manifest`` names; ``manifest`` itself where it names none."""
     try:
         step = json.loads(manifest.read_text())["best_step"]
-    except (OSError, ValueError, TypeError, KeyError):  # damaged, or written before there was such a field
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, or written by an earlier version
         return manifest
     return manifest if step is None else _path(manifest.parents[1], step).with_suffix(".json")

@@ -1,4 +1,4 @@
-"""Write checkpoints in a thread of its own while training goes on."""
+"""Write checkpoints in a thread while training continues."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,29 +12,29 @@ from cifar_exp.records.checkpoint import Checkpoint, Origin, save
 
 
 class Saver:
-    """Saves checkpoints away from the training thread, one at a time, and keeps the newest ones and the best."""
+    """Saves checkpoints in a background thread, one at a time, and keeps the newest ones and the best one."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
-        """``keep``: how many checkpoints stay; older ones are deleted once a newer one is on disk."""
+        """``keep``: number of newest checkpoints to keep; older ones are deleted once a newer one is on disk."""
         self._run_dir, self._keep = run_dir, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
     def save(self, checkpoint: Checkpoint, origin: Origin) -> None:
-        """Take a copy of ``checkpoint`` and write it in the background; waits for the save before.
+        """Copy ``checkpoint`` and write it in the background; waits for the previous save.
 
         Raises:
-            StorageError: where the save before has failed.
+            StorageError: where the previous save has failed.
         """
         self.wait()
         copy = Checkpoint(**_on_cpu(vars(checkpoint)))
         self._saving = self._thread.submit(save, self._run_dir, copy, origin, self._keep)
 
     def wait(self) -> None:
-        """Return when everything is on disk.
+        """Wait until everything is on disk.
 
         Raises:
-            StorageError: where it could not be written.
+            StorageError: where a checkpoint could not be written.
         """
         if self._saving:
             saving, self._saving = self._saving, None
@@ -54,7 +54,7 @@ class Saver:
 
 
 def _on_cpu(state: Any) -> Any:
-    """A copy of nested state whose tensors training cannot change any more."""
+    """A copy of nested state with its tensors on the CPU, which training does not change."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):

@@ -1,44 +1,64 @@
-"""Find a run by its folder, its MLflow id, or as `latest`."""
+"""Find a run or a sweep by its folder, by its MLflow id, or as ``latest``."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.journal import RUN_ID_FILE
-from cifar_exp.records.run_folder import OUTPUTS, RUN_FILE
+from cifar_exp.records.run_folder import OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
+
+LATEST = "latest"
 
 
-def _named(name: str) -> Path:
-    """The folder of a run, by its path or MLflow run id."""
-    with suppress(OSError):  # a name that no file can have
-        if (Path(name) / RUN_FILE).exists():
-            return Path(name)
-    for path in OUTPUTS.rglob(RUN_ID_FILE):
-        if path.read_text().strip() == name and (path.parent / RUN_FILE).exists():
-            return path.parent
-    raise ConfigError(
-        f"resume={name}: there is no such run. Type never, auto, the folder of a run under {OUTPUTS}/, or an MLflow "
-        f"run id"
-    )
+def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> Path:
+    """The folder of a run.
 
-
-def find_run(name: str) -> Path:
-    """The folder of a run: ``latest`` with a saved network, a folder, or an MLflow run id.
+    Args:
+        name: ``latest``, a folder, or an MLflow run id.
+        setting: what the user set to ``name``, for the message.
+        with_checkpoint: find runs that can be predicted with. Such a folder may hold nothing but ``config.yaml`` and
+            ``checkpoints/``.
 
     Raises:
         ConfigError: where there is no such run.
     """
-    if name == "latest":
-        saved = sorted(OUTPUTS.rglob(f"{checkpoint.FOLDER}/*.json"), key=lambda path: path.stat().st_mtime)
-        if not saved:
-            raise ConfigError(f"latest: no run under {OUTPUTS}/ holds a network yet. Type cifar-exp first")
-        return saved[-1].parents[1]
-    if (Path(name) / checkpoint.FOLDER).is_dir():
-        return Path(name)
+    mark, newest = (checkpoint.FOLDER, f"{checkpoint.FOLDER}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
+    if name == LATEST:
+        found = sorted(OUTPUTS.rglob(newest), key=lambda path: path.stat().st_mtime)
+        if not found:
+            what = "run with a checkpoint" if with_checkpoint else "run"
+            raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
+        return found[-1].parents[1] if with_checkpoint else found[-1].parent
+    for folder in _candidates(name):
+        if (folder / mark).exists():
+            return folder
+    choices = "never, auto, latest" if setting == "resume" else LATEST
+    raise ConfigError(
+        f"{setting}={name}: there is no such run under {OUTPUTS}/. Set {setting}= to {choices}, the folder of a run, "
+        f"or an MLflow run id"
+    )
+
+
+def find_folder(name: str, mark: str = SWEEP_RUN_FILE) -> Path | None:
+    """The folder of a sweep, or of a run: ``latest``, a folder, or an MLflow run id; None where this disk has none.
+
+    ``mark``: the file by which such a folder is known.
+    """
+    if name == LATEST:
+        found = sorted(OUTPUTS.rglob(mark), key=lambda path: path.stat().st_mtime)
+        return found[-1].parent if found else None
+    with suppress(OSError):  # a name that no file can have
+        return next((folder for folder in _candidates(name) if (folder / mark).exists()), None)
+    return None
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    """The folder ``name``, then the folders under ``outputs/`` with that MLflow run id."""
+    with suppress(OSError):  # a name that no file can have
+        if Path(name).is_dir():
+            yield Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
         if path.read_text().strip() == name:
-            return path.parent
-    raise ConfigError(
-        f"{name}: there is no such run under {OUTPUTS}/. Give a run's folder, an MLflow run id, or latest"
-    )
+            yield path.parent

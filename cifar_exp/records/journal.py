@@ -1,8 +1,8 @@
-"""``metrics.jsonl``, the truth about a run: one JSON object a line, whole lines are never rewritten.
+"""The journal ``metrics.jsonl``: the truth about a run, one JSON object a line, append-only.
 
 ``{"step": int, "epoch": int, "time": seconds since the start of the run, "metrics": {name: value}}``
 
-Rank 0 writes it while it trains, the parent adds the closing line after the ranks have ended; everyone else reads.
+Rank 0 appends while it trains; the parent appends the last line after the ranks have ended. All others only read.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
 
-FILE_NAME = "metrics.jsonl"
+JOURNAL_FILE = "metrics.jsonl"
 RUN_ID_FILE = "mlflow_run_id"
 
 
@@ -24,8 +24,8 @@ class Entry:
     """One line of the journal.
 
     Attributes:
-        step: training steps done when it was written.
-        epoch: epochs begun, counted from 1; 0 before the first.
+        step: completed training steps.
+        epoch: the current epoch, counted from 1; 0 before the first one.
         time: seconds since the start of the run.
         metrics: values by name.
     """
@@ -37,21 +37,20 @@ class Entry:
 
 
 class JournalWriter:
-    """Appends entries, each handed to the system as soon as it is written.
+    """Appends entries; each is flushed to the operating system at once.
 
-    A run that goes on from a checkpoint walks again over steps that the journal may have already; they are not written
-    twice.
+    A resumed run repeats the steps after its checkpoint. The journal may have them already; they are not written twice.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        path = run_dir / FILE_NAME
+        path = run_dir / JOURNAL_FILE
         with storage_errors(path, FREE_SPACE):
-            _drop_half_line(path)
+            _drop_partial_line(path)
             self._written = {name: entry.step for entry in read(run_dir) for name in entry.metrics}
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: Entry) -> None:
-        """Append one entry. JSON has no NaN or infinity: they are written as the strings that ``float`` reads.
+        """Append one entry. JSON has no NaN or infinity: they are written as strings that ``float`` reads.
 
         Raises:
             StorageError: where the file system refuses.
@@ -69,10 +68,10 @@ class JournalWriter:
             self._file.flush()
 
     def sync(self) -> None:
-        """Force what was written to disk, so that it outlives the machine.
+        """Force the journal to disk, so that it survives a crash of the machine.
 
         Raises:
-            StorageError: where the file system refuses, or somebody has deleted the file.
+            StorageError: where the file system refuses, or the file was deleted.
         """
         with storage_errors(Path(self._file.name), FREE_SPACE):
             if os.fstat(self._file.fileno()).st_nlink == 0:
@@ -89,29 +88,29 @@ class JournalWriter:
         self.close()
 
 
-def _drop_half_line(path: Path) -> None:
-    """A line that a killed writer left unfinished would spoil the next one; nobody has read it yet."""
+def _drop_partial_line(path: Path) -> None:
+    """Remove the partial last line of a killed writer, which would corrupt the next line. No reader has used it."""
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def parse(line: str | bytes) -> Entry:
-    """One line of the journal as an entry."""
+    """The entry in one line of the journal."""
     fields: dict[str, Any] = json.loads(line)
     metrics = {name: float(value) for name, value in fields["metrics"].items()}
     return Entry(fields["step"], fields["epoch"], fields["time"], metrics)
 
 
 class JournalFollower:
-    """Reads a journal while it grows; a line that is still being written waits for the next call."""
+    """Reads a journal while it grows; a partial line waits for the next call."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / FILE_NAME
+        self._path = run_dir / JOURNAL_FILE
         self._offset = 0
 
     def new_entries(self) -> Iterator[Entry]:
-        """The whole lines written since the last call; none where there is no journal yet."""
+        """The complete lines since the last call; none where there is no journal yet."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -124,7 +123,7 @@ class JournalFollower:
 
 
 def read(run_dir: Path) -> list[Entry]:
-    """All whole lines of the run's journal, in order."""
+    """All complete lines of the run's journal, in order."""
     return list(JournalFollower(run_dir).new_entries())
 
 
@@ -137,6 +136,6 @@ def last_values(run_dir: Path) -> dict[str, float]:
 
 
 def run_id(folder: Path) -> str | None:
-    """The id that the tracker gave to the run or sweep in ``folder``; None where none has taken it yet."""
+    """The tracker's id of the run or sweep in ``folder``; None where no tracker has opened it yet."""
     path = folder / RUN_ID_FILE
     return (path.read_text().strip() or None) if path.exists() else None

@@ -1,4 +1,4 @@
-"""The network of a run for use elsewhere: ``model.safetensors``, which plain PyTorch reads (the README shows how)."""
+"""Export a run's network as ``model.safetensors``, which plain PyTorch can load (the README shows how)."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,34 +10,34 @@ from safetensors.torch import save
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
-from cifar_exp.system import atomic_files
+from cifar_exp.system.atomic_files import write_atomically
 
-FILE_NAME = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 
 
 def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]) -> Path:
-    """Write the network of a run's best epoch, where that one is kept, else the last one's.
+    """Write the network of a run's best epoch if there is one, else that of the last epoch.
 
     Each entry of the file's metadata is JSON: ``classes``, ``shift`` and ``scale`` (of each channel, 0 to 255: the
     network takes ``(pixel - shift) * scale``), ``image_size`` (height and width), ``epoch``, and ``model``.
 
     Args:
-        run_dir: the run's folder; the file is made in it, whole or not at all.
-        model: the configuration's section: `_target_` and its settings, as the metadata has them.
-        warn: called with a line for each damaged checkpoint that is passed over.
+        run_dir: the run's folder, in which the file is written atomically.
+        model: the model section of the config for the metadata: `_target_` and its settings.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        StorageError: where the network cannot be read back, or the file cannot be written.
+        StorageError: where the checkpoint cannot be read, or the file cannot be written.
     """
     saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
-    path = run_dir / FILE_NAME
+    path = run_dir / MODEL_FILE
     with storage_errors(path, FREE_SPACE):
-        atomic_files.write_whole(path, _content(saved, model))
+        write_atomically(path, _content(saved, model))
     return path
 
 
 def _content(saved: Checkpoint, model: Mapping[str, Any]) -> bytes:
-    # In rows, and each in memory of its own: the format knows neither strides nor tensors that share their values.
+    # Contiguous copies: the format has neither strides nor shared tensors.
     weights = {name: value.contiguous().clone() for name, value in saved.model.items()}
     facts = {
         "classes": saved.classes,

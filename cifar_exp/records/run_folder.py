@@ -1,6 +1,6 @@
-"""A run's folder: who is at work in it, what trackers are told of the run, and how it ended.
+"""The run folder: its lock, the facts that a tracker gets, its outcome, and what a tracker still lacks.
 
-All of it is on disk before any tracker hears of it, so that a tracker that could not be reached can be told later.
+All of it is on disk before a tracker gets it, so that it can be delivered after an outage.
 """
 
 import json
@@ -26,26 +26,26 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 OUTPUTS = Path("outputs")
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
-UNDELIVERED_FILE = ".undelivered"  # in a run's folder: the store that was to have it and has not got it whole
-SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: its parent run
+UNDELIVERED_FILE = ".undelivered"  # in a run folder: names the store that still lacks a part of it
+SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: facts of its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 OUTCOME_FILE = "outcome.json"
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run when it opens.
+    """The facts that a tracker gets when a run opens.
 
     Attributes:
         name: shown in lists of runs.
-        run_dir: the run's folder; what ``artifacts`` name lies in it.
+        run_dir: the run's folder.
         params: the resolved configuration, flattened, without secrets.
         tags: device count, accelerator, sweep.
         started: when the run began, seconds since the epoch.
-        artifacts: files of the run's folder to keep with the run at its end, where they exist.
-        sweep_dir: the folder of the sweep that the run is a job of.
-        origin: folder and step of the checkpoint that a new run started from; None where it was none.
-        key: the run's own, by which a tracker knows it again whatever became of an earlier answer; empty in old runs.
+        artifacts: names of files in the run's folder to store with the run at its end, if they exist.
+        sweep_dir: the folder of the run's sweep; None for a single run.
+        origin: folder and step of the checkpoint that a new run started from; None for a run from scratch.
+        key: unique key by which a tracker recognises the run after a lost response; empty in old runs.
     """
 
     name: str
@@ -59,11 +59,11 @@ class RunInfo:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def save(self, config_hash: str) -> None:
-        """Leave it in the run's folder, where reports and later tools find it."""
+        """Write it to the run's folder."""
         self._write(RUN_FILE, {"config_hash": config_hash})
 
     def save_sweep(self) -> None:
-        """Leave it in a sweep's folder."""
+        """Write it to a sweep's folder."""
         self._write(SWEEP_RUN_FILE, {})
 
     def _write(self, name: str, more: Mapping[str, str]) -> None:
@@ -78,10 +78,10 @@ class RunInfo:
 
     @classmethod
     def load(cls, folder: Path) -> "RunInfo":
-        """What :meth:`save` or :meth:`save_sweep` has left in a folder.
+        """The facts that :meth:`save` or :meth:`save_sweep` wrote.
 
         Raises:
-            StorageError: where there is nothing that can be read.
+            StorageError: where they are missing or unreadable.
         """
         path = next((path for path in (folder / RUN_FILE, folder / SWEEP_RUN_FILE) if path.exists()), folder / RUN_FILE)
         try:
@@ -103,37 +103,37 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, and when, seconds since the epoch."""
+    """How a run ended, and when (seconds since the epoch)."""
 
     status: Status
     ended: float
 
     def save(self, folder: Path) -> None:
-        """Leave it in the run's folder."""
+        """Write it to the run's folder."""
         write_json(folder / OUTCOME_FILE, vars(self))
 
     @classmethod
     def of(cls, folder: Path) -> "Outcome | None":
-        """How the run in ``folder`` ended; None where it has not, or its process died before it could tell."""
+        """How the run in ``folder`` ended; None where it has not, or its process died before."""
         with suppress(OSError, ValueError, TypeError):
             return cls(**json.loads((folder / OUTCOME_FILE).read_text()))
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            if is_finished(folder):  # and died between its last line and the file
-                return cls("FINISHED", (folder / journal.FILE_NAME).stat().st_mtime)
+            if is_finished(folder):  # the process died between the last journal line and this file
+                return cls("FINISHED", (folder / journal.JOURNAL_FILE).stat().st_mtime)
         return None
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """The run in ``folder`` goes on."""
+        """Remove the outcome: the run in ``folder`` is resumed."""
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
 
 
 def claim(run_dir: Path, patience: float = 0.5) -> FileLock:
-    """Hold a run's folder until this process ends, however it does.
+    """Lock a run's folder until this process ends.
 
     Args:
         run_dir: the folder.
-        patience: seconds to wait for another process, which may only be looking whether the folder is free.
+        patience: seconds to wait for another process, which may only be testing the lock.
 
     Raises:
         ConfigError: where another process is training in it.
@@ -147,7 +147,7 @@ def claim(run_dir: Path, patience: float = 0.5) -> FileLock:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a process is at work in the folder."""
+    """Whether a process holds the folder's lock."""
     try:
         claim(folder, patience=0).release()
     except ConfigError:
@@ -156,25 +156,25 @@ def is_claimed(folder: Path) -> bool:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run in ``run_dir`` came to its end."""
+    """Whether the run in ``run_dir`` finished."""
     return "time/total_seconds" in journal.last_values(run_dir)
 
 
-def owe(run_dir: Path, store: str) -> None:
-    """Leave word that ``store`` is to have the run and may not have all of it."""
+def mark_undelivered(run_dir: Path, store: str) -> None:
+    """Note in the run folder that ``store`` may lack a part of the run."""
     path = run_dir / UNDELIVERED_FILE
-    with suppress(OSError):  # whoever cannot write here will soon say so
-        if not path.exists():  # another store that was left with a part is still owed the rest
+    with suppress(OSError):  # later writes report the error
+        if not path.exists():  # another store may still lack a part
             path.write_text(store)
 
 
-def is_owed(run_dir: Path) -> bool:
-    """Whether some store has not got all of the run."""
+def is_undelivered(run_dir: Path) -> bool:
+    """Whether some store lacks a part of the run."""
     return (run_dir / UNDELIVERED_FILE).exists()
 
 
-def settle(run_dir: Path, store: str) -> str:
-    """``store`` has got all of it; the store that has not, if there is one."""
+def mark_delivered(run_dir: Path, store: str) -> str:
+    """Note that ``store`` has everything; returns the store that still lacks a part, or an empty text."""
     path = run_dir / UNDELIVERED_FILE
     with suppress(OSError):
         owed = path.read_text()
@@ -185,14 +185,14 @@ def settle(run_dir: Path, store: str) -> str:
 
 
 def sync_command(folder: Path) -> str:
-    """What to type to bring what a tracker lacks of a run or a sweep."""
+    """The command that delivers what a tracker lacks of a run or a sweep."""
     return f"{uv_prefix()}cifar-exp sync {shlex.quote(os.path.relpath(folder))}"
 
 
 def make_private(folder: Path) -> None:
-    """Let nobody but the user into a run's or sweep's folder, and into ``outputs/``: mode 0700.
+    """Restrict a run's or sweep's folder, and ``outputs/``, to the user: mode 0700.
 
-    A folder that held other things before, and the one that the user stands in, are theirs and stay as they are.
+    A folder with other files in it, and the current folder, keep their mode.
     """
     with suppress(OSError):  # another user's folder, or a file system without modes
         if OUTPUTS.is_dir():

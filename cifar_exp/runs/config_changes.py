@@ -12,21 +12,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cifar_exp.config.defaults import flattened
+from cifar_exp.config.result_settings import bears_on_result
 from cifar_exp.config.schema import Config
 from cifar_exp.config.targets import FIRST_NAMES, RENAMED, with_names
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.system.redaction import masked
 
-# A run may go on with others of these: they do not bear on what is trained. Other devices share the same batches.
-INCIDENTAL = ("resume", "progress", "trusted_modules", "tracking", "checkpoint", "launcher", "devices", "report")
-INCIDENTAL_DATA = ("data.residency", "data.workers")  # the batches are the same
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, OmegaConfBaseException)
 
 
 def config_hash(config: Config) -> str:
     """sha256 in hex of every setting that bears on the result; another password makes no other run."""
     plain = with_names(masked(asdict(config)), FIRST_NAMES)  # a run of an earlier version keeps its hash
-    settings = {name: value for name, value in _settings(plain).items() if not _is_incidental(name)}
+    settings = {name: value for name, value in _settings(plain).items() if bears_on_result(name)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -36,7 +34,7 @@ def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     return {
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _is_incidental(name)
+        if before.get(name) != now.get(name) and bears_on_result(name)
     }
 
 
@@ -46,10 +44,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
     if not config:
         raise ValueError(f"{CONFIG_FILE} is empty")
     return dict(with_names(config, RENAMED))
-
-
-def _is_incidental(name: str) -> bool:
-    return name.partition(".")[0] in INCIDENTAL or name in INCIDENTAL_DATA
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

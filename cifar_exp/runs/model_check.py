@@ -5,7 +5,7 @@ import torchinfo
 from torch import nn
 
 from cifar_exp.config.schema import Config
-from cifar_exp.data.batches import scaled
+from cifar_exp.data.batches import scaled_size
 from cifar_exp.errors import ConfigError
 from cifar_exp.models.networks import seeded
 from cifar_exp.runs.components import Parts
@@ -40,7 +40,7 @@ def check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> N
     """A network may be too deep for small images."""
     for scale in sorted({*plan.image_scales} - {1.0}):
         try:
-            layer_shapes(model, scaled(image_size, scale))
+            layer_shapes(model, scaled_size(image_size, scale))
         except ConfigError as error:
             raise ConfigError(
                 f"train.image_scales: at {scale:g} of their size images are too small for this network. Type larger "

@@ -46,7 +46,7 @@ class ParentRun:
             known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
         if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
             return
-        (self._info.run_dir / journal.FILE_NAME).unlink(missing_ok=True)  # the whole summary is written again
+        (self._info.run_dir / journal.JOURNAL_FILE).unlink(missing_ok=True)  # the whole summary is written again
         if not metrics:
             return
         writer = journal.JournalWriter(self._info.run_dir)
@@ -67,7 +67,14 @@ class ParentRun:
         Raises:
             TrackingError: where all jobs went well, but the tracker did not get everything.
         """
-        from cifar_exp.tracking.follower import LEAST_PATIENCE, LONGEST, PATIENCE, STOPPED_PATIENCE, Follower, lacking
+        from cifar_exp.tracking.follower import (
+            ANSWER_SECONDS,
+            CLOSING_SECONDS,
+            LEAST_SECONDS,
+            STOPPED_SECONDS,
+            Follower,
+            undelivered_message,
+        )
 
         stopped = kind is not None and issubclass(kind, Stopped)
         status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
@@ -80,15 +87,15 @@ class ParentRun:
         sink = self._tracker.sink(self._info)
         if sink is None:
             return
-        follower = Follower(self._info.run_dir, sink, interval=PATIENCE)
+        follower = Follower(self._info.run_dir, sink, interval=ANSWER_SECONDS)
         follower.start()
         if isinstance(error, Stopped):
-            left = max(LEAST_PATIENCE, error.received + STOPPED_PATIENCE - time.monotonic())
-            follower.finish(status, left, longest=left)
+            left = max(LEAST_SECONDS, error.received + STOPPED_SECONDS - time.monotonic())
+            follower.finish(status, left, left)
         else:
-            follower.finish(status, PATIENCE, LONGEST)
+            follower.finish(status, ANSWER_SECONDS, CLOSING_SECONDS)
         if follower.error:
-            lacks = f"tracking.uri: of the sweep's parent run {lacking(follower.error, self._info.run_dir)}"
+            lacks = f"tracking.uri: of the sweep's parent run {undelivered_message(follower.error, self._info.run_dir)}"
             if error is None:
                 raise TrackingError(lacks)
             print(f"cifar-exp: {lacks}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
-from cifar_exp.data.validation_split import keep_apart
+from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import RunFacts
 from cifar_exp.errors import ConfigError
 from cifar_exp.launch.devices import DeviceSet, find_devices
@@ -33,7 +33,7 @@ from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.train_job import TRACE_FILE
 
-ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.FILE_NAME, TRACE_FILE, model_export.FILE_NAME)
+ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.JOURNAL_FILE, TRACE_FILE, model_export.MODEL_FILE)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def plan_job(
         The job for the ranks, and what the page shows of it.
     """
     devices, resumed, folder = beginning.devices, beginning.resumed, beginning.folder
-    data = keep_apart(parts.dataset(), config.validation)
+    data = hold_out(parts.dataset(), config.validation)
     kept_batch = resumed.kept_batch if resumed else None
     plan = make_plan(config, devices.count, data.train_count, parts.schedule, kept_batch)
     for line in doubts(config, plan):

@@ -12,7 +12,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
-from cifar_exp.records.find_run import _named
+from cifar_exp.records.find_run import find_run
 from cifar_exp.records.run_folder import CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
 from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
 from cifar_exp.system.bugs import is_bug, keep_traceback
@@ -90,7 +90,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         return None
     folder: Path | None
     if config.resume != "auto":
-        folder = _named(config.resume)
+        folder = find_run(config.resume, "resume")
     elif (run_dir / RUN_FILE).exists():
         folder = run_dir
     else:
@@ -112,7 +112,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         kept = f" (its traceback is in {keep_traceback(error)})" if is_bug(error) else ""
         raise StorageError(
             f"{folder}: the run cannot be read: {error}{kept}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
-            f"{journal.FILE_NAME}, or type resume=never"
+            f"{journal.JOURNAL_FILE}, or set resume=never"
         ) from error
 
 

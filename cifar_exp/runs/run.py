@@ -9,7 +9,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.display.display import Display
 from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
-from cifar_exp.records.run_folder import is_owed
+from cifar_exp.records.run_folder import is_undelivered
 from cifar_exp.runs import summary
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.context import Result, RunContext
@@ -48,7 +48,7 @@ def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
     """A run that ``resume`` names and that needs no training; what its store lacks is delivered."""
     result = Result(folder, journal.last_values(folder))
     console.print(f"{folder}: finished before, test accuracy {result.test_accuracy:.4f}", highlight=False)
-    if is_owed(folder):
+    if is_undelivered(folder):
         console.print(parts.tracker.deliver(folder), highlight=False)
     return result
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from cifar_exp.config.schema import EarlyStoppingSettings
-from cifar_exp.data.batches import EVALUATION_BATCH, scaled, shard
+from cifar_exp.data.batches import EVALUATION_BATCH, scaled_size, shard
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.distributed.rank_times import by_rank, straggler
 from cifar_exp.launch.devices import DeviceSet
@@ -104,7 +104,7 @@ def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     """Height and width by epoch, where they are not the images' own throughout."""
     if set(plan.image_scales) == {1.0}:
         return {}
-    sizes = [scaled(data.image_size, scale) for scale in plan.image_scales]
+    sizes = [scaled_size(data.image_size, scale) for scale in plan.image_scales]
     text = ", ".join(f"{height} x {width}" for height, width in sizes)
     return {"image sizes": f"{text} by epoch; the last also in evaluation"}
 

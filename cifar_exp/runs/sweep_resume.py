@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
 from cifar_exp.errors import ConfigError
-from cifar_exp.records.journal import RUN_ID_FILE
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import OUTPUTS, claim, is_claimed, make_private
 from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.system.atomic_files import write_json
 from cifar_exp.system.redaction import masked
 
 SWEEP_FILE = "sweep.json"
-NO_PART_OF_A_SWEEP = ("resume", "progress")  # how it is typed and shown
 
 
 @contextmanager
@@ -78,7 +78,5 @@ def _sweeps(wanted: str) -> list[Path]:
         return []
     if wanted == "auto":
         return sorted(OUTPUTS.rglob(SWEEP_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
-    named = [Path(wanted), *(path.parent for path in OUTPUTS.rglob(RUN_ID_FILE) if path.read_text().strip() == wanted)]
-    with suppress(OSError):  # a name that no file can have
-        return [folder / SWEEP_FILE for folder in named if (folder / SWEEP_FILE).exists()]
-    return []
+    folder = find_folder(wanted, SWEEP_FILE)
+    return [folder / SWEEP_FILE] if folder else []

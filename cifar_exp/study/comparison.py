@@ -1,4 +1,4 @@
-"""Two sweeps side by side, before and after a change or on two machines: how sure is each difference?"""
+"""Compare two sweeps, before and after a change or on two machines, and test each difference."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -11,51 +11,40 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from cifar_exp.config.result_settings import distinguishes_sweeps
 from cifar_exp.errors import FREE_SPACE, ConfigError, storage_errors
 from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
 from cifar_exp.study.group import SIGNIFICANT, Group
 from cifar_exp.study.intervals import Interval, Means, adjusted, difference
-from cifar_exp.study.report import ends_of
+from cifar_exp.study.report import interval_text
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import accuracy_means, by_count, log_means
 
 TEST = (
-    "Welch's t test of each difference (rates and times in logarithms, the noise of each sweep pooled over its device "
-    "counts); p adjusted for the number of differences (Holm)"
-)
-# Settings that sweeps may differ in and be repeats of each other, or that do not bear on what is measured.
-INCIDENTAL = (
-    "seed",
-    "devices",
-    "resume",
-    "progress",
-    "trusted_modules",
-    "tracking",
-    "checkpoint",
-    "launcher",
-    "report",
+    "Welch's t test of each difference (throughput and times in logarithms, noise pooled over the device counts of "
+    "each sweep); p adjusted for the number of differences (Holm)"
 )
 WITHIN_RUNS = (
-    "a sweep has one run a device count: its noise is that of blocks within runs, which says less than repeats"
+    "a sweep has one run a device count: its noise is estimated from blocks within runs, which repeats would exceed"
 )
 RunsByCount = Mapping[int, Sequence[RunResult]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure at one device count in both sweeps.
+    """The difference of one figure at one device count between both sweeps.
 
     Attributes:
         group: name of the group.
         devices: number of ranks.
-        figure: ``images_per_second``, ``speedup`` (over the smallest count that both have, and not at that),
+        figure: ``images_per_second``, ``speedup`` (relative to the smallest common count),
             ``train_seconds`` or ``test_accuracy``.
         first: median in the first sweep.
-        second: median in the second one.
-        change: second over first; of the accuracy second minus first.
-        interval: 95 % interval of the change; None where the noise is not known.
-        probability: that such a difference comes of noise alone, adjusted for the number of differences.
+        second: median in the second sweep.
+        change: second / first; for the accuracy second - first.
+        interval: 95 % interval of the change; None where the noise is unknown.
+        probability: p value of the difference, adjusted for the number of differences.
     """
 
     group: str
@@ -70,7 +59,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.probability is None:
-            return "noise not known"
+            return "noise unknown"
         return "beyond noise" if self.probability < SIGNIFICANT else "within noise"
 
 
@@ -79,11 +68,11 @@ class Comparison:
     """Two sweeps.
 
     Attributes:
-        names: of the two.
-        pairs: for each group that both have, its name and its results in each.
-        differences: of all figures at all counts that both have.
-        simulated: whether in one of them ranks shared one CPU.
-        notes: what a reader has to know.
+        names: of the sweeps.
+        pairs: for each common group, its name and its results in each sweep.
+        differences: of all figures at all common device counts.
+        simulated: whether the devices of one sweep were ranks on one CPU.
+        notes: sentences below the table.
     """
 
     names: tuple[str, str]
@@ -94,17 +83,17 @@ class Comparison:
 
     @classmethod
     def of(cls, names: tuple[str, str], first: Sequence[FinishedRun], second: Sequence[FinishedRun]) -> "Comparison":
-        """Compare what the two sweeps have in common.
+        """Compare the common groups and device counts of two sweeps.
 
         Raises:
-            ConfigError: where that is nothing.
+            ConfigError: where there are none.
         """
         pairs = _common_groups(results_by_group(first), results_by_group(second))
         found = [item for pair in pairs for item in _differences(*pair)]
         if not found:
             raise ConfigError(
-                f"{names[0]} and {names[1]}: they have no finished runs of the same group and device count. Type two "
-                f"sweeps over the same devices.count and settings"
+                f"{names[0]} and {names[1]}: they have no finished runs of the same group and device count. Compare "
+                f"two sweeps over the same devices.count and settings"
             )
         known = [item.probability for item in found if item.probability is not None]
         corrected = iter(adjusted(known))
@@ -163,7 +152,7 @@ class Comparison:
         }
 
     def _cells(self) -> list[list[str]]:
-        """Headings, then a list of texts a difference: change and p with their intervals and verdicts below."""
+        """Headings, then a row of texts a difference; interval and p stand below change and verdict."""
         short = [name.partition(":")[0] for name in self.names]
         return [
             ["devices", "figure", *short, f"{short[1]} / {short[0]}, or minus", "difference"],
@@ -172,10 +161,10 @@ class Comparison:
 
 
 def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second: Sequence[FinishedRun]) -> list[str]:
-    """A sentence for each setting that bears on the figures and is not the same in both sweeps."""
+    """A sentence for each setting that distinguishes the sweeps."""
     lines = []
     for name in sorted({name for run in (*first, *second) for name in run.params}):
-        if name.partition(".")[0] in INCIDENTAL:
+        if not distinguishes_sweeps(name):
             continue
         one, two = (sorted({str(run.params.get(name)) for run in sweep}) for sweep in (first, second))
         if one != two:
@@ -187,7 +176,7 @@ def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second
 def _common_groups(
     first: Mapping[str, Sequence[RunResult]], second: Mapping[str, Sequence[RunResult]]
 ) -> list[tuple[str, Sequence[RunResult], Sequence[RunResult]]]:
-    """Groups of one name; two sweeps of one group each are compared whatever these are called."""
+    """Groups of the same name. Two sweeps of one group each are compared whatever its name."""
     if len(first) == len(second) == 1:
         ((name, two),) = second.items()
         return [(name, next(iter(first.values())), two)]
@@ -209,7 +198,7 @@ def _differences(group: str, first: Sequence[RunResult], second: Sequence[RunRes
 def _difference(
     group: str, one: RunsByCount, two: RunsByCount, figure: str, devices: int, over: int | None = None
 ) -> Difference:
-    """Of one figure at one device count; ``over``: of its ratio to that of another count."""
+    """The difference of one figure at one device count. ``over``: of its ratio to the figure at that count."""
     measured = "images_per_second" if figure == "speedup" else figure
     before, after = (
         _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
@@ -229,7 +218,7 @@ def _median(results: Sequence[RunResult], figure: str) -> float:
 
 
 def _means(results: RunsByCount, figure: str) -> Means:
-    """Of the accuracy itself, of rates and times in logarithms."""
+    """Means of the accuracy, or of the logarithm of a throughput or time."""
     if figure == "test_accuracy":
         return accuracy_means(results)
     return log_means(results, attrgetter(figure))
@@ -252,7 +241,7 @@ def _texts(item: Difference) -> list[str]:
         figure,
         format(item.first, form),
         format(item.second, form),
-        format(item.change, change) + (f"\n{ends_of(item.interval, change)}" if item.interval else ""),
+        format(item.change, change) + (f"\n{interval_text(item.interval, change)}" if item.interval else ""),
         item.verdict if item.probability is None else f"{item.verdict}\np = {item.probability:.2g}",
     ]
 

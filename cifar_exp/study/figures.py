@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BOTH_LAWS = 2  # groups beside which both laws are drawn; more of them only have the one for their way of scaling
+BOTH_LAWS = 2  # most groups with both laws drawn; with more groups each has only the law for its way of scaling
 Pair = tuple[str, Group, Group, Mapping[int, tuple[float, Interval | None]]]
-"""A group's name, its figures in the first and in the second sweep, and the ratios of their rates by device count."""
+"""A group's name, its figures in the first and second sweep, and the throughput ratios by device count."""
 
 
 def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> None:
@@ -24,7 +24,7 @@ def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> No
     Args:
         groups: by the group's name (empty where there is one group).
         path: where to write.
-        simulated: whether the devices were processes on one CPU; the title says so.
+        simulated: whether the devices were ranks on one CPU; the title says so.
     """
     speedup_figure(groups, simulated).savefig(path)
 
@@ -35,9 +35,9 @@ def draw_comparison(names: tuple[str, str], pairs: Sequence[Pair], path: Path, s
 
 
 def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
-    """Four panels, a colour a group: speedup with the ideal line and the fitted laws, efficiency, time, accuracy.
+    """Four panels: speedup with the ideal line and the fitted laws, efficiency, training time, accuracy.
 
-    Bars at the points are 95 % intervals.
+    Each group has a colour. Error bars are 95 % intervals.
     """
     figure = _empty_figure(height=8.6)
     (speedup, efficiency), (time, accuracy) = figure.subplots(2, 2)
@@ -69,12 +69,12 @@ def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
 
 
 def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: bool) -> "Figure":
-    """Two panels, a colour a group: images/s of both sweeps, and the second's over the first's, with 95 % intervals.
+    """Two panels: images/s of both sweeps, and the ratio second / first, with 95 % intervals.
 
     Args:
-        names: of the two sweeps, as in ``A: before``.
-        pairs: the groups that both have.
-        simulated: whether the devices of one of them were processes on one CPU.
+        names: of the two sweeps, for example ``A: before``.
+        pairs: the common groups.
+        simulated: whether the devices of one sweep were ranks on one CPU.
     """
     figure = _empty_figure(height=4.6)
     rates, ratios = figure.subplots(1, 2)
@@ -99,7 +99,7 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
 
 
 def _draw_ideal(axes: "Axes", groups: Sequence[Sequence[SpeedupRow]]) -> None:
-    """N times the devices, N times the speed: one dashed line for each smallest count."""
+    """Ideal speedup: one dashed line for each smallest count."""
     largest = max(rows[-1].devices for rows in groups)
     for place, first in enumerate(sorted({rows[0].devices for rows in groups})):
         label = None if place else "ideal"
@@ -107,7 +107,7 @@ def _draw_ideal(axes: "Axes", groups: Sequence[Sequence[SpeedupRow]]) -> None:
 
 
 def _draw_laws(axes: "Axes", group: Group, name: str, colour: str, both: bool) -> None:
-    """Amdahl's and Gustafson's law as fitted, thin lines over the measured range."""
+    """The fitted laws as thin lines over the measured range."""
     first, last = group.rows[0].devices, group.rows[-1].devices
     steps = [first * (last / first) ** (step / 40) for step in range(41)]
     for fit, line in list(zip(group.fits, ("-.", ":"), strict=True))[: 2 if both else 1]:
@@ -119,7 +119,7 @@ def _draw_laws(axes: "Axes", group: Group, name: str, colour: str, both: bool) -
 def _draw_points(
     axes: "Axes", rows: Sequence[SpeedupRow], figure: str, scale: float, colour: str, label: str, line: str = "-"
 ) -> None:
-    """One figure of the rows, times ``scale``, as joined dots with their intervals."""
+    """One figure of the rows, times ``scale``, as connected dots with error bars."""
     devices, values = [row.devices for row in rows], [getattr(row, figure) * scale for row in rows]
     axes.plot(devices, values, f"o{line}", color=colour, linewidth=2, markersize=5, label=label)
     intervals = [row.intervals.get(figure) for row in rows]
@@ -130,7 +130,7 @@ def _draw_points(
 def _draw_bars(
     axes: "Axes", devices: Sequence[int], values: Sequence[float], intervals: Sequence[Interval | None], colour: str
 ) -> None:
-    """The intervals as bars at the points."""
+    """Intervals as error bars."""
     known = [(*point, interval) for *point, interval in zip(devices, values, intervals, strict=True) if interval]
     if known:
         across, up, _ = zip(*known, strict=True)
@@ -138,15 +138,12 @@ def _draw_bars(
 
 
 def _reaches(points: Sequence[Sequence[Any]]) -> list[list[float]]:
-    """How far the intervals reach below and above their values; points end in a value and an interval."""
+    """Distances of the intervals' ends from their values; each point ends with a value and its interval."""
     return [[value - interval.low for *_, value, interval in points], [i.high - value for *_, value, i in points]]
 
 
 def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> None:
-    """Each speedup below its dot, to the right, where a rising line leaves room.
-
-    The smallest count is what the others are compared with: it needs no label.
-    """
+    """Label the speedups below and right of their dots, where a rising line leaves room; not the smallest count."""
     from matplotlib.patheffects import withStroke
 
     for row in rows[1:]:
@@ -156,7 +153,7 @@ def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> No
             xytext=(6, -12),
             textcoords="offset points",
             color=colour,
-            path_effects=[withStroke(linewidth=3, foreground="white")],  # other groups' lines may pass there
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on top of other groups' lines
         )
 
 
@@ -165,7 +162,7 @@ def _colour(place: int) -> str:
 
 
 def _scale_by_devices(axes: "Axes", counts: Sequence[int]) -> None:
-    """Ticks at the measured counts; doublings at equal distances where all counts are powers of two."""
+    """Ticks at the measured counts; logarithmic axes where all counts are powers of two."""
     if _all_doublings(counts):
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
@@ -175,7 +172,7 @@ def _scale_by_devices(axes: "Axes", counts: Sequence[int]) -> None:
 
 
 def _mark_devices(axes: "Axes", counts: Sequence[int]) -> None:
-    """Ticks at the measured counts, on an axis as that of the speedups."""
+    """Ticks at the measured counts; a logarithmic x axis where all counts are powers of two."""
     if _all_doublings(counts):
         axes.set_xscale("log", base=2)
     axes.set_xticks(counts, labels=[str(count) for count in counts], minor=False)
@@ -188,11 +185,11 @@ def _all_doublings(counts: Sequence[int]) -> bool:
 
 
 def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts: Sequence[int]) -> None:
-    """Training time as bars side by side with their intervals, labelled in the unit of the axis."""
+    """Training times as grouped bars with intervals and labels."""
     longest = max(row.train_seconds for rows in groups.values() for row in rows)
     unit, seconds = ("min", 60) if longest >= 120 else ("s", 1)
     width = 0.75 / len(groups)
-    rotation = 90 if len(groups) * len(counts) > 8 else 0  # more labels than that run into each other
+    rotation = 90 if len(groups) * len(counts) > 8 else 0  # more labels than that would overlap
     for place, (name, rows) in enumerate(groups.items()):
         shift = (place - (len(groups) - 1) / 2) * width
         points = [(row.train_seconds, row.intervals.get("train_seconds")) for row in rows]
@@ -215,5 +212,5 @@ def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts
 
 
 def _short(value: float) -> str:
-    """Two digits, and all of them before the point: ``0.75``, ``2.6``, ``142``."""
+    """At least two significant digits: ``0.75``, ``2.6``, ``142``."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

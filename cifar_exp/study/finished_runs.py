@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.config.result_settings import distinguishes_groups
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records import journal
+from cifar_exp.records.find_run import LATEST, find_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
@@ -20,11 +22,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-NOT_GROUPING = ("devices.count", "seed")  # the axis of the study, and its repeats
-
 
 def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """The group of each job of a sweep: the values that tell it apart, but for its device count and its seed.
+    """The group of each job of a sweep, named by its distinguishing values other than device count and seed.
 
     Args:
         overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
@@ -32,26 +32,24 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
     Returns:
         A name for each job, such as ``strong``; empty where nothing else differs.
     """
-    rest = [
-        [override for override in job if override.split("=")[0].lstrip("+") not in NOT_GROUPING] for job in overrides
-    ]
+    rest = [[text for text in job if distinguishes_groups(text.split("=")[0].lstrip("+"))] for job in overrides]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
     return [" ".join(override.partition("=")[2] for override in job if override not in common) for job in rest]
 
 
-OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # where one override of a job ends and the next begins
-SERIES = ("step/images_per_second", "val/accuracy")  # whose course a study needs, beside last values
+OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # splits a job's overrides
+SERIES = ("step/images_per_second", "val/accuracy")  # metrics of which a study needs all values, not the last one alone
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as a report sees it.
+    """A finished run, from MLflow or from its folder.
 
     Attributes:
         tags: of the run.
         metrics: the last value of each metric.
-        series: the course of those that ``SERIES`` names.
-        params: the resolved configuration, flattened; texts where they come from MLflow.
+        series: all values of the metrics in ``SERIES``.
+        params: the resolved configuration, flattened; as text where it comes from MLflow.
     """
 
     tags: Mapping[str, str]
@@ -61,10 +59,7 @@ class FinishedRun:
 
 
 def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
-    """What each finished run contributes, by the name of its group.
-
-    Runs whose ranks shared a device say nothing about more devices and are left out.
-    """
+    """The results of the finished runs by group. Oversubscribed runs are left out: they never count as speedup."""
     counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
     names = grouped([OVERRIDE_START.split(run.tags.get("overrides", "")) for run in counted])
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
@@ -74,27 +69,29 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
 
 
 def is_simulated(runs: Sequence[FinishedRun]) -> bool:
-    """Whether several ranks shared one CPU, which says nothing of several machines."""
+    """Whether the devices were ranks on one CPU."""
     return any(run.tags.get("accelerator") == "cpu" for run in runs)
 
 
 def machines(runs: Sequence[FinishedRun]) -> list[str]:
-    """The machines of the runs, each in a line."""
+    """One line for each machine of the runs."""
     lines = [machine.in_one_line(run.tags) for run in runs]
     return list(dict.fromkeys(filter(None, lines)))
 
 
 def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
-    """The finished runs of a sweep: from its folder where that is given and no ``uri`` is, else from MLflow.
+    """The finished runs of a sweep: from its folder unless ``uri`` is given, else from MLflow.
 
     Raises:
         ConfigError: where there is no such sweep.
     """
+    if sweep == LATEST:
+        sweep = str(find_folder(LATEST) or sweep)
     folder = Path(sweep)
     if uri is None and folder.is_dir():
         sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})
-        if len(sweeps) > 1:  # their runs would pass for repeats of one
-            raise ConfigError(f"{sweep}: there are {len(sweeps)} sweeps in this folder. Type one, as {sweeps[-1]}")
+        if len(sweeps) > 1:  # their runs would be taken for repeats
+            raise ConfigError(f"{sweep}: there are {len(sweeps)} sweeps in this folder. Name one, as {sweeps[-1]}")
         found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
         if found:
             runs = [folder_run(path.parent) for path in found]
@@ -103,7 +100,7 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
 
 
 def folder_run(run_dir: Path) -> FinishedRun | None:
-    """A run as it left its tags and metrics in its folder; None for a folder that holds no run of ours."""
+    """A run from its folder; None for a folder that holds no run."""
     if not (run_dir / RUN_FILE).exists():
         return None
     entries = journal.read(run_dir)
@@ -131,7 +128,7 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
         if is_bug(error):
             raise
         raise TrackingError(
-            f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or type "
+            f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or set "
             f"another address"
         ) from error
 
@@ -146,8 +143,8 @@ def _children(client: "MlflowClient", tracker: MLflowTracker, sweep: str) -> lis
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: no id at all
             raise
         raise ConfigError(
-            f"{sweep}: there is no such run in {tracker.address()}. Type a parent run's id or a folder under "
-            f"outputs/multirun, and --uri where the store lies elsewhere"
+            f"{sweep}: there is no such run in {tracker.address()}. Name a parent run's id or a folder under "
+            f"outputs/multirun, and --uri for another store"
         ) from error
     children: Sequence[Run] = client.search_runs(
         [experiment],

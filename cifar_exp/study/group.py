@@ -1,4 +1,4 @@
-"""From measured runs to speedup over device counts: pure arithmetic, no store and no plots."""
+"""Runs of one group -> speedup rows, fitted laws and notes. Pure arithmetic."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,23 @@ from cifar_exp.config.schema import Report
 from cifar_exp.study.intervals import Means, f_probability, variance_ratio
 from cifar_exp.study.laws import Fit, fitted
 from cifar_exp.study.run_result import RunResult
-from cifar_exp.study.speedup import NOTHING_MORE, SpeedupRow, _rows, accuracy_means, by_count, log_means
+from cifar_exp.study.speedup import SPEEDUP_ALONE, SpeedupRow, accuracy_means, by_count, log_means, speedup_rows
 from cifar_exp.study.time_breakdown import Breakdown
 
-ENOUGH_BLOCKS = 10  # steady ones, a run
+ENOUGH_BLOCKS = 10  # in the steady state of a run
 SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their device count and their seed alone.
+    """Runs that differ only in their device count and their seed.
 
     Attributes:
         rows: one a device count, in ascending order.
-        fits: Amdahl's and Gustafson's law beside the rates; the one that is made for the group's way of scaling first.
-            None with less than two counts.
-        notes: what a reader has to know to believe the figures, in sentences.
-        breakdowns: where the time went, one a device count; those whose runs do not say are left out.
+        fits: Amdahl's and Gustafson's law; the one for the group's way of scaling comes first. Empty with less than two
+            device counts.
+        notes: sentences about the reliability of the figures.
+        breakdowns: time breakdowns, one a device count; counts without time metrics are left out.
     """
 
     rows: Sequence[SpeedupRow]
@@ -35,31 +35,31 @@ class Group:
     breakdowns: Sequence[Breakdown] = ()
 
     @classmethod
-    def of(cls, results: Sequence[RunResult], report: Report = NOTHING_MORE) -> "Group":
-        """The study of one group. ``report``: what to work out beside the speedup."""
+    def of(cls, results: Sequence[RunResult], report: Report = SPEEDUP_ALONE) -> "Group":
+        """The study of one group. ``report``: what to compute beside the speedup."""
         repeats = by_count(results)
-        rates = log_means(repeats, lambda result: result.images_per_second)
-        rows = _rows(repeats, rates, report)
+        log_rates = log_means(repeats, lambda result: result.images_per_second)
+        rows = speedup_rows(repeats, log_rates, report)
         fits = []
         if len(rows) > 1:
             same_work = rows[0].global_batch_size == rows[-1].global_batch_size
-            fits = [fitted(law, list(repeats), rates) for law in ("Amdahl", "Gustafson")][:: 1 if same_work else -1]
+            fits = [fitted(law, list(repeats), log_rates) for law in ("Amdahl", "Gustafson")][:: 1 if same_work else -1]
         breakdowns = [
             found
             for count, runs in repeats.items()
             if (found := Breakdown.of(count, [run.times for run in runs], runs[0].steps))
         ]
-        notes = [*_notes(repeats, rates), *(note for breakdown in breakdowns for note in breakdown.notes)]
+        notes = [*_notes(repeats, log_rates), *(note for breakdown in breakdowns for note in breakdown.notes)]
         return cls(rows, fits, notes, breakdowns)
 
 
-def _notes(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> list[str]:
+def _notes(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> list[str]:
     few = {count: fewest for count, fewest in _blocks(repeats).items() if fewest < ENOUGH_BLOCKS}
-    notes = [_interval_note(repeats, rates)]
+    notes = [_interval_note(repeats, log_rates)]
     if few:
         told = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
         notes.append(
-            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Type a larger "
+            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Set a larger "
             f"train.epochs or a smaller train.log_every"
         )
     notes += _disturbance_notes(repeats)
@@ -69,7 +69,7 @@ def _notes(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> list[str
 
 
 def _disturbance_notes(repeats: Mapping[int, Sequence[RunResult]]) -> list[str]:
-    """A sentence for each kind: how many runs at which counts, and the worst of them."""
+    """A sentence for each kind of disturbance: the number of runs by device count, and the worst of them."""
     runs = {count: [result.disturbances for result in results] for count, results in repeats.items()}
     notes = []
     for text in dict.fromkeys(text for disturbed in runs.values() for found in disturbed for text in found):
@@ -88,30 +88,30 @@ def _blocks(repeats: Mapping[int, Sequence[RunResult]]) -> dict[int, int]:
     return {count: min(len(result.block_rates) for result in results) for count, results in repeats.items()}
 
 
-def _interval_note(repeats: Mapping[int, Sequence[RunResult]], rates: Means) -> str:
+def _interval_note(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> str:
     if any(len(results) > 1 for results in repeats.values()):
         runs = "/".join(str(number) for number in dict.fromkeys(len(results) for results in repeats.values()))
         return (
             f"95 % intervals: Student's t over {runs} runs a device count, their relative noise pooled over the counts "
-            f"({rates.freedom:.0f} degrees of freedom)"
+            f"({log_rates.freedom:.0f} degrees of freedom)"
         )
-    if rates.freedom:
+    if log_rates.freedom:
         return (
-            "95 % intervals come from blocks of steps within one run a device count (block bootstrap): how far off "
-            "another run would be is not in them. Type seed=0,1,2"
+            "95 % intervals come from blocks of steps within one run a device count (block bootstrap): they do "
+            "not contain how much another run would differ. Set seed=0,1,2"
         )
-    return "no intervals: one run a device count, and too few blocks of steps in it. Type seed=0,1,2"
+    return "no intervals: one run a device count, and too few blocks of steps in it. Set seed=0,1,2"
 
 
 def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
-    """What more devices cost in test accuracy, and whether that is within the noise of the seeds."""
+    """The change of test accuracy with more devices, and whether it is within the noise of the seeds."""
     smallest, largest = min(repeats), max(repeats)
     accuracies = accuracy_means(repeats)
     points = round(100 * float(accuracies.values[-1] - accuracies.values[0]), 2) + 0.0  # no minus zero
     subject = f"test accuracy: {points:+.2f} points on {largest} devices against {smallest}"
     samples = [[result.test_accuracy for result in results] for results in repeats.values()]
     if not accuracies.freedom:
-        return f"{subject}; whether that is within the noise of the seeds one run a count cannot tell. Type seed=0,1,2"
+        return f"{subject}; one run a count cannot tell whether that is within the noise of the seeds. Set seed=0,1,2"
     ratio, between, within = variance_ratio(samples)
     if math.isnan(ratio):
         return f"{subject}: the same in all runs"

@@ -1,12 +1,10 @@
-"""How sure a mean over a few repeats is: 95 % intervals and tests. Pure numpy, and scipy's t and F distributions.
+"""95 % intervals and tests for means over a few repeats, with numpy and scipy.
 
-A run counts as one observation, however many blocks of steps it has: what the blocks of one run share (clocks, memory
-placement, neighbours) is other in the next run, and resampling blocks alone would call a figure surer than it is. The
-spread between repeats holds the noise of their blocks already. So where there are repeats, intervals rest on Student's
-t over runs; a percentile bootstrap over three of them holds the truth in 79 to 95 % of cases, by what the noise is made
-of. Only where there are none, blocks are resampled within each run, and whoever shows the interval has to say so. See
-Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time". ``benchmarks/coverage.py`` counts how often the
-truth is held.
+A run is one observation, however many blocks of steps it has. The blocks of one run share clocks, memory placement and
+neighbours, which differ in the next run; resampling blocks alone would make intervals too narrow. So with repeats,
+intervals are Student's t over runs. (A percentile bootstrap over three runs contains the truth in 79 to 95 % of cases.)
+Without repeats, blocks are resampled within each run, and the report says so. See Kalibera and Jones 2013, "Rigorous
+benchmarking in reasonable time". ``benchmarks/interval_coverage.py`` counts how often intervals contain the truth.
 """
 
 import math
@@ -20,26 +18,26 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-DRAWS = 10_000  # of means: with few repeats the tails are long, and their ends need many draws
+DRAWS = 10_000  # of means; with few repeats the tails are long and need many draws
 BLOCK_DRAWS = 1000
 ROUNDING = 1e-12  # logarithms and accuracies that differ by less are equal
 SEED = 0  # the same figures from the same runs
-FEWEST_BLOCKS = 4  # with fewer the spread within a run is not known at all
+FEWEST_BLOCKS = 4  # with fewer the spread within a run is unknown
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A range that holds the true value in 95 of 100 studies."""
+    """A range that contains the true value in 95 of 100 studies."""
 
     low: float
     high: float
 
     def mapped(self, function: Callable[[float], float]) -> "Interval":
-        """The interval of a function of the value that only rises or only falls."""
+        """The interval of a monotonic function of the value."""
         return Interval(*sorted((function(self.low), function(self.high))))
 
     def around(self, value: float) -> "Interval":
-        """Widened as far as to hold ``value``: a median can lie beside the interval of a mean."""
+        """Widened to contain ``value``: a median can lie outside the interval of a mean."""
         return Interval(min(self.low, value), max(self.high, value))
 
 
@@ -50,7 +48,7 @@ class Means:
     Attributes:
         values: (k,) the means.
         errors: (k,) their standard errors.
-        freedom: degrees of freedom of the errors; 0 where nothing is known of them.
+        freedom: degrees of freedom of the errors; 0 where the errors are unknown.
     """
 
     values: Array
@@ -59,10 +57,10 @@ class Means:
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[float]]) -> "Means":
-        """From samples that have one spread in common, such as the logarithms of the rates of each device count.
+        """From samples with a common variance, such as the logarithms of the throughput at each device count.
 
-        Pooling it over the samples is what makes three repeats enough. Where noise grows with the device count, the
-        interval of the largest count is too narrow and that of the smallest too wide.
+        The pooled variance makes three repeats enough. Where noise grows with the device count, the interval of the
+        largest count is too narrow and that of the smallest too wide.
         """
         sizes = np.array([len(sample) for sample in samples])
         values = np.array([np.mean(sample) for sample in samples])
@@ -73,7 +71,7 @@ class Means:
         return cls(values, (spread if spread > ROUNDING else 0.0) / np.sqrt(sizes), freedom)
 
     def interval(self, weights: ArrayLike) -> Interval | None:
-        """Of the means' sum with these ``weights``; None where nothing is known of the errors."""
+        """The interval of the weighted sum of the means; None where the errors are unknown."""
         if not self.freedom:
             return None
         middle, error = float(np.dot(weights, self.values)), self.error(weights)
@@ -81,15 +79,15 @@ class Means:
         return Interval(middle - reach, middle + reach)
 
     def draws(self) -> Array:
-        """(DRAWS, k) means as they may truly be: a parametric bootstrap.
+        """(DRAWS, k) samples of the true means: a parametric bootstrap.
 
-        Each draw has a spread of its own from the chi-squared distribution, so that the percentiles of a sum of means
-        are the ends of its t interval, and those of any function of the means follow.
+        Each draw has its own variance from the chi-squared distribution. So the percentiles of a sum of means are the
+        ends of its t interval, and those of any function of the means follow.
         """
         return np.asarray(self.values + self.errors * _standard_draws(self.freedom, len(self.values)))
 
     def error(self, weights: ArrayLike) -> float:
-        """Standard error of the means' sum with these ``weights``."""
+        """Standard error of the weighted sum of the means."""
         return math.sqrt(float(np.dot(np.square(weights), self.errors**2)))
 
 
@@ -108,13 +106,13 @@ def percentile_interval(draws: Array) -> Interval:
 
 
 def block_error(values: Sequence[float]) -> tuple[float, float]:
-    """How far the median of a run's blocks may be off by what happened within the run.
+    """Standard error of the median over a run's blocks, from the noise within the run.
 
-    Neighbouring blocks are alike, so stretches of sqrt(n) of them are resampled (circular block bootstrap, Politis and
-    Romano 1992); the error is enlarged by what so few stretches miss, as a sample's standard deviation is.
+    Neighbouring blocks are correlated, so stretches of sqrt(n) blocks are resampled (circular block bootstrap, Politis
+    and Romano 1992). The error is corrected for the small number of stretches, as a sample's standard deviation is.
 
     Args:
-        values: of the n blocks in the order of time.
+        values: of the n blocks in time order.
 
     Returns:
         The standard error, and its degrees of freedom; (nan, 0) where there are too few blocks.
@@ -133,13 +131,12 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
 def difference(
     first: Means, second: Means, weights: tuple[ArrayLike, ArrayLike]
 ) -> tuple[Interval | None, float | None]:
-    """Of two sums of means with errors of their own, ``second`` minus ``first``: interval and two-sided p (Welch 1947).
+    """The difference ``second`` - ``first`` of two weighted sums of means: interval and two-sided p (Welch 1947).
 
     Args:
-        first: the means that are compared with.
-        second: the means that are compared.
-        weights: of the first means in their sum, and of the second: 1 for the one that is compared, or 1 and -1 for
-            two whose own difference is.
+        first: means with their own errors.
+        second: means with their own errors.
+        weights: of the first and of the second means.
     """
     if not (first.freedom and second.freedom):
         return None, None
@@ -155,7 +152,7 @@ def difference(
 
 
 def adjusted(probabilities: Sequence[float]) -> list[float]:
-    """Each p as it counts among all of them, so that one of many is not found by chance alone (Holm 1979)."""
+    """The p values, adjusted for multiple comparisons (Holm 1979)."""
     order = np.argsort(probabilities)
     scaled = np.asarray(probabilities)[order] * np.arange(len(order), 0, -1)
     result = np.empty(len(order))
@@ -167,8 +164,8 @@ def variance_ratio(samples: Sequence[Sequence[float]]) -> tuple[float, float, fl
     """One-way analysis of variance: F of the samples' means, and its degrees of freedom (Fisher 1925).
 
     Returns:
-        F (infinite where no sample spreads but their means differ, nan where all values are equal), the degrees of
-        freedom between the samples, and those within them.
+        F, and the degrees of freedom between and within the samples. F is infinite where all samples are constant but
+        differ, and nan where all values are equal.
     """
     sizes = np.array([len(sample) for sample in samples])
     means = np.array([np.mean(sample) for sample in samples])
@@ -182,15 +179,15 @@ def variance_ratio(samples: Sequence[Sequence[float]]) -> tuple[float, float, fl
 
 
 def _squares(samples: Sequence[Sequence[float]], means: Array) -> float:
-    """Squared distances of all values from the means of their samples, summed."""
+    """Sum of squared deviations of all values from the means of their samples."""
     return sum(float(((np.asarray(sample) - mean) ** 2).sum()) for sample, mean in zip(samples, means, strict=True))
 
 
-# scipy.special takes a tenth of a second to import, and only reports need it.
+# scipy is imported late: only reports need it. scipy.special takes 0.1 s to import, scipy.stats many times that.
 
 
 def t_quantile(freedom: float) -> float:
-    """How many standard errors the 95 % interval reaches to each side."""
+    """Half width of the 95 % interval in standard errors."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
@@ -204,7 +201,7 @@ def t_probability(value: float, freedom: float) -> float:
 
 
 def f_probability(value: float, between: float, within: float) -> float:
-    """P of an F at least as large as ``value``."""
+    """Probability of an F of at least ``value``."""
     from scipy.special import fdtrc
 
     return float(fdtrc(between, within, value))

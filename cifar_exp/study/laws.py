@@ -1,11 +1,12 @@
-"""Amdahl's and Gustafson's law, fitted to measured rates: what share of the work more devices do not speed up.
+"""Fit Amdahl's and Gustafson's law to measured throughput: which share of the work do more devices not speed up?
 
-Both say how the rate of n devices compares with that of one, given the serial fraction f:
+Both give the throughput of n devices relative to one, for a serial fraction f:
 
 - Amdahl 1967, of a fixed amount of work: 1 / (f + (1 - f) / n). The time of a step is a + b / n.
-- Gustafson 1988, of work that grows with the devices: f + (1 - f) n. The rate is c + d n.
+- Gustafson 1988, of work that grows with the devices: f + (1 - f) n. The throughput is c + d n.
 
-Either is a straight line, in 1 / n or in n, whose value at n = 1 is split by f: weighted least squares find it.
+Each is a straight line, in 1 / n or in n, and f is its intercept's share of the value at n = 1. Weighted least squares
+fit the line.
 """
 
 import math
@@ -18,21 +19,21 @@ import numpy as np
 from cifar_exp.study.intervals import ROUNDING, Array, Interval, Means, f_probability, percentile_interval
 
 Name = Literal["Amdahl", "Gustafson"]
-NOISE_LEVEL = 0.05  # residuals that would be seen less often than this by chance are no noise
+NOISE_LEVEL = 0.05  # significance level of the lack-of-fit test
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One law beside the measured rates.
+    """One law, fitted to measured throughput.
 
     Attributes:
         law: ``Amdahl`` or ``Gustafson``.
-        serial_fraction: as fitted; outside 0 to 1 the law does not describe what was measured.
-        interval: of the serial fraction; None where nothing is known of the noise.
-        devices: the largest count that was measured.
-        gain: rate of twice as many devices over theirs, as the law predicts it.
+        serial_fraction: as fitted; outside 0 to 1 the law does not describe the measurements.
+        interval: of the serial fraction; None where the noise is unknown.
+        devices: the largest measured device count.
+        gain: predicted throughput of twice as many devices / throughput of ``devices``.
         gain_interval: of the gain.
-        warnings: why the data does not support the fit.
+        warnings: reasons to doubt the fit.
     """
 
     law: Name
@@ -44,7 +45,7 @@ class Fit:
     warnings: Sequence[str]
 
     def speedup(self, devices: float, over: float = 1) -> float:
-        """Rate of ``devices`` over the rate of ``over`` devices."""
+        """Throughput of ``devices`` / throughput of ``over`` devices."""
         fraction = self.serial_fraction
         return relative_rate(self.law, fraction, devices) / relative_rate(self.law, fraction, over)
 
@@ -53,24 +54,24 @@ class Fit:
         gain = f" [{self.gain_interval.low:.2f}, {self.gain_interval.high:.2f}]" if self.gain_interval else ""
         return (
             f"{self.law}'s law: serial fraction {self.serial_fraction:.1%}{sure}; {2 * self.devices} devices instead "
-            f"of {self.devices} would give {self.gain:.2f}{gain} times the rate"
+            f"of {self.devices} would give {self.gain:.2f}{gain} times the throughput"
         )
 
 
 def relative_rate(law: Name, fraction: float, devices: float) -> float:
-    """Rate of ``devices`` over that of one."""
+    """Throughput of ``devices`` / throughput of one."""
     if law == "Amdahl":
         return 1 / (fraction + (1 - fraction) / devices)
     return fraction + (1 - fraction) * devices
 
 
 def fitted(law: Name, counts: Sequence[int], log_rates: Means) -> Fit:
-    """``law`` fitted to the rates of at least two device counts.
+    """Fit ``law`` to the throughput at two or more device counts.
 
     Args:
         law: which one.
         counts: the device counts, in ascending order.
-        log_rates: logarithms of their rates, with errors.
+        log_rates: means of the logarithms of their throughput.
     """
     devices = np.array(counts, dtype=float)
     known = bool(log_rates.freedom) and bool(np.all(log_rates.errors > 0))
@@ -91,13 +92,13 @@ def fitted(law: Name, counts: Sequence[int], log_rates: Means) -> Fit:
 
 
 def serial_fractions(law: Name, counts: Sequence[int], log_rates: Array, weights: Array) -> Array:
-    """The fitted serial fraction of each of many studies: (..., k) logarithms of rates -> (...)."""
+    """The fitted serial fractions of many studies: (..., k) logarithms of throughput -> (...)."""
     start, slope = _line(law, np.array(counts, dtype=float), np.exp(log_rates), weights)
     return start / (start + slope)
 
 
 def _line(law: Name, devices: Array, rates: Array, weights: Array) -> tuple[Array, Array]:
-    """Start and slope of the law's line through each (..., k) of ``rates``, least squares of the relative errors."""
+    """Intercept and slope of the law's line through each (..., k) of ``rates``: least squares of relative errors."""
     across, up = (1 / devices, 1 / rates) if law == "Amdahl" else (devices, rates)
     weights = weights / up**2
     total = weights.sum(-1)
@@ -108,7 +109,7 @@ def _line(law: Name, devices: Array, rates: Array, weights: Array) -> tuple[Arra
 
 
 def _gain(law: Name, fraction: float, devices: int) -> float:
-    """Rate of twice the devices over theirs. Outside 0 to 1 a law predicts nothing; there the nearest end counts."""
+    """Predicted throughput of twice the devices / theirs, with the fraction clipped to 0 to 1."""
     fraction = min(1.0, max(0.0, fraction))
     return relative_rate(law, fraction, 2 * devices) / relative_rate(law, fraction, devices)
 
@@ -116,11 +117,11 @@ def _gain(law: Name, fraction: float, devices: int) -> float:
 def _design_warnings(counts: Sequence[int]) -> list[str]:
     if len(counts) > 2:
         return []
-    return ["two device counts only: every law passes through them, so nothing tests the fit"]
+    return ["only two device counts: every law passes through them, so the fit cannot be tested"]
 
 
 def _residual_warnings(law: Name, residuals: Array, log_rates: Means, known: bool) -> list[str]:
-    """Whether the rates leave the law by more than their noise: an F test of the lack of fit."""
+    """An F test of the lack of fit: do the deviations from the law exceed the noise?"""
     free = len(residuals) - 2
     if free < 1 or not known:
         return []
@@ -130,6 +131,6 @@ def _residual_warnings(law: Name, residuals: Array, log_rates: Means, known: boo
         return []
     worst = math.expm1(float(np.abs(residuals).max()))
     return [
-        f"the rates leave {law}'s law by up to {worst:.1%}, which is more than their noise "
+        f"the throughput deviates from {law}'s law by up to {worst:.1%}, more than the noise "
         f"(F({free}, {log_rates.freedom:.3g}) = {ratio:.3g}, p = {probability:.2g})"
     ]

@@ -1,4 +1,4 @@
-"""Finished runs -> the scaling study of a sweep: tables, figure, page, CSV, and metrics of the parent run."""
+"""The speedup study of a sweep: tables, figure, page, CSV, and metrics of the parent run."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -15,35 +15,35 @@ from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, r
 from cifar_exp.study.group import Group
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.report_page import Section
-from cifar_exp.study.speedup import NOTHING_MORE, UNCERTAIN, SpeedupRow
+from cifar_exp.study.speedup import SPEEDUP_ALONE, WITH_INTERVAL, SpeedupRow
 from cifar_exp.study.time_breakdown import PARTS, rank_table
 
 
 @dataclass(frozen=True)
 class Study:
-    """Speedup over device counts, in groups of runs that differ in nothing else but their seed.
+    """Speedup by device count, in groups of runs that otherwise differ only in their seed.
 
     Attributes:
         groups: by the group's name (empty where there is one group).
-        simulated: whether several ranks shared one CPU, which says nothing of several machines.
-        machines: what the runs ran on, a line each.
-        missing: the jobs that did not finish, a line each: what a learning rate that diverges leaves behind.
-        report: what was worked out beside the speedup.
+        simulated: whether the devices were ranks on one CPU.
+        machines: one line for each machine of the runs.
+        missing: one line for each unfinished job, such as one that diverged.
+        report: what was computed beside the speedup.
     """
 
     groups: Mapping[str, Group]
     simulated: bool
     machines: Sequence[str] = ()
     missing: Sequence[str] = ()
-    report: Report = NOTHING_MORE
+    report: Report = SPEEDUP_ALONE
 
     @classmethod
     def of(
-        cls, runs: Sequence[FinishedRun], report: Report = NOTHING_MORE, unfinished: Sequence[str] = ()
+        cls, runs: Sequence[FinishedRun], report: Report = SPEEDUP_ALONE, unfinished: Sequence[str] = ()
     ) -> "Study | None":
-        """The study that ``runs`` make up; None where no group has two device counts.
+        """The study of ``runs``; None where no group has two device counts.
 
-        ``unfinished``: the jobs of the same sweep that are not among them, in a few words each.
+        ``unfinished``: one line for each job of the sweep that is not among them.
         """
         groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
         groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
@@ -51,7 +51,7 @@ class Study:
         return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
 
     def print(self, console: Console) -> None:
-        """For each group one table, the fitted laws, and what has to be known to believe the figures."""
+        """For each group a table, the fitted laws, and the notes."""
         for title, cells, lines in self._sections():
             table = Table(title=title, title_justify="left")
             headings, *rows = cells
@@ -93,7 +93,7 @@ class Study:
         return [table, figure, page]
 
     def metrics(self) -> list[tuple[str, float, int]]:
-        """(name, value, device count) for the parent run; with several groups the name carries the group's."""
+        """(name, value, device count) for the parent run; with several groups the name ends with the group's."""
         several = len(self.groups) > 1
         return [
             (f"{metric}/{name}" if several and name else metric, value, devices)
@@ -108,7 +108,7 @@ class Study:
         return f"Speedup{self._label()}{f': {group}' if group else ''}"
 
     def _sections(self) -> list[Section]:
-        """For each group its figures, then where the time went by rank."""
+        """For each group its figures, then its times by rank."""
         sections: list[Section] = []
         for name, group in self.groups.items():
             sections.append((self._title(name), self._cells(group), lines_below(group)))
@@ -117,7 +117,7 @@ class Study:
         return sections
 
     def _cells(self, group: Group) -> list[list[str]]:
-        """The device counts as headings, then a list of texts a figure; figures that say nothing are left out."""
+        """The device counts as headings, then a row of texts a figure; empty rows are left out."""
         rows = group.rows
         lines = {
             "runs": [str(row.repeats) for row in rows],
@@ -158,7 +158,7 @@ def lines_below(group: Group) -> list[str]:
 def csv_row(row: SpeedupRow) -> dict[str, object]:
     """A row's figures by name, and the ends of their intervals as ``<name>_low`` and ``<name>_high``."""
     figures = {column.name: getattr(row, column.name) for column in fields(row) if column.name != "intervals"}
-    ends = {name: row.intervals.get(name) for name in UNCERTAIN}
+    ends = {name: row.intervals.get(name) for name in WITH_INTERVAL}
     return figures | {
         f"{name}_{end}": getattr(interval, end) if interval else None
         for name, interval in ends.items()
@@ -167,18 +167,18 @@ def csv_row(row: SpeedupRow) -> dict[str, object]:
 
 
 def with_interval(row: SpeedupRow, figure: str, form: str) -> str:
-    """A figure of the row, and below it its interval where it has one."""
+    """A figure of the row, and its interval below if there is one."""
     interval = row.intervals.get(figure)
-    return shown(getattr(row, figure), form) + (f"\n{ends_of(interval, form)}" if interval else "")
+    return shown(getattr(row, figure), form) + (f"\n{interval_text(interval, form)}" if interval else "")
 
 
-def ends_of(interval: Interval, form: str) -> str:
-    """As in ``1.76-1.86``, with a dash that is no minus."""
+def interval_text(interval: Interval, form: str) -> str:
+    """For example ``1.76-1.86``, with an en dash."""
     return f"{interval.low:{form}}\u2013{interval.high:{form}}"
 
 
 def shown(value: float | None, form: str) -> str:
-    """Nothing for what is not known."""
+    """The formatted value; empty where it is unknown."""
     return "" if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""What a study takes of one finished run."""
+"""The figures of one finished run that a study uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,21 +10,21 @@ Sample = tuple[int, float, float]  # step, seconds since the start of the run, v
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one finished run contributes to a scaling study.
+    """The figures of one finished run.
 
     Attributes:
         devices: number of ranks that trained.
         global_batch_size: images a step over all ranks.
-        images_per_second: steady-state training rate over all ranks.
+        images_per_second: steady-state throughput over all ranks.
         train_seconds: time spent training, evaluation excluded.
         test_accuracy: 0 to 1.
-        total_seconds: of the whole run, start-up, compilation and evaluation included; None where not known.
-        steady_seconds: of its training steps at the steady rate, without any warm-up; None where not known.
-        block_rates: images/s of each block of ``train.log_every`` steps but the first, the warm-up.
+        total_seconds: of the whole run, with start-up, compilation and evaluation; None where unknown.
+        steady_seconds: of its training steps at steady-state throughput; None where unknown.
+        block_rates: images/s of each block of ``train.log_every`` steps but the first, which is warm-up.
         progress: seconds since the start and validation accuracy, after each epoch.
-        disturbances: what disturbed it: sentences with a place for how much, and how much.
-        steps: that it trained; None where not known.
-        times: the metrics that say where its time went.
+        disturbances: sentences with a placeholder for an amount, and the amounts.
+        steps: training steps; None where unknown.
+        times: its time metrics.
     """
 
     devices: int
@@ -47,7 +47,7 @@ class RunResult:
         series: Mapping[str, Sequence[Sample]] | None = None,
         disturbances: Mapping[str, float] | None = None,
     ) -> "RunResult":
-        """From the last values of a finished run's metrics, and the course of some of them."""
+        """From the last values of a finished run's metrics, and all values of some of them."""
         blocks = (series or {}).get("step/images_per_second", ())
         epochs = (series or {}).get("val/accuracy", ())
         images = epochs[-1][0] * metrics["global_batch_size"] if epochs else None
@@ -67,5 +67,5 @@ class RunResult:
         )
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Seconds from the start to the first validation of at least ``accuracy``; None where it was not reached."""
+        """Seconds from the start to the first validation with at least ``accuracy``; None where it was not reached."""
         return next((seconds for seconds, reached in self.progress if reached >= accuracy), None)

@@ -11,32 +11,32 @@ from cifar_exp.config.schema import Report
 from cifar_exp.study.intervals import Array, Interval, Means, block_error
 from cifar_exp.study.run_result import RunResult
 
-NOTHING_MORE = Report()
+SPEEDUP_ALONE = Report()
 
 
 @dataclass(frozen=True)
 class SpeedupRow:
-    """Medians over the repeats at one device count, beside the smallest count of the group.
+    """Medians over the repeats at one device count, relative to the smallest count of the group.
 
     Attributes:
         devices: number of ranks.
-        repeats: runs behind the medians.
+        repeats: number of runs.
         global_batch_size: images a step over all ranks.
-        images_per_second: median steady-state rate.
-        speedup: rate over that of the smallest count in the group.
-        efficiency: speedup over the ratio of the device counts.
+        images_per_second: median steady-state throughput.
+        speedup: throughput / throughput of the smallest count in the group.
+        efficiency: speedup / ratio of the device counts.
         train_seconds: median training time.
-        time_ratio: training time of the smallest count over this one's.
+        time_ratio: training time of the smallest count / training time.
         test_accuracy: median, 0 to 1.
-        steady_seconds: median time of the training steps at the steady rate; None where not known.
-        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None where not known.
-        blocks: steady blocks of steps in the run that has the fewest.
-        disturbed: runs that were disturbed.
+        steady_seconds: median time of the training steps at steady-state throughput; None where unknown.
+        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None where unknown.
+        blocks: steady-state blocks of steps in the run with the fewest.
+        disturbed: number of disturbed runs.
         reached: runs that reached ``report.target_accuracy``; None without one.
-        seconds_to_accuracy: median time to it of the runs that did, from the start; None where none did.
-        device_seconds_to_accuracy: that time on all devices together.
-        price_to_accuracy: what that costs at ``report.price_per_hour``.
-        intervals: 95 % intervals by the name of the figure, where they are known.
+        seconds_to_accuracy: median time from the start to that accuracy over these runs; None where none reached it.
+        device_seconds_to_accuracy: that time multiplied by the number of devices.
+        price_to_accuracy: its price at ``report.price_per_hour``.
+        intervals: the known 95 % intervals by figure.
     """
 
     devices: int
@@ -59,8 +59,8 @@ class SpeedupRow:
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
 
-# The figures of a row that may have an interval, in the order of the table's columns.
-UNCERTAIN = (
+# The figures of a row that can have an interval, in the order of the CSV's columns.
+WITH_INTERVAL = (
     "images_per_second",
     "speedup",
     "efficiency",
@@ -78,9 +78,9 @@ def by_count(results: Sequence[RunResult]) -> dict[int, list[RunResult]]:
 
 
 def log_means(repeats: Mapping[int, Sequence[RunResult]], value: Callable[[RunResult], float]) -> Means:
-    """Means of the logarithms of a rate or a time at each count: noise is relative, and ratios become differences.
+    """Means of the logarithms of a throughput or time at each count: noise is relative, ratios become differences.
 
-    Where no count has repeats, the errors are those of the median of the blocks within each run.
+    Without repeats, the errors are those of the median over the blocks within each run.
     """
     means = Means.of([[math.log(value(result)) for result in results] for results in repeats.values()])
     if means.freedom or not repeats:
@@ -94,67 +94,72 @@ def accuracy_means(repeats: Mapping[int, Sequence[RunResult]]) -> Means:
     return Means.of([[result.test_accuracy for result in results] for results in repeats.values()])
 
 
-def speedup_rows(results: Sequence[RunResult], report: Report = NOTHING_MORE) -> list[SpeedupRow]:
-    """One row a device count, in ascending order, against the smallest count in ``results``."""
-    repeats = by_count(results)
-    return _rows(repeats, log_means(repeats, lambda result: result.images_per_second), report)
+def speedup_rows(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means, report: Report) -> list[SpeedupRow]:
+    """One row a device count, in ascending order, relative to the smallest count.
 
-
-def _rows(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means, report: Report) -> list[SpeedupRow]:
+    Args:
+        repeats: the results by device count, as from :func:`by_count`.
+        log_rates: means of the logarithms of their throughput.
+        report: what to compute beside the speedup.
+    """
     rows: list[SpeedupRow] = []
-    log_times = log_means(repeats, lambda result: result.train_seconds)
-    accuracies = accuracy_means(repeats)
-    places = np.eye(len(repeats))
     for place, (count, results) in enumerate(repeats.items()):
-        rate = median(result.images_per_second for result in results)
-        seconds = median(result.train_seconds for result in results)
-        accuracy = median(result.test_accuracy for result in results)
-        first = rows[0] if rows else None
-        speedup = rate / first.images_per_second if first else 1.0
-        share = rows[0].devices / count if rows else 1.0
-        time_ratio = first.train_seconds / seconds if first else 1.0
-        gain, shorter = places[place] - places[0], places[0] - places[place]
-        intervals = {
-            "images_per_second": _ratio_interval(log_rates, places[place], rate),
-            "speedup": _ratio_interval(log_rates, gain, speedup) if first else None,
-            "train_seconds": _ratio_interval(log_times, places[place], seconds),
-            "time_ratio": _ratio_interval(log_times, shorter, time_ratio) if first else None,
-            "test_accuracy": _held(accuracies.interval(places[place]), accuracy),
-        }
-        intervals["efficiency"] = _scaled(intervals["speedup"], share)
-        row = SpeedupRow(
-            devices=count,
-            repeats=len(results),
-            global_batch_size=results[0].global_batch_size,
-            images_per_second=rate,
-            speedup=speedup,
-            efficiency=speedup * share,
-            train_seconds=seconds,
-            time_ratio=time_ratio,
-            test_accuracy=accuracy,
-            steady_seconds=_median_of([result.steady_seconds for result in results]),
-            total_seconds=_median_of([result.total_seconds for result in results]),
-            blocks=min(len(result.block_rates) for result in results),
-            disturbed=sum(bool(result.disturbances) for result in results),
-            intervals={name: interval for name, interval in intervals.items() if interval}
-            | _cost_interval(repeats, place, report),
-        )
-        rows.append(_with_cost(row, results, report))
+        row = _medians(count, results, first=rows[0] if rows else None)
+        intervals = _intervals(row, place, repeats, log_rates) | _cost_interval(repeats, place, report)
+        rows.append(_with_cost(replace(row, intervals=intervals), results, report))
     return rows
 
 
+def _medians(count: int, results: Sequence[RunResult], first: SpeedupRow | None) -> SpeedupRow:
+    """The row of one device count without intervals. ``first``: that of the smallest count; None where it is this."""
+    rate = median(result.images_per_second for result in results)
+    seconds = median(result.train_seconds for result in results)
+    speedup = rate / first.images_per_second if first else 1.0
+    return SpeedupRow(
+        devices=count,
+        repeats=len(results),
+        global_batch_size=results[0].global_batch_size,
+        images_per_second=rate,
+        speedup=speedup,
+        efficiency=speedup * (first.devices / count if first else 1.0),
+        train_seconds=seconds,
+        time_ratio=first.train_seconds / seconds if first else 1.0,
+        test_accuracy=median(result.test_accuracy for result in results),
+        steady_seconds=_median_of([result.steady_seconds for result in results]),
+        total_seconds=_median_of([result.total_seconds for result in results]),
+        blocks=min(len(result.block_rates) for result in results),
+        disturbed=sum(bool(result.disturbances) for result in results),
+    )
+
+
+def _intervals(
+    row: SpeedupRow, place: int, repeats: Mapping[int, Sequence[RunResult]], log_rates: Means
+) -> dict[str, Interval]:
+    """The known 95 % intervals of a row. ``place``: its position among the device counts."""
+    log_times = log_means(repeats, lambda result: result.train_seconds)
+    units = np.eye(len(repeats))
+    own, gain = units[place], units[place] - units[0]
+    speedup = _ratio_interval(log_rates, gain, row.speedup) if place else None
+    share = row.efficiency / row.speedup
+    intervals = {
+        "images_per_second": _ratio_interval(log_rates, own, row.images_per_second),
+        "speedup": speedup,
+        "efficiency": speedup.mapped(lambda value: value * share) if speedup else None,
+        "train_seconds": _ratio_interval(log_times, own, row.train_seconds),
+        "time_ratio": _ratio_interval(log_times, -gain, row.time_ratio) if place else None,
+        "test_accuracy": _holding(accuracy_means(repeats).interval(own), row.test_accuracy),
+    }
+    return {name: interval for name, interval in intervals.items() if interval}
+
+
 def _ratio_interval(means: Means, weights: Array, value: float) -> Interval | None:
-    """The interval of what is a sum of logarithms, wide enough to hold the median that is shown beside it."""
+    """The interval of a sum of logarithms as a ratio, widened to contain the median that is shown with it."""
     interval = means.interval(weights)
-    return _held(interval.mapped(math.exp) if interval else None, value)
+    return _holding(interval.mapped(math.exp) if interval else None, value)
 
 
-def _held(interval: Interval | None, value: float) -> Interval | None:
+def _holding(interval: Interval | None, value: float) -> Interval | None:
     return interval.around(value) if interval else None
-
-
-def _scaled(interval: Interval | None, factor: float) -> Interval | None:
-    return interval.mapped(lambda value: value * factor) if interval else None
 
 
 def _median_of(values: Sequence[float | None]) -> float | None:
@@ -163,7 +168,7 @@ def _median_of(values: Sequence[float | None]) -> float | None:
 
 
 def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: Report) -> SpeedupRow:
-    """The row with what it took to reach ``report.target_accuracy``; as it is without one."""
+    """The row with time and price of reaching ``report.target_accuracy``; unchanged without a target."""
     if report.target_accuracy is None:
         return row
     times = [result.seconds_to(report.target_accuracy) for result in results]
@@ -176,7 +181,7 @@ def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: Report) ->
 
 
 def _cost_interval(repeats: Mapping[int, Sequence[RunResult]], place: int, report: Report) -> dict[str, Interval]:
-    """Of the time to the accuracy, over the repeats; only where every run reached it, or the slow ones were missing."""
+    """The interval of the time to the accuracy. Only if every run reached it: else the slow ones would be missing."""
     target = report.target_accuracy
     if target is None or any(result.seconds_to(target) is None for results in repeats.values() for result in results):
         return {}

@@ -1,4 +1,4 @@
-"""Where the time of the runs at one device count went: in all, by rank, and for sending gradients."""
+"""Time breakdown of the runs at one device count: in all, by rank, and for all-reducing gradients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from statistics import fmean, median
 
 from cifar_exp.distributed.rank_times import by_rank, straggler
 
-PREFIXES = ("time_split/", "rank_time/", "communication/")  # of the metrics that say where time went
+PREFIXES = ("time_split/", "rank_time/", "communication/")  # of the metrics about time
 PARTS = ("computing", "data", "averaging gradients", "waiting for the slowest", "evaluation", "start and rest")
 RANK_HEADINGS = {
     "compute": "computing, s",
-    "hidden_communication": "averaging meanwhile, s",
-    "communication": "averaging exposed, s",
+    "hidden_communication": "overlapped communication, s",
+    "communication": "exposed communication, s",
     "waiting": "waiting for the slowest, s",
     "data": "data, s",
     "evaluation": "evaluation, s",
@@ -24,10 +24,10 @@ class Breakdown:
 
     Attributes:
         devices: number of ranks.
-        shares: of a whole run's time by ``PARTS``, 0 to 1; they add up to about 1. Ranks' times are averaged. A
-            part that is not known is left out.
-        ranks: seconds of each rank by ``rank_times.NAMES``, and ``last_share``; none for a lone rank.
-        notes: what a reader should know, in sentences.
+        shares: of a run's total time by ``PARTS``, 0 to 1, which add up to about 1. Ranks' times are averaged. Unknown
+            parts are left out.
+        ranks: seconds of each rank by ``rank_times.NAMES``, and ``last_share``; empty for a single rank.
+        notes: sentences for the report.
     """
 
     devices: int
@@ -37,9 +37,9 @@ class Breakdown:
 
     @classmethod
     def of(cls, devices: int, runs: Sequence[Mapping[str, float]], steps: int | None) -> "Breakdown | None":
-        """From the last values of the runs' metrics; None where they do not say where time went.
+        """From the last values of the runs' metrics; None without time metrics.
 
-        ``steps``: that a run trained, where it is known.
+        ``steps``: training steps of a run, if known.
         """
         runs = [metrics for metrics in runs if any(name.startswith("time_split/") for name in metrics)]
         if not runs:
@@ -58,12 +58,12 @@ class Breakdown:
         late = straggler(ranks)
         notes = [f"warning: on {devices} devices: {late}"] if late else []
         if unknown := [part for part in PARTS if part not in shares]:
-            notes.append(f"on {devices} devices: {' and '.join(unknown)} cannot be told from computing, which has them")
+            notes.append(f"on {devices} devices: {' and '.join(unknown)} were not measured and are part of computing")
         return cls(devices, shares, ranks, notes + _link_notes(devices, runs, ranks, steps))
 
 
 def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
-    """A row a rank of each device count, headings first; none where all ran on lone ranks."""
+    """A row for each rank of each device count, headings first; empty where all runs had a single rank."""
     rows = [
         [
             str(breakdown.devices),
@@ -74,7 +74,7 @@ def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
         for breakdown in breakdowns
         for rank, times in enumerate(breakdown.ranks)
     ]
-    return [["devices", "rank", *RANK_HEADINGS.values(), "last to come"], *rows] if rows else []
+    return [["devices", "rank", *RANK_HEADINGS.values(), "slowest rank"], *rows] if rows else []
 
 
 def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -93,7 +93,7 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
         "data": seconds_of("data", "data"),
         "averaging gradients": seconds_of("communication", "communication"),
         "waiting for the slowest": seconds_of("waiting", ""),
-        "evaluation": split.get("evaluation", 0.0),  # with the test at the end, which ranks do not measure
+        "evaluation": split.get("evaluation", 0.0),  # with the final test, which ranks do not measure
     }
     seconds = {part: value for part, value in measured.items() if value is not None}
     seconds["start and rest"] = total - sum(seconds.values())
@@ -103,7 +103,7 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
 def _link_notes(
     devices: int, runs: Sequence[Mapping[str, float]], ranks: Sequence[Mapping[str, float]], steps: int | None
 ) -> list[str]:
-    """What a step sends beside what the link carries, and what it took."""
+    """Bytes a step sends, the bandwidth of the link, and the measured communication time."""
     known = [metrics for metrics in runs if "communication/link_bytes_per_second" in metrics]
     if not known or not known[0]["communication/bytes_per_step"]:
         return []
@@ -111,12 +111,12 @@ def _link_notes(
     link = median(metrics["communication/link_bytes_per_second"] for metrics in known)
     told = (
         f"on {devices} devices: each rank sends {sent / 1e6:.3g} MB a step; the link carries {link / 1e9:.3g} GB/s, "
-        f"which makes {1000 * sent / link:.3g} ms"
+        f"so that takes {1000 * sent / link:.3g} ms"
     )
     if steps and ranks and "last_share" in ranks[0]:
-        # Of the rank that waited least for others: a bucket that is on its way waits for the slowest one, too.
+        # Times of the rank that waited least: a bucket under way also waits for the slowest rank.
         exposed, hidden = (
             1000 * min(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
         )
-        told += f"; a step took {exposed:.3g} ms exposed and {hidden:.3g} ms behind the backward pass"
+        told += f"; a step took {exposed:.3g} ms of exposed and {hidden:.3g} ms of overlapped communication"
     return [told]

@@ -1,4 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: whoever reads a file or a folder finds the old content or the new one, never a part of it.
+
+All files and folders of the package that must not be seen half-written are made here, by one policy:
+
+- New content goes into a temporary file beside the target, ``<name>.tmp``, and is renamed when it is complete.
+- Content and name are forced to disk (``fsync``), so that either version survives a crash of the machine. A file that
+  nobody needs after such a crash is written with ``durable=False``.
+- Where writing fails or a signal interrupts it, the temporary file is removed. After SIGKILL it stays, and the next
+  write of the same file replaces it.
+"""
 
 import json
 import os
@@ -7,91 +16,70 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import FileLock
-
-from cifar_exp.errors import storage_errors
+from typing import Any
 
 _UNFINISHED = "unfinished-"
 
 
-@contextmanager
-def locked(file: Path, advice: str) -> Iterator[None]:
-    """Hold a lock file against other processes and threads; its folder is made if missing.
+def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> None:
+    """Write a file atomically; text as UTF-8.
 
     Raises:
-        StorageError: the folder cannot be written; the message ends with ``advice``.
+        OSError: where the file system refuses; the old content stays and nothing else is left behind.
     """
-    with storage_errors(file.parent, advice):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file).acquire()
-    with lock:
-        yield
-
-
-def remove_leftovers(cache: Path) -> None:
-    """Remove what a dead process left of :func:`new_folder`; to be called by who holds the lock, as a live one does."""
-    for leftover in cache.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, renamed to ``folder`` when the block ends: that is whole whenever it is there at all."""
-    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from everyone else
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file, on disk when the block ends: else a crash might keep the folder's new name and lose the content."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_path(path, durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader sees the whole of it or what was there before."""
+    """Write a mapping as JSON atomically."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write a file to; the file is renamed to ``path`` when the block ends."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint, which is on disk, must not outlive what tells whose it is
+        yield temporary
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
     except BaseException:  # signals raise, too
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        _sync(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Make a file that is whole, and on disk, whenever it is there under its name.
-
-    Raises:
-        OSError: where the file system refuses; nothing is left behind.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write files to; it replaces ``folder`` when the block ends."""
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is on disk too
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from other users
+        yield unfinished
+        for file in unfinished.iterdir():
+            _sync(file)
+        _sync(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
+        unfinished.rename(folder)
+        _sync(folder.parent)
     finally:
-        os.close(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_folder`. The caller holds the lock of ``parent``."""
+    for folder in parent.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What NVIDIA's library tells of the GPUs."""
+"""GPU facts and readings from NVIDIA's library (NVML)."""
 
 import os
 import time
@@ -16,18 +16,18 @@ LINKS = {0: "one board", 10: "one PCIe switch", 20: "PCIe switches", 30: "one ho
 
 
 def _nvml() -> Any:
-    """NVIDIA's library, where nvidia-ml-py is installed and there is a driver; else None."""
+    """NVML; None without nvidia-ml-py or without a driver."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # not installed, no driver, another version of it
+    except Exception:  # not installed, no driver, or an incompatible version
         return None
     return pynvml
 
 
 def _handles(nvml: Any, count: int) -> list[Any]:
-    """The first ``count`` of the GPUs that CUDA shows to this process."""
+    """Handles of the first ``count`` GPUs that are visible to CUDA in this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names: Iterable[str] = visible.split(",") if visible else map(str, range(nvml.nvmlDeviceGetCount()))
     handles = [
@@ -37,8 +37,8 @@ def _handles(nvml: Any, count: int) -> list[Any]:
     return handles[:count]
 
 
-def _gpu_description(count: int) -> dict[str, str]:
-    """Names, memory, clock and power limits, and how the GPUs are joined."""
+def gpu_description(count: int) -> dict[str, str]:
+    """Names, memory, clock and power limits, and links of the GPUs, as tags."""
     nvml = _nvml()
     if nvml is None:
         return {"machine.gpus": ", ".join(names)} if (names := host.gpus_of_the_driver()[:count]) else {}
@@ -58,7 +58,7 @@ def _gpu_description(count: int) -> dict[str, str]:
 
 
 def _links(nvml: Any, handles: Sequence[Any]) -> list[str]:
-    """How each two GPUs are joined, as in ``0-1 NVLink``."""
+    """The link between each two GPUs, for example ``0-1 NVLink``."""
     links = []
     for second in range(1, len(handles)):
         for first in range(second):
@@ -73,8 +73,8 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-class _Gpus:
-    """Clocks, temperatures and limits of the GPUs that train; nothing without NVIDIA's library."""
+class GpuReadings:
+    """Clocks, temperatures and limits of the training GPUs; empty without NVML."""
 
     def __init__(self, count: int) -> None:
         self._nvml = _nvml()
@@ -84,7 +84,7 @@ class _Gpus:
             self._handles = _handles(self._nvml, count) if self._nvml else []
 
     def sample(self) -> dict[str, float]:
-        """The slowest clock, the highest temperature, the power, and whether a limit holds some GPU's clock down."""
+        """Lowest clock, highest temperature, total power, and whether a limit throttles some GPU."""
         nvml, handles = self._nvml, self._handles
         if not handles:
             return {}
@@ -103,16 +103,16 @@ class _Gpus:
         }
 
     def _other_load(self) -> dict[str, float]:
-        """The share of the time since the last look that others' kernels took of the GPU that had most of them.
+        """The largest share of a GPU's time since the last sample that other processes' kernels took.
 
-        Nothing where none of this run's own processes is listed: in a container they may have other ids there, and
-        would pass for somebody else's.
+        Empty where none of this run's processes is listed: in a container NVML may list other process ids, and this
+        run's kernels would be taken for others'.
         """
         own = {process.pid for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
         since, self._seen = self._seen, time.time_ns() // 1000
         loads, found_own = [], False
         for handle in self._handles:
-            with suppress(self._nvml.NVMLError):  # nobody used it, or it does not tell
+            with suppress(self._nvml.NVMLError):  # no process used it, or the GPU does not report it
                 shares: dict[int, list[float]] = {}
                 for sample in self._nvml.nvmlDeviceGetProcessUtilization(handle, since):
                     shares.setdefault(sample.pid, []).append(sample.smUtil / 100)

@@ -1,4 +1,4 @@
-"""What else the machine does while a run trains."""
+"""Watch the load, clocks and limits of the machine while a run trains."""
 
 import threading
 import time
@@ -10,18 +10,18 @@ from types import TracebackType
 import psutil
 
 from cifar_exp.system import host
-from cifar_exp.system.gpu import _Gpus
+from cifar_exp.system.gpu import GpuReadings
 from cifar_exp.system.host import own_cores
 
-BUSY = 0.05  # share of the cores that others may take, or of the time that clocks may be held down, undisturbed
+BUSY = 0.05  # a larger share of cores taken by others, or of time with throttled clocks, is a disturbance
 SAMPLE_SECONDS = 5.0
 
 
 def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What made a run slower than the machine is, from its metrics; nothing where nothing did.
+    """What slowed a run down, from its metrics; empty where nothing did.
 
     Returns:
-        A sentence about each, with a place for how much that was, and how much: ``sentence.format(share)``.
+        A sentence with a placeholder for each disturbance, and its amount: ``sentence.format(amount)``.
     """
     limits = {
         "machine/other_load": ("other processes took {:.0%} of the cores", BUSY),
@@ -34,20 +34,20 @@ def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class LoadMeter:
-    """What other processes, and other guests of the host, take of this process's cores from now on."""
+    """Measures how much other processes, and other guests of the host, use this process's cores."""
 
     def __init__(self) -> None:
         self._busy, self._own, self._began = _machine_busy(), own_cpu_seconds(), time.perf_counter()
 
     def other_load(self) -> float:
-        """Their share of these cores since the meter was made."""
+        """Their share of these cores since the meter was created."""
         elapsed = time.perf_counter() - self._began
         others = _machine_busy() - self._busy - (own_cpu_seconds() - self._own)
-        return min(1.0, max(0.0, others) / (elapsed * len(own_cores())))  # the kernel's clocks are coarse
+        return min(1.0, max(0.0, others) / (elapsed * len(own_cores())))  # the kernel's counters are coarse
 
 
 class Watch:
-    """Looks at the machine while ranks train, from ``with`` to its end.
+    """Samples the machine in a thread while ranks train, as a context manager.
 
     Args:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
@@ -55,7 +55,7 @@ class Watch:
     """
 
     def __init__(self, accelerator: str, count: int) -> None:
-        self._gpus = _Gpus(count) if accelerator == "gpu" else None
+        self._gpus = GpuReadings(count) if accelerator == "gpu" else None
         self._samples: list[dict[str, float]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="machine", daemon=True)
@@ -74,7 +74,7 @@ class Watch:
         self._after = _counters()
 
     def metrics(self) -> dict[str, float]:
-        """What was seen, once the watch has ended: loads as shares, clocks in MHz, temperatures in degrees Celsius."""
+        """The readings after the end: loads as shares, clocks in MHz, temperatures in degrees Celsius."""
         grown = {name: value - self._before.get(name, value) for name, value in self._after.items()}
         seen = {name: [sample[name] for sample in self._samples if name in sample] for name in SUMMARIES}
         metrics = {"machine/other_load": self._other_load}
@@ -86,7 +86,7 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            with suppress(Exception):  # a reading that fails is a reading less
+            with suppress(Exception):  # a failed reading is skipped
                 self._samples.append(_cpu_sample() | (self._gpus.sample() if self._gpus else {}))
             if self._ended.wait(SAMPLE_SECONDS):
                 return
@@ -104,7 +104,7 @@ SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def own_cpu_seconds() -> float:
-    """CPU seconds of this process and of all its descendants, ended or not."""
+    """CPU seconds of this process and all its descendants, including ended ones."""
     total = 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -114,7 +114,7 @@ def own_cpu_seconds() -> float:
 
 
 def _machine_busy() -> float:
-    """Seconds that this process's cores have worked for anybody; ``steal`` is what other guests of the host took."""
+    """Busy seconds of this process's cores over all processes; ``steal`` is time taken by other guests of the host."""
     cores = psutil.cpu_times(percpu=True)
     times = [cores[number] for number in own_cores() if number < len(cores)]
     return sum(core.user + core.system + core.nice + getattr(core, "steal", 0.0) for core in times)

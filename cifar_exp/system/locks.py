@@ -1,4 +1,4 @@
-"""Which process holds something, told so that any later process can find out whether it still lives."""
+"""Lock files, and a description of the process that holds one, by which others can tell whether it still lives."""
 
 import functools
 import hashlib
@@ -12,20 +12,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cifar_exp.errors import storage_errors
 from cifar_exp.system import host
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process of a host. What cannot be known on a system is empty.
+    """A process on a host. Fields that the system does not provide are empty.
 
     Attributes:
-        host: its name, and a few digits made from its machine id, since names are often given twice.
-        boot_id: another one after each start of the host.
-        pid_namespace: containers on one host count their processes separately.
-        pid: the process.
-        pid_started: when it started, on Linux in the kernel's ticks since the boot: pids are used again, and clocks are
-            moved.
+        host: host name and a few digits of a hash of its machine id, since names are often not unique.
+        boot_id: changes with each boot of the host.
+        pid_namespace: containers on one host number their processes separately.
+        pid: process id.
+        pid_started: start of the process, on Linux in kernel ticks since boot: pids are reused, and clocks are changed.
     """
 
     host: str
@@ -36,11 +36,11 @@ class Owner:
 
     @classmethod
     def here(cls) -> "Owner":
-        """The process that asks."""
+        """The calling process."""
         return cls(_host(), host.boot_id(), host.pid_namespace(), os.getpid(), host.process_started(os.getpid()))
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended; False where that cannot be told from here."""
+        """Whether the process has certainly ended; False where that is unknown here."""
         if self.host != _host() or not self.boot_id or not host.boot_id():
             return False
         if self.boot_id != host.boot_id():
@@ -57,7 +57,7 @@ class HeldError(Exception):
     """Another process holds a lock.
 
     Attributes:
-        holder: which, as in ``process 123 on host``.
+        holder: that process, for example ``process 123 on host``.
     """
 
     def __init__(self, path: Path, holder: str) -> None:
@@ -66,7 +66,7 @@ class HeldError(Exception):
 
 
 @contextmanager
-def held(path: Path, timeout: float) -> Iterator[None]:
+def held(path: Path, timeout: float | None) -> Iterator[None]:
     """:func:`hold` for as long as the block lasts."""
     lock = hold(path, timeout)
     try:
@@ -75,22 +75,36 @@ def held(path: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def hold(path: Path, timeout: float = 0) -> FileLock:
-    """Lock ``path`` until the returned lock is released or this process ends, however it does; note who holds it there.
+@contextmanager
+def locked(path: Path, advice: str) -> Iterator[None]:
+    """Wait for the lock file ``path`` and hold it for the block; its folder is created where it is missing.
+
+    Raises:
+        StorageError: the folder cannot be written; the message ends with ``advice``.
+    """
+    with storage_errors(path.parent, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(path, timeout=None)
+    with lock:
+        yield
+
+
+def hold(path: Path, timeout: float | None = 0) -> FileLock:
+    """Lock ``path`` until the returned lock is released or this process ends, and write the holder into the file.
 
     Args:
-        path: the lock's file, which stays.
-        timeout: seconds to wait for another holder.
+        path: the lock file, which is not deleted.
+        timeout: seconds to wait for another holder; None waits as long as it takes.
 
     Raises:
         HeldError: where another process holds it for longer.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        lock.acquire(timeout=-1 if timeout is None else timeout)
     except Timeout:
         raise HeldError(path, str(_noted(path) or "another process")) from None
-    with suppress(OSError):  # the lock holds without its note
+    with suppress(OSError):  # the lock holds without the holder's name
         path.write_text(json.dumps(asdict(Owner.here())) + "\n")
     return lock
 

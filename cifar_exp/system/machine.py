@@ -1,8 +1,4 @@
-"""The machine that a run had, and what else used it meanwhile: part of every result.
-
-All of it is read by the parent, beside the training: the description once, counters before and after, clocks and
-temperatures every few seconds. What cannot be read (another system, no NVIDIA library) is left out.
-"""
+"""Describe the machine of a run, as part of its result. Facts that cannot be read are left out."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,16 +6,16 @@ from contextlib import suppress
 import psutil
 
 from cifar_exp.system import host
-from cifar_exp.system.gpu import GIB, _gpu_description
+from cifar_exp.system.gpu import GIB, gpu_description
 from cifar_exp.system.host import own_cores
 
 
 def description(accelerator: str, count: int) -> dict[str, str]:
-    """The machine in tags: processor, cores this process may use, memory; GPUs, their limits and links.
+    """The machine as tags: processor, usable cores, memory; GPUs, their limits and links.
 
     Args:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
-        count: how many GPUs train.
+        count: number of training GPUs.
     """
     tags = {
         "machine.processor": host.processor(),
@@ -31,11 +27,11 @@ def description(accelerator: str, count: int) -> dict[str, str]:
         tags["machine.cpu_mhz_max"] = f"{frequency:.0f}"
     if accelerator == "mps":  # part of the processor, and shares its memory
         return tags | {"machine.gpus": tags["machine.processor"]}
-    return tags | (_gpu_description(count) if accelerator == "gpu" else {})
+    return tags | (gpu_description(count) if accelerator == "gpu" else {})
 
 
 def in_one_line(tags: Mapping[str, str]) -> str:
-    """What :func:`description` says, among ``tags``; empty where they say nothing of a machine."""
+    """The machine in one line, from tags of :func:`description`; empty without such tags."""
     told = {name.removeprefix("machine."): value for name, value in tags.items() if name.startswith("machine.")}
     if "processor" not in told:
         return ""
@@ -44,7 +40,7 @@ def in_one_line(tags: Mapping[str, str]) -> str:
 
 
 def _clock_limit() -> float | None:
-    with suppress(Exception):  # psutil raises what the system does
+    with suppress(Exception):  # psutil passes on errors of the system
         frequency = psutil.cpu_freq()
         return float(frequency.max) or None
     return None

@@ -1,4 +1,4 @@
-"""What this process arranges with the system before anything starts."""
+"""Process set-up: limits, memory, output, and how the process ends."""
 
 import atexit
 import logging
@@ -13,31 +13,32 @@ from cifar_exp.errors import MachineError
 from cifar_exp.system.host import c_function
 from cifar_exp.system.surroundings import print_anywhere
 
-OPEN_FILES = 256  # several times what a parent with MLflow has open
+OPEN_FILES = 256  # several times as many as a parent with MLflow opens
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def allow_open_files() -> None:
-    """See to it that this process and its ranks may open as many files as they need.
+    """Raise the limit of open files for this process and its ranks if it is too low.
 
     Raises:
-        MachineError: where the limit is too low and must not be raised.
+        MachineError: where the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < OPEN_FILES:  # -1 is no limit
         if 0 <= hard < OPEN_FILES:
             raise MachineError(
-                f"ulimit -n: a process may have {hard} open files here, and a run takes up to {OPEN_FILES}. Type "
-                f"ulimit -n {OPEN_FILES} first, where you may, or ask who administrates the machine"
+                f"ulimit -n: a process may open {hard} files here, and a run needs up to {OPEN_FILES}. Run "
+                f"ulimit -n {OPEN_FILES} first if you may, or ask the administrator of the machine"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 def keep_freed_memory() -> None:
-    """Keep what is freed for what is allocated next, where the C library is glibc.
+    """Let glibc keep freed memory for the next allocation.
 
-    glibc gives large blocks back to the system and asks for them again, which has to find and clear every page. A step
-    frees and allocates all activations, and a block over 32 MiB, as those of 256 images in float32 are, is never kept.
+    By default glibc returns large blocks to the system, and the system clears every page when they are allocated again.
+    A training step frees and allocates all activations. Blocks over 32 MiB, such as activations of 256 images in
+    float32, are always returned.
     """
     if mallopt := c_function("mallopt"):  # musl and macOS have none
         mallopt(M_MMAP_MAX, 0)
@@ -45,10 +46,10 @@ def keep_freed_memory() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End with this exit code, whatever other threads are at.
+    """End the process with this exit code, even if daemon threads are still running.
 
-    One that was left alone may be in C++ code, which aborts the process where Python ends the thread with itself. Then
-    there is no other way than to do what Python does at its end and leave without it.
+    A daemon thread in C++ code would abort the process when Python shuts down. So the exit functions are run here, and
+    the process exits without Python's shutdown.
     """
     if not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
@@ -59,14 +60,14 @@ def end_process(code: int) -> NoReturn:
 
 
 def uv_prefix() -> str:
-    """What to type before a command of the environment: uv sets this variable for what it runs."""
+    """``uv run `` where uv started this process, for commands in messages; uv sets this variable."""
     return "uv run " if "UV" in os.environ else ""
 
 
 def outlive_terminal() -> None:
-    """From now on what cannot be printed is dropped: a run must not end because nobody reads it any more.
+    """Drop output that cannot be printed: a run must not fail because nobody reads it.
 
-    That is the case behind ``| head``, on a terminal that was closed and on a full disk, where the log ends, too.
+    That happens with ``| head``, in a closed terminal, and on a full disk, where the log ends, too.
     """
     print_anywhere()
     logging.raiseExceptions = False  # else it would print a traceback for each line
@@ -76,7 +77,7 @@ def outlive_terminal() -> None:
 
 
 def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
-    """``act`` of the stream, which goes nowhere from the first failure on."""
+    """``act``, which redirects the stream to the null device at its first failure."""
 
     def acting(*arguments: Any) -> Any:
         try:

@@ -1,31 +1,29 @@
-"""A line in the terminal that shows how far a download or a conversion is."""
+"""A progress line in the terminal for a download or a conversion."""
 
-import sys
-import time
 from types import TracebackType
 from typing import Self
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
 
 class Progress:
-    """One line on stderr that counts up, where stderr is a terminal; nothing elsewhere."""
+    """A progress bar on stderr if stderr is a terminal; nothing elsewhere. It disappears at the end."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
-        self._what, self._total, self._unit = what, total, unit
-        self._done, self._width, self._shown_at = 0, 0, 0.0
-        self._terminal = sys.stderr.isatty()
+        console = Console(stderr=True)
+        text = TextColumn(f"{{task.completed:,.0f}} of {{task.total:,.0f}} {unit}")
+        columns = (TextColumn("{task.description}"), BarColumn(), text)
+        self._bar = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(what, total=total)
 
     def __enter__(self) -> Self:
+        self._bar.start()
         return self
 
     def add(self, count: int) -> None:
-        self._done += count
-        if self._terminal and time.monotonic() - self._shown_at > 0.2:
-            self._shown_at = time.monotonic()
-            text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
-            self._width = len(text)
-            sys.stderr.write(f"\r{text}")
-            sys.stderr.flush()
+        self._bar.advance(self._task, count)
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        if self._shown_at:
-            sys.stderr.write(f"\r{'':<{self._width}}\r")  # cleared, in notebooks too, which know no codes for it
+        self._bar.stop()

@@ -1,4 +1,4 @@
-"""Secrets stay out of what is written and shown: passwords in addresses, and settings that are named like secrets."""
+"""Remove secrets from all output: passwords in addresses, and values of settings with a secret's name."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ _NAME = (
 )
 _SECRET_NAME = re.compile(rf"(?<![a-z]){_NAME}(?![a-z])", re.IGNORECASE)
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# A password may hold slashes and @: SQLAlchemy takes all up to the last @ for it. What begins with a port is a path.
+# A password may contain slashes and @: SQLAlchemy ends it at the last @. After a port number comes a path.
 _USER_INFO = re.compile(r"://(?:[^:/\s]*:(?!\d{1,5}(?:[/?#]|$))\S*|[^/\s]*)@")
 _WHOLE_OVERRIDE = re.compile(r"[+~]*([\w.@/-]+)=")
 # `token=abc`, `"password": "a b"`, `?api_key=abc&`: in an address, an override, YAML or a message
@@ -23,12 +23,12 @@ _ASSIGNED = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting's name says that its value is a secret: ``hf_token``, ``apiKey``; not ``num_tokens``."""
+    """Whether a setting's name means a secret: ``hf_token``, ``apiKey``; not ``num_tokens``."""
     return bool(_SECRET_NAME.search(_CAMEL_CASE.sub("_", name)))
 
 
 def masked_text(text: str) -> str:
-    """A text without the user's name and password in its addresses, and with ``***`` for what is named a secret.
+    """A text without user names and passwords in addresses, and with ``***`` for the values of secrets.
 
     An override whose key names a secret, as in ``+data.token=a b``, loses its whole value.
     """
@@ -39,11 +39,11 @@ def masked_text(text: str) -> str:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Settings however deep, as :func:`masked_text` would have them; tuples become the lists that JSON makes of them.
+    """Nested settings with :func:`masked_text` applied; tuples become lists, as in JSON.
 
     Args:
-        value: a setting or a mapping or list of settings.
-        name: what it is called; the value of a secret is ``***``, but for true, false and None.
+        value: a setting, or a mapping or list of settings.
+        name: its name; the value of a secret becomes ``***``, except true, false and None.
     """
     if is_secret(name) and not isinstance(value, bool | None):
         return MASK
@@ -55,7 +55,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 class MaskingFormatter(logging.Formatter):
-    """For log files: each line as :func:`masked_text` would have it, tracebacks included."""
+    """Formats log records with :func:`masked_text`, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return masked_text(super().format(record))

@@ -1,4 +1,4 @@
-"""Signals that end a run in order. Imported before anything else is, so that they are answered from the start."""
+"""Signal handlers that end a run in an orderly way. Imported first, so that they are active from the start."""
 
 import os
 import signal
@@ -13,36 +13,36 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def answer_signals() -> None:
-    """The first signal is raised as ``Stopped``, the second is answered, the third ends the process at once."""
+    """Install the handlers: the first signal raises ``Stopped``, the second prints a note, the third exits at once."""
     sys.unraisablehook = _but_signals
     _answer(_stop)
 
 
 def swallowed() -> Stopped | None:
-    """The signal that was raised. Libraries may have made nothing of it, or an error of theirs."""
+    """The signal that was raised, if any. A library may have swallowed the exception or replaced it."""
     answer = signal.getsignal(signal.SIGTERM)
     return answer.args[0] if isinstance(answer, partial) else None
 
 
 def raise_swallowed() -> None:
-    """Raise it again."""
+    """Raise the signal again if a library swallowed it."""
     if stopped := swallowed():
         raise stopped
 
 
 def ignore_signals() -> None:
-    """Everything is closed: the exit code stands."""
+    """Ignore signals from now on: everything is closed, and the exit code is final."""
     _answer(signal.SIG_IGN)
 
 
 def signals_to_answer() -> list[signal.Signals]:
-    """Ctrl-C, SIGTERM and the end of the terminal; not the latter under ``nohup``, or once it has been answered."""
+    """SIGINT, SIGTERM and SIGHUP; without SIGHUP under ``nohup`` or after the first one."""
     answered = [signal.SIGINT, signal.SIGTERM]
     return answered if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*answered, signal.SIGHUP]
 
 
 def answer_once(number: int) -> None:
-    """A terminal that is closed sends its signal twice, by the system and by the shell: that is no second wish."""
+    """Ignore a second SIGHUP: a closed terminal sends it twice, by the system and by the shell."""
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
 

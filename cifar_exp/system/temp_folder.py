@@ -1,4 +1,4 @@
-"""A temporary folder that is cleared away whatever becomes of its process: by itself, or by the next start."""
+"""A private temporary folder that is removed by its process, or by the next start if that was killed."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from cifar_exp.system.locks import HeldError, held
 
 PREFIX = "cifar-exp-"
 _LOCK = ".lock"
@@ -15,28 +15,28 @@ _LOCK = ".lock"
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A new folder of mode 0700, removed when the block ends; those of processes that were killed go as well.
+    """A new folder of mode 0700, removed when the block ends. Folders of killed processes are removed, too.
 
     Raises:
-        OSError: where it cannot be made.
+        OSError: where it cannot be created.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         _remove_abandoned(folder)
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
     try:
         try:
-            with FileLock(folder / _LOCK):
-                folder = folder.rename(folder.with_name(folder.name[1:]))  # held before another start can see it
+            with held(folder / _LOCK, timeout=0):
+                folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before another start can see it
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:  # the first signal raises, and may have cut that short; a second one does not
+    finally:  # the first signal raises and may interrupt the removal; a second one does not raise
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a folder that nobody holds: its process was killed before it could."""
-    with suppress(OSError, Timeout):
+    """Remove a folder that no process has locked: its process was killed."""
+    with suppress(OSError, HeldError):
         if (folder / _LOCK).exists() and folder.stat().st_uid == os.geteuid():
-            with FileLock(folder / _LOCK, timeout=0):
+            with held(folder / _LOCK, timeout=0):
                 shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Follow the journal and deliver its lines, with retries after an outage."""
+"""Follow the journal of a run and deliver its lines to one sink, with retries after an outage."""
 
 import math
 import sys
@@ -10,25 +10,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from cifar_exp.records.journal import FILE_NAME, Entry, JournalFollower
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
+
+from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalFollower
 from cifar_exp.records.run_folder import Status, sync_command
 from cifar_exp.system.bugs import bug_text, described, is_bug
 from cifar_exp.system.redaction import masked_text
 
-BATCH = 500  # entries that are read, and held, at a time
-PATIENCE = 30.0  # seconds that the end of a run waits for a tracker that takes nothing
-STOPPED_PATIENCE = 8.2  # from the signal that has stopped the run on; ranks may have taken most of it
-LEAST_PATIENCE = 0.8  # of each sink all the same; page, tracker and sweep are through within ten seconds
-LONGEST = 120.0  # the same for one that is slow and does not fail, in all: on a busy machine, in imports, for the page
-LAST_TRY = 5.0  # the same where the tracker has refused all along, in a run that has lasted longer than PATIENCE
-LONGEST_PAUSE = 30.0  # seconds between two tries
-SHORTEST_PAUSE = 1.0
+BATCH = 500  # entries that are read, and held in memory, at a time
+SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the pause doubles with each failure
+# Seconds after the end of a run. A sink has two deadlines: it must accept something by the first one, which moves with
+# every success, and it must be closed by the second one.
+ANSWER_SECONDS, CLOSING_SECONDS = 30.0, 120.0
+REFUSED_SECONDS = 5.0  # in place of ANSWER_SECONDS for a sink that has refused all along, in a run longer than these
+STOPPED_SECONDS = 8.2  # both deadlines after a signal, counted from it; the ranks may have used most of them
+LEAST_SECONDS = 0.8  # that a sink gets in any case; page, tracker and sweep together then take less than ten seconds
 
 
 class Sink(Protocol):
-    """Something that takes a run's journal while it grows. All calls come from one thread.
+    """Receives the journal of a run while it grows. All calls come from one thread.
 
-    A call that has failed is made again with the same arguments, unless ``is_final`` says that this would not help.
+    A call that fails is repeated with the same arguments, unless ``is_final`` says that this cannot help.
     """
 
     def open(self) -> None: ...
@@ -38,37 +40,38 @@ class Sink(Protocol):
     def close(self, status: Status) -> None: ...
 
     def is_final(self, error: Exception) -> bool:
-        """Whether trying again cannot mend ``error``."""
+        """Whether another try cannot succeed after ``error``."""
         ...
 
 
-class _GivenUpError(Exception):
-    """There is no time left to try again."""
+class GivenUpError(Exception):
+    """No time is left for another try."""
 
 
 class Follower(threading.Thread):
-    """Passes the journal on to one sink from a thread of its own, until told how the run ended.
+    """A thread that delivers the journal to one sink until the run has ended.
 
-    An entry counts as passed on once the sink has taken it. What it refuses is tried again after growing pauses.
+    An entry is delivered once the sink has accepted it. A failed call is retried after growing pauses.
 
     Attributes:
-        sink: what the journal is passed on to.
-        error: why it lacks something at the moment; None where it has everything that it was to have.
+        sink: receives the journal.
+        error: why the sink lacks something at the moment; None where it has everything.
     """
 
     def __init__(self, run_dir: Path, sink: Sink, interval: float) -> None:
         """``interval``: seconds between two looks at the journal."""
-        # A daemon: a sink that hangs in a call must not keep the process from ending.
+        # A daemon thread: a sink that hangs in a call must not keep the process alive.
         super().__init__(name=f"follower of {type(sink).__name__}", daemon=True)
         self.sink = sink
         self.error: Exception | None = None
         self._journal, self._interval = JournalFollower(run_dir), interval
-        self._status: Status | None = None
-        self._began, self._ended, self._deadline = time.monotonic(), math.inf, math.inf
-        self._patience, self._longest = math.inf, math.inf
-        self._reached = self._told = self._left = False
-        self._wanted = self._passed = 0  # looks asked for and done
-        self._changed, self._over = threading.Condition(), threading.Event()
+        self._status: Status | None = None  # how the run ended
+        self._began, self._ended = time.monotonic(), math.inf
+        self._answer_seconds = math.inf
+        self._answer_by, self._close_by = math.inf, math.inf  # the two deadlines, on the monotonic clock
+        self._has_answered = self._is_outage_reported = self._is_abandoned = False
+        self._looks_wanted = self._looks_done = 0
+        self._changed, self._is_over = threading.Condition(), threading.Event()
 
     def run(self) -> None:
         try:
@@ -77,139 +80,150 @@ class Follower(threading.Thread):
                 pass
             assert self._status
             self._persist(partial(self.sink.close, self._status))
-        except _GivenUpError as error:
-            self._note(self.error or error)
+        except GivenUpError as error:
+            self._set_error(self.error or error)
         except Exception as error:
             self._fail(error)
         finally:
-            self._over.set()
+            self._is_over.set()
 
     def flush(self, timeout: float) -> None:
-        """Wait until everything that the journal holds now was passed on, the sink has failed, or the time is over."""
+        """Wait until all present entries are delivered, the sink has failed, or ``timeout`` seconds have passed."""
         with self._changed:
-            self._wanted += 1
-            wanted = self._wanted
+            self._looks_wanted += 1
+            wanted = self._looks_wanted
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._passed >= wanted or self.error, timeout)
+            self._changed.wait_for(lambda: self._looks_done >= wanted or self.error, timeout)
 
-    def finish(self, status: Status, patience: float, longest: float = LONGEST) -> None:
-        """Pass on what is left and close the sink; one that takes nothing for ``patience`` seconds is left alone.
+    def finish(self, status: Status, answer_seconds: float, closing_seconds: float = CLOSING_SECONDS) -> None:
+        """Deliver the rest and close the sink, within two deadlines.
 
-        ``longest``: seconds that it gets in all, whatever it takes meanwhile.
+        Args:
+            status: how the run ended.
+            answer_seconds: a sink that accepts nothing for so long is abandoned.
+            closing_seconds: the sink is abandoned after so long in any case.
         """
         with self._changed:
-            self._ended, self._longest = time.monotonic(), longest
-            self._patience, self._deadline = patience, self._ended + patience
+            self._ended = time.monotonic()
+            self._answer_seconds, self._answer_by = answer_seconds, self._ended + answer_seconds
+            self._close_by = self._ended + closing_seconds
             self._status = status
-            self._wanted += 1
+            self._looks_wanted += 1
             self._changed.notify_all()
-        # Not joined: where a signal raises in Thread.join, Python 3.11 takes the thread for one that has ended.
-        while not self._over.is_set() and (left := self._limit() - time.monotonic()) > 0:
-            self._over.wait(min(left, 0.2))  # the limit moves
+        # Not joined: if a signal raises in Thread.join, Python 3.11 takes the thread for ended.
+        while not self._is_over.is_set() and (left := self._deadline() - time.monotonic()) > 0:
+            self._is_over.wait(min(left, 0.2))  # the deadline moves
         with self._changed:
-            if not self._over.is_set():
-                self._left = True
-                self.error = self.error or _GivenUpError("no answer in time")
+            if not self._is_over.is_set():
+                self._is_abandoned = True
+                self.error = self.error or GivenUpError("no answer in time")
 
-    def _limit(self) -> float:
-        """Until when the sink is tried, on the monotonic clock."""
-        return min(self._wanted_limit(), self._ended + self._longest)
-
-    def _wanted_limit(self) -> float:
-        """One that is slow to open gets its time in any run that was not stopped."""
-        if self._reached:
-            return self._deadline
-        if self.error:
-            return max(self._ended + LAST_TRY, min(self._deadline, self._began + PATIENCE))
-        return max(self._deadline, self._began + LONGEST)
+    def _deadline(self) -> float:
+        """Until when the sink is tried, on the monotonic clock; infinite before the run has ended."""
+        if self._has_answered:
+            answer_by = self._answer_by
+        elif self.error:  # it has refused all along
+            answer_by = max(self._ended + REFUSED_SECONDS, min(self._answer_by, self._began + ANSWER_SECONDS))
+        else:  # it is slow to open, as on a busy machine
+            answer_by = max(self._answer_by, self._began + CLOSING_SECONDS)
+        return min(answer_by, self._close_by)
 
     def _look(self) -> bool:
-        """Wait for the next look, pass on what is new; whether it was the last look."""
+        """Wait for the next look and deliver what is new; True after the last look."""
         with self._changed:
-            self._changed.wait_for(lambda: self._wanted > self._passed, timeout=self._interval)
-            wanted, last = self._wanted, self._status is not None
+            self._changed.wait_for(lambda: self._looks_wanted > self._looks_done, timeout=self._interval)
+            wanted, is_last = self._looks_wanted, self._status is not None
         while entries := list(islice(self._journal.new_entries(), BATCH)):
             self._persist(partial(self.sink.write, entries))
         with self._changed:
-            self._passed = wanted
+            self._looks_done = wanted
             self._changed.notify_all()
-        return last
+        return is_last
 
     def _persist(self, action: Callable[[], None]) -> None:
-        """Do it, again and again where it fails, until it is done.
+        """Call ``action`` until it succeeds.
 
         Raises:
-            Exception: what cannot be mended.
-            _GivenUpError: where there is no time left.
+            GivenUpError: where no time is left.
+            Exception: an error that no further try can mend.
         """
-        failures = 0
-        while True:
-            if self._left or time.monotonic() > self._limit():
-                raise _GivenUpError("there was no time left")
-            try:
-                action()
-            except Exception as error:
-                if self.sink.is_final(error):
-                    raise
-                failures += 1
-                self._note(error)
-                if failures == 2 and not self._told:  # one alone is soon made good: a connection that was closed
-                    self._told = True
-                    state = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
-                    self._tell(f"{state}, training goes on, trying again: {shortened(error)}")
-                self._pause(failures)
-            else:
-                self._reached = True
-                self._deadline = min(time.monotonic() + self._patience, self._ended + LONGEST)
-                self._note(None)
-                if self._told:
-                    self._told = False
-                    self._tell("the tracker is back and gets what it has missed")
-                return
 
-    def _pause(self, failures: int) -> None:
-        """Wait before the next try: longer after each failure, but not once the run has ended."""
-        pause = min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** (failures - 1))
+        def attempt() -> None:
+            if self._is_abandoned or time.monotonic() > self._deadline():
+                raise GivenUpError("there was no time left")
+            action()
+
+        retrying = Retrying(
+            retry=retry_if_exception(self._is_worth_another_try),
+            wait=wait_exponential(multiplier=SHORTEST_PAUSE, max=LONGEST_PAUSE),
+            before_sleep=self._report_failure,
+            sleep=self._pause,
+        )
+        retrying(attempt)
+        self._has_answered = True
+        self._answer_by = min(time.monotonic() + self._answer_seconds, self._ended + CLOSING_SECONDS)
+        self._set_error(None)
+        if self._is_outage_reported:
+            self._is_outage_reported = False
+            self._print("tracker reachable again, delivering what it missed")
+
+    def _is_worth_another_try(self, error: BaseException) -> bool:
+        is_retryable = isinstance(error, Exception) and not isinstance(error, GivenUpError)
+        return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
+
+    def _report_failure(self, state: RetryCallState) -> None:
+        """Note the error. The user is told at the second failure: one alone is soon mended (a closed connection)."""
+        assert state.outcome
+        error = state.outcome.exception()
+        assert isinstance(error, Exception)
+        self._set_error(error)
+        if state.attempt_number == 2 and not self._is_outage_reported:
+            self._is_outage_reported = True
+            problem = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
+            self._print(f"{problem}, training continues, retrying: {shortened(error)}")
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next try; once the run has ended, the pause is the shortest one."""
         with self._changed:
             if self._status is None:
-                self._changed.wait_for(lambda: self._status is not None, pause)
+                self._changed.wait_for(lambda: self._status is not None, seconds)
                 return
         time.sleep(SHORTEST_PAUSE)
 
-    def _note(self, error: Exception | None) -> None:
+    def _set_error(self, error: Exception | None) -> None:
         with self._changed:
-            if not self._left:
+            if not self._is_abandoned:
                 self.error = error
                 self._changed.notify_all()
 
-    def _tell(self, line: str) -> None:
-        if not self._left:  # else the user has been told what to do
+    def _print(self, line: str) -> None:
+        if not self._is_abandoned:  # else the user has been told what to do
             print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
 
     def _fail(self, error: Exception) -> None:
-        """The sink gets nothing more but word of the end, which it may still be able to take."""
-        self._tell(f"{type(self.sink).__name__} failed, training goes on: {shortened(error)}")
-        self._note(error)
+        """After a final error the sink is only told how the run ended, which it may still accept."""
+        self._print(f"{type(self.sink).__name__} failed, training continues: {shortened(error)}")
+        self._set_error(error)
         with self._changed:
             self._changed.wait_for(lambda: self._status is not None)
         try:
             assert self._status
             self.sink.close(self._status)
-        except Exception:  # the first error is the one to tell
+        except Exception:  # the first error is the one to report
             return
 
 
-def lacking(error: Exception, folder: Path) -> str:
-    """What to tell of a tracker that did not get everything, down to the command that delivers it."""
-    path = folder / FILE_NAME if (folder / FILE_NAME).exists() else folder
+def undelivered_message(error: Exception, folder: Path) -> str:
+    """The message about a tracker that lacks something, with the command that delivers it."""
+    path = folder / JOURNAL_FILE if (folder / JOURNAL_FILE).exists() else folder
     why, remedy = f"{shortened(error)}. ", "the tracker can be reached"
     if is_bug(error):
         why, remedy = f"{bug_text(error)}\n", "that is mended"
-    return f"the tracker did not get everything: {why}It is all in {path}. Once {remedy}, type\n{sync_command(folder)}"
+    return f"the tracker did not get everything: {why}It is all in {path}. Once {remedy}, run\n{sync_command(folder)}"
 
 
 def shortened(error: Exception) -> str:
-    """What an error says in a line, not the whole chain of calls; MLflow's ``mlflow db upgrade`` is within 180."""
+    """An error's message in one line, without the chain of calls. MLflow's ``mlflow db upgrade`` is within 180."""
     if is_bug(error):
         return described(error)
     lines = masked_text(str(error).strip() or type(error).__name__).splitlines()

@@ -10,20 +10,20 @@ from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import Outcome, RunInfo, Status
 from cifar_exp.system.redaction import masked
 from cifar_exp.tracking.dead_runs import close_dead_runs
-from cifar_exp.tracking.mlflow_store import FINAL, PARENT_TAG, MLflowStore
+from cifar_exp.tracking.mlflow_store import FINAL_ERRORS, PARENT_TAG, MLflowStore
 
 
 class MLflowRun:
-    """One run in MLflow: opened, fed and closed by the parent. Whatever is passed again changes nothing."""
+    """One run in MLflow, opened, fed and closed by the parent. Every call may be repeated without effect."""
 
     def __init__(self, store: MLflowStore, run: RunInfo) -> None:
         self._store, self._run = store, run
         self.run_id: str | None = None
 
     def open(self) -> None:
-        """Import mlflow (seconds), make the store where needed, start the run, log its params.
+        """Import mlflow (seconds), create the store if needed, start the run, log its params.
 
-        Runs that a dead process of this host has left open are closed.
+        Runs that dead processes of this host left open are closed.
         """
         self._client = self._store.client()
         from mlflow.entities import Param
@@ -33,7 +33,7 @@ class MLflowRun:
         self.run_id = self._store.open_run(self._client, self._run, tags)
         stored = self._client.get_run(self.run_id)
         self._began = stored.info.start_time
-        # Of a run that goes on: MLflow lets no param be changed.
+        # A resumed run has its params already, and MLflow allows no change.
         new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
         params = [Param(name, str(value)) for name, value in new.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
@@ -43,8 +43,8 @@ class MLflowRun:
     def write(self, entries: Sequence[Entry]) -> None:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
 
-        What is passed again is kept once: MLflow's stores know equal points (name, step, time, value), and the time is
-        made of the run's start and the journal alone.
+        A repeated point is stored once: MLflow's stores drop equal points (name, step, time, value), and the time is
+        computed from the run's start and the journal alone.
         """
         from mlflow.entities import Metric
 
@@ -58,7 +58,7 @@ class MLflowRun:
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 
     def missing(self, entries: Sequence[Entry]) -> list[Entry]:
-        """What of ``entries`` the store does not hold."""
+        """The part of ``entries`` that the store lacks."""
         assert self.run_id
         names = {name for entry in entries for name in entry.metrics}
         there = {name: self._points(name) for name in names}
@@ -66,7 +66,7 @@ class MLflowRun:
         return [entry for entry in rest if entry.metrics]
 
     def _points(self, name: str) -> set[tuple[int, int]]:
-        """Step and time in milliseconds of what the store holds of a metric."""
+        """Step and time in milliseconds of a metric's points in the store."""
         assert self.run_id
         history = self._client.get_metric_history(self.run_id, _allowed(name))
         return {(point.step, point.timestamp) for point in history}
@@ -80,12 +80,12 @@ class MLflowRun:
         return int(self._began + round(entry.time * 1000))
 
     def artifacts(self) -> list[Path]:
-        """The files of the run's folder that are kept with it, as far as they exist."""
+        """The existing files of the run's folder that are stored with the run."""
         paths = [self._run.run_dir / name for name in self._run.artifacts]
         return [path for path in paths if path.exists()]
 
     def close(self, status: Status) -> None:
-        """Keep the artifacts and close the run with its true status."""
+        """Store the artifacts and close the run with its status."""
         assert self.run_id
         outcome = Outcome.of(self._run.run_dir)
         try:
@@ -95,13 +95,14 @@ class MLflowRun:
             self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
 
     def is_final(self, error: Exception) -> bool:
-        return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL)
+        return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL_ERRORS)
 
 
-def _points(entries: Sequence[Entry]) -> int:
+def point_count(entries: Sequence[Entry]) -> int:
+    """Number of metric values in the entries."""
     return sum(len(entry.metrics) for entry in entries)
 
 
 def _allowed(name: str) -> str:
-    """A metric's name without what MLflow refuses in one."""
+    """A metric's name with characters that MLflow refuses replaced by underscores."""
     return re.sub(r"[^\w\-. :/]", "_", name)

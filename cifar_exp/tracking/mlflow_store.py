@@ -12,6 +12,7 @@ from cifar_exp.errors import ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
 from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_private
 from cifar_exp.system import locks
+from cifar_exp.system.atomic_files import atomic_path, write_atomically
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 
 if TYPE_CHECKING:
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it holds the address as it is
-    # Whoever calls tries again. MLflow itself would make a run twice where only the answer to the first try was lost.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it shows the address with its password
+    # Callers retry. MLflow's own retry would create a run twice if only the response was lost.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without a byte
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without data
 }
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-LOCK_TIMEOUT = 60.0  # seconds: eight starts at once wait for the first one, which makes the store
+LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one, which creates the store
 KEY_TAG = "run_key"
 PARENT_TAG = "mlflow.parentRunId"
-# What stores say where trying again is of no use.
-FINAL = (
+# Parts of error messages after which a retry cannot succeed.
+FINAL_ERRORS = (
     "file is not a database",
     "database disk image is malformed",
     "out-of-date database schema",
@@ -46,7 +47,7 @@ class MLflowStore:
 
     Attributes:
         uri: MLflow's tracking address; None is the store under ``outputs/``.
-        experiment: the experiment that runs belong to, made where it is missing.
+        experiment: the experiment of the runs, created if missing.
     """
 
     uri: str | None = None
@@ -56,61 +57,60 @@ class MLflowStore:
         scheme = (self.uri or "sqlite:").partition(":")[0].partition("+")[0]
         if scheme not in SCHEMES:
             raise ConfigError(
-                f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Type "
+                f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Set "
                 f"tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000, or leave it out"
             )
 
     def address(self) -> str:
-        """The tracking address in full."""
+        """The full tracking address."""
         return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
 
     def client(self) -> "MlflowClient":
-        """A client of the store, which is made first where it is missing.
+        """A client of the store; a missing SQLite store is created first.
 
-        A fresh SQLite store is set up under a lock: several processes that do it at once fail.
+        That happens under a lock, since MLflow fails if several processes do it at once.
 
         Raises:
             TrackingError: where the experiment was deleted.
-            Exception: whatever MLflow raises where the store cannot be had.
+            Exception: whatever MLflow raises where the store is unreachable.
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # they tell at length what they raise as well
+        for name in ("mlflow", "alembic"):  # they log at length what they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             OUTPUTS.mkdir(exist_ok=True)
             make_private(OUTPUTS)
         database = self.address().partition("sqlite:///")[2]
-        # A server is its own guard, and one that does not answer must not hold up other runs.
+        # No lock for a server: one that hangs must not hold up other runs.
         with locks.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
-            # An address that says more than a file's name, or is in memory, is left to MLflow.
+            # Addresses with options and in-memory ones are left to MLflow.
             is_file = bool(database) and not {"?", ":"} & {*database}
             if is_file and not Path(database).exists():
                 _make_store(Path(database))
             client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
-                # Left to itself, MLflow puts the artifacts of an SQLite store into the current folder, which may be
-                # one that cannot be written.
+                # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
                 beside = Path(database).parent if is_file else OUTPUTS
                 location = (beside / "artifacts" / self.experiment).resolve().as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 raise TrackingError(
-                    f"tracking.experiment={self.experiment}: it was deleted. Restore it in MLflow, or type another name"
+                    f"tracking.experiment={self.experiment}: it was deleted. Restore it in MLflow, or set another name"
                 )
         return client
 
     def experiment_id(self, client: "MlflowClient") -> str:
-        """MLflow's id of the experiment, which :meth:`client` has made."""
+        """MLflow's id of the experiment; :meth:`client` has created it."""
         experiment = client.get_experiment_by_name(self.experiment)
         assert experiment is not None
         return str(experiment.experiment_id)
 
     def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
-        """Start a run in the experiment, or go on with the one that an earlier call has started; its id."""
+        """Start a run in the experiment, or reopen the one that an earlier call started; returns its id."""
         from mlflow.entities import RunTag
 
         tags = {**run.tags, **tags, **owner_tags(run.run_dir)}
@@ -118,32 +118,32 @@ class MLflowStore:
         if identity is None:
             identity = self._create_run(client, run, tags)
         else:
-            # First the tags: whatever is running tells whose it is.
+            # The tags first: every running run names its process.
             client.log_batch(identity, tags=[RunTag(name, value) for name, value in tags.items()])
             client.update_run(identity, status="RUNNING")
         return identity
 
     def open_parent(self, client: "MlflowClient", folder: Path) -> str | None:
-        """The parent run of the sweep in ``folder``, started by whichever of its jobs is the first to come here."""
+        """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
         if not (folder / SWEEP_RUN_FILE).exists():
             return None
         with locks.held(folder / ".mlflow.lock", LOCK_TIMEOUT):
             run = RunInfo.load(folder)
             identity = self.find_run(client, run)
-            goes_on = Outcome.of(folder) is None  # it may have been closed when an earlier session had died
-            if identity is None or (goes_on and is_dead(client.get_run(identity).data.tags)):
+            is_resumed = Outcome.of(folder) is None  # it may have been closed after an earlier session died
+            if identity is None or (is_resumed and is_dead(client.get_run(identity).data.tags)):
                 return self.open_run(client, run, {})
             return identity
 
     def find_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
-        """The id of the run in this store, by what its folder says or by its key; None where it has none."""
+        """The id of the run in this store, by the id in its folder or by its key; None where the store lacks it."""
         from mlflow.exceptions import MlflowException
 
         if identity := run_id(run.run_dir):
             try:
                 return str(client.get_run(identity).info.run_id)
             except MlflowException as error:
-                # Another store gets a run of its own, with everything.
+                # Another store gets a new run with everything.
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         if not run.key:
@@ -163,19 +163,15 @@ class MLflowStore:
         return self._note(run, created.info.run_id)
 
     def _note(self, run: RunInfo, identity: str) -> str:
-        path = run.run_dir / RUN_ID_FILE
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(f"{identity}\n")
-        temporary.replace(path)
+        write_atomically(run.run_dir / RUN_ID_FILE, f"{identity}\n")
         return identity
 
 
 def _make_store(path: Path) -> None:
-    """Make an SQLite store whole or not at all: MLflow takes seconds for it, and cannot go on with a half-made one."""
+    """Create an SQLite store atomically: it takes MLflow seconds, and a half-made store is useless."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)  # of a process that was killed
     make: Any = SqlAlchemyStore
-    make(f"sqlite:///{unfinished}", path.parent.resolve().as_uri()).engine.dispose()
-    unfinished.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
+        make(f"sqlite:///{temporary}", path.parent.resolve().as_uri()).engine.dispose()

@@ -1,4 +1,4 @@
-"""Trackers: what takes the record of runs. MLflow is reached from the parent process alone, never from a rank."""
+"""The MLflow tracker. Only the parent process reaches MLflow, never a rank."""
 
 import shlex
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from cifar_exp.records.run_folder import (
     Outcome,
     RunInfo,
     claim,
-    settle,
+    mark_delivered,
     sync_command,
 )
 from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.follower import BATCH, shortened
-from cifar_exp.tracking.mlflow_run import MLflowRun, _points
+from cifar_exp.tracking.mlflow_run import MLflowRun, point_count
 from cifar_exp.tracking.mlflow_store import MLflowStore
 
 
 @dataclass(frozen=True)
 class MLflowTracker(MLflowStore):
-    """Delivers runs to an MLflow store, see :class:`MLflowStore` for the settings."""
+    """Delivers runs to an MLflow store; :class:`MLflowStore` has the settings."""
 
     def sink(self, run: RunInfo) -> "MLflowRun":
         return MLflowRun(self, run)
@@ -39,10 +39,10 @@ class MLflowTracker(MLflowStore):
         return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
 
     def deliver(self, run_dir: Path) -> str:
-        """Bring one run up to date in the store; what was delivered, in a line.
+        """Deliver what the store lacks of one run; returns one line about it.
 
         Raises:
-            ConfigError: where the run is still being trained.
+            ConfigError: where the run is still training.
             TrackingError: where the store cannot be reached.
         """
         with claim(run_dir):
@@ -64,12 +64,12 @@ class MLflowTracker(MLflowStore):
                     raise
                 raise TrackingError(
                     f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
-                    f"type {sync_command(run_dir)} once the store can be reached; an address with a "
-                    f"password is not kept, so type tracking.uri=<address> after it"
+                    f"run {sync_command(run_dir)} once the store can be reached. Passwords are not "
+                    f"stored: if the address has one, append tracking.uri=<address>"
                 ) from error
-            owed = settle(run_dir, self.store())
+            owed = mark_delivered(run_dir, self.store())
         return (
-            f"{run_dir}: {_points(missing)} of {_points(entries)} points were missing and are there now, "
+            f"{run_dir}: {point_count(missing)} of {point_count(entries)} points were missing and are delivered, "
             f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
-            + (f"; it was to be in {owed}, too, which has not got all of it" if owed else "")
+            + (f"; {owed} still lacks a part of it" if owed else "")
         )

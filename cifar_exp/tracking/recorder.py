@@ -1,7 +1,7 @@
-"""Follows a run's journal from the parent process and passes it on, to a display and to a tracker.
+"""Follow a run's journal in the parent process and deliver it to a display and to a tracker.
 
-The journal on disk is the truth. Each sink has a thread of its own, which nothing ever waits for without a limit: a
-tracker that cannot be reached, or does not answer, costs the training nothing and its end a bounded time.
+The journal on disk is the truth. Each sink has its own thread, and every wait for a thread has a limit. So a tracker
+that is unreachable or hangs does not slow training, and delays the end of the run by a bounded time.
 """
 
 import math
@@ -15,34 +15,25 @@ from types import TracebackType
 
 from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.records.journal import Entry, JournalWriter, read
-from cifar_exp.records.run_folder import Outcome, Status, owe, settle
+from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_undelivered
 from cifar_exp.system.bugs import BugError, described, is_bug
-from cifar_exp.tracking.follower import (
-    LEAST_PATIENCE,
-    LONGEST,
-    PATIENCE,
-    STOPPED_PATIENCE,
-    Follower,
-    Sink,
-    _GivenUpError,
-    lacking,
-    shortened,
-)
+from cifar_exp.tracking import follower
+from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, shortened, undelivered_message
 
 
 @dataclass
 class Recording:
-    """Follows one run's journal with a display and a tracker, from ``with`` to its end.
+    """The delivery of one run's journal, as a context manager around the run.
 
-    The run is closed as FINISHED, FAILED (an exception) or KILLED (a signal), on disk first. A signal that comes when
-    training has ended is answered once the run is closed, which then takes less time.
+    At its end the run is closed as FINISHED, FAILED (an exception) or KILLED (a signal), first on disk and then in the
+    tracker. A signal after the end of training shortens the deadlines and is raised once the run is closed.
 
     Attributes:
         run_dir: the run's folder.
-        started: when the run began, on the monotonic clock; time between its sessions left out.
-        tracker: records it; None where nothing does.
-        store: where that keeps it.
-        closing: metrics of the parent's own, for the last entry.
+        started: start of the run on the monotonic clock, without the time between its sessions.
+        tracker: receives the journal; None without a tracker.
+        store: the tracker's store, as text.
+        closing: metrics measured by the parent, for the last entry.
     """
 
     run_dir: Path
@@ -52,18 +43,18 @@ class Recording:
     closing: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
     _stopped: Stopped | None = None
-    _deadline: float = math.inf  # of a run that is stopped
-    _waited: float = 0.0  # seconds for the tracker, when training had ended
+    _deadline: float = math.inf  # after a signal
+    _waited: float = 0.0  # seconds for the tracker after the end of training
 
     def __enter__(self) -> "Recording":
         Outcome.forget(self.run_dir)
         if self.tracker:
-            owe(self.run_dir, self.store)
+            mark_undelivered(self.run_dir, self.store)
         return self
 
     def start(self, display: Sink) -> None:
-        """Follow the journal from now on: show it to a person, and record it."""
-        # The page first: it is among the files that the tracker keeps at the end.
+        """Start to follow the journal: display it and deliver it to the tracker."""
+        # The display first: its page is among the files that the tracker stores at the end.
         self._followers.append(Follower(self.run_dir, display, interval=0.5))
         self._start_tracker()
         self._followers[0].start()
@@ -76,13 +67,13 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close everything; a tracker that failed is the run's error where there is no worse one.
+        """Close everything. A failed tracker is the run's error unless there is a worse one.
 
         Raises:
-            TrackingError: where training went well but the tracker did not get everything.
-            Stopped: where a signal came meanwhile.
+            TrackingError: where training finished but the tracker lacks something.
+            Stopped: where a signal came while closing.
         """
-        if not self._followers:  # the run failed before it could start, which is recorded too
+        if not self._followers:  # the run failed before training; that is delivered, too
             self._start_tracker()
         error = Stopped.behind(error) or error
         status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
@@ -90,7 +81,7 @@ class Recording:
             self._hurry(error.received if isinstance(error, Stopped) else time.monotonic())
         try:
             if error is None:
-                self._in_spite_of_a_signal(self._write_last_entry)
+                self._despite_signals(self._write_last_entry)
         except BaseException:
             status = "FAILED"
             raise
@@ -100,13 +91,13 @@ class Recording:
                 raise problems[0]
             if self._stopped and isinstance(error, CifarExpError):
                 problems.append(error)
-            for problem in problems:  # the run has a worse one, which the user is told too
+            for problem in problems:  # beside the worse error, which is raised
                 print(f"cifar-exp: {problem}", file=sys.stderr, flush=True)
             if self._stopped:
                 raise self._stopped
 
-    def _in_spite_of_a_signal(self, action: Callable[[], None]) -> None:
-        """Do it, and do it again where a signal comes meanwhile. No later one raises anything."""
+    def _despite_signals(self, action: Callable[[], None]) -> None:
+        """Call ``action``; call it again if a signal interrupts it. Later signals raise nothing."""
         try:
             action()
         except Stopped as stopped:
@@ -116,45 +107,45 @@ class Recording:
             action()
 
     def _hurry(self, received: float) -> None:
-        self._deadline = min(self._deadline, received + STOPPED_PATIENCE)
+        self._deadline = min(self._deadline, received + follower.STOPPED_SECONDS)
 
     def _close(self, status: Status) -> list[CifarExpError]:
-        """Write down how the run ended, on disk and then elsewhere; what could not be written."""
+        """Save how the run ended, on disk and then in the sinks; returns the errors."""
         problems: list[CifarExpError] = []
         try:
             with storage_errors(self.run_dir, FREE_SPACE):
-                self._in_spite_of_a_signal(lambda: Outcome(status, time.time()).save(self.run_dir))
+                self._despite_signals(lambda: Outcome(status, time.time()).save(self.run_dir))
         except StorageError as error:
             problems.append(error)
         well = "training finished and nothing is lost, but " if status == "FINISHED" else ""
-        for follower in self._followers:
-            is_tracker = follower.sink is self.tracker
-            self._in_spite_of_a_signal(partial(self._finish, follower, status))
-            if follower.error and is_tracker:
-                problems.append(TrackingError(f"tracking.uri: {well}{lacking(follower.error, self.run_dir)}"))
-            elif follower.error:
-                problems.append(_not_shown(follower.error, self.run_dir, well))
+        for one in self._followers:
+            is_tracker = one.sink is self.tracker
+            self._despite_signals(partial(self._finish, one, status))
+            if one.error and is_tracker:
+                problems.append(TrackingError(f"tracking.uri: {well}{undelivered_message(one.error, self.run_dir)}"))
+            elif one.error:
+                problems.append(_not_shown(one.error, self.run_dir, well))
             elif is_tracker:
-                settle(self.run_dir, self.store)
+                mark_delivered(self.run_dir, self.store)
         return problems
 
-    def _finish(self, follower: Follower, status: Status) -> None:
+    def _finish(self, one: Follower, status: Status) -> None:
         if math.isfinite(self._deadline):
-            left = max(LEAST_PATIENCE, self._deadline - time.monotonic())
-            follower.finish(status, left, longest=left)
-        elif follower.sink is self.tracker:
-            follower.finish(status, max(LEAST_PATIENCE, PATIENCE - self._waited))
+            left = max(follower.LEAST_SECONDS, self._deadline - time.monotonic())
+            one.finish(status, left, left)
+        elif one.sink is self.tracker:
+            one.finish(status, max(follower.LEAST_SECONDS, follower.ANSWER_SECONDS - self._waited))
         else:
-            follower.finish(status, LONGEST)
+            one.finish(status, follower.CLOSING_SECONDS)
 
     def _write_last_entry(self) -> None:
-        """The ranks have ended: add the total, and what of it none of them could know."""
+        """After the ranks have ended, add the total time and the parts of it that only the parent knows."""
         ranks_ended = time.monotonic()
-        for follower in self._followers:
+        for one in self._followers:
             if not self._stopped:
                 began = time.monotonic()
-                follower.flush(PATIENCE)
-                if follower.sink is self.tracker:
+                one.flush(follower.ANSWER_SECONDS)
+                if one.sink is self.tracker:
                     self._waited = time.monotonic() - began
         entries = read(self.run_dir)
         if not entries:
@@ -183,7 +174,7 @@ def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
         well: how the training ended, where it ended well.
     """
     told = f"{run_dir}: {well}its page or figure could not be"
-    if isinstance(error, StorageError | _GivenUpError):
+    if isinstance(error, StorageError | GivenUpError):
         return StorageError(f"{told} written: {shortened(error)}")
     if isinstance(error, OSError):
         return StorageError(f"{told} written: {shortened(error)}. {FREE_SPACE}")

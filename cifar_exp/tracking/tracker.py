@@ -1,4 +1,4 @@
-"""What a tracker does; and the tracker that does nothing."""
+"""The interface of trackers, and the tracker that does nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +9,28 @@ from cifar_exp.tracking.follower import Sink
 
 
 class Tracker(Protocol):
-    """What `_target_` of ``conf/tracking`` is: opens a sink for a run."""
+    """The interface of ``conf/tracking``."""
 
     def sink(self, run: RunInfo) -> Sink | None:
-        """What takes the journal of ``run``, or of the parent run of a sweep."""
+        """The sink for the journal of ``run``, which may be the parent run of a sweep."""
         ...
 
     def hint(self) -> str:
-        """What to type to look at the runs."""
+        """The command or address that shows the runs."""
         ...
 
     def store(self) -> str:
-        """Where it keeps them, without passwords."""
+        """The store as text, without passwords."""
         ...
 
     def deliver(self, run_dir: Path) -> str:
-        """Bring one run that has ended up to date; what was delivered, in a line."""
+        """Deliver what the store lacks of a run that has ended; returns one line about it."""
         ...
 
 
 @dataclass(frozen=True)
 class NoTracker:
-    """The journal is all there is. A preset may name an experiment all the same."""
+    """No tracking: the journal is all there is. ``experiment`` is accepted, since presets set it."""
 
     experiment: str | None = None
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from cifar_exp.data.batches import EvaluationBatches, scaled
+from cifar_exp.data.batches import EvaluationBatches, scaled_size
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records.checkpoint import Checkpoint, Origin
 from cifar_exp.records.checkpoint_saver import Saver
@@ -64,7 +64,7 @@ class CheckpointPolicy:
                 classes=self.job.data.classes,
                 shift=normalization.shift,
                 scale=normalization.scale,
-                image_size=scaled(self.job.data.image_size, self.validation.scale),
+                image_size=scaled_size(self.job.data.image_size, self.validation.scale),
             )
             origin = self._origin()
             self.files.journal.sync()  # a checkpoint must not outlive the journal of its steps

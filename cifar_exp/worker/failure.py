@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError, DataError, DivergenceError, MachineError, StorageError
-from cifar_exp.system.atomic_files import write_json
+from cifar_exp.system.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class RankFailure:
             exchange: the folder that ranks and launcher share.
             attempt: which start of the ranks failed, counted from 0.
         """
-        write_json(exchange / f"failure-{attempt}-{self.rank}.json", vars(self))
+        path = exchange / f"failure-{attempt}-{self.rank}.json"
+        write_atomically(path, json.dumps(vars(self)), durable=False)
 
     @classmethod
     def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":

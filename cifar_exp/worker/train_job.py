@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cifar_exp.data.sources import Source, opened
-from cifar_exp.data.validation_split import divided
+from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
@@ -39,7 +39,7 @@ def train(job: Job, world: World, control: Control) -> None:
         opened(job.data, world.device, job.threads) as (images, test_images),
         JournalWriter(job.run_dir) if world.is_first else nullcontext() as journal,
     ):
-        train_images, held_out = divided(images, job.data)
+        train_images, held_out = split_source(images, job.data)
 
         def report(step: int, epoch: int, metrics: dict[str, float]) -> None:
             if journal:

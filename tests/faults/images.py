@@ -22,8 +22,8 @@ from PIL import Image
 from tests.faults.registry import case
 from tests.faults.runs import UNTRACKED, statuses
 from tests.faults.scene import Ended, Scene, says
-from tests.test_checkpoint import Malicious
-from tests.test_download import ARCHIVE, FOLDER, make_archive, make_batch, make_members, release_pickle
+from tests.helpers.checkpoints import Malicious
+from tests.helpers.cifar10_release import ARCHIVE, FOLDER, make_archive, make_batch, make_members, release_pickle
 
 SMALL = (
     *("train.batch_size=2", "train.epochs=1", "model.width=4", "model.depth=1", "train.precision=fp32"),

@@ -24,7 +24,7 @@ from tests.faults.runs import (
     settings,
 )
 from tests.faults.scene import Scene, says
-from tests.test_checkpoint import Malicious, origin, reseal, trained
+from tests.helpers.checkpoints import Malicious, origin, reseal, trained
 
 STEPS = {
     "while the network is written": ("fsync", "*.pt.tmp", 3, "cut"),
@@ -138,7 +138,7 @@ def newest_damaged(scene: Scene) -> None:
     newest = max((copied(scene, run, "run") / FOLDER).glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1])
     ended = scene.run(*run, *HERE, *UNTRACKED)
-    says(ended, 0, newest.name, "damaged and is passed over")
+    says(ended, 0, newest.name, "damaged and is skipped")
     assert_same_as_uninterrupted(scene, run)
     scene.handled("the newest checkpoint is damaged", "goes on from the one before, bit for bit")
 

@@ -103,7 +103,7 @@ def read_only_data(scene: Scene) -> None:
 def no_space_for_images(scene: Scene) -> None:
     run = settings(4)
     with tmpfs(scene.folder / "data", "200k") as data:
-        says(scene.run(*run, *HERE, *UNTRACKED), 8, "data.root", "cannot be written", "Make room")
+        says(scene.run(*run, *HERE, *UNTRACKED), 8, "data.root", "cannot be written", "Free space")
         assert not list(data.rglob("unfinished-*")), "half of the images is left"
         remount(data, "size=64m")
         says(scene.run(*run, *HERE, *UNTRACKED), 0)

@@ -1,7 +1,15 @@
-"""What the system tells of a process."""
+"""Commands under way: wait for them, find their ranks, see that nothing of them is left."""
 
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
+
+from tests.helpers.commands import ForkedCommand
+
+Start = Callable[..., ForkedCommand]
 
 
 def answers_signals(pid: int) -> bool:
@@ -9,3 +17,25 @@ def answers_signals(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     mask = next(line for line in status if line.startswith("SigCgt"))
     return bool(int(mask.split()[1], 16) & 1 << signal.SIGTERM - 1)
+
+
+def training_ranks(process: ForkedCommand, workplace: Path) -> list[psutil.Process]:
+    """The rank processes, in order, once training has begun."""
+    wait_for(lambda: any(path.stat().st_size for path in workplace.rglob("metrics.jsonl")), process)
+    children = psutil.Process(process.pid).children()
+    (fork_server,) = (child for child in children if "multiprocessing.forkserver" in str(child.cmdline()))
+    return sorted(fork_server.children(), key=lambda child: child.pid)  # forked in the order of their ranks
+
+
+def wait_for(condition: Callable[[], object], process: ForkedCommand, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def assert_nothing_is_left(processes: list[psutil.Process]) -> None:
+    """Gone, or dead and waiting for the init process to notice."""
+    _, alive = psutil.wait_procs(processes, timeout=2)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

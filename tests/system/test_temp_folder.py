@@ -12,7 +12,7 @@ from tests.conftest import environment
 
 HOLD = """
 import time
-from cifar_exp.temporary import private_folder
+from cifar_exp.system.temp_folder import private_folder
 with private_folder() as folder:
     print(folder, flush=True)
     time.sleep(60)

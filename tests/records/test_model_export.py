@@ -14,8 +14,8 @@ from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.model_export import publish
 from tests.conftest import TINY, Command
-from tests.test_checkpoint import origin, silent, trained
-from tests.test_readme import README, folders
+from tests.helpers.checkpoints import origin, silent, trained
+from tests.helpers.readme import README, folders
 
 
 def in_plain_pytorch(run_dir: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

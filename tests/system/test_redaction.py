@@ -18,8 +18,12 @@ from cifar_exp.data import download
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.system.redaction import is_secret, masked, masked_text
 from tests.conftest import TINY, Command, the_run
-from tests.servers import Relay, relay  # noqa: F401
-from tests.test_download import ARCHIVE, Server, server  # noqa: F401
+from tests.helpers.cifar10_release import (
+    ARCHIVE,
+    Server,
+    server,  # noqa: F401
+)
+from tests.helpers.servers import Relay, relay  # noqa: F401
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
-from cifar_exp.system import host, machine
+from cifar_exp.system import host, load_watch
 from cifar_exp.system.load_watch import LoadMeter, Watch, disturbances, own_cpu_seconds
 from cifar_exp.system.machine import description
 
@@ -52,9 +52,9 @@ def test_other_load_is_what_the_cores_did_beyond_ours(monkeypatch: pytest.Monkey
     """In 10 s on two cores: 13 s of work, 11 of it ours."""
     times = iter([100.0, 113.0]), iter([20.0, 31.0]), iter([5.0, 15.0])
     for name, values in zip(("_machine_busy", "own_cpu_seconds"), times, strict=False):
-        monkeypatch.setattr(machine, name, lambda values=values: next(values))
-    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: next(times[2])))
-    monkeypatch.setattr(machine, "own_cores", lambda: [0, 1])
+        monkeypatch.setattr(load_watch, name, lambda values=values: next(values))
+    monkeypatch.setattr(load_watch, "time", SimpleNamespace(perf_counter=lambda: next(times[2])))
+    monkeypatch.setattr(load_watch, "own_cores", lambda: [0, 1])
     assert LoadMeter().other_load() == pytest.approx(0.1)
 
 

@@ -1,19 +1,13 @@
 """The CIFAR-10 archive is fetched once, verified always, and read without running or writing what is in it."""
 
 import hashlib
-import io
 import os
-import pickle
 import re
-import struct
 import tarfile
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,116 +21,20 @@ from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import progress_line
+from tests.helpers.cifar10_release import (
+    ARCHIVE,
+    FOLDER,
+    LABEL_NAMES,
+    SHA256,
+    SIZE,
+    Server,
+    make_archive,
+    make_batch,
+    make_members,
+    release_pickle,
+)
 
-LABEL_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-FOLDER = "cifar-10-batches-py"
-
-
-_PythonPickler: Any = pickle._Pickler  # the one in Python, whose way of writing a type can be replaced
-
-
-class Python2Pickler(_PythonPickler):  # type: ignore[misc]
-    """Writes byte strings as Python 2 did, which is how the release was pickled."""
-
-    def save_bytes(self, value: bytes) -> None:
-        short = len(value) < 256
-        self.write(b"U" + bytes([len(value)]) + value if short else b"T" + struct.pack("<i", len(value)) + value)
-        self.memoize(value)
-
-    dispatch: ClassVar = {**_PythonPickler.dispatch, bytes: save_bytes}
-
-
-def release_pickle(value: Any) -> bytes:
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    # The release names numpy's module as numpy 1 did.
-    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
-def make_batch(number: int) -> tuple[np.ndarray, list[int]]:
-    """20 images as rows of 3072 bytes, two of each class."""
-    rng = np.random.default_rng(number)
-    return rng.integers(0, 256, (20, 3072), dtype=np.uint8), rng.permutation(20).__mod__(10).tolist()
-
-
-def make_members() -> dict[str, bytes]:
-    members = {}
-    for number, name in enumerate(BATCHES):
-        data, labels = make_batch(number)
-        batch = {b"batch_label": name.encode(), b"labels": labels, b"data": data, b"filenames": [b"x.png"] * 20}
-        members[f"{FOLDER}/{name}"] = release_pickle(batch)
-    meta = {b"num_cases_per_batch": 20, b"label_names": [name.encode() for name in LABEL_NAMES], b"num_vis": 3072}
-    members[f"{FOLDER}/batches.meta"] = release_pickle(meta)
-    members[f"{FOLDER}/readme.html"] = b"<html></html>"
-    return members
-
-
-def make_archive(members: dict[str, bytes], extra: tarfile.TarInfo | None = None) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        folder = tarfile.TarInfo(FOLDER)
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        if extra is not None:
-            archive.addfile(extra)
-    return file.getvalue()
-
-
-ARCHIVE = make_archive(make_members())
-SIZE, SHA256 = len(ARCHIVE), hashlib.sha256(ARCHIVE).hexdigest()
 small_cifar10 = partial(cifar10, size=SIZE, sha256=SHA256)
-
-
-@dataclass
-class Server:
-    """What a loopback server answers, and what it was asked: the Range header of each request, in order."""
-
-    address: str = ""
-    content: bytes = ARCHIVE
-    status: int = 200
-    stop_after: int | None = None  # bytes of the body, then the connection is closed
-    ranges: list[str | None] = field(default_factory=list)
-    understands_ranges: bool = True
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked = self.headers.get("Range")
-            state.ranges.append(asked)
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and state.understands_ranges else 0
-            if start and start >= len(state.content):
-                self.send_error(416)
-                return
-            self.send_response(206 if start else state.status)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(state.content) - 1}/{len(state.content)}")
-            body = state.content[start:]
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: state.stop_after])
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        state.address = f"http://127.0.0.1:{http.server_port}/{cifar10_archive.FILE_NAME}"
-        try:
-            yield state
-        finally:
-            http.shutdown()
-            thread.join()
 
 
 def check_content(files: DatasetFiles) -> None:
@@ -156,10 +54,10 @@ def test_a_download_is_verified_decoded_and_not_repeated(tmp_path: Path, server:
     files = small_cifar10(tmp_path, mirror=server.address)
     check_content(files)
     assert files.content_hash == SHA256
-    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == ARCHIVE
+    assert (tmp_path / cifar10_archive.ARCHIVE_FILE).read_bytes() == ARCHIVE
     server.status = 500
     assert small_cifar10(tmp_path, mirror=server.address) == files
-    (tmp_path / cifar10_archive.FILE_NAME).unlink()  # the decoded copy is enough
+    (tmp_path / cifar10_archive.ARCHIVE_FILE).unlink()  # the decoded copy is enough
     assert small_cifar10(tmp_path, mirror=server.address) == files
     assert server.ranges == [None]
 
@@ -174,7 +72,7 @@ def test_a_local_archive_needs_no_network_and_leaves_the_root_alone(tmp_path: Pa
 
 
 def test_an_archive_that_lies_in_the_root_is_used(tmp_path: Path) -> None:
-    (tmp_path / cifar10_archive.FILE_NAME).write_bytes(ARCHIVE)
+    (tmp_path / cifar10_archive.ARCHIVE_FILE).write_bytes(ARCHIVE)
     check_content(small_cifar10(tmp_path, mirror="http://127.0.0.1:9/none"))
 
 
@@ -188,10 +86,10 @@ def test_a_wrong_local_archive_is_refused(tmp_path: Path, wrong: bytes) -> None:
         small_cifar10(tmp_path / "root", archive=archive)
     assert found in str(caught.value)
     assert f"where {expected}" in str(caught.value)
-    archive.rename(tmp_path / cifar10_archive.FILE_NAME)
+    archive.rename(tmp_path / cifar10_archive.ARCHIVE_FILE)
     with pytest.raises(DataError, match="Delete it to download it again"):
         small_cifar10(tmp_path)
-    assert (tmp_path / cifar10_archive.FILE_NAME).read_bytes() == wrong  # the user's file is not overwritten
+    assert (tmp_path / cifar10_archive.ARCHIVE_FILE).read_bytes() == wrong  # the user's file is not overwritten
 
 
 def test_a_missing_local_archive_is_named(tmp_path: Path) -> None:
@@ -271,14 +169,14 @@ def test_a_wrong_beginning_is_thrown_away(
     tmp_path: Path, server: Server, kept: bytes, understands_ranges: bool
 ) -> None:
     server.understands_ranges = understands_ranges
-    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(kept)
+    (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(kept)
     check_content(small_cifar10(tmp_path, mirror=server.address))
-    assert not (tmp_path / f"{cifar10_archive.FILE_NAME}.part").exists()
+    assert not (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").exists()
 
 
 def test_a_beginning_longer_than_the_mirrors_file_is_no_dead_end(tmp_path: Path, server: Server) -> None:
     web_page(server)
-    (tmp_path / f"{cifar10_archive.FILE_NAME}.part").write_bytes(ARCHIVE[:1000])
+    (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(ARCHIVE[:1000])
     with pytest.raises(DataError, match="a web page"):
         small_cifar10(tmp_path, mirror=server.address)
     assert server.ranges == ["bytes=1000-", None]
@@ -293,13 +191,16 @@ def test_a_root_that_cannot_be_written_is_a_storage_error(tmp_path: Path, server
 def test_progress_is_shown_on_a_terminal_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     for terminal in (False, True):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
         with progress_line.Progress("Reading", 2000, "files") as progress:
             progress.add(1500)
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err == ("\rReading: 1,500 of 2,000 files\r" + 29 * " " + "\r" if terminal else "")
+        assert ("Reading" in captured.err and "1,500 of 2,000 files" in captured.err) == terminal
+        assert terminal or captured.err == ""
 
 
 def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,10 @@ from cifar_exp.tracking.dead_runs import owner_tags
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, environment, the_run
-from tests.helpers.commands import ForkedCommand
-from tests.servers import Relay, relay  # noqa: F401
-from tests.test_failures import wait_for
-from tests.test_run import all_runs, client
+from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.processes import Start, wait_for
+from tests.helpers.servers import Relay, relay  # noqa: F401
 
-Start = Callable[..., ForkedCommand]
 ENDLESS = [*TINY, "data.train_count=960", "train.log_every=10", "train.epochs=100000"]
 
 
@@ -111,7 +108,7 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     follower.finish("FINISHED", patience=100)
     assert follower.error is None
     told += capsys.readouterr().err
-    assert told.count("trying again") == told.count("is back") == told.count("\n") / 2 == 1
+    assert told.count("retrying") == told.count("reachable again") == told.count("\n") / 2 == 1
     store = MLflowTracker(uri).client()
     (record,) = all_runs(store)
     assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
@@ -179,7 +176,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
             relay.turn(mode)
             wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
             relay.turn("pass")
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("is back") > told, process)
+            wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
         for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
@@ -286,7 +283,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are there now, 5 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are delivered, 5 files, FINISHED" in brought.stdout
     again = cifar_exp("sync", "outputs")
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.records.journal import FILE_NAME, Entry, JournalFollower, JournalWriter, last_values, parse, read
+from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalFollower, JournalWriter, last_values, parse, read
 
 FIRST = Entry(0, 0, 0.25, {"a": 1.0})
 SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})
@@ -29,7 +29,7 @@ def test_entries_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_a_line_is_the_object_that_the_contract_promises(tmp_path: Path) -> None:
     written(tmp_path, Entry(3, 1, 1.23456789, {"train/loss": 0.5}))
-    text = (tmp_path / FILE_NAME).read_text()
+    text = (tmp_path / JOURNAL_FILE).read_text()
     assert text.endswith("\n")
     assert json.loads(text) == {"step": 3, "epoch": 1, "time": 1.2346, "metrics": {"train/loss": 0.5}}
 
@@ -40,7 +40,7 @@ def test_nan_and_infinity_come_back_and_every_line_is_strict_json(tmp_path: Path
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
-    json.loads((tmp_path / FILE_NAME).read_text(), parse_constant=refuse)
+    json.loads((tmp_path / JOURNAL_FILE).read_text(), parse_constant=refuse)
     (entry,) = read(tmp_path)
     assert math.isnan(entry.metrics["nan"])
     assert (entry.metrics["up"], entry.metrics["down"], entry.metrics["fine"]) == (math.inf, -math.inf, 1.0)
@@ -72,7 +72,7 @@ def test_a_follower_yields_each_entry_once(tmp_path: Path) -> None:
 
 def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
     written(tmp_path, FIRST, SECOND)
-    path = tmp_path / FILE_NAME
+    path = tmp_path / JOURNAL_FILE
     whole = path.read_bytes()
     second_line = whole.index(b"\n") + 1
     for cut in range(second_line, len(whole)):
@@ -84,7 +84,7 @@ def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_killed_writer_left_half_does_not_spoil_the_next(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / JOURNAL_FILE
     written(tmp_path, FIRST)
     follower = JournalFollower(tmp_path)
     with path.open("a") as file:

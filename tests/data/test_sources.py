@@ -1,6 +1,5 @@
 """Wherever images lie, the same (seed, epoch, position) is the same pixels and label; broken files are named."""
 
-import itertools
 import os
 import signal
 import threading
@@ -18,15 +17,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from cifar_exp.cli.predict import Classifier
 from cifar_exp.config.reading import read_config
-from cifar_exp.data import image_files
+from cifar_exp.data import file_source, image_files
 from cifar_exp.data.augment import Shift
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, epoch_order
 from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_files import ImageFiles
-from cifar_exp.data.prefetch import ahead
+from cifar_exp.data.prefetch import prefetched
 from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
 from cifar_exp.data.synthetic import synthetic
 from cifar_exp.distributed.process_group import World
@@ -37,28 +37,9 @@ from cifar_exp.training.cuda_graph import CapturedStep
 from cifar_exp.training.evaluation import evaluate
 from tests.conftest import TINY, Command
 from tests.helpers.commands import ForkedCommand
-from tests.test_config import composed
-from tests.test_failures import assert_nothing_is_left, training_ranks
-
-CPU = torch.device("cpu")
-SIDE = 12
-MIXED = ((12, 12), (12, 30), (40, 13), (9, 9), (7, 25), (12, 13), (33, 33))  # heights and widths; some below SIDE
-
-
-def save(path: Path, height: int, width: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def tree(root: Path, sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)) -> Path:
-    """26 training and 11 test images of two classes, 13 and 6 of them ants; their sizes go around ``sizes``."""
-    seeds = itertools.count()
-    for folder, count in (("train/ant", 13), ("train/bee", 13), ("test/ant", 6), ("test/bee", 5)):
-        for number in range(count):
-            seed = next(seeds)
-            save(root / folder / f"{number:02d}.png", *sizes[seed % len(sizes)], seed)
-    return root
+from tests.helpers.configs import composed
+from tests.helpers.image_trees import CPU, MIXED, SIDE, tree
+from tests.helpers.processes import assert_nothing_is_left, training_ranks
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +203,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
                 worker.kill()
             fetch(train, torch.arange(26))
 
-    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Type fewer, or data\.workers=0"):
+    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Set data\.workers to fewer"):
         killed()
 
 
@@ -248,7 +229,7 @@ def test_auto_is_a_worker_a_thread_and_at_most_eight(
         asked.append(num_workers)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_files, "DataLoader", noted)
+    monkeypatch.setattr(file_source, "DataLoader", noted)
     files = folders(equal, residency="loader", image_size=SIDE)
     with pytest.raises(KeyboardInterrupt), opened(files, CPU, threads):
         pass
@@ -305,8 +286,8 @@ def test_statistics_are_those_of_a_sample_where_there_are_more(tmp_path: Path, m
 
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "data=cifar10 data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
-    "data=synthetic data.residency=loader": ("data.residency=loader", "auto, device or host", "Type data.residency="),
+    "data=cifar10 data.residency=loader": ("data.residency=loader", "auto, device or host", "Set data.residency="),
+    "data=synthetic data.residency=loader": ("data.residency=loader", "auto, device or host", "Set data.residency="),
     "data=folders data.residency=disk": ("data.residency=disk", "loader", "Type data.residency="),
     "data=folders data.workers=-1": ("data.workers=-1", "0 or more or auto", "Type data.workers=0"),
     "data=folders data.image_size=0": ("data.image_size=0", "1 or more", "Type data.image_size=1"),
@@ -323,9 +304,9 @@ def test_settings_are_refused_with_value_rule_and_what_to_type(overrides: str) -
 
 def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal: Path) -> None:
     for source in (cifar10, lambda root, **settings: synthetic(root, train_count=20, test_count=20, **settings)):
-        with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Type data\.residency="):
+        with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Set data\.residency="):
             source(tmp_path, residency="loader")
-    with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Type data\.image_size=<"):
+    with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Set data\.image_size=<"):
         folders(equal, residency="loader")
     with pytest.raises(ConfigError, match=r"data\.image_size=20: .* 12 x 12 .* data\.residency=host .*=loader"):
         folders(equal, residency="host", image_size=20)
@@ -405,7 +386,7 @@ def test_items_are_made_ahead_by_no_more_than_asked_for() -> None:
             made.append(number)
             yield number
 
-    stream = ahead(items(), 3)
+    stream = prefetched(items(), 3)
     assert next(stream) == 0
     deadline = time.monotonic() + 5
     while len(made) < 5 and time.monotonic() < deadline:
@@ -421,7 +402,7 @@ def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
         yield 1
         raise DataError("the second one")
 
-    stream = ahead(items(), 3)
+    stream = prefetched(items(), 3)
     assert next(stream) == 1
     with pytest.raises(DataError, match="the second one"):
         next(stream)
@@ -430,7 +411,7 @@ def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
 
 def test_what_begins_the_thread_runs_in_it() -> None:
     names: list[str] = []
-    assert list(ahead([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
+    assert list(prefetched([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
     assert names == ["images ahead"]
 
 
@@ -496,3 +477,24 @@ def test_workers_end_with_a_rank_that_is_killed(started: Callable[..., ForkedCom
     assert process.returncode == 7
     assert "rank 0 died without a word" in errors
     assert_nothing_is_left([*ranks, *workers])
+
+
+def test_prediction_reads_an_image_as_training_does(mixed: Path) -> None:
+    files = folders(mixed, residency="loader", image_size=SIDE, workers=0)
+    classifier = Classifier(torch.nn.Identity(), files.classes, Normalization(), files.image_size)
+    paths = sorted((mixed / "test" / "ant").iterdir())
+    predicted = torch.stack([classifier.read(path) for path in paths])
+    assert torch.equal(predicted, files.load("test").images[: len(paths)])
+
+
+@pytest.mark.parametrize(("shape", "size"), [((20, 40), (10, 10)), ((40, 20), (10, 15)), ((7, 9), (14, 18))])
+def test_a_read_image_covers_the_size_and_keeps_its_centre(
+    tmp_path: Path, shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[shape[0] // 2 - 2 : shape[0] // 2 + 2, shape[1] // 2 - 2 : shape[1] // 2 + 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    image = image_files.read_image(tmp_path / "x.png", size)
+    assert isinstance(image, torch.Tensor)
+    assert image.shape == (3, *size)
+    assert image[:, size[0] // 2, size[1] // 2].min() > 200

@@ -25,11 +25,11 @@ from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.synthetic import synthetic
 from cifar_exp.errors import ConfigError, DataError, StorageError
+from tests.helpers.image_trees import REAL_IMAGES
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE = (7, 5)  # height, width: not square, so that mixing them up shows
-CONF = Path(__file__).parents[1] / "conf" / "data"
-REAL_IMAGES = Path(os.environ.get("CIFAR_EXP_IMAGES", Path(__file__).parents[1] / "data" / "cifar10-images")).resolve()
+CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -459,7 +459,7 @@ def test_a_convolutional_network_learns_synthetic_images_flipped_and_shifted_too
 @pytest.mark.parametrize("source", [cifar10.cifar10, folders, synthetic])
 def test_the_yaml_files_name_every_setting_of_their_source(source: Callable[..., DatasetFiles]) -> None:
     settings = dict(OmegaConf.load(CONF / f"{source.__name__}.yaml"))
-    assert settings.pop("_target_") == f"cifar_exp.data.class_folders.{source.__name__}"
+    assert settings.pop("_target_") == f"{source.__module__}.{source.__name__}"
     assert list(settings) == list(inspect.signature(source).parameters)
     if source is cifar10.cifar10:
         assert (settings["size"], settings["sha256"]) == (download.SIZE, download.SHA256)

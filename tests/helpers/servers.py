@@ -15,7 +15,7 @@ from typing import Literal
 import pytest
 
 Mode = Literal["pass", "cut", "hang", "deaf"]
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Relay:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import platform
 import random
@@ -15,31 +14,10 @@ import pytest
 import torch
 
 from cifar_exp.errors import StorageError
-from cifar_exp.models.networks import convnet
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import FOLDER, Checkpoint, Origin, load, newest, save, sealed, sound
 from cifar_exp.records.checkpoint_saver import Saver
-
-
-def trained(seed: int = 0) -> Checkpoint:
-    torch.manual_seed(seed)
-    model = convnet(num_classes=3, width=4, depth=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.randn(8, 3, 16, 16)).sum().backward()  # moves the batch-norm statistics
-    optimizer.step()
-    return Checkpoint(
-        model=model.state_dict(),
-        trained={name: value + 1 for name, value in model.state_dict().items()},
-        training={"optimizer": optimizer.state_dict(), "epoch": 7, "seconds": {"step": 0.1}, "rates": [1.5, 2.5]},
-        classes=("ant", "bee", "żaba"),
-        shift=(125.3, 122.95, 113.87),
-        scale=(1 / 63, 1.0, 0.5),
-        image_size=(16, 24),
-    )
-
-
-def origin(step: int) -> Origin:
-    return Origin(step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5)
+from tests.helpers.checkpoints import Malicious, origin, reseal, silent, trained
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -69,10 +47,6 @@ def assert_equal(left: Checkpoint, right: Checkpoint) -> None:
 
 def files(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / FOLDER).iterdir())
-
-
-def silent(line: str) -> None:
-    pytest.fail(f"nothing is wrong, but it says: {line}")
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -> None:
@@ -120,7 +94,7 @@ def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
     assert_equal(found, trained(10))
-    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is passed over"]
+    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
     save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
@@ -161,9 +135,9 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", refuse)
+        patch.setattr("os.fsync", refuse)
         refusal = pytest.raises(
-            StorageError, match=r"step-00000020\.pt: the network could not be saved: .*No space left"
+            StorageError, match=r"step-00000020\.pt: the checkpoint could not be saved: .*No space left"
         )
         with refusal, Saver(tmp_path, keep=1) as saver:
             saver.save(trained(1), origin(20))
@@ -231,7 +205,7 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
 
 def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     assert sound(tmp_path, silent) is None
-    with pytest.raises(StorageError, match=r"checkpoints: there is no saved network. Name a run"):
+    with pytest.raises(StorageError, match=r"checkpoints: there is no checkpoint. Choose a run"):
         newest(tmp_path, silent)
 
 
@@ -252,7 +226,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
         manifest = sound(tmp_path, told.append)
         assert manifest is not None
         assert manifest.step == 10
-        assert told == [f"{path}: the checkpoint is damaged and is passed over"]
+        assert told == [f"{path}: the checkpoint is damaged and is skipped"]
     assert_equal(newest(tmp_path, lambda _: None), trained(10))
 
 
@@ -267,13 +241,6 @@ def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Pa
     assert refusal.value.exit_code == 8
 
 
-def reseal(path: Path, **changes: Any) -> None:
-    """Write a manifest again with other fields, as only who means to can: its own hash holds."""
-    fields = json.loads(path.read_text())
-    del fields["seal"]
-    path.write_bytes(sealed(fields | changes))
-
-
 def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, trained(step), origin(step), keep=2)
@@ -283,17 +250,7 @@ def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
     manifest = sound(tmp_path, told.append)
     assert manifest is not None
     assert manifest.step == 10
-    assert told == [f"{path}: the checkpoint cannot be read and is passed over: it is not as it was written"]
-
-
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
+    assert told == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -27,7 +27,7 @@ from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatche
 from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import opened
-from cifar_exp.data.validation_split import divided, division, keep_apart
+from cifar_exp.data.validation_split import hold_out, split_indices, split_source
 from cifar_exp.display.curves import RunFacts
 from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError
@@ -37,10 +37,10 @@ from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import Averages
 from tests.conftest import TINY, Command
-from tests.test_config import composed
-from tests.test_residency import CPU, SIDE, tree
-from tests.test_resume import curve
-from tests.test_run import all_runs, client
+from tests.faults.runs import curve
+from tests.helpers.configs import composed
+from tests.helpers.image_trees import CPU, SIDE, tree
+from tests.helpers.mlflow_runs import all_runs, client
 
 Run = subprocess.CompletedProcess[str]
 
@@ -50,7 +50,7 @@ Run = subprocess.CompletedProcess[str]
 def test_a_division_covers_the_set_once_with_each_class_share(images: int, count: int, classes: int) -> None:
     generator = torch.Generator().manual_seed(classes)
     labels = torch.randint(0, classes, (images,), generator=generator).square() // classes  # of several frequencies
-    rest, kept = division(labels, count)
+    rest, kept = split_indices(labels, count)
     assert len(kept) == count
     assert torch.cat([rest, kept]).sort().values.tolist() == list(range(images))
     assert rest.tolist() == rest.sort().values.tolist()
@@ -63,9 +63,9 @@ def test_a_division_covers_the_set_once_with_each_class_share(images: int, count
 def test_a_division_is_drawn_at_random_and_whatever_was_drawn_before() -> None:
     labels = torch.zeros(1000, dtype=torch.int64)
     torch.manual_seed(1)
-    _, kept = division(labels, 500)
+    _, kept = split_indices(labels, 500)
     torch.manual_seed(2)
-    assert torch.equal(division(labels, 500)[1], kept)
+    assert torch.equal(split_indices(labels, 500)[1], kept)
     assert abs(kept.double().mean() - 499.5) < 40  # its standard deviation is 9
     gaps = kept.diff()
     assert gaps.unique().numel() > 5  # neither a stretch of the set nor every other image
@@ -75,11 +75,11 @@ def test_a_division_is_drawn_at_random_and_whatever_was_drawn_before() -> None:
 def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Path, choice: Any) -> None:
     whole = folders(tree(tmp_path)).load("train")
     size = SIDE if choice == "loader" else None
-    files = keep_apart(folders(tmp_path, residency=choice, image_size=size, workers=0), 0.25)
+    files = hold_out(folders(tmp_path, residency=choice, image_size=size, workers=0), 0.25)
     assert (files.train_count, files.validation_count) == (20, 6)
-    rest, kept = division(whole.labels, 6)
+    rest, kept = split_indices(whole.labels, 6)
     with opened(files, CPU, threads=1) as (train, _):
-        trained, validated = divided(train, files)
+        trained, validated = split_source(train, files)
         assert validated is not None
         for source, places in ((trained, rest), (validated, kept)):
             expected = Split(whole.images[places].contiguous(memory_format=torch.channels_last), whole.labels[places])
@@ -97,10 +97,10 @@ def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Pat
 
 
 def test_nothing_is_wrapped_where_no_images_are_kept_apart(tmp_path: Path) -> None:
-    files = keep_apart(folders(tree(tmp_path)), 0.0)
+    files = hold_out(folders(tree(tmp_path)), 0.0)
     with ExitStack() as closing:
         train, _ = closing.enter_context(opened(files, CPU, threads=1))
-        assert divided(train, files) == (train, None)
+        assert split_source(train, files) == (train, None)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_nothing_is_wrapped_where_no_images_are_kept_apart(tmp_path: Path) -> No
 def test_a_share_that_leaves_nothing_is_refused(share: float, count: int, usual: str) -> None:
     files = DatasetFiles(Path(), ("a",), count, 1, (1, 1), (0.0,) * 3, (1.0,) * 3, "")
     with pytest.raises(ConfigError) as refusal:
-        keep_apart(files, share)
+        hold_out(files, share)
     assert f"data.validation={share}: it keeps " in str(refusal.value)
-    assert f"of {count} training images apart" in str(refusal.value)
-    assert str(refusal.value).endswith(f"Type data.validation={usual}")
-    made = keep_apart(files, float(usual))
+    assert f"of {count} training images," in str(refusal.value)
+    assert str(refusal.value).endswith(f"Set data.validation={usual}")
+    made = hold_out(files, float(usual))
     assert made.train_count + made.validation_count == count
     assert made.train_count > 0
 
@@ -269,9 +269,9 @@ def test_a_run_never_trains_on_what_it_is_validated_on_whatever_its_ranks_and_af
     assert last["test/count"] == 33
     assert "stopped_epoch" not in last
     cut = workplace / "one"
-    lines = (cut / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (cut / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if "val/accuracy" in line)
-    (cut / journal.FILE_NAME).write_text("".join(lines[: first + 1]))
+    (cut / journal.JOURNAL_FILE).write_text("".join(lines[: first + 1]))
     for path in sorted(cut.glob("checkpoints/*"))[2:]:
         path.unlink()
     again = cifar_exp(*SPIED, "train.batch_size=32", "hydra.run.dir=one", "seed=1", "resume=auto")
@@ -375,12 +375,12 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
         expected = float(saved.model["bias"].softmax(0).max())
         assert json.loads(predicted.stdout)["probability"] == pytest.approx(expected, abs=1e-4)
 
-    lines = (whole / journal.FILE_NAME).read_text().splitlines(keepends=True)
+    lines = (whole / journal.JOURNAL_FILE).read_text().splitlines(keepends=True)
     fourth = [number for number, line in enumerate(lines) if "val/accuracy" in line][3]
     # As if it had been stopped after the fourth epoch, and in its last evaluation.
     for name, kept, files in (("early", fourth + 1, 2), ("late", -2, 3)):
         cut = shutil.copytree(whole, workplace / "outputs" / name)
-        (cut / journal.FILE_NAME).write_text("".join(lines[:kept]))
+        (cut / journal.JOURNAL_FILE).write_text("".join(lines[:kept]))
         for path in sorted(cut.glob("checkpoints/*"))[2 * files :]:
             path.unlink()
         again = cifar_exp(*run, "checkpoint.every=4", f"hydra.run.dir={cut}", "resume=auto", "tracking=none")

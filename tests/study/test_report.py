@@ -69,7 +69,7 @@ def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
         "<td>0.24</td>",
         "<td>1 of 2</td>",
         "DISTURBED: 1 of 2 runs on 2 devices: other processes took 30% of the cores at worst",
-        "warning: two device counts only",
+        "warning: only two device counts",
         "Gustafson&#x27;s law: serial fraction",
     ):
         assert part in page, part
@@ -101,8 +101,8 @@ def test_where_the_time_went_adds_up_and_names_the_rank_that_others_wait_for() -
     assert breakdown.notes == [
         "warning: on 2 devices: straggler: rank 1 came last in 90% of the steps; the others waited 7.5% of their "
         "training time for it",
-        "on 2 devices: each rank sends 2.7 MB a step; the link carries 1.35 GB/s, which makes 2 ms; a step took 5 ms "
-        "exposed and 10 ms behind the backward pass",
+        "on 2 devices: each rank sends 2.7 MB a step; the link carries 1.35 GB/s, so that takes 2 ms; a step took 5 ms "
+        "of exposed and 10 ms of overlapped communication",
     ]
     assert Breakdown.of(2, [{"devices": 2.0}], steps=400) is None
 
@@ -190,7 +190,7 @@ def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: 
 
 def test_sweeps_without_repeats_or_anything_in_common() -> None:
     same = Comparison.of(("A", "B"), RUNS[::3], RUNS[::3])
-    assert {item.verdict for item in same.differences if item.figure == "test_accuracy"} == {"noise not known"}
+    assert {item.verdict for item in same.differences if item.figure == "test_accuracy"} == {"noise unknown"}
     assert any("one run a device count" in note for note in same.notes)
     with pytest.raises(ConfigError, match="no finished runs of the same group and device count"):
         Comparison.of(("A", "B"), RUNS, [finished(8, 0, 700.0)])
@@ -215,7 +215,7 @@ def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
     assert breakdown is not None
     assert breakdown.shares == pytest.approx({"computing": 0.75, "data": 0.05, "evaluation": 0, "start and rest": 0.2})
     assert breakdown.notes == [
-        "on 2 devices: averaging gradients and waiting for the slowest cannot be told from computing, which has them"
+        "on 2 devices: averaging gradients and waiting for the slowest were not measured and are part of computing"
     ]
     assert rank_table([breakdown])[1] == ["2", "0", "7.50", "", "", "", "0.50", "", ""]
 

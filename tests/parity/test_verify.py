@@ -20,12 +20,11 @@ from cifar_exp.cli.verify import configurations
 from cifar_exp.errors import ConfigError, MachineError
 from cifar_exp.parity.checks import Check, compared, relative_difference, tolerances
 from cifar_exp.parity.measure import Measurement, digests
-from cifar_exp.parity.report import Report, Result
+from cifar_exp.parity.report import ParityReport, ParityResult
 from cifar_exp.training.metrics import Averages
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
-from tests.helpers.processes import answers_signals
-from tests.test_failures import wait_for
+from tests.helpers.processes import answers_signals, wait_for
 
 SMALL = [
     *("data=synthetic", "data.train_count=100", "data.test_count=33", "train.batch_size=8", "train.epochs=2"),
@@ -432,8 +431,8 @@ def test_counts_and_accuracies_are_to_be_exact_and_losses_close() -> None:
 
 def test_the_report_names_what_does_not_hold_and_is_json_without_nan() -> None:
     lost = replace(FIRST, gradients={step: {"weight": torch.tensor([3.0, float("nan")])} for step in (1, 2)})
-    results = [Result(1, "one", checks(), {}), Result(2, "two", checks(first=lost), {})]
-    made = Report("a network", "cifar-exp verify", "fp32", "1e-5 is allowed", {"seed": "0"}, {}, results)
+    results = [ParityResult(1, "one", checks(), {}), ParityResult(2, "two", checks(first=lost), {})]
+    made = ParityReport("a network", "cifar-exp verify", "fp32", "1e-5 is allowed", {"seed": "0"}, {}, results)
     assert not made.holds
     assert made.verdict == "DOES NOT HOLD: 2 ranks: gradient of step 1 (nan, must be <= 1e-05), and 1 more"
     assert "| gradient of step 2 | <= 1e-05 | 0, holds | nan, DOES NOT HOLD |" in made.markdown()

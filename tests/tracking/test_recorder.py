@@ -11,7 +11,14 @@ import pytest
 
 from cifar_exp.errors import Stopped, TrackingError
 from cifar_exp.records.journal import Entry, JournalWriter
-from cifar_exp.records.run_folder import UNDELIVERED_FILE, Outcome, Status, is_owed, owe, settle
+from cifar_exp.records.run_folder import (
+    UNDELIVERED_FILE,
+    Outcome,
+    Status,
+    is_undelivered,
+    mark_delivered,
+    mark_undelivered,
+)
 from cifar_exp.tracking import follower
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.recorder import Recording
@@ -60,7 +67,7 @@ def journal(run_dir: Path, count: int) -> list[Entry]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "SHORTEST_PAUSE", 0.01)
-    monkeypatch.setattr(follower, "LAST_TRY", 0.3)
+    monkeypatch.setattr(follower, "REFUSED_SECONDS", 0.3)
 
 
 def test_what_is_refused_is_delivered_later_once_and_told_once(
@@ -72,14 +79,14 @@ def test_what_is_refused_is_delivered_later_once_and_told_once(
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
     follower.flush(timeout=60)
-    follower.finish("FINISHED", patience=60)
+    follower.finish("FINISHED", answer_seconds=60)
     assert follower.error is None
     assert sink.taken == entries
     assert sink.sizes == [500, 500, 200]  # never more in memory
     assert sink.closed == ["FINISHED"]
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "cifar-exp: tracker unreachable, training goes on, trying again: http://host is away"
-    assert told[1] == "cifar-exp: the tracker is back and gets what it has missed"
+    assert told[0] == "cifar-exp: tracker unreachable, training continues, retrying: http://host is away"
+    assert told[1] == "cifar-exp: tracker reachable again, delivering what it missed"
     assert told == told[:2] * (len(told) // 2)
 
 
@@ -89,7 +96,7 @@ def test_a_single_failure_is_nobodys_business(tmp_path: Path, capsys: pytest.Cap
     sink = Unreliable(lambda name: failures.pop() if name == "write" and failures else None)
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
-    follower.finish("FINISHED", patience=60)
+    follower.finish("FINISHED", answer_seconds=60)
     assert (follower.error, len(sink.taken)) == (None, 3)
     assert capsys.readouterr().err == ""
 
@@ -102,7 +109,7 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
     follower.start()
     began = time.monotonic()
     follower.flush(timeout=0.3)
-    follower.finish("FINISHED", patience=0.5)
+    follower.finish("FINISHED", answer_seconds=0.5)
     assert time.monotonic() - began < 10
     assert "no answer" in str(follower.error)
     answer.set()
@@ -115,9 +122,9 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
-    monkeypatch.setattr(follower, "LONGEST", 10_000.0)  # of a run that was not
-    monkeypatch.setattr(follower, "STOPPED_PATIENCE", 0.3)
-    monkeypatch.setattr(follower, "LEAST_PATIENCE", 0.1)
+    monkeypatch.setattr(follower, "CLOSING_SECONDS", 10_000.0)  # of a run that was not
+    monkeypatch.setattr(follower, "STOPPED_SECONDS", 0.3)
+    monkeypatch.setattr(follower, "LEAST_SECONDS", 0.1)
     answer = threading.Event()
     sink = Unreliable(lambda name: None if name != hangs else answer.wait() and None)
 
@@ -134,28 +141,28 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
 
 
 def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "PATIENCE", 1.0)
-    monkeypatch.setattr(follower, "LEAST_PATIENCE", 0.01)
+    monkeypatch.setattr(follower, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(follower, "LEAST_SECONDS", 0.01)
     page = Unreliable(lambda name: time.sleep(1.5) if name == "close" else None)
     tracker = Unreliable(lambda name: time.sleep(0.3) if name == "close" else None)
     with Recording(tmp_path, time.monotonic(), tracker) as closing:
         closing.start(page)
         journal(tmp_path, 3)
     assert tracker.closed == ["FINISHED"]
-    assert not is_owed(tmp_path)
+    assert not is_undelivered(tmp_path)
 
 
 def test_what_a_store_is_owed_only_that_store_settles(tmp_path: Path) -> None:
-    owe(tmp_path, "a server")
-    owe(tmp_path, "another")  # the run goes on with another one; the first is still owed its part
-    assert settle(tmp_path, "another") == "a server"
-    assert is_owed(tmp_path)
-    assert settle(tmp_path, "a server") == ""
-    assert not is_owed(tmp_path)
-    assert settle(tmp_path, "a server") == ""
+    mark_undelivered(tmp_path, "a server")
+    mark_undelivered(tmp_path, "another")  # the run goes on with another one; the first is still owed its part
+    assert mark_delivered(tmp_path, "another") == "a server"
+    assert is_undelivered(tmp_path)
+    assert mark_delivered(tmp_path, "a server") == ""
+    assert not is_undelivered(tmp_path)
+    assert mark_delivered(tmp_path, "a server") == ""
     (tmp_path / UNDELIVERED_FILE).touch()  # of an earlier version, which did not say whom
-    assert settle(tmp_path, "a server") == ""
-    assert not is_owed(tmp_path)
+    assert mark_delivered(tmp_path, "a server") == ""
+    assert not is_undelivered(tmp_path)
 
 
 def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,10 +170,10 @@ def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest
     sink = Unreliable(lambda name: ValueError("file is not a database") if name == "open" else None)
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
-    follower.finish("FINISHED", patience=60)
+    follower.finish("FINISHED", answer_seconds=60)
     assert sink.calls == 2  # open, and word of the end
     assert isinstance(follower.error, ValueError)
-    assert "Unreliable failed, training goes on: file is not a database" in capsys.readouterr().err
+    assert "Unreliable failed, training continues: file is not a database" in capsys.readouterr().err
 
 
 def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""A run is found by its folder, its MLflow id or as the latest; whoever names none is told what to set."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cifar_exp.errors import ConfigError
+from cifar_exp.records.find_run import find_folder, find_run
+
+
+@pytest.fixture
+def runs(workplace: Path) -> Path:
+    """Two runs: the older one has a checkpoint, the newer one has none yet."""
+    for age, name in ((200, "old"), (100, "new")):
+        folder = workplace / "outputs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").touch()
+        (folder / "mlflow_run_id").write_text(f"id-{name}\n")
+        os.utime(folder / "run.json", (1000 - age, 1000 - age))
+    (workplace / "outputs" / "old" / "checkpoints").mkdir()
+    (workplace / "outputs" / "old" / "checkpoints" / "step-00000001.json").touch()
+    return Path("outputs")
+
+
+def test_a_run_is_found_by_folder_id_and_as_the_latest(runs: Path) -> None:
+    assert find_run("outputs/old") == runs / "old"
+    assert find_run("id-new", "resume") == runs / "new"
+    assert find_run("latest", "resume") == runs / "new"
+    assert find_run("latest", with_checkpoint=True) == runs / "old"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "id-other", "x" * 300])
+def test_whoever_names_no_run_is_told_what_to_set(runs: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"resume={name}: there is no such run under {runs}/\. Set resume= to never"):
+        find_run(name, "resume")
+
+
+def test_latest_needs_a_run(workplace: Path) -> None:  # noqa: ARG001
+    with pytest.raises(ConfigError, match="run=latest: there is no run with a checkpoint under outputs/ yet"):
+        find_run("latest", with_checkpoint=True)
+
+
+def test_a_sweep_is_found_or_not(runs: Path) -> None:
+    assert find_folder("latest") is None
+    (runs / "old" / "sweep_run.json").touch()
+    assert find_folder("latest") == find_folder("id-old") == runs / "old"
+    assert find_folder("id-new") is None
