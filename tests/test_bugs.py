@@ -16,7 +16,7 @@ from cifar_exp.config.refusals import explained, to_blame
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import bugs, supported
 from cifar_exp.system.bugs import BugError, is_bug, told
-from cifar_exp.tracking.follower import lacking, shortened
+from cifar_exp.tracking.follower import shortened, undelivered_message
 from tests.conftest import REPO, environment, the_run
 
 TINY = (
@@ -59,7 +59,7 @@ def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind
         ("import hydra._internal.config_loader_impl as c; c.ConfigLoaderImpl.load_configuration", "ValueError"),
         ("import cifar_exp.config.reading as c; c._validated", "TypeError"),
         ("import cifar_exp.config.reading as c; c.register_resolvers", "AttributeError"),
-        ("import cifar_exp.cli.main as m; m.run_job", "KeyError"),
+        ("import cifar_exp.cli.train as m; m.run_job", "KeyError"),
     ],
 )
 def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kind: str, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kin
 
 
 def test_a_bug_of_a_job_is_kept_in_its_log(tmp_path: Path) -> None:
-    done = run(tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.config.reading as c; c.build = boom", *TINY)
+    done = run(tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", *TINY)
     assert_told_as_a_bug(done, 1, "TypeError")
     (log,) = tmp_path.rglob("cifar-exp.log")
     assert "the flux capacitor is empty" in log.read_text()
@@ -83,7 +83,7 @@ def test_a_bug_of_a_job_is_kept_in_its_log(tmp_path: Path) -> None:
 
 def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Path) -> None:
     done = run(
-        tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.config.reading as c; c.build = boom", "-m", "seed=1,2"
+        tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", "-m", "seed=1,2"
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -213,8 +213,8 @@ def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatc
 
 def test_a_tracker_with_a_bug_says_so() -> None:
     assert shortened(TypeError("a\nb")) == "TypeError: a b"
-    assert "Once the tracker can be reached" in lacking(ConnectionError("away"), Path("run"))
-    assert "Once that is mended" in lacking(TypeError("x"), Path("run"))
+    assert "Once the tracker can be reached" in undelivered_message(ConnectionError("away"), Path("run"))
+    assert "Once that is mended" in undelivered_message(TypeError("x"), Path("run"))
 
 
 @pytest.mark.parametrize("version", [(3, 8, 1), (3, 10, 13), (3, 15, 0), (4, 0, 0)])

@@ -61,9 +61,9 @@ def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
 
 
 REFUSED = {
-    "train.epochs=0": ("train.epochs=0", "1 or more", "Type train.epochs=1"),
+    "train.epochs=0": ("train.epochs=0", "1 or more", "Set train.epochs=1"),
     "train.epochs=1.5": ("train.epochs=1.5", "whole number"),
-    "train.epochs=sixty": ("train.epochs=sixty", "whole number", "Type train.epochs=60"),
+    "train.epochs=sixty": ("train.epochs=sixty", "whole number", "Set train.epochs=60"),
     "train.epochs=true": ("train.epochs=true", "whole number"),
     "train.epochs=null": ("train.epochs=null", "whole number"),
     "optimizer.lr=0": ("optimizer.lr=0", "more than 0"),
@@ -71,12 +71,12 @@ REFUSED = {
     "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
     "optimizer.lr=inf": ("optimizer.lr=inf", "finite"),
     "optimizer.momentum=1": ("optimizer.momentum=1", "less than 1"),
-    "model.depth=0": ("model.depth=0", "1 or more", "Type model.depth=1"),
-    "model.width=wide": ("model.width=wide", "whole number", "Type model.width=32"),
+    "model.depth=0": ("model.depth=0", "1 or more", "Set model.depth=1"),
+    "model.width=wide": ("model.width=wide", "whole number", "Set model.width=32"),
     "devices.count=0": ("devices.count=0", "1 or more or auto"),
     "devices.count=two": ("devices.count=two", "whole number or auto"),
-    "train.scaling=stron": ("train.scaling=stron", "weak or strong", "Type train.scaling=strong"),
-    "train.lr_scaling=squrt": ("train.lr_scaling=squrt", "linear, sqrt, none", "Type train.lr_scaling=sqrt"),
+    "train.scaling=stron": ("train.scaling=stron", "weak or strong", "Set train.scaling=strong"),
+    "train.lr_scaling=squrt": ("train.lr_scaling=squrt", "linear, sqrt, none", "Set train.lr_scaling=sqrt"),
     "report.target_accuracy=85": ("report.target_accuracy=85", "1.0 or less"),
     "report.price_per_hour=0": ("report.price_per_hour=0", "more than 0"),
     "train.precision=fp8": ("train.precision=fp8", "bf16"),
@@ -113,7 +113,7 @@ def test_a_wrong_setting_is_named_with_its_value_and_rule(override: str) -> None
         ("optimzer=sgd", ("optimzer", "Did you mean optimizer?")),
         ("train.epochs=[", ("train.epochs=[", "override")),
         ("model=null", ("group override",)),
-        ("train.epochs=0", ("train.epochs=0", "Type train.epochs=1")),
+        ("train.epochs=0", ("train.epochs=0", "Set train.epochs=1")),
         ("train.batch_size=${nothing}", ("batch_size", "nothing")),
     ],
 )
@@ -213,5 +213,5 @@ def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
 
 @pytest.mark.parametrize("address", ["foo://bar", "README.md", "/tmp/runs", "file:///tmp/runs"])
 def test_a_tracking_address_that_cannot_be_is_refused_at_once(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"tracking\.uri=.*Type tracking\.uri=sqlite"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*Set tracking\.uri=sqlite"):
         build(read_config(composed(f"tracking.uri={address}")))

@@ -280,14 +280,15 @@ def test_a_signal_of_which_a_jobs_import_makes_an_error_is_that_signal(
 
 FORGOTTEN = """
 import multiprocessing, signal, time
-from cifar_exp import host, nursery
+from cifar_exp.launch import forkserver
+from cifar_exp.system import host
 
-nursery.warm_up()
+forkserver.warm_up()
 process = multiprocessing.get_context(host.start_method()).Process(target=time.sleep, args=(600,))
 process.start()
 multiprocessing.process._children.discard(process)
 assert multiprocessing.active_children() == []
-nursery.end_forked()
+forkserver.end_forked()
 process.join(60)
 assert process.exitcode == -signal.SIGKILL, process.exitcode
 """

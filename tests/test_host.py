@@ -165,7 +165,7 @@ def test_processes_are_forked_where_that_is_safe(
 
 WATCHED = """
 import multiprocessing, os, sys, time
-from cifar_exp import host
+from cifar_exp.system import host
 
 def child(ready):
     host.c_function = lambda name: None  # there is no prctl

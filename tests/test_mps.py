@@ -41,7 +41,7 @@ from cifar_exp.system.machine import description
 from cifar_exp.training.metrics import Averages, Totals
 from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
-from cifar_exp.worker.assembly import Assembly, assembled
+from cifar_exp.worker.assembly import Assembly, assemble
 from tests.conftest import TINY, Command
 from tests.helpers.configs import composed
 from tests.training.test_gpu_step import MEAN, STD, _moved
@@ -185,7 +185,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr(fuse, "fuse_layers", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = assembled(job, World(0, 0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
+    rank = assemble(job, World(0, 0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
         for parameter in rank.model.parameters():

@@ -127,7 +127,7 @@ def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path) -> None
     for change, message in {
         "model.width=8": "model.width: the checkpoint was trained with 4",
         "optimizer=adamw": "optimizer._target_: the checkpoint was trained with torch.optim.SGD",
-        "train.epochs=1": "train.epochs=1: the checkpoint has 2 epochs already. Type train.epochs=3 or more",
+        "train.epochs=1": "train.epochs=1: the checkpoint has 2 epochs already. Set train.epochs=3 or more",
         "resume=nowhere": "resume=nowhere: there is no such run",
     }.items():
         refused = cifar_exp(*run, "resume=done", change)

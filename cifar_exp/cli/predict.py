@@ -53,7 +53,7 @@ class Classifier:
         saved = None if which == "last" else checkpoint.best(run_dir, warn)
         if saved is None and which == "best":
             raise ConfigError(
-                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Type checkpoint=last"
+                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Set checkpoint=last"
             )
         saved = saved or checkpoint.newest(run_dir, warn)
         section = _model_section(run_dir / CONFIG_FILE)
@@ -102,7 +102,7 @@ def images_in(paths: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise DataError(f"{path}: there is no image here. Type the path of an image or of a folder of images")
+            raise DataError(f"{path}: there is no image here. Give the path of an image or of a folder of images")
         files += found
     return files
 

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from cifar_exp.cli.words import settings_in
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
@@ -64,19 +64,21 @@ def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None
     return number
 
 
-def _settings(runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None) -> Report:
+def _settings(
+    runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
+) -> ReportSettings:
     """What was typed, else what the sweep itself was given."""
     given = runs[0].params if runs else {}
     then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
     target, price = (None if value in (None, "None") else float(value) for value in then)
-    return Report(target_accuracy or target, price_per_hour or price)
+    return ReportSettings(target_accuracy or target, price_per_hour or price)
 
 
-def _study(sweep: str, runs: Sequence[FinishedRun], settings: Report) -> Study:
+def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) -> Study:
     study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
     if study is None:
         raise ConfigError(
-            f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Type "
+            f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Run "
             f"cifar-exp -m experiment=speedup devices.count=1,2"
         )
     return study

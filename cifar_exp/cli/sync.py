@@ -74,7 +74,7 @@ def runs_in(folder: Path) -> list[Path]:
     runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
     sweeps = {path.parent.resolve(): path.parent for path in folder.rglob(SWEEP_RUN_FILE)}
     if not runs and not sweeps:
-        raise ConfigError(f"{folder}: there is no run in this folder. Type the folder of a run or a sweep")
+        raise ConfigError(f"{folder}: there is no run in this folder. Give the folder of a run or a sweep")
     for run_dir in runs:
         with suppress(StorageError):  # told when the run's turn comes
             sweep_dir = RunInfo.load(run_dir).sweep_dir
@@ -103,7 +103,7 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     is_tracked = section["_target_"].endswith(".MLflowTracker")
     if not is_tracked and "uri" not in settings:
         raise ConfigError(
-            f"{run_dir}: the run has no MLflow store (tracking={section['_target_']}). Type "
+            f"{run_dir}: the run has no MLflow store (tracking={section['_target_']}). Run "
             f"cifar-exp sync {run_dir} tracking.uri=<address>"
         )
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)

@@ -51,7 +51,7 @@ def store(uri: str | None) -> str:
     database = address.partition("sqlite:///")[2].partition("?")[0]
     if database and not Path(database).exists():
         raise ConfigError(
-            f"{database}: there is no such store yet. Type cifar-exp first, stand in the folder that holds outputs/, "
+            f"{database}: there is no such store yet. Run cifar-exp first, stand in the folder that holds outputs/, "
             f"or type tracking.uri=<address>"
         )
     return address
@@ -65,7 +65,7 @@ def check_port(port: int) -> None:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--port={port}: it cannot be had: {reason}. Type --port <another>") from error
+            raise ConfigError(f"--port={port}: it cannot be had: {reason}. Set --port to another one") from error
 
 
 def server_arguments(port: int) -> list[str]:

@@ -88,12 +88,12 @@ def configurations(words: Sequence[str]) -> "tuple[list[Config], Path]":
     others = [word for word in overrides if _key(word) != COUNT]
     counts = typed[-1].split(",") if typed else ["auto"]
     if "auto" in counts and len(counts) > 1:
-        raise ConfigError(f"{COUNT}={typed[-1]}: it must be numbers, or auto alone. Type {COUNT}=1,2")
+        raise ConfigError(f"{COUNT}={typed[-1]}: it must be numbers, or auto alone. Set {COUNT}=1,2")
     if counts == ["auto"]:
         config, _ = _composed([*others, f"{COUNT}=auto"], config_dir)
         counts = [*map(str, _powers_of_two(config))]
     elif counts == ["1"]:
-        raise ConfigError(f"{COUNT}=1: {CHECKED}. Type {COUNT}=1,2")
+        raise ConfigError(f"{COUNT}=1: {CHECKED}. Set {COUNT}=1,2")
     composed = [_composed([*others, f"{COUNT}={count}"], config_dir) for count in dict.fromkeys(counts)]
     return [config for config, _ in composed], composed[0][1]
 
@@ -144,7 +144,7 @@ def _powers_of_two(config: "Config") -> list[int]:
         unit = "core" if found.accelerator == "cpu" else "GPU"
         raise MachineError(
             f"{COUNT}=auto: found {found.found} {unit}{'s'[: found.found > 1]} for ranks of {found.threads} thread(s), "
-            f"and {CHECKED}. Type {cpu}{COUNT}=1,2 devices.oversubscribe=true"
+            f"and {CHECKED}. Set {cpu}{COUNT}=1,2 devices.oversubscribe=true"
         )
     return counts
 
@@ -154,10 +154,10 @@ def _open(folder: Path) -> None:
     from cifar_exp.records.run_folder import make_private
     from cifar_exp.system.redaction import MaskingFormatter
 
-    with storage_errors(folder, "Type hydra.run.dir=<a folder that you may write to>"):
+    with storage_errors(folder, "Set hydra.run.dir=<a folder that you may write to>"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ConfigError(f"hydra.run.dir={folder}: the folder holds other things. Type that of a new one")
+            raise ConfigError(f"hydra.run.dir={folder}: the folder holds other things. Set it to a new one")
         make_private(folder)
         handler = logging.FileHandler(folder / "cifar-exp-verify.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))

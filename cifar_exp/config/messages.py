@@ -29,7 +29,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
     if problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_setting(setting)
     if problems[0]["type"] == "missing":
-        return f"{setting}: it must be given. Type {setting}=<value>"
+        return f"{setting}: it must be given. Set {setting}=<value>"
     return _refused(setting, value, problems)
 
 
@@ -38,7 +38,7 @@ def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) ->
     rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
     examples = [valid for problem in problems if (valid := _valid(problem)) is not None]
     example = examples[0] if examples else default_settings().get(setting, "<value>")
-    return f"{setting}={shown(value)}: it must be {rule}. Type {setting}={shown(example)}"
+    return f"{setting}={shown(value)}: it must be {rule}. Set {setting}={shown(example)}"
 
 
 def unknown_setting(setting: str) -> str:

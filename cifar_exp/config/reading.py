@@ -53,7 +53,7 @@ def read_config(composed: DictConfig) -> Config:
         if not isinstance(section.get("_target_"), str):
             choices = ", ".join(sorted(path.stem for path in (conf_dir() / name).glob("*.yaml")))
             raise ConfigError(
-                f"{name}: it has no _target_, so no choice of the group is loaded. Type {name}=<{choices}>"
+                f"{name}: it has no _target_, so no choice of the group is loaded. Set {name}=<{choices}>"
             )
         if name in COMMON:
             known = {field.name for field in fields(COMMON[name])}

@@ -45,7 +45,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         return ConfigError(unknown_setting(cause.full_key))
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"{error.override}: it cannot be read as an override. Type key=value; quote lists and spaces"
+            f"{error.override}: it cannot be read as an override. Write key=value; quote lists and spaces"
         )
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return _of_the_disk(error)
@@ -56,7 +56,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         return None
     if not any(word.lstrip("+~").partition("=")[0] in str(error) for word in typed):
         error = ValueError(f"{' '.join(words)}: {error}")
-    return ConfigError(f"{error}. Type group=choice or key=value, as in model=convnet train.epochs=5; see --help")
+    return ConfigError(f"{error}. Write group=choice or key=value, as in model=convnet train.epochs=5; see --help")
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -95,4 +95,4 @@ def _of_the_disk(error: OSError) -> CifarExpError | None:
     with suppress(TypeError, ValueError):
         if str(error.filename).endswith((".yaml", ".yml")) and origin(error, OWN, HYDRA) == HYDRA:
             return ConfigError(f"{error.filename}: the configuration cannot be read: {error.strerror}. Mend that")
-    return StorageError(f"hydra.run.dir (hydra.sweep.dir with -m): {error}. Type one that you may write to")
+    return StorageError(f"hydra.run.dir (hydra.sweep.dir with -m): {error}. Set it to a folder that you may write to")

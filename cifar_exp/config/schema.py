@@ -84,7 +84,7 @@ class EarlyStoppingSettings:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportSettings:
     """What a sweep's report works out beside the speedup."""
 
     __pydantic_config__: ClassVar = _CLOSED
@@ -108,7 +108,7 @@ class Config:
     devices: Devices = field(default_factory=Devices)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
-    report: Report = field(default_factory=Report)
+    report: ReportSettings = field(default_factory=ReportSettings)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     resume: Name = "never"  # or auto, or the folder or MLflow id of a run
     progress: Literal["auto", "bar", "live", "lines", "quiet"] = "auto"

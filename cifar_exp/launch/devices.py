@@ -49,12 +49,12 @@ def find_devices(wanted: Devices) -> DeviceSet:
         accelerator = "gpu" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     if accelerator == "gpu":
         if gpus == 0:
-            raise MachineError("devices.accelerator=gpu: requested GPUs, found 0. Type devices=cpu")
+            raise MachineError("devices.accelerator=gpu: requested GPUs, found 0. Set devices=cpu")
         count = gpus if wanted.count == "auto" else wanted.count
         threads = max(1, cores // count) if wanted.threads == "auto" else wanted.threads
         if count > gpus:
             raise MachineError(
-                f"devices.count={count}: requested {count} GPUs, found {gpus}. NCCL takes one rank a GPU. Type "
+                f"devices.count={count}: requested {count} GPUs, found {gpus}. NCCL takes one rank a GPU. Set "
                 f"devices.count={gpus}, or devices=cpu"
             )
         return DeviceSet("gpu", count, threads, gpus, oversubscribed=False)
@@ -67,7 +67,7 @@ def find_devices(wanted: Devices) -> DeviceSet:
         fits = f"devices.count={cores}" if wanted.threads == "auto" else f"devices.threads={max(1, cores // count)}"
         raise MachineError(
             f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} cores, found {cores}. "
-            f"Type {fits}, or devices.oversubscribe=true to share them"
+            f"Set {fits}, or devices.oversubscribe=true to share them"
         )
     return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
 

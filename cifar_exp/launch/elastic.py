@@ -29,7 +29,7 @@ from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
 AFTER_A_DEATH = (
-    "Type resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
+    "Set resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
 )
 STOP_PATIENCE = 7.0  # seconds that ranks have to end their step and save after a signal
 

@@ -1,8 +1,8 @@
 """How ranks come to be: forked from a process that has imported what they need, or each as a process of its own.
 
-Importing torch costs a rank three seconds and its optimizers as many more (they import the compiler). The nursery,
-which is Python's fork server, does both while the parent reads its configuration; ranks are forked from it in
-milliseconds, as are those of a sweep's later jobs. It has one thread and no CUDA context, so forking it is safe.
+Importing torch takes three seconds, and its optimizers as many more (they import the compiler). Python's fork server
+does both while the parent reads the configuration. Ranks are forked from it in milliseconds, also for the later jobs of
+a sweep. It has one thread and no CUDA context, so forking it is safe.
 
 On macOS it is not: :func:`cifar_exp.system.host.start_method`. There each rank is spawned and imports for itself.
 """

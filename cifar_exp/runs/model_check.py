@@ -43,6 +43,6 @@ def check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> N
             layer_shapes(model, scaled_size(image_size, scale))
         except ConfigError as error:
             raise ConfigError(
-                f"train.image_scales: at {scale:g} of their size images are too small for this network. Type larger "
+                f"train.image_scales: at {scale:g} of their size images are too small for this network. Set larger "
                 f"shares, as in train.image_scales=[0.5,0.75,1]. {error}"
             ) from error

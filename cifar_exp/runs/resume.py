@@ -102,7 +102,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         if changes and config.resume == "auto":
             told = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
             raise ConfigError(
-                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Type {told}, another folder, or "
+                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {told}, another folder, or "
                 f"resume={run_dir} and another folder for a new run that starts from its checkpoint"
             )
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
@@ -125,7 +125,7 @@ def _resumption(
     begun = None
     if manifest is None and not finished:
         if not in_place:
-            raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Type resume=never")
+            raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Set resume=never")
         begun = _beginning(folder, config, warn)
         # A checkpoint is on disk before the epoch after it has ended, so by the next one there was one.
         every = int(_config_of(folder)["checkpoint"]["every"])
@@ -168,18 +168,18 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
     for name, (then, _) in changes.items():
         if name.startswith("model.") or name == "optimizer._target_":
             raise ConfigError(
-                f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Type "
+                f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Set "
                 f"{name}={shown(then)}, or resume=never"
             )
     if config.validation and "data.validation" in changes:
         then = changes["data.validation"][0] or 0
         raise ConfigError(
             f"data.validation={config.validation}: the checkpoint was trained with {then}, so it knows images that "
-            f"would be kept apart now. Type data.validation={then}, or resume=never"
+            f"would be kept apart now. Set data.validation={then}, or resume=never"
         )
     if manifest.epoch >= config.train.epochs:
         raise ConfigError(
-            f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Type "
+            f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Set "
             f"train.epochs={manifest.epoch + 1} or more"
         )
 

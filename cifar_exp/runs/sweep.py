@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
@@ -72,7 +72,7 @@ class StudySweeper(BasicSweeper):
         with ParentRun(self.config, sweep_dir, tags) as parent:
             rows = self._run(jobs)
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
-            settings = Report(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
+            settings = ReportSettings(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
             metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
             parent.log(metrics, [path.name for path in artifacts], _common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":

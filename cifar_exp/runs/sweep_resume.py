@@ -40,10 +40,10 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
             return
         if wanted != "auto":
             told = " ".join(content["arguments"])
-            raise ConfigError(f"resume={wanted}: that sweep's overrides were {told}. Type these")
+            raise ConfigError(f"resume={wanted}: that sweep's overrides were {told}. Use these")
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
-            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Type resume={sweep_dir} to go on with it, "
+            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set resume={sweep_dir} to go on with it, "
             f"or another folder"
         )
     sweep_dir.mkdir(parents=True, exist_ok=True)

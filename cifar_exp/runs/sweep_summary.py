@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import TrackingError
 from cifar_exp.system.redaction import masked_text
 
@@ -41,7 +41,7 @@ def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
 
 
 def _summarize(
-    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: Report, quiet: bool
+    rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: ReportSettings, quiet: bool
 ) -> tuple[list[tuple[str, float, int]], list[Path]]:
     """Print the jobs and the speedup; the parent run's metrics and files."""
     from rich.console import Console

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.intervals import Means, f_probability, variance_ratio
 from cifar_exp.study.laws import Fit, fitted
 from cifar_exp.study.run_result import RunResult
@@ -35,7 +35,7 @@ class Group:
     breakdowns: Sequence[Breakdown] = ()
 
     @classmethod
-    def of(cls, results: Sequence[RunResult], report: Report = SPEEDUP_ALONE) -> "Group":
+    def of(cls, results: Sequence[RunResult], report: ReportSettings = SPEEDUP_ALONE) -> "Group":
         """The study of one group. ``report``: what to compute beside the speedup."""
         repeats = by_count(results)
         log_rates = log_means(repeats, lambda result: result.images_per_second)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
@@ -35,11 +35,11 @@ class Study:
     simulated: bool
     machines: Sequence[str] = ()
     missing: Sequence[str] = ()
-    report: Report = SPEEDUP_ALONE
+    report: ReportSettings = SPEEDUP_ALONE
 
     @classmethod
     def of(
-        cls, runs: Sequence[FinishedRun], report: Report = SPEEDUP_ALONE, unfinished: Sequence[str] = ()
+        cls, runs: Sequence[FinishedRun], report: ReportSettings = SPEEDUP_ALONE, unfinished: Sequence[str] = ()
     ) -> "Study | None":
         """The study of ``runs``; None where no group has two device counts.
 

@@ -7,11 +7,11 @@ from statistics import median
 
 import numpy as np
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.intervals import Array, Interval, Means, block_error
 from cifar_exp.study.run_result import RunResult
 
-SPEEDUP_ALONE = Report()
+SPEEDUP_ALONE = ReportSettings()
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def accuracy_means(repeats: Mapping[int, Sequence[RunResult]]) -> Means:
     return Means.of([[result.test_accuracy for result in results] for results in repeats.values()])
 
 
-def speedup_rows(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means, report: Report) -> list[SpeedupRow]:
+def speedup_rows(
+    repeats: Mapping[int, Sequence[RunResult]], log_rates: Means, report: ReportSettings
+) -> list[SpeedupRow]:
     """One row a device count, in ascending order, relative to the smallest count.
 
     Args:
@@ -167,7 +169,7 @@ def _median_of(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: Report) -> SpeedupRow:
+def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: ReportSettings) -> SpeedupRow:
     """The row with time and price of reaching ``report.target_accuracy``; unchanged without a target."""
     if report.target_accuracy is None:
         return row
@@ -180,7 +182,9 @@ def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: Report) ->
     return replace(row, device_seconds_to_accuracy=seconds * row.devices, price_to_accuracy=price)
 
 
-def _cost_interval(repeats: Mapping[int, Sequence[RunResult]], place: int, report: Report) -> dict[str, Interval]:
+def _cost_interval(
+    repeats: Mapping[int, Sequence[RunResult]], place: int, report: ReportSettings
+) -> dict[str, Interval]:
     """The interval of the time to the accuracy. Only if every run reached it: else the slow ones would be missing."""
     target = report.target_accuracy
     if target is None or any(result.seconds_to(target) is None for results in repeats.values() for result in results):

@@ -89,7 +89,7 @@ def told(error: BaseException) -> CifarExpError:
 
 
 def described(error: BaseException) -> str:
-    """Type and message in a line."""
+    """Set and message in a line."""
     text = masked_text(" ".join(str(error).split()))
     name = type(error).__name__
     return f"{name}: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}" if text else name

@@ -122,9 +122,9 @@ def test_a_share_that_leaves_nothing_is_refused(share: float, count: int, usual:
     ("override", "parts"),
     [
         ("data.validation=1.0", ("data.validation=1.0", "less than 1")),
-        ("data.validation=-0.1", ("data.validation=-0.1", "0.0 or more", "Type data.validation=0")),
-        ("data.validation=tenth", ("data.validation=tenth", "a number", "Type data.validation=0.0")),
-        ("early_stopping.patience=0", ("early_stopping.patience=0", "1 or more", "Type early_stopping.patience=1")),
+        ("data.validation=-0.1", ("data.validation=-0.1", "0.0 or more", "Set data.validation=0")),
+        ("data.validation=tenth", ("data.validation=tenth", "a number", "Set data.validation=0.0")),
+        ("early_stopping.patience=0", ("early_stopping.patience=0", "1 or more", "Set early_stopping.patience=1")),
         ("early_stopping.metric=loss", ("early_stopping.metric=loss", "val/loss or val/accuracy")),
         ("early_stopping.min_delta=-1", ("early_stopping.min_delta=-1", "0.0 or more")),
         ("+early_stopping.patiense=1", ("early_stopping.patiense", "Did you mean early_stopping.patience?")),
@@ -282,7 +282,7 @@ def test_a_run_never_trains_on_what_it_is_validated_on_whatever_its_ranks_and_af
     changed = cifar_exp(*SPIED, "resume=one", "data.validation=0.5", "train.epochs=9", "hydra.run.dir=other")
     assert changed.returncode == 2
     assert "the checkpoint was trained with 0.3333" in changed.stderr
-    assert "Type data.validation=0.3333" in changed.stderr
+    assert "Set data.validation=0.3333" in changed.stderr
 
 
 # Logits that no image bears on: their loss falls while the rate is positive and rises when it is negative.

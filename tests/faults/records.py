@@ -112,7 +112,7 @@ def owes(ended: Ended, *words: str) -> None:
 
 
 def deliver(scene: Scene, *arguments: str, database: str = "outputs/mlflow.db") -> None:
-    """Type what the run said, once its store is there again, and twice: each point is there once."""
+    """Set what the run said, once its store is there again, and twice: each point is there once."""
     for _ in range(2):
         says(scene.run("sync", "run", *arguments), 0)
         assert_recorded_once(scene, database=database)

@@ -207,5 +207,5 @@ def refused(scene: Scene) -> None:
 
 @case("GPUs where there are none", needs=("no gpu",))
 def no_gpus(scene: Scene) -> None:
-    says(scene.run(*settings(2), "devices.accelerator=gpu", *UNTRACKED), 4, "found 0", "Type devices=cpu")
+    says(scene.run(*settings(2), "devices.accelerator=gpu", *UNTRACKED), 4, "found 0", "Set devices=cpu")
     scene.handled("GPUs where there are none", "the same")

@@ -129,29 +129,30 @@ FAULTS = {
     ),
     "gradients are added up and not averaged": (
         "import torch.distributed as dist\n"
-        "from cifar_exp import distributed\n"
-        "honest = distributed._average_and_note\n"
+        "from cifar_exp.distributed import data_parallel as averaging\n"
+        "honest = averaging._average_and_measure\n"
         "def summed(communication, bucket):\n"
         "    return honest(communication, bucket).then(lambda done: done.value() * dist.get_world_size())\n"
-        "distributed._average_and_note = summed\n",
+        "averaging._average_and_measure = summed\n",
         {"gradient of step 1", "gradient of step 2", "gradient of step 3", "parameters after steps 1 to 3"},
     ),
     "ranks train each by itself": (
-        "from cifar_exp import distributed\n"
-        "distributed.data_parallel = lambda model, world: (model, distributed.Communication())\n",
+        "from cifar_exp.distributed.data_parallel import Communication\n"
+        "from cifar_exp.worker import assembly\n"
+        "assembly.data_parallel.data_parallel = lambda model, world: (model, Communication())\n",
         {"gradient of step 1", "parameters after steps 1 to 3", "ranks with other parameters"},
     ),
     "statistics stay each rank's own": (
-        "from cifar_exp import worker\nworker.synchronized = lambda model, device: model\n",
+        "from cifar_exp.worker import assembly\nassembly.synchronize_layers = lambda model, device: model\n",
         {"loss of steps 1 to 3"},
     ),
     "shards that are evaluated are filled up": (
-        "from cifar_exp import data\n"
+        "from cifar_exp.data import batches\n"
         "def filled(count, rank, world_size):\n"
         "    share = -(-count // world_size)\n"
         "    start = min(rank * share, count - share)\n"
         "    return range(start, start + share)\n"
-        "data.shard = filled\n",
+        "batches.shard = filled\n",
         {"images missing, doubled or misplaced", "images counted"},
     ),
 }
@@ -198,11 +199,11 @@ REFUSED = {
     "train.epoch=3": (2, ("train.epoch", "Did you mean train.epochs?")),
     "model=convnt": (2, ("model=convnt", "Did you mean convnet?")),
     "experiment=quickstat": (2, ("Did you mean quickstart?",)),
-    "train.epochs=0": (2, ("train.epochs=0", "Type train.epochs=1")),
+    "train.epochs=0": (2, ("train.epochs=0", "Set train.epochs=1")),
     "train.epochs=[": (2, ("train.epochs=[", "override")),
     "model.width=4,8": (2, ("model.width",)),
     "devices.count=two,4": (2, ("devices.count", "whole number or auto")),
-    "devices.count=1": (2, ("devices.count=1", "Type devices.count=1,2")),
+    "devices.count=1": (2, ("devices.count=1", "Set devices.count=1,2")),
     "devices.count=auto,2": (2, ("devices.count=auto,2", "auto alone")),
     "-m": (2, ("-m: there is no such option",)),
     "--config-dir=nowhere": (2, ("--config-dir nowhere",)),
@@ -235,7 +236,7 @@ def test_what_is_wrong_is_one_message_with_the_contracts_exit_code(
 
 def test_one_core_has_nothing_to_compare_and_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    with pytest.raises(MachineError, match=r"found 1 core.*Type devices\.count=1,2 devices\.oversubscribe=true"):
+    with pytest.raises(MachineError, match=r"found 1 core.*Set devices\.count=1,2 devices\.oversubscribe=true"):
         configurations(["devices=cpu"])
 
 

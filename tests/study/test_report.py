@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun
@@ -57,7 +57,7 @@ def test_the_csv_keeps_its_columns_and_gains_the_intervals(tmp_path: Path) -> No
 
 def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
     runs = [finished(1, 0, 100), finished(1, 1, 101), finished(2, 0, 190, load=0.3), finished(2, 1, 191)]
-    study = Study.of(runs, Report(target_accuracy=0.5, price_per_hour=36))
+    study = Study.of(runs, ReportSettings(target_accuracy=0.5, price_per_hour=36))
     assert study is not None
     page = study.write(tmp_path)[2].read_text()
     for part in (

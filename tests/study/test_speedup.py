@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cifar_exp.config.schema import Report
+from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.finished_runs import grouped
 from cifar_exp.study.group import Group
 from cifar_exp.study.run_result import RunResult
@@ -21,7 +21,7 @@ FIVE = [
 ]
 
 
-def rows_of(results: Sequence[RunResult], report: Report = SPEEDUP_ALONE) -> Sequence[SpeedupRow]:
+def rows_of(results: Sequence[RunResult], report: ReportSettings = SPEEDUP_ALONE) -> Sequence[SpeedupRow]:
     return Group.of(results, report).rows
 
 
@@ -135,12 +135,12 @@ def test_one_run_a_count_has_the_noise_of_its_blocks_and_says_so() -> None:
 def test_what_an_accuracy_took_and_what_that_cost() -> None:
     courses = {1: [[(60, 0.5), (120, 0.85)], [(60, 0.4), (140, 0.86)]], 2: [[(50, 0.5), (90, 0.85)], [(50, 0.5)]]}
     results = [run(n, 100, progress=course) for n, courses_of in courses.items() for course in courses_of]
-    first, second = rows_of(results, Report(target_accuracy=0.85, price_per_hour=3.6))
+    first, second = rows_of(results, ReportSettings(target_accuracy=0.85, price_per_hour=3.6))
     assert (first.reached, first.seconds_to_accuracy, first.device_seconds_to_accuracy) == (2, 130, 130)
     assert first.price_to_accuracy == pytest.approx(0.13)
     assert (second.reached, second.seconds_to_accuracy, second.device_seconds_to_accuracy) == (1, 90, 180)
     assert "seconds_to_accuracy" not in first.intervals  # one run never reached it: no interval of the others' time
-    reached = rows_of(results[:3], Report(target_accuracy=0.5))
+    reached = rows_of(results[:3], ReportSettings(target_accuracy=0.5))
     interval = reached[0].intervals["seconds_to_accuracy"]
     assert interval.low < reached[0].seconds_to_accuracy < interval.high  # type: ignore[operator]
     assert rows_of(results)[0].reached is None
