@@ -24,7 +24,7 @@ from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.progress_line import Progress
 
 _MAX_PATHS_SHOWN = 5  # in a message
-_USE_LOADER = "set data.residency=loader to read and resize images while training, with"
+_USE_LOADER = "read and resize images while training: set data.residency=loader"
 _EXPECTED = (
     "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
 )

@@ -14,13 +14,13 @@ Point = tuple[float, float]  # (iteration, value)
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What page and figure say about a run beside the journal.
+    """Facts about a run for page and figure, beside the journal.
 
     Attributes:
-        title: the run in a few words, as in ``convnet 32x4 on CIFAR-10``.
+        title: for example ``convnet 32x4 on CIFAR-10``.
         status: ``starting``, ``running``, ``finished``, ``failed`` or ``stopped``.
-        epochs: passes planned.
-        steps_per_epoch: iterations each.
+        epochs: planned epochs.
+        steps_per_epoch: iterations of an epoch.
         lr_drops: (epochs after which the learning rate changes, the new rate).
         details: names and texts of the table beside the plot.
     """
@@ -69,16 +69,16 @@ def smoothed(points: Sequence[Point], steps: float) -> list[Point]:
         if math.isfinite(value):
             decay = math.exp((previous - step) / steps)
             total = total * decay + value
-            weight = weight * decay + 1  # the weights' sum: the first values are not drawn towards zero
+            weight = weight * decay + 1  # sum of the weights, so that the first values are not biased towards zero
             previous, value = step, total / weight
         result.append((step, value))
     return result
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> Sequence[Point]:
-    """At most ``limit`` of the points: the first, the last, and of each stretch between them the lowest and highest.
+    """At most ``limit`` points: the first, the last, and the lowest and highest of each stretch between them.
 
-    A stretch with values that are not finite keeps one of those, so that the gap stays, and its highest.
+    A stretch with values that are not finite keeps one of them, so that the gap stays, and the highest value.
     """
     if len(points) <= limit:
         return points
@@ -94,7 +94,7 @@ def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> Sequence[Point]
 
 
 def averaged(points: Sequence[Point], limit: int = MAX_POINTS) -> Sequence[Point]:
-    """At most ``limit`` means of equally many points in a row, each at its last one's iteration."""
+    """At most ``limit`` means over stretches of equal length, each at the iteration of its last point."""
     if len(points) <= limit:
         return points
     values = [value for _, value in points]
@@ -109,9 +109,9 @@ def _stretches(start: int, end: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def axis_epochs(step: int, facts: RunFacts) -> int:
-    """How many epochs the plot shows: all, or half of them, or a quarter, ..., as long as what is done fits.
+    """The epochs that the plot shows: all, half, a quarter, ... of them, as long as the completed steps fit.
 
-    So the curves fill at least half of the plot, and the scale changes a few times in a run, not at every look.
+    So the curves fill at least half of the plot, and the scale changes only a few times in a run.
     """
     shown = facts.epochs
     while shown > 1 and math.ceil(shown / 2) * facts.steps_per_epoch >= step:
@@ -126,7 +126,7 @@ def tick_step(span: float, most: int) -> float:
 
 
 def loss_top(loss: Curves) -> float:
-    """The upper end of the loss axis: the highest loss, but a burst far above nine tenths of the others is cut."""
+    """The upper end of the loss axis: the highest loss, without bursts far above the 90th percentile."""
     values = sorted(value for _, value in (*loss.raw, *loss.validation) if math.isfinite(value))
     if not values or values[-1] <= 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal and on its page, from the journal alone."""
+"""Show a run in the terminal and on its page, from the journal."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
 
 class Display:
-    """Progress in the terminal or notebook, a line an epoch, or nothing; and the run's page, always."""
+    """Shows progress in the terminal or notebook, as a line an epoch, or not at all, and always draws the page."""
 
     def __init__(self, run_dir: Path, facts: RunFacts, mode: Mode, console: Console, started: float) -> None:
         self._run_dir, self._facts, self._console = run_dir, facts, console
@@ -80,7 +80,7 @@ class Display:
             training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")
 
     def is_final(self, error: Exception) -> bool:  # noqa: ARG002
-        """Always: what was shown must not be shown again."""
+        """Always true: nothing is shown twice."""
         return True
 
     def _state(self, epoch: int) -> str:
@@ -145,7 +145,7 @@ def short_epoch_line(entry: Entry, epochs: int) -> str:
 
 
 def epoch_line(entry: Entry, epochs: int) -> str:
-    """One epoch in words."""
+    """The line for one epoch."""
     metrics = entry.metrics
     return (
         f"epoch {entry.epoch:>{len(str(epochs))}}/{epochs}  loss {metrics['train/loss']:.4f}  "

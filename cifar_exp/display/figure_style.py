@@ -13,7 +13,7 @@ INK, SOFT, BAND = "#1b1f24", "#59636e", "#f2f4f7"
 DPI = 120  # 10 inches wide: 1200 pixels
 
 
-def _empty_figure(height: float) -> "Figure":
+def empty_figure(height: float) -> "Figure":
     """10 inches wide, ``height`` inches high, on a canvas that draws to files whatever the environment names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +23,8 @@ def _empty_figure(height: float) -> "Figure":
     return figure
 
 
-def _tidy(axes: "Axes") -> None:
+def tidy_axes(axes: "Axes") -> None:
+    """A light grid behind the data, and no frame above and at the right."""
     axes.grid(color="#e2e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

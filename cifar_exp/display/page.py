@@ -1,8 +1,8 @@
-"""The run's live page: one HTML file that needs nothing else, from the journal alone.
+"""The live page of a run: one self-contained HTML file, drawn from the journal.
 
-It is drawn in the parent while the ranks train, so it has to be cheap: curves are thinned before they become SVG, and
-no plotting library is imported. The curves are drawn on a plane of ``PLANE`` x ``PLANE`` units that the browser
-stretches to the window; texts are placed in percent beside it and keep their size.
+The parent draws it while the ranks train, so it must be cheap: curves are thinned before they become SVG, and no
+plotting library is imported. Curves lie on a plane of ``PLANE`` x ``PLANE`` units that the browser stretches to the
+window. Texts are placed in percent and keep their size.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cifar_exp.display.curves import Curves, RunFacts
 from cifar_exp.display.page_assets import HOVER_SCRIPT, RELOAD_SCRIPT, STYLE
-from cifar_exp.display.svg import ABSENT, _number, _plots
+from cifar_exp.display.svg import ABSENT, number_text, plots_html
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records.journal import Entry
 from cifar_exp.system.atomic_files import write_atomically
@@ -23,12 +23,12 @@ LIVE = ("starting", "running")
 
 
 def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> Path:
-    """Put ``progress.html`` into the run's folder; a reader finds the old page or the new one, never a part.
+    """Write ``progress.html`` atomically to the run's folder.
 
     Args:
         run_dir: the run's folder.
         entries: the journal so far.
-        facts: what else there is to say.
+        facts: further facts about the run.
         elapsed: seconds since the run began.
 
     Returns:
@@ -45,7 +45,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
 
 
 def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
-    """The whole page. It loads itself again every two seconds until the run has ended."""
+    """The page as HTML. It reloads itself every two seconds until the run has ended."""
     latest: dict[str, float] = {}
     for entry in entries:
         latest.update(entry.metrics)
@@ -70,7 +70,7 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
 {_progress_bar(step, done, facts)}
 <dl class="tiles">{"".join(_tile(name, text) for name, text in tiles.items())}</dl>
 <main>
-{_plots(accuracy, loss, step, facts)}
+{plots_html(accuracy, loss, step, facts)}
 <aside>
 {_time_split(latest)}
 {_details(facts.details)}
@@ -84,7 +84,7 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
 
 
 def seconds_left(entries: Sequence[Entry], facts: RunFacts) -> float | None:
-    """Estimated from the pace since the first entry; None before there is a pace."""
+    """Estimated time left, from the pace since the first entry; None while the pace is unknown."""
     if not entries or entries[-1].step <= entries[0].step:
         return None
     first, last = entries[0], entries[-1]
@@ -93,7 +93,7 @@ def seconds_left(entries: Sequence[Entry], facts: RunFacts) -> float | None:
 
 
 def duration(seconds: float | None) -> str:
-    """As in ``4.2 s``, ``42 s``, ``3 min 05 s``, ``1 h 02 min``."""
+    """For example ``4.2 s``, ``42 s``, ``3 min 05 s``, ``1 h 02 min``."""
     if seconds is None or not math.isfinite(seconds):
         return ABSENT
     if seconds < 59.5:
@@ -109,11 +109,11 @@ def _tiles(
     tiles = {
         "elapsed": duration(elapsed),
         "time left": duration(left),
-        "images/s": _number(rate, ",.0f"),
-        "learning rate": _number(latest.get("lr"), ".4g"),
-        "training accuracy": _number(accuracy.smooth[-1][1] if accuracy.smooth else None, ".1%"),
-        "validation accuracy": _number(latest.get("val/accuracy"), ".1%"),
-        "test accuracy": _number(latest.get("test/accuracy"), ".2%"),
+        "images/s": number_text(rate, ",.0f"),
+        "learning rate": number_text(latest.get("lr"), ".4g"),
+        "training accuracy": number_text(accuracy.smooth[-1][1] if accuracy.smooth else None, ".1%"),
+        "validation accuracy": number_text(latest.get("val/accuracy"), ".1%"),
+        "test accuracy": number_text(latest.get("test/accuracy"), ".2%"),
     }
     if facts.status not in LIVE:
         del tiles["time left"]
@@ -136,7 +136,7 @@ def _progress_bar(step: int, done: float, facts: RunFacts) -> str:
 
 
 def _time_split(latest: Mapping[str, float]) -> str:
-    """A bar of where the time went, with names, seconds and shares; nothing before that is known."""
+    """A bar of the time breakdown with names, seconds and shares; empty while that is unknown."""
     prefix = "time_split/"
     seconds = {
         name.removeprefix(prefix): value

@@ -11,11 +11,12 @@ MAX_BANDS = 40  # epoch bands; narrower ones flicker
 ABSENT = "\u2013"  # a dash
 
 
-def _number(value: float | None, form: str) -> str:
+def number_text(value: float | None, form: str) -> str:
+    """The formatted value; a dash where it is unknown or not finite."""
     return ABSENT if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _plots(accuracy: Curves, loss: Curves, step: int, facts: RunFacts) -> str:
+def plots_html(accuracy: Curves, loss: Curves, step: int, facts: RunFacts) -> str:
     """Both plots over one iteration axis, epochs above, iterations below."""
     epochs = axis_epochs(step, facts)
     axis = _Axis(epochs * facts.steps_per_epoch, epochs, facts)
@@ -84,7 +85,7 @@ class _Axis:
 def _plot(quantity: str, unit: str, curves: Curves, top: float, axis: _Axis) -> str:
     """One plot as a figure: caption with legend, grid, bands, curves."""
     scale = 100 if unit == "%" else 1
-    last = [_number(line[-1][1] * scale if line else None, ".4g") for line in (curves.smooth, curves.validation)]
+    last = [number_text(line[-1][1] * scale if line else None, ".4g") for line in (curves.smooth, curves.validation)]
     label = f"{quantity} over {axis.end:,} iterations: training {last[0]}{unit}, validation {last[1]}{unit} at last"
     marks = axis.epoch_ticks() + axis.drop_labels() if quantity == "accuracy" else axis.iteration_ticks()
     hover = f'data-top="{top * scale:g}" data-unit="{unit}"'

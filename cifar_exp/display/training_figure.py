@@ -1,7 +1,6 @@
-"""Figures as PNG files, from the journal and from the speedup table.
+"""The training figure of a run as a PNG file.
 
-matplotlib takes a second to import and is not needed before a run's end: each figure imports it for itself. No pyplot:
-it keeps figures and the backend as global state.
+matplotlib takes a second to import, so it is imported where a figure is drawn. pyplot is not used: it has global state.
 """
 
 import math
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_exp.display.curves import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step
-from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, _empty_figure, _tidy
+from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, empty_figure, tidy_axes
 from cifar_exp.records.journal import Entry
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None
 
 def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
     """Two plots over one iteration axis, as on the run's page."""
-    figure = _empty_figure(height=6.4)
+    figure = empty_figure(height=6.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
     step = entries[-1].step if entries else 0
     epochs = axis_epochs(step, facts)
@@ -56,7 +55,7 @@ def _draw_curves(axes: "Axes", curves: Curves, scale: float, colour: str) -> Non
     plot(curves.raw, "training", color=colour, alpha=0.3, linewidth=0.8)
     plot(curves.smooth, "training, smoothed", color=colour, linewidth=2)
     plot(curves.validation, "validation", color=INK, linewidth=1, linestyle="--", marker="o", markersize=3.5)
-    _tidy(axes)
+    tidy_axes(axes)
 
 
 def _shade_epochs(axes: "Axes", epochs: int, steps_per_epoch: int) -> None:

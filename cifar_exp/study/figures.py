@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_exp.display.figure_style import SERIES_COLOURS, SOFT, _empty_figure, _tidy
+from cifar_exp.display.figure_style import SERIES_COLOURS, SOFT, empty_figure, tidy_axes
 from cifar_exp.study.group import Group
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.speedup import SpeedupRow
@@ -39,7 +39,7 @@ def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
 
     Each group has a colour. Error bars are 95 % intervals.
     """
-    figure = _empty_figure(height=8.6)
+    figure = empty_figure(height=8.6)
     (speedup, efficiency), (time, accuracy) = figure.subplots(2, 2)
     counts = sorted({row.devices for group in groups.values() for row in group.rows})
     _draw_ideal(speedup, [group.rows for group in groups.values()])
@@ -76,7 +76,7 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
         pairs: the common groups.
         simulated: whether the devices of one sweep were ranks on one CPU.
     """
-    figure = _empty_figure(height=4.6)
+    figure = empty_figure(height=4.6)
     rates, ratios = figure.subplots(1, 2)
     counts = sorted({row.devices for _, *both, _ in pairs for group in both for row in group.rows})
     ratios.axhline(1, linestyle="--", color=SOFT, linewidth=1.3)
@@ -177,7 +177,7 @@ def _mark_devices(axes: "Axes", counts: Sequence[int]) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(counts, labels=[str(count) for count in counts], minor=False)
     axes.margins(0.14)
-    _tidy(axes)
+    tidy_axes(axes)
 
 
 def _all_doublings(counts: Sequence[int]) -> bool:
@@ -207,7 +207,7 @@ def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts
     axes.set_xticks(range(len(counts)), labels=[str(count) for count in counts])
     axes.set_ylabel(f"training time ({unit})")
     axes.margins(y=0.25 if rotation else 0.1)
-    _tidy(axes)
+    tidy_axes(axes)
     axes.grid(visible=False, axis="x")
 
 

@@ -110,7 +110,7 @@ def test_a_share_that_leaves_nothing_is_refused(share: float, count: int, usual:
     files = DatasetFiles(Path(), ("a",), count, 1, (1, 1), (0.0,) * 3, (1.0,) * 3, "")
     with pytest.raises(ConfigError) as refusal:
         hold_out(files, share)
-    assert f"data.validation={share}: it keeps " in str(refusal.value)
+    assert f"data.validation={share}: it holds out " in str(refusal.value)
     assert f"of {count} training images," in str(refusal.value)
     assert str(refusal.value).endswith(f"Set data.validation={usual}")
     made = hold_out(files, float(usual))

@@ -12,6 +12,7 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun
 from cifar_exp.study.report import Study
+from cifar_exp.study.report_page import page_html
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 
@@ -70,7 +71,7 @@ def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
         "<td>1 of 2</td>",
         "DISTURBED: 1 of 2 runs on 2 devices: other processes took 30% of the cores at worst",
         "warning: only two device counts",
-        "Gustafson&#x27;s law: serial fraction",
+        "Gustafson&#39;s law: serial fraction",
     ):
         assert part in page, part
 
@@ -228,3 +229,12 @@ def test_what_two_sweeps_were_set_to_otherwise_is_said() -> None:
     second = with_settings(RUNS[::-1], **{"train.epochs": "5", "train.scaling": "weak", "tracking.uri": "y"})
     compared = Comparison.of(("A: old", "B: new"), first, second)
     assert [note for note in compared.notes if "=" in note] == ["A has train.epochs=2, B train.epochs=5"]
+
+
+def test_texts_on_the_page_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "figure.png").write_bytes(b"")
+    page = page_html("<b>", tmp_path / "figure.png", [("<i>", [["<u>"], ["<s>"]], ["warning: <p1>"])], ["<m1>"])
+    for text in ("b", "i", "u", "s", "p1", "m1"):
+        assert f"<{text}>" not in page
+        assert f"&lt;{text}&gt;" in page
+    assert '<li class="warning">' in page
