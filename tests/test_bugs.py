@@ -54,9 +54,12 @@ def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind
 @pytest.mark.parametrize(
     ("place", "kind"),
     [
-        ("from hydra.core.override_parser.overrides_parser import OverridesParser as O; O.parse_override", "TypeError"),
+        (
+            "from hydra.core.override_parser.overrides_parser import OverridesParser as O; O.parse_overrides",
+            "TypeError",
+        ),
         ("import hydra.main as _; sys.modules['hydra.main'].get_args_parser", "ValueError"),
-        ("import hydra._internal.config_loader_impl as c; c.ConfigLoaderImpl.load_configuration", "ValueError"),
+        ("import hydra._internal.config_loader_impl as c; c.ConfigLoaderImpl._load_configuration_impl", "ValueError"),
         ("import cifar_exp.config.reading as c; c._validated", "TypeError"),
         ("import cifar_exp.config.reading as c; c.register_resolvers", "AttributeError"),
         ("import cifar_exp.cli.train as m; m.run_job", "KeyError"),
