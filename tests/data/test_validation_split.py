@@ -436,6 +436,6 @@ def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None
     done = cifar_exp(*TINY, "data.validation=0.99", "tracking=none")
     assert done.returncode == 2
     assert "a step takes 32 images on 1 device(s), but the training set has 1" in done.stderr
-    assert "without those of data.validation=0.99" in done.stderr
+    assert "without the validation split of data.validation=0.99" in done.stderr
     assert "Set train.batch_size=1 or less, or a smaller data.validation" in done.stderr
     assert len(done.stderr.splitlines()) == 1
