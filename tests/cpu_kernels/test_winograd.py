@@ -194,7 +194,7 @@ def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatc
     assert type(fuse_layers(layers(), torch.float32)[0]) is nn.Conv2d
     for features in ({"avx512bf16", "avx512bw", "amx-bf16"}, {"avx512bw"}):
         monkeypatch.setattr(
-            "cifar_exp.cpu_kernels.numba_runtime.target", lambda features=features: ("", "", frozenset(features))
+            "cifar_exp.cpu_kernels.winograd.target", lambda features=features: ("", "", frozenset(features))
         )
         assert type(fuse_layers(layers(), torch.bfloat16)[0]) is nn.Conv2d
 
