@@ -14,7 +14,10 @@ import cifar_exp.cli.report
 import cifar_exp.cli.train
 import cifar_exp.cli.verify
 import cifar_exp.parity.run
+import cifar_exp.runs.classifier
 import cifar_exp.runs.run
+import cifar_exp.study.sweep_report
+import cifar_exp.tracking.deliveries
 
 with suppress(Exception):  # as ranks do, which say why they cannot
     import cifar_exp.cpu_kernels.layers  # noqa: F401

@@ -114,7 +114,7 @@ def test_a_bug_in_the_trackers_client_is_no_server_that_cannot_be_reached(tmp_pa
 
 
 def test_other_commands_tell_it_too(tmp_path: Path) -> None:
-    patch = f"{BOOM.format('TypeError')}import cifar_exp.cli.sync as s; s.runs_in = boom"
+    patch = f"{BOOM.format('TypeError')}import cifar_exp.tracking.deliveries as s; s.runs_in = boom"
     assert_told_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
 
 

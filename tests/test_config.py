@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from cifar_exp.cli.main import COMMANDS
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
@@ -159,7 +160,10 @@ def test_a_users_own_config_folder_and_module_add_to_the_groups(cifar_exp: Comma
     assert "trusted_modules=[my_models]" in refused.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["train.epochs=0"]])
+LIGHT = [["--help"], ["--version"], ["--cfg", "job"], ["train.epochs=0"], *([name, "--help"] for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
 def test_help_config_and_refusals_do_not_wait_for_torch(arguments: list[str], workplace: Path) -> None:
     code = (
         "import sys\nfrom cifar_exp.cli.main import main\n"

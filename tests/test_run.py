@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_exp.cli.predict import Classifier
 from cifar_exp.data.batches import resized
 from cifar_exp.distributed.rank_times import by_rank, training_seconds
 from cifar_exp.models.networks import convnet, parameter_count
 from cifar_exp.models.speednet import patches_of
 from cifar_exp.records import journal
+from cifar_exp.runs.classifier import Classifier
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, the_run
 from tests.helpers.image_trees import REAL_IMAGES

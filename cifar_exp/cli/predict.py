@@ -3,109 +3,18 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from omegaconf import OmegaConf
-from torch import Tensor, nn
 
 from cifar_exp.cli.words import settings_in
-from cifar_exp.data.batches import Normalization
-from cifar_exp.data.image_files import IMAGE_SUFFIXES, read_image
-from cifar_exp.errors import ConfigError, DataError, StorageError
-from cifar_exp.records import checkpoint
-from cifar_exp.records.find_run import find_run
-from cifar_exp.records.run_folder import CONFIG_FILE
-from cifar_exp.runs.components import model_factory
-from cifar_exp.runs.config_changes import UNREADABLE
-from cifar_exp.system.surroundings import settle
+from cifar_exp.errors import ConfigError, DataError
 
+if TYPE_CHECKING:  # importing torch takes seconds: --help does not wait for it
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class Classifier:
-    """A trained network with what turns an image into its input and its output into a name."""
-
-    model: nn.Module
-    classes: Sequence[str]
-    normalization: Normalization
-    image_size: tuple[int, int]
-
-    @classmethod
-    def of_run(cls, run_dir: Path, which: str = "", trusted: Sequence[str] = ()) -> "Classifier":
-        """The network of the run in ``run_dir``.
-
-        Args:
-            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
-            which: ``best``, ``last``, or neither for the best one where one is kept.
-            trusted: modules beside this package, torch and torchvision whose code may be run.
-
-        Raises:
-            ConfigError: the best one is wanted and none is kept.
-            StorageError: where it holds no readable checkpoint.
-        """
-
-        def warn(line: str) -> None:
-            print(f"cifar-exp: {line}", file=sys.stderr)
-
-        saved = None if which == "last" else checkpoint.best(run_dir, warn)
-        if saved is None and which == "best":
-            raise ConfigError(
-                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Set checkpoint=last"
-            )
-        saved = saved or checkpoint.newest(run_dir, warn)
-        section = _model_section(run_dir / CONFIG_FILE)
-        model = model_factory(section, trusted)(num_classes=len(saved.classes))
-        model.load_state_dict(saved.model)
-        return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
-
-    def probabilities(self, images: Tensor) -> Tensor:
-        """``images``: (N, 3, H, W) uint8 -> (N, classes) float32, each row adding up to 1."""
-        with torch.inference_mode():
-            logits: Tensor = self.model(self.normalization(images))
-            return logits.float().softmax(1)
-
-    def read(self, path: Path) -> Tensor:
-        """An image file as (3, H, W) uint8 of the training images' size.
-
-        Raises:
-            DataError: where it is no readable image.
-        """
-        image = read_image(path, self.image_size)
-        if isinstance(image, str):
-            raise DataError(f"{path}: the image cannot be read: {image.removeprefix(f'{path}: ')}")
-        return image
-
-
-def _model_section(path: Path) -> dict[str, Any]:
-    """``model`` of a run's configuration.
-
-    Raises:
-        StorageError: where there is none that can be read.
-    """
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-        return dict(config["model"])
-    except UNREADABLE as error:
-        raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
-
-
-def images_in(paths: Sequence[str]) -> list[Path]:
-    """The image files among ``paths`` and in the folders among them.
-
-    Raises:
-        DataError: where a path does not exist or a folder holds no image.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: there is no image here. Give the path of an image or of a folder of images")
-        files += found
-    return files
-
+    from cifar_exp.runs.classifier import Classifier
 
 SETTINGS = ("checkpoint", "trusted_modules")
 
@@ -124,6 +33,10 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
                                  (default: best where there is one)
     trusted_modules=[<package>]  whose code may be run, where the network comes from a package of yours
     """
+    from cifar_exp.records.find_run import find_run
+    from cifar_exp.runs.classifier import Classifier, images_in
+    from cifar_exp.system.surroundings import settle
+
     settle()
     settings, paths = settings_in(words, SETTINGS)
     which = settings.get("checkpoint", "")
@@ -143,7 +56,7 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
         raise DataError("\n".join(broken))
 
 
-def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> list[str]:
+def _classify(classifier: "Classifier", files: Sequence[Path], as_json: bool) -> list[str]:
     """Print a line for every image that can be read; what is wrong with the others."""
     images: dict[Path, Tensor] = {}
     broken: list[str] = []
@@ -154,11 +67,9 @@ def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> l
             broken.append(str(error))
     if not images:
         return broken
-    best = classifier.probabilities(torch.stack(list(images.values()))).max(1)
-    for path, label, probability in zip(images, best.indices.tolist(), best.values.tolist(), strict=True):
-        name = classifier.classes[label]
+    for path, (label, probability) in zip(images, classifier.label(list(images.values())), strict=True):
         if as_json:
-            print(json.dumps({"image": str(path), "label": name, "probability": round(probability, 4)}))
+            print(json.dumps({"image": str(path), "label": label, "probability": round(probability, 4)}))
         else:
-            print(f"{path}  {name}  {probability:.1%}")
+            print(f"{path}  {label}  {probability:.1%}")
     return broken

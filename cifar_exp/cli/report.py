@@ -1,21 +1,13 @@
 """`cifar-exp report`: a sweep's tables and figures again, or two sweeps compared; from folders or from MLflow."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from cifar_exp.cli.words import settings_in
-from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError, storage_errors
-from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
-from cifar_exp.study.comparison import Comparison
-from cifar_exp.study.finished_runs import FinishedRun, finished_runs
-from cifar_exp.study.report import Study
-from cifar_exp.system.surroundings import settle
 
 SETTINGS = ("tracking.uri", "report.target_accuracy", "report.price_per_hour")
 
@@ -35,15 +27,19 @@ def command(words: tuple[str, ...], to: Path) -> None:
     report.target_accuracy=0.85      what it took to reach this validation accuracy
     report.price_per_hour=2.5        of one device: what that cost
     """
+    from rich.console import Console
+
+    from cifar_exp.study.sweep_report import compared_sweeps, sweep_report
+    from cifar_exp.system.surroundings import settle
+
     settle()
     typed, sweeps = settings_in(words, SETTINGS)
     target = _number(typed, "report.target_accuracy", highest=1.0)
     price = _number(typed, "report.price_per_hour", highest=math.inf)
     if not 1 <= len(sweeps) <= 2:
         raise ConfigError(f"report: it takes one sweep, or two to compare. {len(sweeps)} were given")
-    found = [finished_runs(sweep, typed.get("tracking.uri")) for sweep in sweeps]
-    settings = _settings(found[0], target, price)
-    made = _comparison(sweeps, found) if len(found) == 2 else _study(sweeps[0], found[0], settings)
+    uri = typed.get("tracking.uri")
+    made = compared_sweeps(sweeps, uri) if len(sweeps) == 2 else sweep_report(sweeps[0], uri, target, price)
     made.print(Console())
     with storage_errors(to, "Set --to to another folder"):
         to.mkdir(parents=True, exist_ok=True)
@@ -62,40 +58,3 @@ def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None
         limit = " and at most 1" if highest == 1 else ""
         raise ConfigError(f"{name}={typed[name]}: it must be a number over 0{limit}. Set {name}=0.85")
     return number
-
-
-def _settings(
-    runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
-) -> ReportSettings:
-    """What was typed, else what the sweep itself was given."""
-    given = runs[0].params if runs else {}
-    then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
-    target, price = (None if value in (None, "None") else float(value) for value in then)
-    return ReportSettings(target_accuracy or target, price_per_hour or price)
-
-
-def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) -> Study:
-    study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
-    if study is None:
-        raise ConfigError(
-            f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Run "
-            f"cifar-exp -m experiment=speedup devices.count=1,2"
-        )
-    return study
-
-
-def _unfinished(folder: Path) -> list[str]:
-    """The jobs of the sweep in ``folder`` that are not finished."""
-    jobs = []
-    for path in sorted(folder.rglob(RUN_FILE)) if folder.is_dir() else ():
-        outcome = Outcome.of(path.parent)
-        if outcome is None or outcome.status != "FINISHED":
-            overrides = RunInfo.load(path.parent).tags.get("overrides", path.parent.name)
-            jobs.append(f"{overrides}: {outcome.status if outcome else 'not finished'}")
-    return jobs
-
-
-def _comparison(sweeps: Sequence[str], runs: Sequence[Sequence[FinishedRun]]) -> Comparison:
-    first, second = (Path(sweep).name[:20] for sweep in sweeps)
-    names = (f"A: {first}", f"B: {second}")
-    return Comparison.of(names, *runs)

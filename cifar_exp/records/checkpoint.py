@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from cifar_exp.errors import FREE_SPACE, StorageError
+from cifar_exp.records.run_folder import CHECKPOINTS
 from cifar_exp.system.atomic_files import write_atomically
-
-FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
     Raises:
         StorageError: where the file system refuses; earlier checkpoints stay.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / CHECKPOINTS
     path = _free_path(_path(run_dir, origin.step))
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
@@ -152,13 +151,13 @@ def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
     Raises:
         StorageError: where all checkpoints are damaged.
     """
-    paths = sorted((run_dir / FOLDER).glob("*.json"), reverse=True)
+    paths = sorted((run_dir / CHECKPOINTS).glob("*.json"), reverse=True)
     for path in paths:
         if manifest := _verified(path, warn):
             return manifest
     if paths:
         raise StorageError(
-            f"{run_dir / FOLDER}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or set "
+            f"{run_dir / CHECKPOINTS}: all {len(paths)} checkpoint(s) are damaged. Restore one from a backup, or set "
             f"resume=never to start again from the beginning"
         )
     return None
@@ -204,7 +203,7 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
     Raises:
         StorageError: where it cannot be read, or is no checkpoint of this package.
     """
-    path = run_dir / FOLDER / manifest.file
+    path = run_dir / CHECKPOINTS / manifest.file
     try:
         fields: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**fields)
@@ -220,7 +219,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     """
     manifest = sound(run_dir, warn)
     if manifest is None:
-        raise StorageError(f"{run_dir / FOLDER}: there is no checkpoint. Choose a run that has finished an epoch")
+        raise StorageError(f"{run_dir / CHECKPOINTS}: there is no checkpoint. Choose a run that has finished an epoch")
     return load(run_dir, manifest)
 
 
@@ -245,7 +244,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def _path(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step-{step:08}.pt"
+    return run_dir / CHECKPOINTS / f"step-{step:08}.pt"
 
 
 def _own_version() -> str:

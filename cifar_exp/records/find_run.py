@@ -5,9 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError
-from cifar_exp.records import checkpoint
 from cifar_exp.records.journal import RUN_ID_FILE
-from cifar_exp.records.run_folder import OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
+from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
 
 LATEST = "latest"
 
@@ -24,7 +23,7 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     Raises:
         ConfigError: where there is no such run.
     """
-    mark, newest = (checkpoint.FOLDER, f"{checkpoint.FOLDER}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
+    mark, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
     if name == LATEST:
         found = sorted(OUTPUTS.rglob(newest), key=lambda path: path.stat().st_mtime)
         if not found:

@@ -26,6 +26,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 OUTPUTS = Path("outputs")
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"  # the folder of checkpoints
 UNDELIVERED_FILE = ".undelivered"  # in a run folder: names the store that still lacks a part of it
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: facts of its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration

@@ -13,7 +13,7 @@ from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import find_run
-from cifar_exp.records.run_folder import CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
+from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
 from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
@@ -132,7 +132,7 @@ def _resumption(
         first = begun.manifest.epoch if begun and begun.manifest else 0
         if any(entry.epoch > first + every + 1 for entry in entries):
             raise StorageError(
-                f"{folder / checkpoint.FOLDER}: the run has trained whole epochs and its checkpoints are gone. Restore "
+                f"{folder / CHECKPOINTS}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or type resume=never to start again from the beginning"
             )
     if manifest is not None and not in_place:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_exp.cli import data as data_command
 from cifar_exp.cli.main import answer
 from cifar_exp.data import cifar10_archive
 from cifar_exp.data.cifar10 import cifar10
@@ -288,7 +287,7 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_command, "cifar10", small_cifar10)
+    monkeypatch.setattr("cifar_exp.data.cifar10.cifar10", small_cifar10)
 
 
 @pytest.mark.usefixtures("small_release")

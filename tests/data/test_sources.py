@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from cifar_exp.cli.predict import Classifier
 from cifar_exp.config.reading import read_config
 from cifar_exp.data import file_source, image_files
 from cifar_exp.data.augment import Shift
@@ -31,6 +30,7 @@ from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_
 from cifar_exp.data.synthetic import synthetic
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
+from cifar_exp.runs.classifier import Classifier
 from cifar_exp.runs.components import build
 from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.training.cuda_graph import CapturedStep

@@ -17,7 +17,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cifar_exp.cli.predict import Classifier
 from cifar_exp.config import schema
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
@@ -33,6 +32,7 @@ from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.journal import Entry
+from cifar_exp.runs.classifier import Classifier
 from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import Averages

@@ -12,7 +12,7 @@ import torch
 
 from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
-from cifar_exp.records.checkpoint import FOLDER
+from cifar_exp.records.run_folder import CHECKPOINTS
 from tests.faults.registry import case
 from tests.faults.runs import (
     EPOCHS_A_TRY,
@@ -30,11 +30,11 @@ STEPS = {
     "while the network is written": ("fsync", "*.pt.tmp", 3, "cut"),
     "before the network is flushed": ("fsync", "*.pt.tmp", 3, "kill"),
     "before the network is renamed": ("replace", "*.pt.tmp", 3, "kill"),
-    "before the network's name is flushed": ("fsync", FOLDER, 5, "kill"),
+    "before the network's name is flushed": ("fsync", CHECKPOINTS, 5, "kill"),
     "while the manifest is written": ("fsync", "*.json.tmp", 3, "cut"),
     "before the manifest is flushed": ("fsync", "*.json.tmp", 3, "kill"),
     "before the manifest is renamed": ("replace", "*.json.tmp", 3, "kill"),
-    "before the manifest's name is flushed": ("fsync", FOLDER, 6, "kill"),
+    "before the manifest's name is flushed": ("fsync", CHECKPOINTS, 6, "kill"),
     "before the oldest manifest is deleted": ("unlink", "*.json", 2, "kill"),
     "before the oldest network is deleted": ("unlink", "*.pt", 2, "kill"),
 }
@@ -71,7 +71,7 @@ def damaged_checkpoints(scene: Scene) -> None:
     run_dir = scene.folder / "run"
     for step in (10, 20):
         checkpoint.save(run_dir, trained(step), origin(step), keep=2)
-    network = run_dir / FOLDER / "step-00000020.pt"
+    network = run_dir / CHECKPOINTS / "step-00000020.pt"
     manifest = network.with_suffix(".json")
     total = min(scene.suite.damages, 300) if scene.suite.repeat == 1 else scene.suite.damages
     kinds = {
@@ -135,7 +135,7 @@ def copied(scene: Scene, run: tuple[str, ...], name: str) -> Path:
 @case("the newest checkpoint is damaged", quick=True)
 def newest_damaged(scene: Scene) -> None:
     run = settings(EPOCHS_A_TRY)
-    newest = max((copied(scene, run, "run") / FOLDER).glob("*.pt"))
+    newest = max((copied(scene, run, "run") / CHECKPOINTS).glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1])
     ended = scene.run(*run, *HERE, *UNTRACKED)
     says(ended, 0, newest.name, "damaged and is skipped")
@@ -154,7 +154,7 @@ def refused_start(scene: Scene, fault: str, spoil: Callable[[Path], None], code:
 @case("all checkpoints are damaged")
 def all_damaged(scene: Scene) -> None:
     def spoil(folder: Path) -> None:
-        for path in (folder / FOLDER).glob("*.pt"):
+        for path in (folder / CHECKPOINTS).glob("*.pt"):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     refused_start(scene, "all checkpoints are damaged", spoil, 8, "are damaged", "resume=never")
@@ -163,7 +163,7 @@ def all_damaged(scene: Scene) -> None:
 @case("the checkpoints are gone")
 def checkpoints_gone(scene: Scene) -> None:
     def spoil(folder: Path) -> None:
-        shutil.rmtree(folder / FOLDER)
+        shutil.rmtree(folder / CHECKPOINTS)
 
     refused_start(scene, "the checkpoints are gone", spoil, 8, "checkpoints are gone", "resume=never")
 
@@ -192,7 +192,7 @@ def checkpoints_exchanged(scene: Scene) -> None:
     run_dir = scene.folder / "run"
     for step in (10, 20, 30):
         checkpoint.save(run_dir, trained(step), origin(step), keep=3)
-    names = [run_dir / FOLDER / f"step-000000{step}.pt" for step in (20, 30)]
+    names = [run_dir / CHECKPOINTS / f"step-000000{step}.pt" for step in (20, 30)]
     contents = [path.read_bytes() for path in names]
     for path, content in zip(names, reversed(contents), strict=True):
         path.write_bytes(content)
@@ -210,7 +210,7 @@ def malicious_pickle(scene: Scene) -> None:
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked
     checkpoint.save(run_dir, trained(), origin(10), keep=2)
-    path = run_dir / FOLDER / "step-00000010.pt"
+    path = run_dir / CHECKPOINTS / "step-00000010.pt"
     torch.save(dict(vars(trained())) | {"classes": Malicious(marker)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
@@ -224,8 +224,8 @@ def manifest_points_elsewhere(scene: Scene) -> None:
     run_dir = scene.folder / "run"
     checkpoint.save(run_dir, trained(), origin(10), keep=2)
     outside = scene.folder / "outside.pt"
-    shutil.copy(run_dir / FOLDER / "step-00000010.pt", outside)
-    reseal(run_dir / FOLDER / "step-00000010.json", file="../../outside.pt")
+    shutil.copy(run_dir / CHECKPOINTS / "step-00000010.pt", outside)
+    reseal(run_dir / CHECKPOINTS / "step-00000010.json", file="../../outside.pt")
     with pytest.raises(StorageError, match="damaged"):
         checkpoint.sound(run_dir, lambda _: None)
     scene.handled("a manifest that names a file elsewhere", "the same")

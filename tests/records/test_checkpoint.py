@@ -15,8 +15,9 @@ import torch
 
 from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
-from cifar_exp.records.checkpoint import FOLDER, Checkpoint, Origin, load, newest, save, sealed, sound
+from cifar_exp.records.checkpoint import Checkpoint, Origin, load, newest, save, sealed, sound
 from cifar_exp.records.checkpoint_saver import Saver
+from cifar_exp.records.run_folder import CHECKPOINTS
 from tests.helpers.checkpoints import Malicious, origin, reseal, silent, trained
 
 
@@ -46,7 +47,7 @@ def assert_equal(left: Checkpoint, right: Checkpoint) -> None:
 
 
 def files(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / FOLDER).iterdir())
+    return sorted(path.name for path in (run_dir / CHECKPOINTS).iterdir())
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -> None:
@@ -89,12 +90,12 @@ def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
 def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -> None:
     for step, best_step in ((10, 10), (20, 10), (30, 30)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=2)
-    (tmp_path / FOLDER / "step-00000030.pt").write_bytes(b"")
+    (tmp_path / CHECKPOINTS / "step-00000030.pt").write_bytes(b"")
     told: list[str] = []
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
     assert_equal(found, trained(10))
-    assert told == [f"{tmp_path / FOLDER / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
+    assert told == [f"{tmp_path / CHECKPOINTS / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
     save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
     found = checkpoint.best(tmp_path, told.append)
     assert found is not None
@@ -107,7 +108,7 @@ def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_pa
     assert checkpoint.best(tmp_path, silent) is None
     for step, best_step in ((20, 20), (30, 20)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=1)
-    path = tmp_path / FOLDER / "step-00000020.pt"
+    path = tmp_path / CHECKPOINTS / "step-00000020.pt"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
         checkpoint.best(tmp_path, lambda _: None)
@@ -176,7 +177,7 @@ def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(t
     manifest = sound(tmp_path, silent)
     assert manifest is not None
     assert (manifest.run_id, manifest.python, manifest.cifar_exp) == ("ab12", platform.python_version(), "0.1.0")
-    path = tmp_path / FOLDER / "step-00000010.json"
+    path = tmp_path / CHECKPOINTS / "step-00000010.json"
     fields = json.loads(path.read_text())
     path.write_bytes(sealed({name: fields[name] for name in fields if name not in ("run_id", "python", "seal")}))
     manifest = sound(tmp_path, silent)
@@ -186,8 +187,8 @@ def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(t
 
 def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
     save(tmp_path, trained(0), origin(10), keep=2)
-    (tmp_path / FOLDER / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
-    (tmp_path / FOLDER / "step-00000020.json.tmp").write_text("{")
+    (tmp_path / CHECKPOINTS / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
+    (tmp_path / CHECKPOINTS / "step-00000020.json.tmp").write_text("{")
     assert_equal(newest(tmp_path, silent), trained(0))
     save(tmp_path, trained(2), origin(20), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (10, 20) for kind in ("json", "pt")]
@@ -199,7 +200,7 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
     (tmp_path / blocked).write_text("not a folder")
     with pytest.raises(StorageError) as refusal:
         save(tmp_path / "run", trained(), origin(10), keep=2)
-    assert str(tmp_path / "run" / FOLDER) in str(refusal.value)
+    assert str(tmp_path / "run" / CHECKPOINTS) in str(refusal.value)
     assert (tmp_path / blocked).read_text() == "not a folder"
 
 
@@ -212,7 +213,7 @@ def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, trained(step), origin(step), keep=2)
-    path = tmp_path / FOLDER / "step-00000020.pt"
+    path = tmp_path / CHECKPOINTS / "step-00000020.pt"
     whole = path.read_bytes()
     draw = random.Random(0)
     # Cut at every 4 KiB, and any single bit flipped.
@@ -233,7 +234,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"file": "step-00000010.pt"}'])
 def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Path, content: str) -> None:
     save(tmp_path, trained(), origin(10), keep=2)
-    (tmp_path / FOLDER / "step-00000010.json").write_text(content)
+    (tmp_path / CHECKPOINTS / "step-00000010.json").write_text(content)
     told: list[str] = []
     with pytest.raises(StorageError, match=r"all 1 checkpoint\(s\) are damaged") as refusal:
         sound(tmp_path, told.append)
@@ -244,7 +245,7 @@ def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Pa
 def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, trained(step), origin(step), keep=2)
-    path = tmp_path / FOLDER / "step-00000020.json"
+    path = tmp_path / CHECKPOINTS / "step-00000020.json"
     path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
     told: list[str] = []
     manifest = sound(tmp_path, told.append)
@@ -259,7 +260,7 @@ def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked
     save(tmp_path, trained(), origin(10), keep=2)
-    path = tmp_path / FOLDER / "step-00000010.pt"
+    path = tmp_path / CHECKPOINTS / "step-00000010.pt"
     content = dict(vars(trained())) | {"classes": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cifar_exp.cli.predict import Classifier
 from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.model_export import publish
+from cifar_exp.runs.classifier import Classifier
 from tests.conftest import TINY, Command
 from tests.helpers.checkpoints import origin, silent, trained
 from tests.helpers.readme import README, folders

@@ -1,0 +1,71 @@
+"""The report of one sweep, and of two sweeps compared, from their folders or from MLflow."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_exp.config.schema import ReportSettings
+from cifar_exp.errors import ConfigError
+from cifar_exp.records.find_run import find_folder
+from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
+from cifar_exp.study.comparison import Comparison
+from cifar_exp.study.finished_runs import FinishedRun, finished_runs
+from cifar_exp.study.report import Study
+
+
+def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, price_per_hour: float | None) -> Study:
+    """The study of a sweep.
+
+    Args:
+        sweep: its folder, its MLflow run id, or ``latest``.
+        uri: address of the MLflow store; None: the one under ``outputs/``.
+        target_accuracy: in place of the sweep's own ``report.target_accuracy``.
+        price_per_hour: in place of the sweep's own ``report.price_per_hour``.
+
+    Raises:
+        ConfigError: where it has no finished runs with two device counts.
+    """
+    runs = finished_runs(sweep, uri)
+    settings = _settings(runs, target_accuracy, price_per_hour)
+    return _study(sweep, runs, settings)
+
+
+def compared_sweeps(sweeps: Sequence[str], uri: str | None) -> Comparison:
+    """What changed from the first of two sweeps to the second; each named as for :func:`sweep_report`."""
+    return _comparison(sweeps, [finished_runs(sweep, uri) for sweep in sweeps])
+
+
+def _settings(
+    runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
+) -> ReportSettings:
+    """What was typed, else what the sweep itself was given."""
+    given = runs[0].params if runs else {}
+    then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
+    target, price = (None if value in (None, "None") else float(value) for value in then)
+    return ReportSettings(target_accuracy or target, price_per_hour or price)
+
+
+def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) -> Study:
+    study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
+    if study is None:
+        raise ConfigError(
+            f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Run "
+            f"cifar-exp -m experiment=speedup devices.count=1,2"
+        )
+    return study
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """The jobs of the sweep in ``folder`` that are not finished."""
+    jobs = []
+    for path in sorted(folder.rglob(RUN_FILE)) if folder.is_dir() else ():
+        outcome = Outcome.of(path.parent)
+        if outcome is None or outcome.status != "FINISHED":
+            overrides = RunInfo.load(path.parent).tags.get("overrides", path.parent.name)
+            jobs.append(f"{overrides}: {outcome.status if outcome else 'not finished'}")
+    return jobs
+
+
+def _comparison(sweeps: Sequence[str], runs: Sequence[Sequence[FinishedRun]]) -> Comparison:
+    first, second = (Path(sweep).name[:20] for sweep in sweeps)
+    names = (f"A: {first}", f"B: {second}")
+    return Comparison.of(names, *runs)
