@@ -5,9 +5,11 @@ tells: what fails without the words that were typed, too, is not their fault.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from typing import TypeGuard
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     InterpolationKeyError,
@@ -41,8 +43,9 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         options = [str(option) for option in error.options or []]
         return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
     cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return ConfigError(unknown_setting(cause.full_key))
+    key = cause.full_key if isinstance(error, ConfigCompositionException) and _is_of_omegaconf(cause) else ""
+    if key and any(str(key).partition(".")[0] in word for word in typed):  # else it is of something internal
+        return ConfigError(unknown_setting(key))
     if isinstance(error, OverrideParseException):
         return ConfigError(
             f"{error.override}: it cannot be read as an override. Write key=value; quote lists and spaces"
@@ -51,12 +54,17 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         return _of_the_disk(error)
     if isinstance(error, YAMLError):
         return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Mend it")
-    words = list(typed) if _is_for_the_user(error) else to_blame(error, typed)
-    if not words:
+    text = str(error) or str(cause or type(error).__name__)
+    words = to_blame(error, typed)
+    if not words and not _is_for_the_user(error):
         return None
-    if not any(word.lstrip("+~").partition("=")[0] in str(error) for word in typed):
-        error = ValueError(f"{' '.join(words)}: {error}")
-    return ConfigError(f"{error}. Write group=choice or key=value, as in model=convnet train.epochs=5; see --help")
+    if not any(word.lstrip("+~").partition("=")[0] in text for word in typed):
+        text = f"{' '.join(words or typed)}: {text}"
+    return ConfigError(f"{text}. Write group=choice or key=value, as in model=convnet train.epochs=5; see --help")
+
+
+def _is_of_omegaconf(error: BaseException | None) -> TypeGuard[OmegaConfBaseException]:
+    return isinstance(error, OmegaConfBaseException)
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -81,7 +89,7 @@ def to_blame(error: Exception, typed: Sequence[str]) -> list[str]:
 
 def _fails_alike(error: Exception, overrides: Iterable[str]) -> bool:
     try:
-        with composing(conf_dir()):
+        with nullcontext() if GlobalHydra().is_initialized() else composing(conf_dir()):
             compose("config", list(overrides))
     except Exception as failure:
         return type(failure) is type(error)

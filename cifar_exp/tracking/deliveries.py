@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
+from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 

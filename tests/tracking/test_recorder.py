@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Unreliable:
         self.closed.append(status)
 
     def is_final(self, error: Exception) -> bool:
-        return isinstance(error, ValueError)
+        return isinstance(error, sqlite3.DatabaseError)
 
 
 def journal(run_dir: Path, count: int) -> list[Entry]:
@@ -167,12 +168,12 @@ def test_what_a_store_is_owed_only_that_store_settles(tmp_path: Path) -> None:
 
 def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal(tmp_path, 3)
-    sink = Unreliable(lambda name: ValueError("file is not a database") if name == "open" else None)
+    sink = Unreliable(lambda name: sqlite3.DatabaseError("file is not a database") if name == "open" else None)
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
     follower.finish("FINISHED", answer_seconds=60)
     assert sink.calls == 2  # open, and word of the end
-    assert isinstance(follower.error, ValueError)
+    assert isinstance(follower.error, sqlite3.DatabaseError)
     assert "Unreliable failed, training continues: file is not a database" in capsys.readouterr().err
 
 
