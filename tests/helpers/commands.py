@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -40,7 +41,8 @@ def ready_to_fork() -> None:
     has imported is what the first one to need it asked for.
     """
     FORKS.set_forkserver_preload(["tests.command_modules", __name__])
-    with mock.patch.dict(os.environ, PYTHONPATH=str(REPO)):
+    # Not in the folder of the test that happens to be the first: that one may count who is in it.
+    with mock.patch.dict(os.environ, PYTHONPATH=str(REPO)), chdir(REPO):
         forkserver.ensure_running()
 
 
