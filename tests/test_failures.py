@@ -241,8 +241,8 @@ def test_a_signal_where_nothing_can_be_raised_is_told_once_and_other_errors_ther
     assert "ZeroDivisionError" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["main", "verify"])
-def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(command: str, tmp_path: Path) -> None:
     """As omegaconf does, which cannot undo what it was in the midst of."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
@@ -250,7 +250,7 @@ def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(module: str, 
         "except BaseException:\n    raise AttributeError('an attribute of None') from None\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"from cifar_exp.{module} import main; main()"],
+        [sys.executable, "-m", "cifar_exp", command],
         env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"},
         capture_output=True,
         text=True,

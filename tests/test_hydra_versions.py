@@ -15,6 +15,7 @@ from cifar_exp.config import hydra_versions, reading
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import _parser_of_old_versions, composing, limited_to, register_resolver
 from cifar_exp.config.reading import read_config
+from cifar_exp.config.targets import ALLOWED
 from cifar_exp.runs.components import build
 from tests.conftest import Command
 
@@ -100,7 +101,7 @@ def test_hydra_is_given_our_allow_list_where_it_takes_one(monkeypatch: pytest.Mo
     reading.register_resolvers()
     with composing(conf_dir()):
         build(read_config(compose("config", ["trusted_modules=[mine]"])))
-    assert given == [["cifar_exp.*", "torch.*", "torchvision.*", "mine.*"]]
+    assert given == [[*patterns, "mine", "mine.*"] for patterns in ALLOWED.values()]
 
 
 def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +109,7 @@ def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(hydra_versions, "_LIMITS_TARGETS", True)
     monkeypatch.setattr(hydra_versions, "_BASE", {})
     monkeypatch.setattr(hydra_versions.hydra, "main", lambda **settings: given.update(settings) or (lambda job: job))
-    hydra_versions.run_command(lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch"])
+    hydra_versions.run_command(lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch.*"])
     assert given["execution_whitelist"] == ["torch.*"]
     assert given["ran"]
     assert "version_base" not in given

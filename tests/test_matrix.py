@@ -20,7 +20,7 @@ def first_block(text: str) -> list[str]:
 
 def test_the_first_two_commands_need_no_pip_of_the_distribution() -> None:
     """PEP 668: what a distribution's own pip refuses is done in an environment."""
-    commands = first_block(README.partition("## Set up")[2])
+    commands = first_block(README.partition("## Start")[2])
     assert len(commands) == 2
     made, entered, installed = (part.strip() for part in commands[0].split("&&"))
     assert (made, entered, installed) == ("python3 -m venv .venv", ". .venv/bin/activate", "pip install uv")

@@ -57,7 +57,7 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(host, "own_cores", lambda: list(range(8)))
-    monkeypatch.setattr("cifar_exp.launch.own_cores", lambda: list(range(8)))
+    monkeypatch.setattr("cifar_exp.launch.devices.own_cores", lambda: list(range(8)))
 
 
 @pytest.mark.usefixtures("apple")
@@ -215,11 +215,11 @@ def test_an_epoch_asks_nothing_of_mps_that_it_lacks(
     monkeypatch.setattr(data_parallel.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(data_parallel.dist, "broadcast", _only_on_the_host)
     monkeypatch.setattr(Averages, "of", lambda sums: _only_on_the_host(sums) or Averages(1.0, 0.5, 1000))
-    monkeypatch.setattr(Trainer, "_gather_times", lambda _: None)
+    monkeypatch.setattr(Trainer, "_exchange_times", lambda _: None)
     rank = rank_on_mps(monkeypatch, tmp_path, *recipe, "train.epochs=1", "train.batch_size=250")
     with OnlyWhatMPSHas() as seen:
         trained = rank.trainer.train_one_epoch(1, rank.batches)
-        rank.trainer._evaluate(replace(rank.test, batch_size=500), 1, rank.batches)
+        rank.trainer._validate(replace(rank.test, batch_size=500), 1, rank.batches)
     assert trained["train/accuracy"] == 0.5
     assert rank.trainer.step >= 4
     assert {"convolution", "index_select"} <= seen.operators
@@ -246,7 +246,7 @@ def test_what_mps_lacks_would_be_noticed(what: Callable[[], object], complaint: 
 
 def test_sums_that_are_kept_elsewhere_are_the_same(only_rank: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the device has no float64: here ``meta`` stands for no device, so the CPU plays it."""
-    monkeypatch.setattr("cifar_exp.system.accelerator.exact_device", lambda _: MPS)  # another one than its own
+    monkeypatch.setattr("cifar_exp.training.metrics.exact_device", lambda _: MPS)  # another one than its own
     totals = Totals(only_rank.device)
     assert totals.sums.dtype == torch.float32
     logits, labels = torch.eye(10), torch.arange(10)

@@ -75,8 +75,12 @@ def main(words: Sequence[str] | None = None) -> None:
 def answer(words: Sequence[str]) -> int:
     """Run a command line; its exit code. An error that the user can mend is printed as one message."""
     try:
-        code = commands.main(list(words), prog_name="cifar-exp", standalone_mode=False)
+        # Not `commands.main`: click would print an empty line for Ctrl-C, and make another error of it.
+        with commands.make_context("cifar-exp", list(words)) as context:
+            code: object = commands.invoke(context)
         return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as ended:  # of --help and --version
+        return ended.exit_code
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

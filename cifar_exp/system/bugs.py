@@ -6,6 +6,7 @@ Libraries have classes of their own for what their users can mend. What Python i
 
 import errno
 import logging
+import os
 import platform
 import tempfile
 import traceback
@@ -134,5 +135,5 @@ def _text(error: BaseException) -> str:
 
 def _logs() -> Iterator[Path]:
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename != os.devnull:
             yield Path(handler.baseFilename)

@@ -16,6 +16,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 
 PROC = Path("/proc")  # Linux alone
 SYS = Path("/sys")
+SHARED_MEMORY = "/dev/shm"
 MACHINE_ID = Path("/etc/machine-id")
 MACOS = sys.platform == "darwin"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -18,11 +18,12 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from cifar_exp.errors import StorageError
+from cifar_exp.system import host
 
 VARIABLE = "CIFAR_EXP_CACHE_DIR"
 NAME = "cifar-exp"
 SOCKET_BASE = 76  # characters: a socket's path may have 107, and multiprocessing adds 31
-SHORT_BASES = ("/tmp", "/var/tmp", "/dev/shm")
+SHORT_BASES = ("/tmp", "/var/tmp", host.SHARED_MEMORY)
 # By the variable that the library reads: the name of its folder. One that the user has set stays.
 CACHES = {
     "NUMBA_CACHE_DIR": "numba",  # left to itself, numba writes beside the source files

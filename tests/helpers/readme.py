@@ -8,6 +8,7 @@ from PIL import Image
 from tests.conftest import REPO
 
 README = (REPO / "README.md").read_text()
+NETWORKS = (REPO / "docs" / "networks.md").read_text()
 
 
 def folders(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""`model.safetensors` is the network of the run, and the README's lines are all that it takes to use it."""
+"""`model.safetensors` is the network of the run, and the lines in docs/networks.md are all that it takes to use it."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from cifar_exp.records.model_export import publish
 from cifar_exp.runs.classifier import Classifier
 from tests.conftest import TINY, Command
 from tests.helpers.checkpoints import origin, silent, trained
-from tests.helpers.readme import README, folders
+from tests.helpers.readme import NETWORKS, folders
 
 
 def in_plain_pytorch(run_dir: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that the README's lines leave, run in the run's folder."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The names that the lines leave, run in the run's folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", NETWORKS, re.DOTALL)
     names: dict[str, Any] = {"images": images}
     with monkeypatch.context() as patch, torch.inference_mode():
         patch.chdir(run_dir)
@@ -28,7 +28,7 @@ def in_plain_pytorch(run_dir: Path, images: torch.Tensor, monkeypatch: pytest.Mo
     return names
 
 
-def test_the_readmes_lines_give_the_logits_of_the_trained_network(
+def test_the_lines_of_the_docs_give_the_logits_of_the_trained_network(
     cifar_exp: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders(workplace / "pictures")
