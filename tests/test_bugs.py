@@ -108,7 +108,7 @@ def test_a_bug_in_the_trackers_client_is_no_server_that_cannot_be_reached(tmp_pa
     done = run(tmp_path, patch, *TINY)
     assert_told_as_a_bug(done, 5, "TypeError")
     assert "training finished and nothing is lost" in done.stderr
-    assert "Once that is mended, type" in done.stderr
+    assert "Once that is mended, run" in done.stderr
     assert "reached" not in done.stderr
     assert "unreachable" not in done.stderr
 

@@ -89,8 +89,8 @@ def answer(words: Sequence[str]) -> int:
             print(f"cifar-exp: {stopped}", file=sys.stderr)
             return stopped.exit_code
         if isinstance(error, click.ClickException):
-            context = getattr(error, "ctx", None)
-            command = context.command_path if context else "cifar-exp"
+            where = getattr(error, "ctx", None)
+            command = where.command_path if where else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
         from cifar_exp.system.bugs import told
         from cifar_exp.system.redaction import masked_text
