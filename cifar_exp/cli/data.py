@@ -1,6 +1,6 @@
-"""`cifar-exp data`: the CIFAR-10 archive -> a tree of class folders with PNG images, for people and other programs.
+"""`cifar-exp data`: export the CIFAR-10 archive as class folders of PNG images.
 
-The images are the release's, bit for bit; ``data=folders data.root=data/cifar10-folders`` trains on them.
+PNG is lossless, so the pixels are those of the release. ``data=folders data.root=data/cifar10-folders`` trains on them.
 """
 
 import sys
@@ -23,7 +23,7 @@ from cifar_exp.system.progress_line import Progress
 from cifar_exp.system.surroundings import settle
 
 Counts = Counter[tuple[str, str, str]]
-"""(split, class, ``written`` or ``skipped``) -> images."""
+"""(split, class, ``written`` or ``skipped``) -> number of images."""
 
 
 SETTINGS = ("data.root", "data.archive", "data.mirror")
@@ -55,21 +55,28 @@ def command(words: tuple[str, ...], to: Path) -> None:
     try:
         counts = export(files, to)
     except KeyboardInterrupt:
-        print("Stopped. What is written stays; the same command continues.", file=sys.stderr)
+        print("Stopped. Written files are kept; run the same command again to continue.", file=sys.stderr)
         raise
     print(table(files.classes, counts))
     print(f"To train on them: cifar-exp data=folders data.root={to}")
 
 
 def export(files: DatasetFiles, folder: Path) -> Counts:
-    """Write each image as ``<folder>/<split>/<class>/NNNN.png``, numbered from 1; files that exist stay as they are.
+    """Write each image as ``<folder>/<split>/<class>/NNNN.png``, numbered from 1. Existing files are skipped.
+
+    Args:
+        files: the data set.
+        folder: the root of the class folders; it is created if missing.
+
+    Returns:
+        The number of images by split, class and outcome.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     counts: Counts = Counter()
     advice = "Make room, or choose another folder: --to <folder>"
-    with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be under way
+    with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be running
         for split in SPLITS:
             counts += _export_split(files, split, folder)
     return counts
@@ -93,7 +100,7 @@ def _export_split(files: DatasetFiles, split: SplitName, folder: Path) -> Counts
 
 
 def _write(job: tuple[Tensor, Path]) -> str:
-    """Write an image (3, H, W) uint8, atomically."""
+    """Write an image, (3, H, W) uint8, atomically. Returns ``written`` or ``skipped``."""
     image, path = job
     if path.exists():
         return "skipped"
@@ -103,7 +110,7 @@ def _write(job: tuple[Tensor, Path]) -> str:
 
 
 def table(classes: Sequence[str], counts: Counts) -> str:
-    """Images by class: written, and skipped because they were there."""
+    """The number of images written and skipped, as a text table with a row for each class."""
     columns = [(split, outcome) for split in SPLITS for outcome in ("written", "skipped")]
     rows = [(name, [counts[split, name, outcome] for split, outcome in columns]) for name in classes]
     sums = ("all", [sum(cells) for cells in zip(*(cells for _, cells in rows), strict=True)])

@@ -1,4 +1,4 @@
-"""`cifar-exp predict`: labels for images from the network of a run."""
+"""`cifar-exp predict`: label images with the network of a run."""
 
 import json
 import sys
@@ -26,7 +26,14 @@ from cifar_exp.system.surroundings import settle
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained network with what turns an image into its input and its output into a name."""
+    """A trained network with its preprocessing and class names.
+
+    Attributes:
+        model: the network in evaluation mode.
+        classes: the class names, in the order of the logits.
+        normalization: maps uint8 images to the network's input.
+        image_size: height and width of the input in pixels.
+    """
 
     model: nn.Module
     classes: Sequence[str]
@@ -35,16 +42,16 @@ class Classifier:
 
     @classmethod
     def of_run(cls, run_dir: Path, which: str = "", trusted: Sequence[str] = ()) -> "Classifier":
-        """The network of the run in ``run_dir``.
+        """Load the network of the run in ``run_dir``.
 
         Args:
-            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
-            which: ``best``, ``last``, or neither for the best one where one is kept.
-            trusted: modules beside this package, torch and torchvision whose code may be run.
+            run_dir: the run folder. It may be untrusted: ``trusted_modules`` of its configuration is ignored.
+            which: ``best``, ``last``, or empty for the best checkpoint if there is one, else the last.
+            trusted: modules outside this package, torch and torchvision whose code may run.
 
         Raises:
-            ConfigError: the best one is wanted and none is kept.
-            StorageError: where it holds no readable checkpoint.
+            ConfigError: ``which`` is ``best`` and the run has no best checkpoint.
+            StorageError: the run has no readable checkpoint.
         """
 
         def warn(line: str) -> None:
@@ -62,16 +69,26 @@ class Classifier:
         return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """``images``: (N, 3, H, W) uint8 -> (N, classes) float32, each row adding up to 1."""
+        """Class probabilities of a batch.
+
+        Args:
+            images: (N, 3, H, W) uint8.
+
+        Returns:
+            (N, classes) float32; each row sums to 1.
+        """
         with torch.inference_mode():
             logits: Tensor = self.model(self.normalization(images))
             return logits.float().softmax(1)
 
     def read(self, path: Path) -> Tensor:
-        """An image file as (3, H, W) uint8 of the training images' size.
+        """Read an image file and resize it to ``image_size``.
+
+        Returns:
+            (3, H, W) uint8.
 
         Raises:
-            DataError: where it is no readable image.
+            DataError: the file is not a readable image.
         """
         image = read_image(path, self.image_size)
         if isinstance(image, str):
@@ -80,10 +97,10 @@ class Classifier:
 
 
 def _model_section(path: Path) -> dict[str, Any]:
-    """``model`` of a run's configuration.
+    """Read the section ``model`` of a run's configuration.
 
     Raises:
-        StorageError: where there is none that can be read.
+        StorageError: the file cannot be read or has no such section.
     """
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -93,10 +110,16 @@ def _model_section(path: Path) -> dict[str, Any]:
 
 
 def images_in(paths: Sequence[str]) -> list[Path]:
-    """The image files among ``paths`` and in the folders among them.
+    """Expand files and folders to image files.
+
+    Args:
+        paths: image files, and folders that are searched recursively.
+
+    Returns:
+        The image files; those of a folder are sorted.
 
     Raises:
-        DataError: where a path does not exist or a folder holds no image.
+        DataError: a path does not exist or a folder has no image.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -120,9 +143,9 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     RUN is a run folder, an MLflow run id, or `latest`.
 
     \b
-    checkpoint=best|last         the epoch with the best validation, which runs with data.validation keep, or the last
-                                 (default: best where there is one)
-    trusted_modules=[<package>]  whose code may be run, where the network comes from a package of yours
+    checkpoint=best|last         the best epoch, which runs with data.validation keep, or the last epoch
+                                 (default: best if there is one, else last)
+    trusted_modules=[<package>]  your own packages that the network may come from
     """
     settle()
     settings, paths = settings_in(words, SETTINGS)
@@ -144,7 +167,7 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
 
 
 def _classify(classifier: Classifier, files: Sequence[Path], as_json: bool) -> list[str]:
-    """Print a line for every image that can be read; what is wrong with the others."""
+    """Print a label for every readable image. Returns a message for each unreadable one."""
     images: dict[Path, Tensor] = {}
     broken: list[str] = []
     for path in files:

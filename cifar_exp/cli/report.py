@@ -1,4 +1,4 @@
-"""`cifar-exp report`: a sweep's tables and figures again, or two sweeps compared; from folders or from MLflow."""
+"""`cifar-exp report`: recreate the tables and figures of a sweep, or compare two sweeps, from folders or MLflow."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ SETTINGS = ("tracking.uri", "report.target_accuracy", "report.price_per_hour")
 @click.command("report")
 @click.argument("words", nargs=-1, required=True, metavar="SWEEP [SWEEP]")
 @click.option(
-    "--to", type=click.Path(path_type=Path), default=Path(), help="Folder for what is written (default: here)."
+    "--to", type=click.Path(path_type=Path), default=Path(), help="Output folder (default: the current folder)."
 )
 def command(words: tuple[str, ...], to: Path) -> None:
-    """Make the tables and figures of SWEEP again, or compare two sweeps.
+    """Recreate the tables and figures of SWEEP, or compare two sweeps.
 
     SWEEP is a sweep's folder, its MLflow run id, or `latest`.
 
     \b
     tracking.uri=<address>           the MLflow store to read (default: the one under outputs/)
-    report.target_accuracy=0.85      what it took to reach this validation accuracy
-    report.price_per_hour=2.5        of one device: what that cost
+    report.target_accuracy=0.85      report the time to this validation accuracy
+    report.price_per_hour=2.5        price of one device, to report the cost of that time
     """
     settle()
     typed, sweeps = settings_in(words, SETTINGS)
@@ -51,7 +51,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
 
 
 def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None:
-    """A setting that must be more than 0 and at most ``highest``; None where it was not set."""
+    """Parse a setting in (0, ``highest``]; None if it is not set."""
     if name not in typed:
         return None
     try:
@@ -67,7 +67,7 @@ def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None
 def _settings(
     runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
 ) -> ReportSettings:
-    """What was typed, else what the sweep itself was given."""
+    """The settings of the command line; for those not given, the settings of the sweep."""
     given = runs[0].params if runs else {}
     then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
     target, price = (None if value in (None, "None") else float(value) for value in then)
@@ -85,7 +85,7 @@ def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) ->
 
 
 def _unfinished(folder: Path) -> list[str]:
-    """The jobs of the sweep in ``folder`` that are not finished."""
+    """A line for each unfinished job of the sweep in ``folder``."""
     jobs = []
     for path in sorted(folder.rglob(RUN_FILE)) if folder.is_dir() else ():
         outcome = Outcome.of(path.parent)

@@ -1,4 +1,4 @@
-"""`cifar-exp sync`: deliver to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
+"""`cifar-exp sync`: deliver runs from disk to MLflow, after an outage or a crash."""
 
 import sys
 from collections.abc import Mapping
@@ -25,14 +25,15 @@ SETTINGS = ("tracking.uri", "tracking.experiment")
 @click.command("sync")
 @click.argument("words", nargs=-1, required=True, metavar="FOLDER...")
 def command(words: tuple[str, ...]) -> int:
-    """Deliver to MLflow what runs hold on disk and their store lacks.
+    """Deliver runs from disk to MLflow, after an outage or a crash.
 
-    FOLDER is a run's or a sweep's folder, or one that holds several. Delivered are the run itself, params, tags, every
-    point once, files, and how it ended. The exit code is the first failure's; all runs are tried.
+    FOLDER is the folder of a run or a sweep, or a folder of several. The params, tags, metrics, files and status of
+    each run are delivered; points that MLflow already has are not sent again. If a run fails, the others are still
+    delivered, and the exit code is that of the first failure.
 
     \b
-    tracking.uri=<address>      another store than the run's own, or the same with the password that its folder does
-                                not keep
+    tracking.uri=<address>      another store than that of the run, or the same one with its password, which the run
+                                folder does not store
     tracking.experiment=<name>  another experiment
     """
     settle()
@@ -50,12 +51,12 @@ def command(words: tuple[str, ...]) -> int:
 
 
 def _folder(word: str) -> Path:
-    """A folder as typed, or the folder of the run that ``word`` names."""
+    """The folder ``word`` if it exists, else the folder of the run ``word``: an MLflow id or ``latest``."""
     return Path(word) if Path(word).is_dir() else find_folder(word, RUN_FILE) or find_folder(word) or Path(word)
 
 
 def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:
-    """Deliver the runs in ``folder``, printing a line for each; what failed."""
+    """Deliver the runs in ``folder`` and print a line for each. Returns the errors."""
     failures: list[CifarExpError] = []
     for run_dir in runs_in(folder):
         try:
@@ -66,30 +67,34 @@ def _deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[Cifar
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folders of all runs in ``folder``, then of the sweeps that they belong to.
+    """Find the folders of all runs in ``folder``, then those of their sweeps.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: there is no run and no sweep.
     """
     runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
     sweeps = {path.parent.resolve(): path.parent for path in folder.rglob(SWEEP_RUN_FILE)}
     if not runs and not sweeps:
         raise ConfigError(f"{folder}: there is no run in this folder. Give the folder of a run or a sweep")
     for run_dir in runs:
-        with suppress(StorageError):  # told when the run's turn comes
+        with suppress(StorageError):  # reported when the run is delivered
             sweep_dir = RunInfo.load(run_dir).sweep_dir
-            # One that is still running closes its parent run itself.
+            # A running sweep closes its parent run itself.
             if sweep_dir and (sweep_dir / SWEEP_RUN_FILE).exists() and not is_claimed(sweep_dir):
                 sweeps.setdefault(sweep_dir.resolve(), sweep_dir)
     return [*runs, *(path for _, path in sorted(sweeps.items()))]
 
 
 def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTracker:
-    """The store that a run's folder names, unless ``settings`` name another. Nothing else of the folder is believed.
+    """The tracker for a run. The folder may be untrusted: only the store's address and experiment are read from it.
+
+    Args:
+        run_dir: the folder of a run or a sweep.
+        settings: ``uri`` and ``experiment`` that replace those of the run.
 
     Raises:
-        ConfigError: where the run was not to be tracked, and no store was typed.
-        StorageError: where its configuration cannot be read.
+        ConfigError: the run has no MLflow store and ``settings`` have no ``uri``.
+        StorageError: the run's configuration cannot be read.
     """
     path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
     try:
