@@ -51,8 +51,8 @@ def store(uri: str | None) -> str:
     database = address.partition("sqlite:///")[2].partition("?")[0]
     if database and not Path(database).exists():
         raise ConfigError(
-            f"{database}: there is no such store yet. Run cifar-exp first, stand in the folder that holds outputs/, "
-            f"or type tracking.uri=<address>"
+            f"{database}: there is no such store yet. Run cifar-exp first, change to the folder that has outputs/, "
+            f"or set tracking.uri=<address>"
         )
     return address
 
@@ -69,7 +69,7 @@ def check_port(port: int) -> None:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--port={port}: it cannot be had: {reason}. Set --port to another one") from error
+            raise ConfigError(f"--port={port}: it cannot be used: {reason}. Set --port to another one") from error
 
 
 def server_arguments(port: int) -> list[str]:

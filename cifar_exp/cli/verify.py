@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wr
 # Full precision and a fixed order of sums, so that rounding does not hide a real difference.
 STRICT = ("train.precision=fp32", "train.deterministic=true")
 COUNT = "devices.count"
-CHECKED = "one rank is what others are compared with"
+CHECKED = "one rank is the reference for the comparison"
 
 
 @click.command("verify", context_settings={"ignore_unknown_options": True})

@@ -74,7 +74,7 @@ class Resumption:
         folder = os.path.relpath(self.run_dir)
         if self.manifest is None:
             return [f"{folder} was stopped before its first checkpoint: it starts again"]
-        verb = "continues" if self.in_place else "is where this new run starts,"
+        verb = "continues" if self.in_place else "is the start of this new run,"
         if self.source != self.run_dir:
             verb = f"starts again from {os.path.relpath(self.source)},"
         lines = [f"{folder} {verb} after epoch {self.manifest.epoch} (step {self.manifest.step})"]

@@ -106,7 +106,7 @@ def _shorten_sockets() -> None:
             multiprocessing.util.Finalize(None, shutil.rmtree, args=(config["tempdir"], True), exitpriority=-100)
             return
     raise StorageError(
-        f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, for sockets lie there. Set "
+        f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, since sockets are created there. Set "
         f"TMPDIR=<a folder with a shorter name>"
     )
 
@@ -124,7 +124,7 @@ def _temporary() -> Path:
     others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()) or others:
         raise StorageError(
-            f"{folder}: this folder for caches must be yours alone, and others may write there. Set "
+            f"{folder}: this folder for caches must be yours alone, but others may write there. Set "
             f"{VARIABLE}=<a folder of yours>"
         )
     return folder
