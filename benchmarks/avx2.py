@@ -1,7 +1,7 @@
 """``train.compile=auto`` against ``never`` on a processor that has AVX2 and no AVX512, as most laptops.
 
-Emulated where there is more: PyTorch, oneDNN and numba are told so before they are imported. Precision is float32.
-Included: the package's data path, forward, loss, backward and update, on all cores of the machine.
+On a processor with AVX512, PyTorch, oneDNN and numba are limited to AVX2 before they are imported. Precision is
+float32. Included: the package's data path, forward, loss, backward and update, on all cores of the machine.
 """
 
 import os
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measured(name: str, build: ModelFactory, batch: int, times: int, steps: int, pairs: int) -> Comparison:
-    """One shape: fused layers against PyTorch's own, on the same batches."""
+    """Compare fused layers with PyTorch's on the same batches, for one shape."""
     with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
         batches = train_batches(random_split(batch * times * steps), world, batch=batch)
 

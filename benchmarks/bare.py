@@ -1,4 +1,4 @@
-"""The least code that trains: what the package's loop is measured against."""
+"""A minimal training loop: the baseline for the package's loop."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,7 +19,7 @@ def bare_epoch(
     batches: Callable[[], Iterable[Batch]],
     precision: torch.dtype = PRECISION,
 ) -> Callable[[], None]:
-    """One pass over ``batches()`` a call: forward, loss, backward, update; the last loss is read at the end."""
+    """A function that trains one pass over ``batches()``: forward, loss, backward, update. It reads the last loss."""
 
     def epoch() -> None:
         model.train()
@@ -31,9 +31,9 @@ def bare_epoch(
 
 
 def graphed_epoch(model: nn.Module, optimizer: Optimizer, batches: TrainBatches) -> Callable[[], None]:
-    """The same on a GPU, where each step, its batch included, is the replay of a CUDA graph.
+    """Like :func:`bare_epoch`, but each step, including its batch, replays a CUDA graph.
 
-    As PyTorch's documentation has it ("CUDA semantics", whole-network capture).
+    This follows PyTorch's documentation ("CUDA semantics", whole-network capture).
     """
     draw = [part.clone() for part in batches.example()]
     last_loss = torch.zeros((), device=DEVICE)
@@ -65,7 +65,7 @@ def graphed_epoch(model: nn.Module, optimizer: Optimizer, batches: TrainBatches)
 def bare_step(
     model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, precision: torch.dtype = PRECISION
 ) -> Tensor:
-    """One update; the loss, not read."""
+    """One optimizer step. Returns the loss as a tensor on the device."""
     with torch.autocast(DEVICE.type, dtype=precision, enabled=precision != torch.float32):
         loss = F.cross_entropy(model(images).float(), labels)
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The least script that launches a rank with torch elastic and takes one training step; `startup.py` starts it."""
+"""A minimal script that launches one rank with torch elastic and takes one training step, for `startup.py`."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def train_one_step(folder: str, done: str, threads: int) -> None:
     )
     model = convnet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    inputs = images.permute(0, 3, 1, 2).float() - 120.0  # they lie channels-last
+    inputs = images.permute(0, 3, 1, 2).float() - 120.0  # the file is channels-last
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(model(inputs).float(), labels)
     loss.backward()

@@ -1,4 +1,4 @@
-"""Runs of the real command, as a user types it, in a folder of their own."""
+"""Run the real command `cifar-exp` in a temporary folder."""
 
 import ctypes
 import os
@@ -19,11 +19,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
-        folder: the run's.
-        metrics: last value of every metric of its journal.
+        folder: the run folder.
+        metrics: the last value of each metric in the journal.
     """
 
     folder: Path
@@ -32,11 +32,11 @@ class Run:
 
 @dataclass
 class Workplace:
-    """A folder that commands run in: MLflow's store and all runs lie there.
+    """A folder in which commands run. It has MLflow's store and all run folders.
 
     Attributes:
-        folder: it.
-        runs: how many were started.
+        folder: its path.
+        runs: the number of runs started so far.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Workplace:
         )
 
     def seconds_until(self, command: Callable[[], "subprocess.Popen[str]"], reached: Callable[[], bool]) -> float:
-        """Seconds from starting a command to ``reached``; the command then ends by itself, unmeasured."""
+        """Seconds from the start of a command until ``reached``. The rest of the command is not measured."""
         began = time.perf_counter()
         process = command()
         while not reached():
@@ -86,7 +86,7 @@ def workplace() -> Iterator[Workplace]:
 
 
 def synthetic_data(folder: Path, train_count: int, test_count: int = 500) -> list[str]:
-    """Overrides that train on a few synthetic images, kept in ``folder`` from the first run on."""
+    """Overrides for training on a few synthetic images. The first run generates them in ``folder``."""
     counts = [f"data.train_count={train_count}", f"data.test_count={test_count}"]
     return ["data=synthetic", f"data.root={folder / 'synthetic'}", *counts]
 
@@ -98,7 +98,7 @@ def finish(process: "subprocess.Popen[str]", exit_code: int = 0) -> None:
         RuntimeError: it did not end with ``exit_code``, with what it printed.
     """
     output, _ = process.communicate()
-    with suppress(ChildProcessError):  # what the command left to die: else its CPU seconds would pass for others'
+    with suppress(ChildProcessError):  # orphans of the command: else their CPU seconds would count as other load
         while True:
             os.waitpid(-1, 0)
     if process.returncode != exit_code:

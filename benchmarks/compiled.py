@@ -1,8 +1,8 @@
-"""The eager step against what ``train.compile=auto`` takes, and against Inductor's.
+"""The eager step against the steps of ``train.compile=auto`` and ``train.compile=always`` (torch.compile).
 
-``auto`` is fused layers on CPUs and a CUDA graph on a GPU, where Inductor's step is in a graph, too, as it is with
-``train.compile=always``. Included: forward, loss, backward and update of the reference network on batches that are
-there. Compiling itself comes before; its seconds are in the notes.
+``auto`` means fused layers on CPUs and a captured step (CUDA graph) on a GPU. On a GPU the compiled step is captured,
+too. Included: forward, loss, backward and update of the reference network on ready batches. Compilation is not
+included; its seconds are in the notes.
 """
 
 import time

@@ -1,8 +1,8 @@
-"""Our data path against torchvision transforms v2 with DataLoader: flip and whole-pixel shift, normalised batches.
+"""Our data path against torchvision transforms v2 with DataLoader: flip, whole-pixel shift and normalisation.
 
-Both start from uint8 arrays in memory and end with float32 batches of 256 on the training device; nothing is trained.
-Then the time that our loop waits for batches, as a share of a training step, in the loop itself: on CPUs, since on a
-GPU batches are made within the captured step.
+Both start from uint8 arrays in memory and end with float32 batches of 256 on the training device, without training.
+A second figure is the time that the training loop waits for batches, as a share of the step. It is measured on CPUs
+only: on a GPU the captured step includes making the batch.
 """
 
 import tempfile
@@ -65,7 +65,7 @@ def make_vision_batches(turns: Iterator[None], _folder: str, images: int, worker
 
 
 def exposed_share(steps: int, repeats: int) -> Figure:
-    """Time that the loop spends on getting batches, over all time of the loop: what its own stopwatch says."""
+    """The share of the loop's time that it waits for batches, by the loop's own timers."""
     with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
         loop = trainer(world)
         epoch = epoch_of(loop, train_batches(random_split(BATCH * steps), world))

@@ -1,4 +1,4 @@
-"""The test pass per image against training time per image, in the package's own loop on one rank.
+"""Evaluation time per image against training time per image, in the package's loop on one rank.
 
 Included: batches (uint8 images in memory to normalised floats; flips and shifts in training alone), forward, sums of
 loss and accuracy; in training also backward and update.

@@ -1,7 +1,7 @@
-"""The reference recipe on 1, 2, 4 and 8 GPUs of one host, on paper: nothing here is measured.
+"""A performance model of the reference recipe on 1, 2, 4 and 8 GPUs of one host. Nothing here is measured.
 
-A step is computing plus what of the all-reduce is not hidden behind the backward pass. Change an assumption and the
-table follows: `python benchmarks/gpu_model.py`.
+The time of a step is computation plus exposed communication (the part of the all-reduce that the backward pass does not
+overlap). All assumptions are constants in this file: `python benchmarks/gpu_model.py` prints the table.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ GPUS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Computing:
-    """How long one GPU computes.
+    """The computation time of one GPU.
 
     Attributes:
-        name: of the way the step is executed.
-        ms_per_256: milliseconds for 256 images where the hardware is the limit.
-        floor_ms: below this no step gets, however few the images: kernels have to be launched.
+        name: how the step is executed.
+        ms_per_256: milliseconds for 256 images if the hardware is the limit.
+        floor_ms: the least milliseconds of a step with any number of images, for launching kernels.
     """
 
     name: str
@@ -43,9 +43,9 @@ class Network:
     """NCCL's all-reduce over NVLink; all three are assumptions.
 
     Attributes:
-        latency_us: of a collective on two GPUs, launch included.
-        hop_us: more for each further step around the ring.
-        bandwidth_gb: GB/s a GPU sends at messages of a megabyte or two, far below the link's own.
+        latency_us: microseconds of a collective on two GPUs, including its launch.
+        hop_us: additional microseconds for each further step around the ring.
+        bandwidth_gb: GB/s that a GPU sends for messages of one or two megabytes, far below the link's bandwidth.
     """
 
     latency_us: float = 15.0
@@ -63,7 +63,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Step:
-    """One step on paper, in milliseconds."""
+    """The modelled times of one step, in milliseconds."""
 
     computing: float
     all_reduce: float
@@ -76,7 +76,7 @@ class Step:
 
 
 def step(computing: Computing, network: Network, gpus: int, images: float) -> Step:
-    """DDP with two buckets: the first is sent while the backward pass goes on, the second when it has ended.
+    """DDP with two buckets: the first overlaps with the backward pass, the second is sent after it.
 
     The backward pass is two thirds of a step, and its last layers fill the first bucket in a fifth of that (both
     assumed).

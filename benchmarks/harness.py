@@ -1,6 +1,6 @@
-"""Paired measurements: arms alternate in one run, ratios are taken round by round, other load is noticed.
+"""Paired measurements: arms alternate in one run, each round gives a ratio, and other load is measured.
 
-Machines are noisy and shared: quote the ratio and its interval, never a single time.
+Machines are noisy and shared: quote the ratio and its interval, not a single time.
 """
 
 import argparse
@@ -32,13 +32,13 @@ Arm = Callable[[], float | None]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure is to reach."""
+    """The target of a figure."""
 
     relation: Literal["<=", ">="]
     bound: float
 
     def verdict(self, value: float, low: float, high: float) -> str:
-        """``reached`` or ``MISSED`` by the value, and whether the interval leaves it open."""
+        """``reached`` or ``MISSED`` by the value, and whether the interval includes the target."""
         reached = value <= self.bound if self.relation == "<=" else value >= self.bound
         open_end = ", within the noise" if low <= self.bound <= high else ""
         return f"{self.relation} {self.bound:.4g}: {'reached' if reached else 'MISSED'}{open_end}"
@@ -46,18 +46,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, measured in turn.
+    """Two arms, measured alternately.
 
     Attributes:
         name: what was compared, ``ours / other``.
-        ratio: median over rounds of the first arm's seconds over the second's; below 1 the first is faster.
+        ratio: median over rounds of first arm's seconds / second arm's seconds; below 1 the first arm is faster.
         low: lower end of the ratio's 95 % interval.
-        high: upper end.
+        high: upper end of that interval.
         seconds: median seconds of each arm.
         cpu_seconds: median CPU seconds of each arm, over this process and all its children.
-        pairs: how many rounds.
-        other_load: share of all cores that other processes and other guests of the host took meanwhile.
-        goal: of the ratio.
+        pairs: number of rounds.
+        other_load: share of all cores that other processes and other guests of the host used meanwhile.
+        goal: target of the ratio.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Figure:
     """One number, measured several times.
 
     Attributes:
-        name: what it is.
-        value: its median, or its mean.
-        low: lower end of the median's 95 % interval; beside a mean, the least value.
-        high: upper end; the largest value.
-        unit: of the value; empty for shares and ratios.
-        repeats: how often it was measured.
-        other_load: share of all cores that other processes took meanwhile; None where it does not matter.
-        goal: of the value.
+        name: what was measured.
+        value: the median or the mean.
+        low: lower end of the median's 95 % interval; for a mean, the smallest value.
+        high: upper end of that interval; for a mean, the largest value.
+        unit: unit of the value; empty for shares and ratios.
+        repeats: number of measurements.
+        other_load: share of all cores that other processes used meanwhile; None if it does not matter.
+        goal: target of the value.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Figure:
 
     @classmethod
     def mean_of(cls, name: str, values: Sequence[float], unit: str = "", goal: Goal | None = None) -> "Figure":
-        """The mean of a few ``values``, between the least and the largest."""
+        """The mean of a few ``values``, with the smallest and the largest as its range."""
         return cls(name, fmean(values), min(values), max(values), unit, len(values), None, goal)
 
     def __str__(self) -> str:
@@ -138,13 +138,13 @@ def compare(name: str, first: Arm, second: Arm, pairs: int, goal: Goal | None = 
 def compare_all(
     first: Arm, others: Mapping[str, Arm], pairs: int, goals: Mapping[str, Goal] | None = None
 ) -> list[Comparison]:
-    """The first arm against each of the others: A B C, C B A, A B C, ... after one unmeasured round.
+    """Compare the first arm with each of the others: A B C, C B A, A B C, ... after one unmeasured round.
 
     Args:
         first: the arm that all others are compared with.
         others: name of the comparison -> arm.
-        pairs: measured rounds.
-        goals: name of the comparison -> what its ratio is to reach.
+        pairs: number of measured rounds.
+        goals: name of the comparison -> target of its ratio.
     """
     arms = [first, *others.values()]
     for arm in arms:
@@ -162,7 +162,7 @@ Spent = tuple[float, float]  # seconds, CPU seconds
 
 
 def _round(arms: Sequence[Arm], *, backwards: bool) -> list[Spent]:
-    """Each arm once; what it spent, in the order of ``arms``."""
+    """Run each arm once. Returns seconds and CPU seconds in the order of ``arms``."""
     order = list(reversed(arms)) if backwards else list(arms)
     spent = [_measured(arm) for arm in order]
     return spent[::-1] if backwards else spent
@@ -184,7 +184,7 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 def publish(benchmark: str, rows: Sequence[Row], notes: Mapping[str, Any] | None = None) -> None:
     """Print the table and write ``results/<benchmark>.json`` with machine, versions and date.
 
-    A single round is a trial and is not written: it would replace a measurement. Where a GPU was measured the file is
+    A single round is a trial: it is not written, so that it does not replace a measurement. For a GPU the file is
     ``results/<benchmark>-gpu.json``.
     """
     print(f"\n{benchmark}: a / b is seconds of a over seconds of b; median [95 % interval]")
@@ -213,7 +213,7 @@ def publish(benchmark: str, rows: Sequence[Row], notes: Mapping[str, Any] | None
 
 
 def arguments(description: str | None, pairs: int, steps: int | None = None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; ``steps``: of 256 images, that an arm takes a turn."""
+    """A parser with the options of all benchmarks. ``steps``: default number of steps (256 images each) per turn."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=pairs, help=f"measured rounds over all arms (default: {pairs})")
     if steps:
@@ -222,7 +222,7 @@ def arguments(description: str | None, pairs: int, steps: int | None = None) -> 
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, memory and the versions that matter."""
+    """Processor, cores, memory and the relevant versions."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {

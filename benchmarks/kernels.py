@@ -1,9 +1,9 @@
-"""Where a training step's time goes by kind of operator, and what its convolutions alone would allow.
+"""The time of a training step by kind of operator, and the throughput that its convolutions alone would allow.
 
-On CPUs torch.profiler's self CPU time over a few steps of the package's loop (batches included, reference recipe), by
-kind; the shares are of the whole wall time, so what Python and the profiler itself take is a row as well. On a GPU the
-time of its kernels, by their names, over that of an epoch without the profiler; and the step's arithmetic as a share of
-what the GPU computes in large matrix products, which is some four fifths of its data sheet's peak.
+On CPUs: torch.profiler's self CPU time by kind, over a few steps of the package's loop (including batches, reference
+recipe). Shares are of the wall time, so Python and the profiler have a row, too. On a GPU: the time of its kernels by
+name, divided by the time of an epoch without the profiler; and the step's arithmetic as a share of the peak, measured
+with large matrix products (about four fifths of the data sheet's peak).
 """
 
 import tempfile
@@ -84,7 +84,7 @@ def cpu_shares(epoch: Callable[[], None]) -> dict[str, float]:
 
 
 def gpu_shares(epoch: Callable[[], None], steps: int) -> dict[str, float]:
-    """Share of the epoch's wall time by kind of kernel; of the peak, what the GPU computes in it."""
+    """Share of the epoch's wall time by kind of kernel, and the share of the GPU's peak that the epoch reaches."""
     seconds = seconds_of(epoch)  # tracing makes a graph's launch slower
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         epoch()
@@ -97,7 +97,7 @@ def gpu_shares(epoch: Callable[[], None], steps: int) -> dict[str, float]:
 def shares_by_kind(
     events: Iterable[tuple[str, float]], kinds: Mapping[str, Sequence[str]], seconds: float
 ) -> dict[str, float]:
-    """Of ``seconds``; ``events``: names and microseconds."""
+    """Share of ``seconds`` by kind. ``events``: names and microseconds."""
     shares = dict.fromkeys((*kinds, "other operators"), 0.0)
     for name, microseconds in events:
         shares[kind_of(name, kinds)] += microseconds / 1e6 / seconds
@@ -106,13 +106,13 @@ def shares_by_kind(
 
 
 def kind_of(operator: str, kinds: Mapping[str, Sequence[str]]) -> str:
-    """A kind, or ``other operators``."""
+    """The kind of an operator; ``other operators`` if no kind matches."""
     name = operator.lower()
     return next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "other operators")
 
 
 def seconds_of(work: Callable[[], None]) -> float:
-    """From its start until the device has done it."""
+    """Seconds until the device has finished the work."""
     began = time.perf_counter()
     work()
     synchronize()
@@ -120,7 +120,7 @@ def seconds_of(work: Callable[[], None]) -> float:
 
 
 def peak_flop_per_second() -> float:
-    """Of large bfloat16 matrix products, now."""
+    """FLOP/s of large bfloat16 matrix products, measured now."""
     a, b = torch.randn(2, PEAK_SIDE, PEAK_SIDE, device=DEVICE, dtype=torch.bfloat16)
 
     def products() -> None:

@@ -1,11 +1,11 @@
-"""Memory of ranks: how much, whether the images are there once a host, whether it grows with the epochs.
+"""Memory of ranks: its size, whether ranks share the images, and whether it grows with the epochs.
 
-On CPUs ranks are looked at from outside while the real command trains on synthetic images of its own. Memory is the
-proportional set size (PSS): a page that two processes share counts half in each. Growth is the difference of two peaks
-of resident memory, of the last epoch and of the second, as the kernel keeps them. Linux only.
+On CPUs another process observes the ranks while the real command trains on synthetic images. Memory is the proportional
+set size (PSS): a page that two processes share counts half in each. Growth is the kernel's peak of resident memory in
+the last epoch minus that in the second epoch. Linux only.
 
-On a GPU it is what torch's allocator has taken of it after each epoch of the package's loop, which includes the memory
-of the captured step.
+On a GPU memory is that reserved by torch's allocator after each epoch of the package's loop, including the captured
+step.
 """
 
 import time
@@ -32,7 +32,7 @@ GONE = (psutil.Error, OSError)  # a process may end while it is looked at
 
 @dataclass
 class Seen:
-    """What was seen of one run's ranks.
+    """The observed memory of one run's ranks.
 
     Attributes:
         peak: largest sum of the ranks' PSS, bytes.
@@ -95,7 +95,7 @@ def gpu_figures(taken: list[list[int]], epochs: int) -> list[Figure]:
 
 
 def taken_on_a_gpu(epochs: int, images: int) -> list[int]:
-    """By a rank that replays its steps, after each epoch, bytes."""
+    """Bytes that a rank with captured steps has reserved on the GPU after each epoch."""
     with ProcessArm(gpu_rank, images, threads=CORES) as arm:
         for _ in range(epochs):
             arm()
@@ -114,7 +114,7 @@ def gpu_rank(turns: Iterator[None], folder: str, images: int) -> None:
 
 
 def watched(place: Workplace, overrides: list[str]) -> Seen:
-    """Run the command and look at its ranks ten times a second."""
+    """Run the command and read the memory of its ranks ten times a second."""
     process, _ = place.start(overrides)
     seen = Seen()
     while process.poll() is None:
@@ -127,7 +127,7 @@ def watched(place: Workplace, overrides: list[str]) -> Seen:
 
 
 def epoch_peaks(place: Workplace, overrides: list[str]) -> list[int]:
-    """Run the command on one rank; its peak of resident memory in each epoch that was seen, bytes."""
+    """Run the command on one rank. Returns its peak of resident memory in bytes for each observed epoch."""
     process, run_dir = place.start(overrides)
     lines = journal.JournalFollower(run_dir)
     found: list[int] = []
@@ -143,7 +143,7 @@ def epoch_peaks(place: Workplace, overrides: list[str]) -> list[int]:
 
 
 def ranks_of(command: "Popen[str]") -> list[int]:
-    """Processes of the command that have mapped the training images; only ranks do."""
+    """The ranks: those processes of the command that have mapped the training images."""
     found = []
     with suppress(*GONE):
         for child in psutil.Process(command.pid).children(recursive=True):
@@ -154,7 +154,7 @@ def ranks_of(command: "Popen[str]") -> list[int]:
 
 
 def total(processes: list[int], measure: Callable[[int], int]) -> int:
-    """Sum over those that still run."""
+    """The sum of ``measure`` over the processes that still run."""
     bytes_of = 0
     for process in processes:
         with suppress(*GONE):
@@ -173,7 +173,7 @@ def images_pss(process: int) -> int:
 
 
 def peak_since_last(process: int) -> int:
-    """Peak of resident memory since this was last asked; the kernel starts anew with the present value."""
+    """Peak of resident memory since the last call. The kernel's peak is then reset to the current value."""
     peak = _field(Path(f"/proc/{process}/status").read_text(), "VmHWM:")
     Path(f"/proc/{process}/clear_refs").write_text("5")  # resets the peak alone (Linux' proc(5))
     return peak

@@ -1,9 +1,9 @@
-"""Our training loop against a bare PyTorch loop that does the same step on the same batches.
+"""Our training loop against a bare PyTorch loop with the same step and the same batches.
 
 Included on both sides: making the batches (the package's data path, real-valued shifts), forward, backward, update.
-Ours adds what the package adds: loss and accuracy of every step, the learning rate, clocks, the check for divergence.
-On CPUs the second row's bare loop has PyTorch's own layers in place of the fused ones. On a GPU the first one's steps
-are replays of a CUDA graph, as ours are, and the second one's are launched one by one.
+Our loop adds loss and accuracy of every step, the learning rate, timers and the check for divergence. On CPUs the bare
+loop of the second row has PyTorch's layers instead of fused ones. On a GPU the first bare loop has captured steps (CUDA
+graphs), as ours has, and the second one has eager steps.
 """
 
 import tempfile

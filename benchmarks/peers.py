@@ -1,9 +1,9 @@
-"""A fixed part of an epoch, training and evaluation end to end: ours against Lightning, accelerate and plain PyTorch.
+"""Training and evaluation of a fixed part of an epoch: ours against Lightning, accelerate and plain PyTorch.
 
-All train the reference network with SGD at batch 256 from the same uint8 arrays in memory, flipping and shifting by
-whole pixels, then evaluate a fifth as many images, and keep loss and accuracy. Checkpoints, loggers and progress bars
-are off everywhere, start-up is not measured. ``tuned`` is what users turn on on this hardware: bfloat16 where it is
-native, channels-last, DataLoader workers that stay (``--workers``), on a GPU torch.compile. There all of them have
+All of them train the reference network with SGD at batch 256 from the same uint8 arrays in memory, with flips and
+whole-pixel shifts. They then evaluate a fifth as many images, and record loss and accuracy. Checkpoints, loggers and
+progress bars are off, and start-up is not measured. ``tuned`` has the usual options for this hardware: native bfloat16,
+channels-last, persistent DataLoader workers (``--workers``), and torch.compile on a GPU. On a GPU all of them have
 pinned batches, cuDNN's fastest algorithms and a fused optimizer.
 """
 
@@ -76,12 +76,12 @@ def our_epochs(turns: Iterator[None], folder: str, images: int) -> None:
         training = train_batches(random_split(images), world)
         test = evaluation_batches(random_split(images // 5), world)
         prepare(loop, training)
-        for epoch, _ in enumerate(turns, 1):  # it goes on with the epoch after the last
+        for epoch, _ in enumerate(turns, 1):  # training continues with the next epoch
             loop.fit(training, test, epochs=epoch)
 
 
 def plain_epochs(turns: Iterator[None], _folder: str, images: int) -> None:
-    """As PyTorch's own tutorials have it: float32, the default layout, no worker."""
+    """The loop of PyTorch's tutorials: float32, the default memory format, no DataLoader workers."""
     model, optimizer = network()
     model = model.to(memory_format=torch.contiguous_format)
     training = loader(random_split(images), BATCH, training=True)
@@ -164,7 +164,7 @@ def _each_epoch_a_turn(turns: Iterator[None]) -> Any:
     import lightning
 
     class EachEpochATurn(lightning.Callback):
-        """From the end of one epoch to the end of the next, validation and all that Lightning does between included."""
+        """A turn is the time between the ends of two epochs, including validation and Lightning's own work."""
 
         def on_fit_start(self, *_: object) -> None:
             next(turns)

@@ -1,4 +1,4 @@
-"""Arms that live in processes of their own: libraries cannot disturb each other, and ranks are real ranks."""
+"""Arms in separate processes: libraries cannot disturb each other, and ranks are real ranks."""
 
 import multiprocessing
 import os
@@ -19,14 +19,14 @@ class ProcessArm:
     Used as a context manager, which ends the processes.
 
     Args:
-        function: called in each process as ``function(turns, folder, *args)``; several ranks have ``RANK``,
-            ``LOCAL_RANK`` and ``WORLD_SIZE`` set, and ``folder`` to find each other in. It prepares itself, then works
-            once for each item of ``turns``.
-        args: for the function; it and they must be picklable.
-        ranks: processes.
-        threads: CPU threads that torch may use in each of them.
-        independent: the processes know nothing of each other (each is rank 0 of 1). A turn's seconds are then those of
-            the same work at the sum of their rates, else those of the slowest.
+        function: called in each process as ``function(turns, folder, *args)``. It prepares itself, then works once for
+            each item of ``turns``. Several ranks have ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` set and share
+            ``folder`` for their rendezvous. It must be picklable.
+        args: arguments of the function; they must be picklable.
+        ranks: number of processes.
+        threads: CPU threads of torch in each process.
+        independent: whether the processes are separate (each is rank 0 of 1). A turn's seconds are then those of the
+            same work at the sum of their throughputs; else they are those of the slowest rank.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class ProcessArm:
 
     @property
     def folders(self) -> list[Path]:
-        """The folders that the processes were given: one for all ranks, or one each where they are independent."""
+        """The folders of the processes: one for all ranks, or one each if they are independent."""
         return [Path(folder.name) for folder in self._folders]
 
     def __call__(self) -> float:
-        """One turn in all processes; its seconds."""
+        """Run one turn in all processes. Returns its seconds."""
         try:
             for pipe in self._pipes:
                 pipe.send("go")
@@ -78,10 +78,10 @@ class ProcessArm:
 
 
 def turns_of(pipe: Connection) -> Iterator[None]:
-    """One item a turn. Asking for the next one ends the turn, whose seconds go back, and waits for the next.
+    """One item per turn. Taking the next item ends the turn, sends its seconds, and waits for the next turn.
 
     Raises:
-        SystemExit: where the measuring process has no more turns.
+        SystemExit: there are no more turns.
     """
     try:
         while True:
@@ -102,7 +102,7 @@ def _serve(
     args: tuple[Any, ...],
 ) -> None:
     rank, size = seat
-    if size > 1:  # else other libraries would take it for a distributed run
+    if size > 1:  # else other libraries would assume a distributed run
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.set_num_threads(threads)
     try:

@@ -1,9 +1,9 @@
-"""On one GPU: the reference recipe's 60 epochs and ``experiment=speedrun94``, the real command on the real images.
+"""The reference recipe (60 epochs) and ``experiment=speedrun94`` on one GPU, with the real command and images.
 
-Accuracy and seconds are those of each run's journal. ``time/train_seconds`` is batches and steps: compiling, capturing,
-evaluation and saving are not in it. airbench94's published time is 2.59 s on an A100, for 94.01 % on lossless images;
-its shape reaches 0.897 on the JPEG copy of CIFAR-10, 0.902 with mirrored evaluation. Each recipe in both ways in which
-a step can be a CUDA graph: with PyTorch's kernels, and with those that Inductor makes.
+Accuracy and seconds are from each run's journal. ``time/train_seconds`` includes batches and steps; it excludes
+compilation, graph capture, evaluation and checkpoints. airbench94's published time is 2.59 s on an A100, for 94.01 % on
+lossless images. Its recipe reaches 0.897 on the JPEG copy of CIFAR-10, 0.902 with mirrored evaluation. Each recipe is
+run with captured steps of PyTorch's kernels and of Inductor's kernels.
 """
 
 import sys
@@ -38,7 +38,7 @@ def figures(
     seconds: Goal | None = None,
     accuracy: Goal | None = None,
 ) -> list[Figure]:
-    """Of a recipe: accuracy as the mean over seeds, seconds as the median."""
+    """The figures of a recipe: the mean accuracy over seeds and the median seconds."""
     overrides = [*recipe, *REAL_IMAGES, "devices=gpu", "devices.count=1", f"train.compile={compiled}", "tracking=none"]
     runs = [place.run([*overrides, f"seed={seed}"]).metrics for seed in range(seeds)]
     name = f"{recipe[0].removeprefix('experiment=')}, train.compile={compiled}: "

@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other, each in a process of its own; their tables and ``results/<name>.json``.
+"""Run all benchmarks in turn, each in its own process. They print tables and write ``results/<name>.json``.
 
-Where there is a GPU it is measured, in ``results/<name>-gpu.json``, and what is about processors does not see it.
+If there is a GPU, it is measured to ``results/<name>-gpu.json``, and benchmarks of CPUs do not see it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def outcome(name: str, options: list[str]) -> str:
-    """Run one benchmark; how that went, in a few words."""
+    """Run one benchmark. Returns a short text about its outcome."""
     missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
     if missing:
         return f"left out: {', '.join(missing)} not installed (uv run --group bench)"

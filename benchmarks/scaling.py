@@ -1,13 +1,13 @@
-"""What a second rank costs and buys on one machine's cores, without data or start-up in the way.
+"""The cost and benefit of a second rank on the cores of one machine, without reading data or start-up.
 
-(a) two ranks of one thread, 256 images each, against two processes that know nothing of each other: what averaging
-    gradients costs. (b) the same global batch of 256 on two ranks of one thread and on one rank of two threads.
-(c) our loop under DDP against a bare DDP loop (DistributedDataParallel as it comes) on the same batches, with gloo's
-    threads scheduled as ours.
-Processes stay alive between turns; each makes its own batches (the package's data path, whole-pixel shifts).
+(a) Two ranks of one thread, 256 images each, against two independent processes: the cost of gradient averaging.
+(b) The same global batch of 256 on two ranks of one thread and on one rank of two threads.
+(c) Our loop under DDP against a bare DDP loop (DistributedDataParallel with its defaults) on the same batches, with
+    gloo's threads scheduled as ours.
+Processes stay alive between turns. Each makes its own batches (the package's data path, whole-pixel shifts).
 
-What (a) loses is told by cause, as shares of an independent process's time: waiting for the slower rank, averaging that
-nothing hides, what computing and data take longer than without DDP, and the rest, which the loop's clocks do not cover.
+The loss of (a) is split by cause, as shares of an independent process's time: waiting for the slower rank, exposed
+communication, slower computation and data than without DDP, and the rest, which the loop's timers do not cover.
 """
 
 import json
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def by_cause(ranks: list[dict[str, float]], alone: list[dict[str, float]]) -> list[Figure]:
-    """What two ranks lose against two independent processes, turn by turn, the unmeasured one left out."""
+    """The loss of two ranks against two independent processes by cause, for each measured turn."""
     losses: dict[str, list[float]] = {name: [] for name in ("(a) lost", *CAUSES.values(), "not accounted for")}
     for ours, theirs in list(zip(ranks, alone, strict=True))[1:]:
         whole = (ours["seconds"] - theirs["seconds"]) / theirs["seconds"]
@@ -79,13 +79,13 @@ def by_cause(ranks: list[dict[str, float]], alone: list[dict[str, float]]) -> li
 
 
 def turns_in(arm: ProcessArm) -> list[dict[str, float]]:
-    """What the processes of an arm have noted of each turn, means over them."""
+    """The times of each turn, averaged over the processes of an arm."""
     noted = [[json.loads(line) for line in (folder / TURNS_FILE).read_text().splitlines()] for folder in arm.folders]
     return [{name: fmean(turn[name] for turn in turns) for name in turns[0]} for turns in zip(*noted, strict=True)]
 
 
 def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Callable[[], None]:
-    """An epoch that notes its seconds and where they went, means over ranks, in a file of the first rank's."""
+    """An epoch whose time and split (means over ranks) rank 0 appends to a file."""
 
     def run() -> None:
         loop.rank_times = RankTimes()
@@ -93,7 +93,7 @@ def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Calla
         epoch()
         seconds = time.perf_counter() - begin
         ranks = by_rank(loop.rank_times.metrics())
-        # One rank alone has neither waited nor averaged, and does not tell; of several, none may leave it out.
+        # A single rank does not wait or average, so it writes no such times. With several ranks they must be there.
         untold = {"waiting": 0.0, "communication": 0.0} if len(ranks) == 1 else {}
         parts = {name: fmean((untold | rank)[name] for rank in ranks) for name in CAUSES}
         with (folder / TURNS_FILE).open("a") as file:
@@ -103,7 +103,7 @@ def noted_epoch(loop: Trainer, epoch: Callable[[], None], folder: Path) -> Calla
 
 
 def our_ranks(turns: Iterator[None], folder: str, images: int, batch: int) -> None:
-    """Our loop under DDP: ``images`` a turn over all ranks."""
+    """Our loop under DDP: ``images`` per turn over all ranks."""
     with joined_world("cpu", Path(folder), 600) as world:
         loop = trainer(world)
         epoch = epoch_of(loop, train_batches(random_split(images), world, batch=batch))
@@ -114,7 +114,7 @@ def our_ranks(turns: Iterator[None], folder: str, images: int, batch: int) -> No
 
 
 def our_only_rank(turns: Iterator[None], folder: str, images: int) -> None:
-    """Our loop without DDP, in a world of its own."""
+    """Our loop without DDP, as rank 0 of 1."""
     with tempfile.TemporaryDirectory() as meeting, alone(Path(meeting)) as world:
         loop = trainer(world)
         epoch = noted_epoch(loop, epoch_of(loop, train_batches(random_split(images), world)), Path(folder))

@@ -1,9 +1,9 @@
-"""From the command to the end of the first training step: ours against a bare elastic launch of the same step.
+"""Start-up time, until the end of the first training step: ours against a bare elastic launch of the same step.
 
-Ours is all of `cifar-exp` with MLflow: command line, checks, overview, ranks, images, network, one step of 256 images
-on one rank with all cores. The other (`bare_launch.py`) imports torch, launches one rank with torch elastic, reads a
-batch of the same decoded images, builds the same network and takes the same step. Caches are warm, and both are seen
-from outside: until the step's line stands in a file. How the processes end is not in it.
+Ours is `cifar-exp` with MLflow: command line, checks, plan, ranks, images, network, and one step of 256 images on one
+rank with all cores. The other (`bare_launch.py`) imports torch, launches one rank with torch elastic, reads a batch of
+the same decoded images, builds the same network and takes the same step. Caches are warm. Both times end when the
+step's line is in a file; the end of the processes is not measured.
 """
 
 import sys

@@ -35,7 +35,7 @@ REAL_IMAGES = ["data=folders", f"data.root={IMAGES}"]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One seed's run, and the plain loop beside it.
+    """One seed's run, and the throughput of the plain loop after it.
 
     Attributes:
         seed: of the run.
@@ -57,7 +57,7 @@ class Attempt:
 
     @property
     def plain_seconds(self) -> float:
-        """What the plain loop's 60 epochs would take at its rate."""
+        """Seconds of the plain loop's 60 epochs at its throughput."""
         return PLAIN_IMAGES / self.plain_images_per_second
 
 
@@ -107,7 +107,7 @@ def figures(attempts: list[Attempt]) -> list[Figure]:
 
 
 def plain_rate(steps: int) -> float:
-    """Images/s of the plain loop on the reference network, after one unmeasured step."""
+    """Throughput (images/s) of the plain loop on the reference network, after one unmeasured step."""
     world = World(0, 0, 1, torch.device("cpu"))
     model, optimizer = network()
     first, rest = (train_batches(random_split(BATCH * count), world) for count in (1, steps))

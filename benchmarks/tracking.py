@@ -1,14 +1,15 @@
-"""What MLflow costs: the real command, every step logged, whose parent process is stopped and goes on in turn.
+"""The cost of MLflow tracking: the real command with every step logged, while its parent is suspended in turns.
 
-The parent feeds MLflow from the run's journal; ranks have nothing to do with it and train on while it is stopped. So
-blocks of steps with and without it alternate within one run, which runs that differ by far more than it takes would
-hide. What it does for the display is in the figures, and so is what it makes good when it goes on: upper bounds.
+The parent process sends the run's journal to MLflow. Ranks do not depend on it and continue to train while it is
+suspended. So blocks of steps with and without tracking alternate within one run; the difference between two runs would
+be far larger than the cost. The figures are upper bounds: they include the display, and the work that the parent
+catches up on after it was suspended.
 
-MLflow keeps its record in SQLite, is a server that takes connections and never answers, or an address at which nothing
-listens. The last two end in exit code 5 after training: the journal has everything, MLflow nothing.
+MLflow's store is SQLite, a server that accepts connections and never answers, or an address at which nothing listens.
+The last two end in exit code 5 after training: the journal has everything, MLflow nothing.
 
-The reference recipe on one rank with all cores. Measuring begins some steps after MLflow was imported; what the parent
-spent until then (start-up, import) is a figure of its own.
+The recipe is the reference on one rank with all cores. Measuring begins some steps after the import of MLflow. The CPU
+time of the parent until then (start-up, import) is a separate figure.
 """
 
 import signal
@@ -84,7 +85,7 @@ class Measured:
 
 
 def measured(place: Workplace, overrides: Sequence[str], exit_code: int, pairs: int) -> Measured:
-    """Run a command; its parent runs and is stopped, A B B A, for a block of steps each."""
+    """Run a command whose parent runs and is suspended in blocks of steps, in the order A B B A."""
     process, run_dir = place.start(overrides)
     steps = Steps(process, run_dir)
     bounds, shares = [steps.wait_for(FIRST)], []
@@ -110,7 +111,7 @@ def measured(place: Workplace, overrides: Sequence[str], exit_code: int, pairs: 
 
 
 class Steps:
-    """How far a running command has come, by its journal."""
+    """The progress of a running command, by its journal."""
 
     def __init__(self, process: "subprocess.Popen[str]", run_dir: Path) -> None:
         self._process, self._journal, self._step = process, journal.JournalFollower(run_dir), 0
@@ -127,20 +128,20 @@ class Steps:
 
 
 def cpu_seconds(process: "subprocess.Popen[str]") -> float:
-    """What the process itself took so far, without its children."""
+    """CPU seconds of the process so far, without its children."""
     spent = psutil.Process(process.pid).cpu_times()
     return spent.user + spent.system
 
 
 @contextmanager
 def silent_port() -> Iterator[int]:
-    """A port of this machine at which connections are taken and nothing is ever answered."""
+    """A local port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as server:
         yield server.getsockname()[1]
 
 
 def closed_port() -> int:
-    """A port of this machine at which nothing listens."""
+    """A local port at which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 

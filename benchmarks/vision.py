@@ -1,4 +1,4 @@
-"""The data path that a torchvision user writes: a Dataset over arrays in memory, transforms v2, DataLoader."""
+"""The usual torchvision data path: a Dataset over arrays in memory, transforms v2 and DataLoader."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ NORMALIZE = v2.Compose(CROP_AND_FLIP.transforms[2:])
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images as tensors: no file is read, no PIL image made, which leaves the transforms and the collation."""
+    """Images as tensors. No file is read and no PIL image is made, so only transforms and collation are measured."""
 
     def __init__(self, split: Split, transform: v2.Transform) -> None:
         self.images, self.labels, self.transform = split.images, split.labels.tolist(), transform
@@ -35,7 +35,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def loader(split: Split, batch_size: int, *, training: bool, workers: int = 0) -> "DataLoader[Any]":
-    """Workers, where there are some, are kept between epochs."""
+    """A DataLoader with persistent workers, if there are any."""
     data = Images(split, CROP_AND_FLIP if training else NORMALIZE)
     return DataLoader(
         data,

@@ -1,6 +1,6 @@
-"""What the benchmarks train: the reference network and recipe, put together from the package's own parts.
+"""The workload of the benchmarks: the reference network and recipe, built from the package's components.
 
-On the first GPU where there is one, as runs do; ``CUDA_VISIBLE_DEVICES=`` in front of a command measures processors.
+It runs on the first GPU if there is one. Set ``CUDA_VISIBLE_DEVICES=`` before a command to measure the CPU.
 """
 
 import os
@@ -37,7 +37,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def random_split(count: int) -> Split:
-    """Noise instead of images: the speed of a step does not depend on what is in the pictures."""
+    """Random noise as images: the speed of a step does not depend on their content."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Split(images, torch.randint(0, 10, (count,), generator=generator))
@@ -46,7 +46,7 @@ def random_split(count: int) -> Split:
 def train_batches(
     split: Split, world: World, augmentation: Augmentation = FLIP_AND_SHIFT, batch: int = BATCH
 ) -> TrainBatches:
-    """A rank's batches as in a run: order, augmentation, normalisation."""
+    """A rank's training batches as in a run: shuffled, augmented and normalised."""
     return TrainBatches(split.to(DEVICE), augmentation, NORMALIZATION, 0, world.rank, world.size, batch)
 
 
@@ -66,7 +66,7 @@ def network(build: ModelFactory = convnet) -> tuple[nn.Module, Optimizer]:
 
 
 def fused_network(build: ModelFactory = convnet, precision: torch.dtype = PRECISION) -> tuple[nn.Module, Optimizer]:
-    """The same with the layers that it trains with on CPUs."""
+    """The network with fused layers, as it is trained on CPUs."""
     model, optimizer = network(build)
     if not ON_GPU:
         problem = fuse(model, precision)
@@ -90,31 +90,31 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
 
 def training_flop(model: nn.Module, size: tuple[int, int] = (32, 32)) -> float:
     """Multiplications and additions for one image of ``size``, forward and backward, by PyTorch's counter."""
-    images = torch.zeros(2, 3, *size, device=next(model.parameters()).device)  # batch norm wants more than one
+    images = torch.zeros(2, 3, *size, device=next(model.parameters()).device)  # batch norm needs more than one image
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     return counter.get_total_flops() / len(images)
 
 
 def turn_steps(steps: int) -> int:
-    """Of a turn, on CPUs ``steps``; on a GPU, where that many would be over too soon, an epoch of CIFAR-10."""
+    """Steps per turn: ``steps`` on CPUs; on a GPU an epoch of CIFAR-10, since fewer steps would be too short."""
     return 195 if ON_GPU else steps
 
 
 def synchronize() -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until the GPU has finished all its work; do nothing on CPUs."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def prepare(loop: Trainer, batches: TrainBatches) -> None:
-    """What a run does before its first step: on a GPU it captures the step."""
+    """Prepare the first step as a run does: on a GPU, capture the step."""
     if ON_GPU:
         loop.train_step.capture(batches, cuda_graph)
 
 
 def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
-    """One pass of the package's loop over ``batches`` a call."""
+    """A function that trains one pass over ``batches`` with the package's loop."""
     prepare(loop, batches)
 
     def epoch() -> None:
@@ -126,7 +126,7 @@ def epoch_of(loop: Trainer, batches: TrainBatches) -> Callable[[], None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[World]:
-    """The calling process as the only rank."""
+    """The process group of a single rank, this process."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     with joined_world("gpu" if ON_GPU else "cpu", folder, 600) as world:
         yield world

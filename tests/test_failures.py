@@ -30,7 +30,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(born: Start, workplace: Path
     assert not ranks[0].is_running()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
-    assert "rank 1 died without a word (killed by SIGKILL)" in errors
+    assert "rank 1 died without an error (killed by SIGKILL)" in errors
     assert "Traceback" not in errors
     assert_nothing_is_left(family)
     (run,) = all_runs(client())
@@ -161,7 +161,7 @@ def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, "the first one counts"
-    assert "once more ends them at once" in errors
+    assert "a second signal ends them at once" in errors
     assert "Traceback" not in errors
     (run,) = all_runs(client())
     assert run.info.status == "KILLED"
@@ -182,7 +182,7 @@ def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> N
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    on_a_fast_machine = "cifar-exp: the ranks end their step and save; once more ends them at once\n"
+    on_a_fast_machine = "cifar-exp: the ranks finish their step and save; a second signal ends them at once\n"
     assert errors.removeprefix(on_a_fast_machine) == "cifar-exp: stopped by signal 2\n"
 
 

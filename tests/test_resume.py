@@ -38,7 +38,7 @@ def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, wo
 
     again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
     assert again.returncode == 0, again.stderr
-    assert "goes on after epoch" in again.stdout
+    assert "continues after epoch" in again.stdout
     entries = journal.read(workplace / "cut")
     assert entries[: len(before)] == before
     assert curve(entries) == curve(journal.read(workplace / "whole"))
@@ -65,11 +65,11 @@ def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
     killed_after(started, cut, 2, *run)
     other = cifar_exp(*run, "seed=1", "train.epochs=1", "resume=auto")  # another configuration: a run of its own
     assert other.returncode == 0, other.stderr
-    assert "goes on" not in other.stdout
+    assert "continues after" not in other.stdout
     folders = sorted(path.parent for path in (workplace / "outputs").rglob("run.json"))
     again = cifar_exp(*run, "resume=auto", "progress=lines", "checkpoint.keep=1")
     assert again.returncode == 0, again.stderr
-    assert "outputs/cut goes on after epoch" in again.stdout
+    assert "outputs/cut continues after epoch" in again.stdout
     assert sorted(path.parent for path in (workplace / "outputs").rglob("run.json")) == folders
     assert len(list((workplace / "outputs").rglob("cifar-exp.log"))) == 2
     assert len(list(cut.glob("checkpoints/*.json"))) == 1
@@ -157,16 +157,16 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
-    (told,) = re.findall(r"the same command with resume=(\S+) goes on", output)
+    (told,) = re.findall(r"the same command with resume=(\S+) continues", output)
     assert (workplace / told / "sweep.json").exists(), "a job's own folder would be where other jobs start"
     (first,) = (workplace / "outputs").glob("multirun/*/*/0/metrics.jsonl")
     trained = first.read_text()
 
     again = cifar_exp(*sweep, f"resume={told}")
     assert again.returncode == 0, again.stderr
-    assert "the sweep goes on" in again.stdout
+    assert "the sweep continues" in again.stdout
     assert "0: finished before, test accuracy" in again.stdout
-    assert "1 goes on after epoch" in again.stdout
+    assert "1 continues after epoch" in again.stdout
     assert first.read_text() == trained
     assert len(list((workplace / "outputs" / "multirun").rglob("run.json"))) == 2
     assert len(list((workplace / "outputs" / "multirun").rglob("speedup.csv"))) == 1
@@ -197,8 +197,8 @@ def test_what_is_damaged_elsewhere_is_passed_over_and_what_is_named_is_told(
     (workplace / "outputs" / "torn" / "run.json").write_text("{")
     again = cifar_exp(*run, "resume=auto")
     assert again.returncode == 0, again.stderr
-    assert "outputs/cut goes on" in again.stdout
-    assert again.stderr.count("outputs/torn: the run cannot be read and is passed over") == 1
+    assert "outputs/cut continues" in again.stdout
+    assert again.stderr.count("outputs/torn: the run cannot be read and is skipped") == 1
     for damaged in ("outputs/torn", "x" * 300):
         refused = cifar_exp(*run, f"resume={damaged}")
         assert refused.returncode in (2, 8)

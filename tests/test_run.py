@@ -129,7 +129,7 @@ def test_images_that_a_scale_makes_too_small_for_the_network_are_refused_by_the_
 ) -> None:
     done = cifar_exp(*TINY, "train.image_scales=[0.01]", "tracking=none")
     assert done.returncode == 2
-    assert "train.image_scales: at 0.01 of their size images are too small for this network" in done.stderr
+    assert "train.image_scales: at scale 0.01 the images are too small for this network" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -48,7 +48,7 @@ def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit
         assert process.returncode == code, errors
         assert "Traceback" not in errors
         cuts.append(manifest(cut).step)
-        assert f"saved after step {cuts[-1]}; the same command with resume=cut goes on" in output
+        assert f"saved after step {cuts[-1]}; the same command with resume=cut continues" in output
         # MLflow has but a few seconds to take that in, on a busy machine too.
         assert [run.info.status for run in all_runs(client())] == ["KILLED"] or "cifar-exp sync" in errors
     assert any(step % 60 for step in cuts), "by chance all cuts lay between two epochs"

@@ -1,4 +1,4 @@
-"""Train from Python, in a script or a notebook: what `from cifar_exp import train` gives."""
+"""`from cifar_exp import train`: train from a script or a notebook."""
 
 import logging
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ LOG_FILE = "cifar-exp.log"
 
 
 def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Result:
-    """Train once, as the command ``cifar-exp`` does with the same overrides.
+    """Train one run, as the command ``cifar-exp`` does with the same overrides.
 
     Args:
-        overrides: as on the command line, each ``group=choice`` or ``key=value``.
-        folder: where the run writes; None: a new folder under ``outputs/``, as for the command.
+        overrides: each ``group=choice`` or ``key=value``, as on the command line.
+        folder: the run folder; None for a new folder under ``outputs/``.
 
     Returns:
         The run folder and the last value of each metric.
 
     Raises:
-        CifarExpError: as the command's messages; ``exit_code`` is the command's.
+        CifarExpError: the run failed. The message and ``exit_code`` are those of the command.
     """
     whole = composed(overrides)
     run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)

@@ -1,13 +1,13 @@
-"""The way in: what cannot run here is refused in one line, and an error that nobody expected is told as a bug.
+"""The entry point of `cifar-exp`. It reports an unexpected error as a bug, in one message without a traceback.
 
-Older versions of Python must be able to read this module, or they would show a traceback in place of that line.
+Older versions of Python must be able to parse this module: they then print one line in place of a traceback.
 """
 
 import sys
 
 
 def main() -> None:
-    """The command `cifar-exp`, with what was typed."""
+    """Run the command `cifar-exp` with ``sys.argv``."""
     try:
         from cifar_exp.cli.main import main as run
 

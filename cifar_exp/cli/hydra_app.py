@@ -1,4 +1,4 @@
-"""Hydra at the command line, with this project's messages and exit codes instead of tracebacks."""
+"""Run Hydra from the command line, with this project's messages and exit codes instead of tracebacks."""
 
 import os
 import sys
@@ -26,22 +26,26 @@ from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
 Job = Callable[[DictConfig], Any]
-# What configurations may name, and what conf/config.yaml names for Python's logging.
+# Every allowed `_target_`, and the class that conf/config.yaml names for Python's logging.
 CALLED = ("cifar_exp.system.redaction.MaskingFormatter", *(path for paths in ALLOWED.values() for path in paths))
 
 
 def run_hydra(job: Job, words: Sequence[str]) -> int:
-    """Compose the configuration from ``words`` and run ``job`` with it, once or for every job of a sweep.
+    """Compose the configuration and run ``job`` with it, once or for every job of a sweep.
+
+    Args:
+        job: the function to call with the composed configuration.
+        words: the words of the command line: overrides and Hydra's options.
 
     Returns:
-        The exit code. Errors that a user can mend are printed as one message.
+        The exit code. An error that the user can fix is printed as one message.
     """
     outlive_terminal()
     sys.argv[1:] = options_first(words)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
     failures: list[CifarExpError] = []
-    begun: list[bool] = []  # what fails before any job has begun may come from what was typed
+    begun: list[bool] = []  # an error before the first job may come from the command line
 
     def guarded(composed: DictConfig) -> Any:
         begun.append(True)
@@ -49,10 +53,10 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
         try:
             return job(composed)
         except Exception as error:
-            raise_swallowed()  # which may be behind it: numpy cannot be imported again where that was interrupted
+            raise_swallowed()  # a signal may be the cause: numpy cannot be imported again after an interrupted import
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the sweeper's to report
-            failures.append(told(error))  # Hydra would name all overrides as what it was executing
+                raise  # the sweeper reports it
+            failures.append(told(error))  # not raised: Hydra would print all overrides with it
 
     try:
         allow_open_files()
@@ -70,7 +74,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
 
 
 def options_first(words: Sequence[str]) -> list[str]:
-    """``words`` with Hydra's options and their values in front: argparse takes overrides in one piece only."""
+    """``words`` with Hydra's options and their values first: argparse takes the overrides only as one group."""
     known = hydra_versions.options()
     options, overrides, rest = list[str](), list[str](), list(words)
     while rest:
@@ -88,7 +92,7 @@ def options_first(words: Sequence[str]) -> list[str]:
 
 
 def run_context() -> RunContext:
-    """Where Hydra runs the current job: its folder, its overrides, its sweep."""
+    """The folder, overrides and sweep of Hydra's current job."""
     hydra_config = HydraConfig.get()
     single = hydra_config.mode == RunMode.RUN
     return RunContext(
@@ -100,7 +104,7 @@ def run_context() -> RunContext:
 
 
 def _keep_private(folder: Path, subfolder: str | None) -> None:
-    """Close the job's folder to others, and take the secrets out of what Hydra has put there, where it was asked to."""
+    """Make the job's folder private and mask secrets in Hydra's YAML files in ``subfolder``, if there is one."""
     make_private(folder)
     for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -108,14 +112,17 @@ def _keep_private(folder: Path, subfolder: str | None) -> None:
 
 
 def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
-    """The configuration, Hydra's own part included, for a command that Hydra does not run.
+    """Compose the configuration for a command that Hydra does not run.
 
     Args:
-        overrides: as typed, each ``group=choice`` or ``key=value``.
-        folder: of more configuration, as ``--config-dir``.
+        overrides: each ``group=choice`` or ``key=value``.
+        folder: a folder with more configuration, as for ``--config-dir``.
+
+    Returns:
+        The configuration, including the section ``hydra``.
 
     Raises:
-        ConfigError: where it cannot be composed, as :func:`cifar_exp.config.refusals.explained`.
+        ConfigError: it cannot be composed; the message is that of :func:`cifar_exp.config.refusals.explained`.
     """
     register_resolvers()
     search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []

@@ -1,4 +1,4 @@
-"""The command `cifar-exp`: its subcommands, and the errors that all of them share."""
+"""The command `cifar-exp`: its subcommands and their common error handling."""
 
 import importlib
 import os
@@ -12,15 +12,15 @@ from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.system.process import end_process
 from cifar_exp.system.signals import answer_signals, ignore_signals, swallowed
 
-# Each is the `command` of the module of its name, which is imported when it is called: --help answers at once.
+# A subcommand is `command` in the module of the same name. The module is imported on use, so that --help is fast.
 COMMANDS = {
     "train": "Train once as configured; with -m, sweep over lists of values.",
     "predict": "Label images with the network of a run.",
-    "report": "Tables and figures of a sweep again, or what changed between two sweeps.",
+    "report": "Recreate the tables and figures of a sweep, or compare two sweeps.",
     "verify": "Check on this machine whether N ranks compute what one rank computes.",
     "data": "Fetch CIFAR-10, verify it, and write it as class folders.",
-    "sync": "Deliver to MLflow what runs hold on disk and their store lacks.",
-    "ui": "Serve MLflow's pages for the runs, to this machine alone.",
+    "sync": "Deliver runs from disk to MLflow, after an outage or a crash.",
+    "ui": "Serve MLflow's pages for the runs, on this machine only.",
 }
 EXAMPLES = """\b
 Examples:
@@ -33,7 +33,7 @@ Examples:
 
 
 class Commands(click.Group):
-    """Subcommands that are imported when called. A first word with ``=`` or ``-`` belongs to ``train``."""
+    """Subcommands that are imported on use. If the first word has ``=`` or ``-``, the subcommand is ``train``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -65,7 +65,11 @@ def commands() -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line ``words`` (default: those that were typed) and end the process with its exit code."""
+    """Run a command line and end the process with its exit code.
+
+    Args:
+        words: the words after ``cifar-exp``; None for those of ``sys.argv``.
+    """
     answer_signals()
     code = answer(sys.argv[1:] if words is None else list(words))
     ignore_signals()
@@ -73,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def answer(words: Sequence[str]) -> int:
-    """Run a command line; its exit code. An error that the user can mend is printed as one message."""
+    """Run a command line and return its exit code. An error is printed as one message."""
     try:
         # Not `commands.main`: click would print an empty line for Ctrl-C, and make another error of it.
         with commands.make_context("cifar-exp", list(words)) as context:
@@ -81,7 +85,7 @@ def answer(words: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:  # of --help and --version
         return ended.exit_code
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Stopped, Exception) as error:

@@ -1,10 +1,10 @@
-"""`cifar-exp train`: Hydra composes the configuration, once or for each job of a sweep."""
+"""`cifar-exp train`: train one run, or every job of a sweep."""
 
 from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
+if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from omegaconf import DictConfig
 
 
@@ -18,7 +18,10 @@ def command(words: tuple[str, ...]) -> int:
 
 
 def run_job(composed: "DictConfig") -> float:
-    """Train as ``composed`` says. Hydra calls this for a run and for each job of a sweep.
+    """Train one run. Hydra calls this for a single run and for each job of a sweep.
+
+    Args:
+        composed: the composed configuration.
 
     Returns:
         The test accuracy, 0 to 1.

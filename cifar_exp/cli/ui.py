@@ -1,4 +1,4 @@
-"""`cifar-exp ui`: MLflow's pages over the store of the runs, for this machine's user alone."""
+"""`cifar-exp ui`: serve MLflow's pages for the runs, on this machine only."""
 
 import os
 import socket
@@ -20,9 +20,9 @@ HOST = "127.0.0.1"
 
 @click.command("ui")
 @click.argument("words", nargs=-1, metavar="[tracking.uri=ADDRESS]")
-@click.option("--port", default=5000, show_default=True, help="Where to listen on 127.0.0.1.")
+@click.option("--port", default=5000, show_default=True, help="Port on 127.0.0.1.")
 def command(words: tuple[str, ...], port: int) -> None:
-    """Serve MLflow's pages for the runs. Nothing but this machine can reach them.
+    """Serve MLflow's pages for the runs. Only this machine can reach them.
 
     tracking.uri=ADDRESS serves another store than the one under outputs/.
     """
@@ -32,7 +32,7 @@ def command(words: tuple[str, ...], port: int) -> None:
         raise ConfigError(f"{rest[0]}: it must be tracking.uri=<address of the store>")
     address = store(typed.get("tracking.uri"))
     check_port(port)
-    print(f"http://{HOST}:{port} shows {masked_text(address)} in some 20 s; Ctrl-C ends it", flush=True)
+    print(f"http://{HOST}:{port} shows {masked_text(address)} in about 20 s; Ctrl-C ends it", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server_arguments(port)], environment(address))
 
 
@@ -40,44 +40,48 @@ def store(uri: str | None) -> str:
     """The address of the store to serve.
 
     Args:
-        uri: the address that was typed, or None for the default store.
+        uri: the address of a store; None for the default store.
 
     Raises:
-        ConfigError: where there is no such store, or it has pages of its own.
+        ConfigError: the store does not exist, or it is a server with its own pages.
     """
     address = MLflowTracker(uri).address()
     if address.startswith("http"):
-        raise ConfigError(f"tracking.uri={uri}: that is a server with pages of its own. Open it in a browser")
+        raise ConfigError(f"tracking.uri={uri}: that is a server with its own pages. Open it in a browser")
     database = address.partition("sqlite:///")[2].partition("?")[0]
     if database and not Path(database).exists():
         raise ConfigError(
-            f"{database}: there is no such store yet. Run cifar-exp first, stand in the folder that holds outputs/, "
-            f"or type tracking.uri=<address>"
+            f"{database}: there is no such store yet. Run cifar-exp first, change to the folder that has outputs/, "
+            f"or set tracking.uri=<address>"
         )
     return address
 
 
 def check_port(port: int) -> None:
-    """Raise a ConfigError where nothing can listen on the port."""
+    """Check that the port is free.
+
+    Raises:
+        ConfigError: the port is in use or not allowed.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--port={port}: it cannot be had: {reason}. Set --port to another one") from error
+            raise ConfigError(f"--port={port}: it cannot be used: {reason}. Set --port to another one") from error
 
 
 def server_arguments(port: int) -> list[str]:
-    """The words after ``mlflow``. Another site's page that makes its name point here sends that name: it is refused."""
+    """The arguments of ``mlflow``. ``--allowed-hosts`` refuses requests of other sites by DNS rebinding."""
     hosts = ",".join(f"{name}:{port}" for name in (HOST, "localhost"))
-    artifacts = str((OUTPUTS / "artifacts").resolve())  # of runs that come in through this server
+    artifacts = str((OUTPUTS / "artifacts").resolve())  # for runs that are tracked through this server
     listening = ["--host", HOST, "--port", str(port), "--allowed-hosts", hosts]
     return ["server", "--workers", "1", "--artifacts-destination", artifacts, *listening]
 
 
 def environment(address: str) -> dict[str, str]:
-    """The server's environment. The store is named here: an address may hold a password, and all can see arguments."""
+    """The server's environment. It holds the store's address: an argument would show its password to other users."""
     kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"}
     settings = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return MLFLOW_DEFAULTS | kept | settings

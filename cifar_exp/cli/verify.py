@@ -1,4 +1,4 @@
-"""`cifar-exp verify`: on this machine, with this configuration, do N ranks compute what one computes?"""
+"""`cifar-exp verify`: check on this machine whether N ranks compute what one rank computes."""
 
 import logging
 import shlex
@@ -13,33 +13,33 @@ from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files, outlive_terminal
 from cifar_exp.system.surroundings import settle
 
-if TYPE_CHECKING:  # everything heavy is imported where it is first needed: --help and a wrong setting answer at once
+if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
 
-# Rounding and the order of sums must not hide what is looked for.
+# Full precision and a fixed order of sums, so that rounding does not hide a real difference.
 STRICT = ("train.precision=fp32", "train.deterministic=true")
 COUNT = "devices.count"
-CHECKED = "one rank is what others are compared with"
+CHECKED = "one rank is the reference for the comparison"
 
 
 @click.command("verify", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[SETTINGS]...")
 def command(words: tuple[str, ...]) -> int:
-    """Do N ranks compute, on this machine and with this configuration, what one rank computes?
+    """Check on this machine whether N ranks compute what one rank computes.
 
-    N ranks are started as for training, and beside them one rank that takes the same micro-batches one after the
-    other. Compared are the images of one epoch, bit for bit and in their order; gradients, losses and parameters of
-    the first three steps; the evaluation of the test set, each image of which must count once. Nothing is tracked.
-    parity.md and parity.json are written into a new folder under outputs/.
+    The command starts N ranks as for training, and one rank that accumulates the gradients of the same micro-batches.
+    It compares the images of one epoch, bit for bit and in order; the gradients, losses and parameters of the first
+    three steps; and the evaluation of the test set, where each image must count once. Nothing is tracked.
+    parity.md and parity.json are written to a new folder under outputs/.
 
     \b
-    devices.count=1,2,4         how many ranks (default: 1, 2, 4, ... up to what this machine has)
-    devices.oversubscribe=true  more CPU ranks than there are cores
-    progress=quiet              prints nothing but the verdict
-    hydra.run.dir=<folder>      where to write
-    --config-dir <folder>       configuration of yours, as for cifar-exp
-    <group>=<choice>, <key>=<value>  all that cifar-exp takes; train.precision=fp32 and train.deterministic=true
-                                unless other values are set
+    devices.count=1,2,4         numbers of ranks (default: 1, 2, 4, ... up to the devices of this machine)
+    devices.oversubscribe=true  allow more CPU ranks than cores
+    progress=quiet              print only the verdict
+    hydra.run.dir=<folder>      output folder
+    --config-dir <folder>       your own configuration, as for cifar-exp
+    <group>=<choice>, <key>=<value>  any setting of cifar-exp; the defaults are train.precision=fp32 and
+                                train.deterministic=true
 
     Exit codes: 0 the ranks compute the same, 1 they do not; others as for cifar-exp.
     """
@@ -47,10 +47,13 @@ def command(words: tuple[str, ...]) -> int:
 
 
 def verify(words: Sequence[str]) -> bool:
-    """Check what was typed; whether the ranks compute what one computes.
+    """Run the check with the settings ``words``.
+
+    Returns:
+        Whether N ranks compute what one rank computes.
 
     Raises:
-        CifarExpError: whatever keeps it from being checked, with the exit code that scripts rely on.
+        CifarExpError: the check could not be run.
     """
     from cifar_exp.launch.forkserver import warm_up
     from cifar_exp.runs.components import build
@@ -77,11 +80,17 @@ def verify(words: Sequence[str]) -> bool:
 
 
 def configurations(words: Sequence[str]) -> "tuple[list[Config], Path]":
-    """The configuration of each number of ranks, and the folder to write to.
+    """Compose a configuration for each number of ranks.
+
+    Args:
+        words: overrides and ``--config-dir``.
+
+    Returns:
+        The configurations and the output folder.
 
     Raises:
-        ConfigError: where a setting is wrong.
-        MachineError: where nobody says how many ranks, and the machine has one device.
+        ConfigError: a setting is wrong.
+        MachineError: ``devices.count`` is not set and the machine has one device.
     """
     config_dir, overrides = _options(words)
     typed = [word.partition("=")[2] for word in overrides if _key(word) == COUNT]
@@ -99,7 +108,7 @@ def configurations(words: Sequence[str]) -> "tuple[list[Config], Path]":
 
 
 def _options(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of ``--config-dir``, and the overrides."""
+    """Split ``words`` into the value of ``--config-dir`` and the overrides."""
     config_dir, overrides, rest = None, list[str](), iter(words)
     for word in rest:
         option, _, value = word.partition("=")
@@ -119,7 +128,7 @@ def _key(word: str) -> str:
 
 
 def _composed(overrides: Sequence[str], config_dir: str | None) -> "tuple[Config, Path]":
-    """The configuration, untracked and with every step's loss, and where Hydra would have a run of it write."""
+    """The configuration without tracking and with the loss of every step, and Hydra's run folder for it."""
     from omegaconf import open_dict, read_write
 
     from cifar_exp.cli.hydra_app import composed
@@ -150,14 +159,14 @@ def _powers_of_two(config: "Config") -> list[int]:
 
 
 def _open(folder: Path) -> None:
-    """Make the report's folder, which must hold nothing yet, and open the log in it."""
+    """Create the report's folder and its log. The folder must be empty."""
     from cifar_exp.records.run_folder import make_private
     from cifar_exp.system.redaction import MaskingFormatter
 
     with storage_errors(folder, "Set hydra.run.dir=<a folder that you may write to>"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ConfigError(f"hydra.run.dir={folder}: the folder holds other things. Set it to a new one")
+            raise ConfigError(f"hydra.run.dir={folder}: the folder is not empty. Set it to a new one")
         make_private(folder)
         handler = logging.FileHandler(folder / "cifar-exp-verify.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,4 +1,4 @@
-"""Words of a command line: settings (`key=value`), and everything else."""
+"""Parse the words of a command line: settings (`key=value`) and the rest."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -7,10 +7,17 @@ from cifar_exp.errors import ConfigError
 
 
 def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Split ``words`` into settings and the rest. A word that is an existing path is no setting.
+    """Split ``words`` into settings and the rest.
+
+    Args:
+        words: the words of a command line. An existing path counts as the rest, even if it has ``=``.
+        allowed: names of settings.
+
+    Returns:
+        Values by name, and the rest.
 
     Raises:
-        ConfigError: where a setting is not among ``allowed`` or has no value.
+        ConfigError: a setting is not in ``allowed`` or has no value.
     """
     settings: dict[str, str] = {}
     rest: list[str] = []

@@ -1,1 +1,1 @@
-"""The settings: their types and ranges, how they are read, and the messages about wrong ones."""
+"""The settings: their types and ranges, how they are read and checked, and the messages about wrong values."""

@@ -1,4 +1,4 @@
-"""The YAML files with the default settings, and where they lie."""
+"""The default settings, read from the YAML files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 
 def conf_dir() -> Path:
-    """Where the config groups lie: in the package when it was installed from a wheel, beside it in a clone."""
+    """The folder of the config groups: inside the package in a wheel, beside it in a clone."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -26,11 +26,11 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings() -> dict[str, Any]:
-    """Every setting that some YAML file of the package sets, by dotted name, with the value it has there."""
+    """All settings of the package's YAML files: dotted name -> value. Default choices of a group take precedence."""
     settings: dict[str, Any] = {}
     primary: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))
     defaults = [item for entry in primary["defaults"] if entry != "_self_" for item in entry.items()]
-    # The default choice of each group first: its values are what a user expects to be told.
+    # The default choice of each group comes first: messages suggest its values.
     paths = [conf_dir() / group / f"{choice}.yaml" for group, choice in defaults]
     for path in [*filter(Path.exists, paths), *sorted(conf_dir().rglob("*.yaml"))]:
         group = path.relative_to(conf_dir()).parts[0]

@@ -1,6 +1,6 @@
-"""All that differs between the versions of Hydra (1.3, 1.4) and OmegaConf (2.3, 2.4) that may be installed.
+"""The differences between the supported versions of Hydra (1.3, 1.4) and OmegaConf (2.3, 2.4).
 
-Told apart by what they offer, not by their numbers, so that release candidates and later versions need no entry here.
+The version is detected by its features, not by its number, so release candidates and later versions work, too.
 """
 
 import argparse
@@ -16,18 +16,19 @@ import hydra
 from hydra import initialize_config_dir, utils
 from omegaconf import DictConfig, OmegaConf
 
-# Since 1.4. Such a version limits what a configuration may call itself, and deprecates `version_base`.
+# Hydra 1.4 has its own allow-list of `_target_`s and deprecates `version_base`.
 _LIMITS_TARGETS = "execution_whitelist" in inspect.signature(hydra.main).parameters
 _BASE: dict[str, Any] = {} if _LIMITS_TARGETS else {"version_base": "1.3"}
 
 
 def run_command(job: Callable[[DictConfig], Any], folder: Path, trusted: Iterable[str]) -> None:
-    """Let Hydra read ``sys.argv`` and run ``job`` with the configuration, or for each job of a sweep.
+    """Let Hydra parse ``sys.argv`` and run ``job``, once or for each job of a sweep.
 
     Args:
-        job: is called with the composed configuration.
-        folder: of the configuration ``config``.
-        trusted: what a configuration may name, that of Python's logging included: dotted paths, or modules with ``.*``.
+        job: the function to call with the composed configuration.
+        folder: the folder of ``config.yaml``.
+        trusted: the `_target_`s that a configuration may have, including those for Python's logging: dotted paths, or
+            modules with ``.*``.
     """
     limit: dict[str, Any] = {"execution_whitelist": list(trusted)} if _LIMITS_TARGETS else {}
     with _parser_of_old_versions():
@@ -35,7 +36,7 @@ def run_command(job: Callable[[DictConfig], Any], folder: Path, trusted: Iterabl
 
 
 def options() -> dict[str, argparse.Action]:
-    """Hydra's options for the command line, by each of their spellings."""
+    """Hydra's command-line options: spelling -> argparse action."""
     with _parser_of_old_versions():
         parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
     return dict(parser._option_string_actions)
@@ -43,30 +44,30 @@ def options() -> dict[str, argparse.Action]:
 
 @contextmanager
 def composing(folder: Path) -> Iterator[None]:
-    """``hydra.compose`` reads ``folder`` in the block."""
+    """Inside this context ``hydra.compose`` reads ``folder``."""
     with initialize_config_dir(str(folder), **_BASE):
         yield
 
 
 def limited_to(trusted: Iterable[str]) -> AbstractContextManager[Any]:
-    """In the block Hydra instantiates what ``trusted`` names and nothing else, where it can be told so."""
+    """Inside this context Hydra 1.4 instantiates only the `_target_`s in ``trusted``. Hydra 1.3 has no such limit."""
     limit = getattr(utils, "execution_whitelist", None)
     return limit(list(trusted)) if limit else nullcontext()
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
-    """``${name:...}`` in YAML is what ``resolver`` returns."""
+    """Register ``resolver`` for ``${name:...}`` in YAML. An earlier one of that name is replaced."""
     register: Callable[..., Any] = OmegaConf.register_resolver
-    if "replace" not in inspect.signature(register).parameters:  # 2.3, where this name is an older, deprecated function
+    if "replace" not in inspect.signature(register).parameters:  # OmegaConf 2.3: this name is a deprecated function
         register = OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
 
 
 @contextmanager
 def _parser_of_old_versions() -> Iterator[None]:
-    """Hydra 1.3 on Python 3.14: it gives argparse a help that is no string, which argparse looks at since then.
+    """Make Hydra 1.3 work on Python 3.14, where argparse rejects a help text that is not a string.
 
-    To be removed once Hydra 1.3 is no longer allowed: 1.4 does the same for its own parser.
+    Remove this when Hydra 1.3 is no longer supported: Hydra 1.4 has the same workaround.
     """
     module = sys.modules["hydra.main"]  # the name `hydra.main` is the function
     make_parser = module.get_args_parser

@@ -1,4 +1,4 @@
-"""The messages about settings that are unknown or invalid."""
+"""Messages about unknown settings and invalid values."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from cifar_exp.config.defaults import conf_dir, default_settings
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`` Did you mean X?`` where something valid is close to ``name``, else the list of what is valid."""
+    """``Did you mean X?`` if a valid name is close to ``name``, else the valid names or how to list them."""
     names = sorted(valid)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
@@ -20,9 +20,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _explain(error: ValidationError, prefix: str) -> str:
-    """The first problem as one sentence: setting, value, rule, what to type."""
+    """The message for pydantic's first problem: setting, value, rule, remedy."""
     problems = error.errors(include_url=False)
-    # A section and its key; what follows in pydantic's location is the member of a union (`4` or `auto`) it tried.
+    # pydantic's location is the section, the key, then the member of a union (`4` or `auto`) that it tried.
     location = problems[0]["loc"][:2]
     problems = [problem for problem in problems if problem["loc"][:2] == location]
     setting, value = prefix + ".".join(map(str, location)), problems[0]["input"]
@@ -34,7 +34,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
 
 
 def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
-    """Setting, value, rule, and the nearest valid value, or the default where none is near."""
+    """The message for an invalid value: setting, value, rule, and the nearest valid value or the default."""
     rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
     examples = [valid for problem in problems if (valid := _valid(problem)) is not None]
     example = examples[0] if examples else default_settings().get(setting, "<value>")
@@ -43,7 +43,7 @@ def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) ->
 
 def unknown_setting(setting: str) -> str:
     """The message for a setting that does not exist."""
-    if setting in default_settings():  # of another choice of the group
+    if setting in default_settings():  # it belongs to another choice of the group
         group = setting.partition(".")[0]
         return (
             f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"
@@ -54,7 +54,7 @@ def unknown_setting(setting: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value as it is written on the command line."""
     return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
@@ -79,7 +79,7 @@ def _rule(problem: Mapping[str, Any]) -> str:
 
 
 def _valid(problem: Mapping[str, Any]) -> Any:
-    """A value near the refused one that would do, or None where only a default can be offered."""
+    """A valid value near the refused one; None if there is none."""
     limits = problem.get("ctx", {})
     if problem["type"] == "literal_error":
         words = str(limits["expected"]).replace("'", "").replace(" or ", ", ").split(", ")

@@ -1,4 +1,4 @@
-"""The composed configuration -> the typed one, every setting checked."""
+"""Convert Hydra's composed configuration to the typed one and check every setting."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tr
 
 
 def register_resolvers() -> None:
-    """``${cores:N}`` in YAML: N, or the number of cores this process may use if that is less."""
+    """Register ``${cores:N}`` for YAML: the smaller of N and the number of cores of this process."""
     hydra_versions.register_resolver("cores", _cores)
 
 
@@ -33,15 +33,18 @@ def _cores(wanted: Any) -> int:
 
 
 def read_config(composed: DictConfig) -> Config:
-    """The typed configuration, every setting of the package checked.
+    """Convert the composed configuration to the typed one and check every setting of the package.
+
+    Args:
+        composed: the configuration without the section ``hydra``.
 
     Raises:
-        ConfigError: naming the first setting that is unknown, of a wrong type, out of range or not trusted.
+        ConfigError: a setting is unknown, has a wrong type, is out of range or not trusted. The first one is named.
     """
     try:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        # Of a resolver of ours, which raises a ValueError for what it is not to be asked.
+        # Our own resolvers raise ValueError for a wrong argument. Any other error of theirs is a bug.
         behind = first_cause(error)
         if is_bug(behind) and not isinstance(behind, ValueError) and raised_in(behind) == "cifar_exp":
             raise behind from None
@@ -63,7 +66,7 @@ def read_config(composed: DictConfig) -> Config:
 
 
 def _validated(schema: type, content: Mapping[str, Any], prefix: str) -> Any:
-    """``content`` as an instance of ``schema``. JSON mode is strict about types and still takes mappings."""
+    """``content`` as an instance of ``schema``. pydantic's JSON mode is strict about types and accepts mappings."""
     try:
         return TypeAdapter(schema).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:

@@ -1,7 +1,8 @@
-"""What Hydra refuses, sorted by where it comes from: from what was typed, from the disk, or from a bug.
+"""Sort Hydra's errors by cause: the command line, the disk, or a bug.
 
-Hydra's and OmegaConf's own exceptions are meant for whoever typed. Of others, as a bare ``ValueError``, only a try
-tells: what fails without the words that were typed, too, is not their fault.
+Exceptions of Hydra's and OmegaConf's own classes are about the command line. For other exceptions, such as a bare
+``ValueError``, the configuration is composed once more with single overrides. An override is the cause if composing
+with it fails in the same way and composing without it does not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,17 +27,20 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.system.bugs import REFUSALS, origin
 
 OWN, HYDRA = "cifar_exp", "hydra"
-# Whoever asks for the value: it was typed, or stands in a file of the user's.
+# The value comes from the command line or from a file of the user, whichever package reads it.
 OF_THE_VALUE = (InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue)
-PLAIN = "seed=0"  # an override that every sound Hydra can read
+PLAIN = "seed=0"  # an override that always composes
 
 
 def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
-    """A message of ours for what Hydra refuses: setting, rule, nearest valid choice. None: it is a bug.
+    """Translate an error of Hydra to a message with setting, rule and nearest valid choice.
 
     Args:
-        error: what was raised before any job began.
-        typed: the words of the command line, which are named where the error names none of them.
+        error: the exception, raised before the first job.
+        typed: the words of the command line. The message names them if the error names none of them.
+
+    Returns:
+        The message; None if the error is a bug.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
@@ -53,7 +57,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return _of_the_disk(error)
     if isinstance(error, YAMLError):
-        return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Mend it")
+        return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Fix the file")
     text = str(error) or str(cause or type(error).__name__)
     words = to_blame(error, typed)
     if not words and not _is_for_the_user(error):
@@ -68,21 +72,21 @@ def _is_of_omegaconf(error: BaseException | None) -> TypeGuard[OmegaConfBaseExce
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether its class says so, and it was Hydra that asked for what it is about."""
+    """Whether the error's class is for user errors and Hydra, not this package, triggered it."""
     if isinstance(error, OF_THE_VALUE):
         return True
     return isinstance(error, HydraException | OmegaConfBaseException) and origin(error, OWN, HYDRA) == HYDRA
 
 
 def to_blame(error: Exception, typed: Sequence[str]) -> list[str]:
-    """The words that make Hydra fail like this; none where it fails without them, too, or not because of them."""
+    """The words that cause this error; none if Hydra fails without them, too, or for another reason."""
     if origin(error, OWN, HYDRA) != HYDRA or _fails_alike(error, [PLAIN]):
         return []
     overrides = [word for word in typed if not word.startswith("-")]
     for words in (*([word] for word in overrides), overrides):
         if _fails_alike(error, words):
             return words
-    # What Hydra does with its own settings, as with those of Python's logging, no composition tries; nor its flags.
+    # Composing does not apply Hydra's own settings, such as those of Python's logging, nor its flags.
     is_refused = isinstance(error, ValueError | RuntimeError | ImportError)
     return [word for word in typed if is_refused and (word.lstrip("+~").startswith("hydra") or word.startswith("--"))]
 
@@ -97,10 +101,10 @@ def _fails_alike(error: Exception, overrides: Iterable[str]) -> bool:
 
 
 def _of_the_disk(error: OSError) -> CifarExpError | None:
-    """Hydra has nothing to do with files but to read the configuration and to make the run's folder and its log."""
+    """The message for a file error. Hydra only reads the configuration and creates the run folder and its log."""
     if error.errno not in REFUSALS and not isinstance(error, FileExistsError | NotADirectoryError | FileNotFoundError):
         return None
     with suppress(TypeError, ValueError):
         if str(error.filename).endswith((".yaml", ".yml")) and origin(error, OWN, HYDRA) == HYDRA:
-            return ConfigError(f"{error.filename}: the configuration cannot be read: {error.strerror}. Mend that")
+            return ConfigError(f"{error.filename}: the configuration cannot be read: {error.strerror}. Fix the file")
     return StorageError(f"hydra.run.dir (hydra.sweep.dir with -m): {error}. Set it to a folder that you may write to")

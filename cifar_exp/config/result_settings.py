@@ -1,6 +1,6 @@
-"""Which settings bear on a run's result: the one list that resuming, sweeps and studies go by."""
+"""The settings that affect a run's result. Resuming, sweeps and studies use this one list."""
 
-# Whole sections without influence on what is trained. Other devices share the same batches.
+# Sections that do not affect the trained weights. Devices do not: any number of them shares the same batches.
 NO_EFFECT_SECTIONS = (
     "resume",
     "progress",
@@ -11,23 +11,23 @@ NO_EFFECT_SECTIONS = (
     "devices",
     "report",
 )
-# Settings of other sections without influence on what is trained. They can change how fast it is.
+# Settings of other sections that do not affect the trained weights. They can affect the throughput.
 NO_EFFECT_SETTINGS = ("data.residency", "data.workers")
-SEED = "seed"  # what repeats of one experiment differ in
+SEED = "seed"  # differs between repeats of an experiment
 DEVICE_COUNT = "devices.count"  # the axis of a speedup study
-NO_PART_OF_A_SWEEP = ("resume", "progress")  # how a sweep is started and shown: not part of its identity
+NO_PART_OF_A_SWEEP = ("resume", "progress")  # how a sweep is started and displayed; not part of its identity
 
 
 def bears_on_result(setting: str) -> bool:
-    """Whether a run with another value of this dotted setting trains something else."""
+    """Whether another value of this dotted setting changes the trained weights."""
     return setting.partition(".")[0] not in NO_EFFECT_SECTIONS and setting not in NO_EFFECT_SETTINGS
 
 
 def distinguishes_sweeps(setting: str) -> bool:
-    """Whether two sweeps that differ in this dotted setting measure different things; speed counts here, too."""
+    """Whether two sweeps that differ in this dotted setting are different experiments. Throughput counts, too."""
     return setting.partition(".")[0] not in (*NO_EFFECT_SECTIONS, SEED)
 
 
 def distinguishes_groups(setting: str) -> bool:
-    """Whether jobs of one sweep that differ in this dotted setting belong to different groups of its study."""
+    """Whether jobs of a sweep that differ in this dotted setting belong to different groups of its study."""
     return setting not in (DEVICE_COUNT, SEED)

@@ -1,12 +1,12 @@
-"""The typed configuration: what each setting is, its unit and its range.
+"""The typed configuration: the meaning, unit and range of each setting.
 
-A leaf that everything may import: plain dataclasses, no third-party import but the range markers. ``config.py`` turns
-composed YAML into these classes and reports what does not fit.
+These are plain dataclasses, and every module may import them. ``reading.py`` converts composed YAML to these classes
+and reports wrong settings.
 
-``train``, ``devices``, ``checkpoint`` and ``early_stopping`` are closed: they have these keys and no others. The other
-sections are open: each belongs to its ``_target_``, whose signature says what it takes; the classes of ``COMMON`` hold
-the settings that this package's own choices share, so that a wrong one is reported before anything heavy is imported.
-``KEPT`` are settings of open sections that the framework answers itself: their targets do not see them.
+The sections ``train``, ``devices``, ``checkpoint``, ``early_stopping`` and ``report`` are closed: they have exactly
+these keys. The other sections are open: the signature of their ``_target_`` defines their keys. ``COMMON`` has the
+settings that the package's own choices of an open section share, so that a wrong value is reported before a heavy
+import. ``KEPT`` has the settings of open sections that the framework uses itself and does not pass to the target.
 """
 
 import math
@@ -35,66 +35,68 @@ class Train:
 
     __pydantic_config__: ClassVar = _CLOSED
     epochs: Count = 60
-    batch_size: Count = 256  # images: a device's under weak scaling, the global batch under strong scaling
+    batch_size: Count = 256  # images: per device with weak scaling, global with strong scaling
     scaling: Literal["weak", "strong"] = "weak"
-    accumulate: Count = 1  # micro-batches a device and step: the gradients of as many devices, one after the other
-    lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"] = "linear"  # of the rate with the global batch
+    accumulate: Count = 1  # gradient accumulation: micro-batches per device and step
+    lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"] = "linear"  # of the learning rate with the batch
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # auto: fused layers on CPUs, captured steps (CUDA graphs) on GPUs; never: PyTorch's layers, eager steps;
+    # always: torch.compile
     compile: Literal["auto", "never", "always"] = "auto"
     deterministic: bool = False
     normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
-    batch_norm: BatchNorm = "averaged"  # whose statistics layers normalise by, and what is evaluated with
+    batch_norm: BatchNorm = "averaged"  # which statistics are used over devices
     label_smoothing: BelowOne = 0.0
-    image_scales: tuple[Scale, ...] = ()  # sides of images, over the epochs; none: all at full size
-    weight_averaging: BelowOne = 0.0  # decay a step of the running mean of the weights that is evaluated; 0: none
-    mirrored_evaluation: bool = False  # a second test accuracy, of each image's and its mirror image's mean logits
-    log_every: Count = 10  # steps between two reads of the loss, which are the points of the live plot
-    profile: bool = False  # write a trace of a few steps
-    max_seconds: PositiveFloat | None = None  # of the run, after which training finishes where it is
+    image_scales: tuple[Scale, ...] = ()  # progressive resizing: image sides over the epochs; empty: full size
+    weight_averaging: BelowOne = 0.0  # decay per step of the EMA of the weights, which is evaluated; 0: no EMA
+    mirrored_evaluation: bool = False  # a second test accuracy: mean logits of each image and its mirror image
+    log_every: Count = 10  # steps between two points of the live plot; the loss is read from the device then
+    profile: bool = False  # write a profiler trace of a few steps
+    max_seconds: PositiveFloat | None = None  # time limit of the run, after which training stops and saves
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Which processors train, and how many ranks share them."""
+    """The devices that train, and the number of ranks."""
 
     __pydantic_config__: ClassVar = _CLOSED
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     count: Count | Auto = "auto"
-    threads: Count | Auto = "auto"  # CPU threads a rank
-    oversubscribe: bool = False  # allow more ranks than devices; never counted as speedup
+    threads: Count | Auto = "auto"  # CPU threads per rank
+    oversubscribe: bool = False  # allow more ranks than devices; such runs are left out of speedup reports
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What is kept of a run to go on from; the last epoch's checkpoint always is."""
+    """How often checkpoints are saved. The last epoch always is."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    every: Count = 1  # epochs
-    keep: Count = 2  # the newest ones
+    every: Count = 1  # epochs between two checkpoints
+    keep: Count = 2  # number of newest checkpoints to keep
 
 
 @dataclass(frozen=True)
 class EarlyStoppingSettings:
-    """When training ends before its last epoch, and which epoch is the best."""
+    """When training stops early, and which epoch is the best."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    patience: Count | None = None  # epochs in a row without a better value; None: all epochs are trained
+    patience: Count | None = None  # consecutive epochs without improvement; None: no early stopping
     metric: Literal["val/loss", "val/accuracy"] = "val/loss"
-    min_delta: NonNegativeFloat = 0.0  # a value is better where it is so by more than this
+    min_delta: NonNegativeFloat = 0.0  # smallest change that counts as an improvement
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What a sweep's report works out beside the speedup."""
+    """Extra results in a sweep's report."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    target_accuracy: Annotated[float, Gt(0), Le(1)] | None = None  # of validation: what it took to reach it
+    target_accuracy: Annotated[float, Gt(0), Le(1)] | None = None  # validation accuracy to report the time to
     price_per_hour: PositiveFloat | None = None  # of one device, in any currency
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run, whole."""
+    """The configuration of one run."""
 
     __pydantic_config__: ClassVar = _CLOSED
     data: Section
@@ -110,20 +112,20 @@ class Config:
     early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    resume: Name = "never"  # or auto, or the folder or MLflow id of a run
+    resume: Name = "never"  # or auto, or the folder or MLflow id of a run or sweep
     progress: Literal["auto", "bar", "live", "lines", "quiet"] = "auto"
     trusted_modules: tuple[Name, ...] = ()
 
     @property
     def validation(self) -> float:
-        """Share of the training images that is kept apart to validate on; 0 validates on the test set."""
+        """Fraction of the training images in the validation split, in [0, 1). 0: the test set is used instead."""
         return float(self.data.get("validation", 0.0))
 
 
 @dataclass(frozen=True)
 class _Data:
     root: Name | None = None
-    validation: BelowOne = 0.0  # share of the training images
+    validation: BelowOne = 0.0  # fraction of the training images in the validation split
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Optimizer:
-    lr: PositiveFloat  # for a global batch of 256 images; train.lr_scaling says what others get
+    lr: PositiveFloat  # for a global batch of 256 images; train.lr_scaling scales it for other sizes
     momentum: BelowOne | None = None
     weight_decay: NonNegativeFloat | None = None
 

@@ -1,13 +1,13 @@
-"""Which `_target_`s a configuration may name, section by section, and what renamed ones were called before."""
+"""The allow-list of `_target_`s by section, and the old names of renamed ones."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cifar_exp.errors import ConfigError
 
-# Patterns as Hydra 1.4 has them: a dotted path, or a module with `.*` for what lies in it. Whole packages of torch are
-# not here: torch.hub.load, torch.load, torch.ops.load_library and others run code or write files. What is imported is
-# checked once more, by its kind (`runs/components.py`).
+# Patterns have the form of Hydra 1.4: a dotted path, or a module with `.*` for everything inside. torch as a whole is
+# not allowed: torch.hub.load, torch.load, torch.ops.load_library and others run code or write files.
+# `runs/components.py` also checks the kind of each imported target.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("cifar_exp.data.*",),
     "augment": ("cifar_exp.data.augment.*",),
@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "launcher": ("cifar_exp.launch.*",),
     "tracking": ("cifar_exp.tracking.*",),
 }
-# Configurations and run folders of earlier versions name these.
+# Old name -> new name. Configurations and run folders of earlier versions have the old names.
 RENAMED = {
     "cifar_exp.models.convnet": "cifar_exp.models.networks.convnet",
     "cifar_exp.models.resnet": "cifar_exp.models.networks.resnet",
@@ -41,10 +41,15 @@ FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 
 
 def with_names(content: Any, names: Mapping[str, str]) -> Any:
-    """``content`` with every ``_target_``, however deep, renamed as ``names`` says.
+    """Rename every ``_target_`` in ``content``, at any depth.
 
-    ``names``: :data:`RENAMED` for today's names; :data:`FIRST_NAMES` for those that hashes of configurations are made
-    with, so that they stay what they were.
+    Args:
+        content: mappings, lists and values; it is not modified.
+        names: name -> replacement. :data:`RENAMED` gives today's names. :data:`FIRST_NAMES` gives the first names:
+            hashes of configurations are computed with these and so stay the same in later versions.
+
+    Returns:
+        The renamed copy.
     """
     if isinstance(content, Mapping):
         return {
@@ -57,21 +62,26 @@ def with_names(content: Any, names: Mapping[str, str]) -> Any:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a dotted path is one of ``patterns`` or lies in one that ends in ``.*``."""
+    """Whether a dotted path equals a pattern or is inside a module pattern that ends in ``.*``."""
     return any(path == pattern or (pattern.endswith(".*") and path.startswith(pattern[:-1])) for pattern in patterns)
 
 
 def allowed(section: str, trusted: Iterable[str]) -> tuple[str, ...]:
-    """The patterns of a section, and those of the modules that ``trusted_modules`` names."""
+    """The allowed patterns of a section, followed by those of the modules in ``trusted``."""
     own = tuple(pattern for module in trusted for pattern in (module, f"{module}.*"))
     return (*ALLOWED[section], *own)
 
 
 def check_targets(section: str, content: Any, trusted: Iterable[str]) -> None:
-    """Refuse every `_target_` in a section, however deep, that is not allowed there. Nothing is imported.
+    """Check every `_target_` in a section, at any depth, against the allow-list. Nothing is imported.
+
+    Args:
+        section: the name of the section, such as ``model``.
+        content: the section.
+        trusted: the modules of ``trusted_modules``.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: a `_target_` is not allowed. The message names the setting.
     """
     patterns = allowed(section, trusted)
 

@@ -1,1 +1,1 @@
-"""From devices to ranks: which devices there are, starting one process for each, and watching them."""
+"""From devices to ranks: find devices, start a process for each rank, and watch the ranks."""

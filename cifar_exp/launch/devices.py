@@ -1,4 +1,4 @@
-"""Which devices there are, and which of them a run takes."""
+"""Find the devices of this machine and choose those of a run."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class DeviceSet:
     Attributes:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
         count: number of ranks.
-        threads: CPU threads a rank.
-        found: GPUs or cores that this process may use.
-        oversubscribed: whether ranks share a GPU or a core.
+        threads: CPU threads per rank.
+        found: number of GPUs or cores that this process may use.
+        oversubscribed: whether ranks share a core.
     """
 
     accelerator: str
@@ -37,10 +37,13 @@ class DeviceSet:
 
 
 def find_devices(wanted: Devices) -> DeviceSet:
-    """Turn ``auto`` and counts into devices. CUDA is asked for a count and not initialised.
+    """Resolve ``auto`` and check the requested devices. CUDA is not initialised: only its device count is read.
+
+    Args:
+        wanted: the settings ``devices``.
 
     Raises:
-        MachineError: where more is asked for than there is.
+        MachineError: the machine has fewer devices than requested.
     """
     cores = len(own_cores())
     gpus = torch.cuda.device_count()
@@ -86,10 +89,13 @@ def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:
 
 
 def device_counts(wanted: Devices) -> list[int]:
-    """1, 2, 4, ... up to the devices that this machine has.
+    """The powers of two up to the number of devices of this machine.
+
+    Args:
+        wanted: the settings ``devices``; ``count`` is ignored.
 
     Raises:
-        MachineError: where it has none of the kind that was asked for.
+        MachineError: the machine has no device of the requested kind.
     """
     found = find_devices(Devices(accelerator=wanted.accelerator))
     threads = wanted.threads if found.accelerator == "cpu" and isinstance(wanted.threads, int) else 1

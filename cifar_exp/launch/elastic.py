@@ -1,4 +1,4 @@
-"""Devices -> N ranks of one function on torch elastic; failures, signals, nothing left behind."""
+"""Run a function on N ranks with torch elastic; handle failures and signals; leave no process behind."""
 
 import logging
 import multiprocessing
@@ -29,28 +29,42 @@ from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
 AFTER_A_DEATH = (
-    "Set resume=auto to go on from the last checkpoint, launcher.max_restarts=3 to have that done from the beginning"
+    "Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to let new runs do so themselves"
 )
-STOP_PATIENCE = 7.0  # seconds that ranks have to end their step and save after a signal
+STOP_PATIENCE = 7.0  # seconds after a signal in which ranks may finish their step and save
 
 
 class Launcher(Protocol):
-    """What `_target_` of ``conf/launcher`` is."""
+    """The interface of a `_target_` in ``conf/launcher``.
+
+    Attributes:
+        timeout: seconds without a heartbeat after which a rank counts as hung.
+    """
 
     timeout: float
 
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
-        """Run ``function`` on every rank and return when all have ended well; why it was early, where it was."""
+        """Run ``function`` on every rank until all have succeeded.
+
+        Args:
+            function: called in each rank with the job and the folder that ranks and launcher share.
+            job: the description of the work.
+
+        Returns:
+            The reason if training ended before its last step; else None.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ElasticLauncher:
-    """Ranks as processes of this machine, on torch elastic.
+    """Starts the ranks as processes of this machine with torch elastic.
 
     Attributes:
-        timeout: seconds without a heartbeat after which a rank counts as hung; steps and evaluated batches give one.
-        max_restarts: how many times ranks that died or hung are replaced; training goes on from the last checkpoint.
+        timeout: seconds without a heartbeat after which a rank counts as hung. Each training step and each evaluated
+            batch sends a heartbeat.
+        max_restarts: how many times all ranks are restarted after one died or hung. Training then resumes from the last
+            checkpoint.
     """
 
     timeout: float = 600.0
@@ -59,22 +73,27 @@ class ElasticLauncher:
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.
 
-        SIGINT, SIGTERM and SIGHUP let the ranks end their step and save; a second one, or ``STOP_PATIENCE``, ends them
-        at once.
+        On SIGINT, SIGTERM or SIGHUP the ranks finish their step and save. They are killed at a second signal or after
+        ``STOP_PATIENCE`` seconds.
+
+        Args:
+            function: called in each rank with the job and the folder that ranks and launcher share.
+            job: the description of the work; it is pickled.
 
         Returns:
-            Why training ended before its last step; None where it did not.
+            The reason if training ended before its last step; else None.
 
         Raises:
-            WorkerError: where a rank raised, died or hung once too often, with the first failing rank's traceback.
-            CifarExpError: the one that a rank raised for the user to mend.
-            Stopped: on these signals, after all ranks have ended.
+            WorkerError: a rank raised, died or hung, and no restart is left. The message has the traceback of the rank
+                that failed first.
+            CifarExpError: a rank raised this error, which the user can fix.
+            Stopped: one of these signals arrived; all ranks have ended.
         """
         raise_swallowed()
-        # Everything that ranks share before they know each other is a file in a folder of mode 0700: elastic's and
-        # torch's TCP stores listen on all interfaces without authentication.
+        # Ranks find each other through files in a folder of mode 0700. The TCP stores of elastic and torch would listen
+        # on all interfaces without authentication.
         with private_folder() as exchange:
-            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store after all
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
             config = LaunchConfig(
                 min_nodes=1,
@@ -88,8 +107,8 @@ class ElasticLauncher:
                 local_addr="127.0.0.1",
                 start_method=host.start_method(),
                 logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
-                # The others stay ours: elastic raises an Exception for them, which parts of it swallow, and would
-                # end what runs under nohup.
+                # This launcher handles the other signals itself. Elastic raises an exception for a signal, which parts
+                # of it swallow, and would end a run under nohup.
                 signals_to_handle="SIGQUIT",
             )
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
@@ -100,7 +119,7 @@ class ElasticLauncher:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)
                 if not stopped:
                     raise failure from None
-                if not isinstance(failure, WorkerError):  # which is what ranks that are ended leave behind
+                if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
                     print(f"cifar-exp: {failure}", file=sys.stderr, flush=True)
                 raise stopped[0] from None
             except SignalException as error:
@@ -119,14 +138,17 @@ class ElasticLauncher:
 
 @contextmanager
 def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None]:
-    """Pass the first signal to end on to the ranks and raise it when they have ended, or take too long.
+    """Stop the ranks in order on SIGINT, SIGTERM or SIGHUP while the context is open.
 
-    Ranks that take too long are killed, for elastic would wait half a minute for one that is stopped; so are all at
-    the second signal.
+    At the first signal the ranks are asked to finish their step and save. They are killed after ``STOP_PATIENCE``
+    seconds (elastic would wait half a minute for a suspended rank) or at the second signal.
 
     Args:
         exchange: the folder that ranks and launcher share.
-        received: gets the first signal.
+        received: the first signal is appended.
+
+    Raises:
+        Stopped: the first signal, after the ranks have ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -138,7 +160,8 @@ def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None
             signal.signal(signal_number, end)
         answer_once(number)
         (exchange / LEAVE_FILE).touch()
-        print("cifar-exp: the ranks end their step and save; once more ends them at once", file=sys.stderr, flush=True)
+        message = "the ranks finish their step and save; a second signal ends them at once"
+        print(f"cifar-exp: {message}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
 
@@ -163,7 +186,7 @@ def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None
 
 
 def _log_to_the_runs_file() -> None:
-    """What elastic logs of failing workers goes to the run's log: the user gets one message from us."""
+    """Send elastic's log of failing workers to the run's log only. The user gets one message from this launcher."""
     for name in ("torch.distributed", "torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
@@ -171,7 +194,7 @@ def _log_to_the_runs_file() -> None:
 
 
 def _end_ranks() -> None:
-    """A signal can arrive after ranks were forked and before elastic knows of them; it would leave them running."""
+    """Kill ranks that still run: a signal may arrive after ranks were forked and before elastic has registered them."""
     ranks = multiprocessing.active_children()
     for rank in ranks:
         rank.kill()
@@ -180,23 +203,29 @@ def _end_ranks() -> None:
 
 
 def _vanished(watchdog: Watchdog) -> WorkerError:
-    told = watchdog.vanished[min(watchdog.vanished)]
-    return WorkerError(f"{told}; the other ranks were ended. {AFTER_A_DEATH}")
+    message = watchdog.vanished[min(watchdog.vanished)]
+    return WorkerError(f"{message}; the other ranks were ended. {AFTER_A_DEATH}")
 
 
 def _first_failure(error: ChildFailedError, exchange: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
-    """The cause: a rank that was killed leaves no word, so it counts before those that told why they failed."""
+    """The cause of a failed run.
+
+    A killed rank leaves no failure file, and its peers fail because of it. So a rank without a file is the cause; if
+    there is none, the rank that failed first is.
+    """
     records = RankFailure.of_attempt(exchange, max_restarts)
-    told = {record.rank for record in records}
+    recorded = {record.rank for record in records}
     for rank, failure in error.failures.items():
-        if rank not in told:
+        if rank not in recorded:
             if rank in watchdog.hung:
                 return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
             how = f"exit code {failure.exitcode}"
             if failure.exitcode < 0:
                 how = f"killed by {signal.Signals(-failure.exitcode).name}"
-            return WorkerError(f"rank {rank} died without a word ({how}); the other ranks were ended. {AFTER_A_DEATH}")
-    if watchdog.vanished.keys() - told:  # the others' failures are its echo
+            return WorkerError(
+                f"rank {rank} died without an error ({how}); the other ranks were ended. {AFTER_A_DEATH}"
+            )
+    if watchdog.vanished.keys() - recorded:  # the others failed because of it
         return _vanished(watchdog)
     first = min(records, key=lambda record: record.time)
     try:

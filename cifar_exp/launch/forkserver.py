@@ -1,10 +1,11 @@
-"""How ranks come to be: forked from a process that has imported what they need, or each as a process of its own.
+"""Start ranks by forking a process that has imported PyTorch (Python's fork server), or by spawning them.
 
 Importing torch takes three seconds, and its optimizers as many more (they import the compiler). Python's fork server
 does both while the parent reads the configuration. Ranks are forked from it in milliseconds, also for the later jobs of
 a sweep. It has one thread and no CUDA context, so forking it is safe.
 
-On macOS it is not: :func:`cifar_exp.system.host.start_method`. There each rank is spawned and imports for itself.
+On macOS forking is not safe (see :func:`cifar_exp.system.host.start_method`). There each rank is spawned and imports
+PyTorch itself.
 """
 
 import multiprocessing.util
@@ -18,16 +19,16 @@ import psutil
 
 from cifar_exp.system import host
 
-# Ctrl-C is the parent's to answer, also while an interpreter starts: what the parent starts is born with the signal
-# blocked. So is the end of the terminal, for good: ranks, nursery and Python's resource tracker end with their parent.
+# Only the parent handles Ctrl-C. Its child processes start with SIGINT blocked, since an interpreter would otherwise
+# react to it while it starts. SIGHUP stays blocked: ranks, fork server and resource tracker end with their parent.
 BLOCKED = {signal.SIGINT, signal.SIGHUP}
 
 
 def warm_up() -> None:
-    """Start the nursery, once a process, where ranks come from one; it ends with its parent."""
+    """Start the fork server if this platform uses one and it does not run yet. It ends with its parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
-        # It loses count when it is killed. It unblocks SIGINT once it has started, so it comes first.
+        # A killed resource tracker would lose its counts. It starts first because starting it unblocks SIGINT.
         resource_tracker.ensure_running()
         if host.start_method() == "forkserver":
             import multiprocessing.forkserver as forkserver
@@ -41,9 +42,9 @@ def warm_up() -> None:
 
 @contextmanager
 def born_blocked() -> Iterator[None]:
-    """Processes that multiprocessing spawns in the block start with these signals blocked, as the fork server does.
+    """Inside this context multiprocessing spawns processes with ``BLOCKED`` signals blocked, as the fork server does.
 
-    A rank unblocks Ctrl-C itself.
+    A rank unblocks SIGINT itself.
     """
     util: Any = multiprocessing.util
     spawn = util.spawnv_passfds
@@ -63,7 +64,7 @@ def born_blocked() -> Iterator[None]:
 
 
 def end_forked() -> None:
-    """Kill all ranks, also those that this process was interrupted before it could learn of."""
+    """Kill all ranks, including those that elastic has not registered yet."""
     with suppress(psutil.NoSuchProcess):
         ranks = _ranks()
         for process in ranks:

@@ -1,4 +1,4 @@
-"""What the nursery imports, the only thing that Python's fork server can be told: hence a side effect."""
+"""The module that the fork server imports before it forks ranks. It has side effects since only its import is run."""
 
 import gc
 import pickle
@@ -9,16 +9,16 @@ from types import TracebackType
 
 from cifar_exp.system.host import end_with_parent
 
-# Before the imports, which take seconds: Ctrl-C is the parent's to answer.
+# Only the parent handles Ctrl-C. This comes before the imports, which take seconds.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 end_with_parent()
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A parent that is stopped while it hands a rank its job leaves half of it: nothing to tell the user.
+    """Hide the traceback of a rank whose parent was stopped while it sent the job.
 
-    Or all of it, without the semaphores that it names.
+    The pickled job is then incomplete, or its semaphores no longer exist.
     """
     is_half = isinstance(error, EOFError | pickle.UnpicklingError)
     if not is_half and not (isinstance(error, FileNotFoundError) and _raised_in(traceback) == "SemLock.__setstate__"):
@@ -26,7 +26,7 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
 
 
 def _raised_in(traceback: TracebackType | None) -> str:
-    """The function that raised."""
+    """The qualified name of the function that raised."""
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     return traceback.tb_frame.f_code.co_qualname if traceback else ""
@@ -34,7 +34,7 @@ def _raised_in(traceback: TracebackType | None) -> str:
 
 sys.excepthook = _show
 
-# Looking for garbage among what is being imported takes a quarter of the time, and finds none. Ranks look again.
+# Garbage collection would take a quarter of the import time and find nothing. Ranks enable it again.
 gc.disable()
 
 import torch._dynamo  # noqa: E402, F401

@@ -1,4 +1,4 @@
-"""Notice ranks that died or hang."""
+"""Detect ranks that died or hang."""
 
 import os
 import signal
@@ -10,28 +10,29 @@ import psutil
 
 from cifar_exp.distributed.heartbeat import Beat, read_beat
 
-ABSENCE = 15.0  # seconds without any rank; those that are replaced are away for a shorter time
+ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
 
 
 @dataclass
 class Watchdog:
-    """Runs in the launcher. Ends hung ranks, and notices ranks whose process ended without a word.
+    """A thread in the launcher that kills hung ranks and detects ranks whose process ended without an error.
 
-    Ranks hang when none has given a heartbeat for ``timeout`` seconds. One hung rank makes the others wait, so they
-    give no heartbeat either. The hung rank is one whose process is stopped, else the one with the lowest progress. The
-    number of heartbeats says nothing: a rank with a larger share of the evaluation gives more of them.
+    The ranks hang if none has sent a heartbeat for ``timeout`` seconds: one hung rank makes all others wait. The hung
+    ranks are those whose process is suspended. If there is none, they are the ranks at the lowest stage. The number of
+    heartbeats is no measure: a rank with a larger share of the evaluation sends more of them.
 
     Attributes:
         exchange: the folder that ranks and launcher share.
-        ranks: how many there are.
-        timeout: seconds.
+        ranks: the number of ranks.
+        timeout: seconds without a heartbeat after which the ranks hang.
+        vanished: rank -> message, for ranks whose process ended without an error.
     """
 
     exchange: Path
     ranks: int
     timeout: float
-    vanished: dict[int, str] = field(default_factory=dict)  # ranks that ended without a word, with what to say of each
-    _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # rank -> process, what to say of it
+    vanished: dict[int, str] = field(default_factory=dict)
+    _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # killed rank -> process id, message
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Watchdog":
@@ -43,37 +44,40 @@ class Watchdog:
 
     @property
     def hung(self) -> dict[int, str]:
-        """Ranks that were ended and not replaced, with what to say of each."""
-        return {rank: told for rank, (_, told) in self._ended.items()}
+        """Killed ranks that were not restarted: rank -> message."""
+        return {rank: message for rank, (_, message) in self._ended.items()}
 
     def _watch(self) -> None:
         interval = min(1.0, self.timeout / 10)
         quiet, absent, before = 0.0, 0.0, self._beats()
         while not self._closed.wait(interval):
             now = self._beats()
-            # Counted by looks, not by the clock: the launcher may have been suspended together with its ranks.
+            # Time is counted in intervals, not read from the clock: launcher and ranks may be suspended together.
             quiet = quiet + interval if now == before and now else 0.0
             absent = absent + interval if self._is_nobody_there(now) and now == before else 0.0
             before = now
             if absent >= ABSENCE:
-                os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait for ever
+                os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait forever
                 return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank].process != process]:
-                del self._ended[rank]  # another process has its place
+                del self._ended[rank]  # the rank was restarted
             if quiet >= self.timeout:
                 self._end(now)
                 quiet = 0.0
 
     def _beats(self) -> dict[int, Beat]:
-        """The newest heartbeat of each rank that has given one."""
+        """The newest heartbeat of each rank that has sent one."""
         beats = {rank: read_beat(self.exchange, rank) for rank in range(self.ranks)}
         return {rank: beat for rank, beat in beats.items() if beat}
 
     def _is_nobody_there(self, beats: dict[int, Beat]) -> bool:
-        """Note ranks that have left without having done their work; whether no rank is left.
+        """Update ``vanished`` with ranks that ended before their work was done.
 
-        For elastic a process that ends with exit code 0 has done it. Its peers fail, and would be blamed; where it has
-        none, elastic waits for its result.
+        Elastic treats exit code 0 as success. It would blame the peers, which fail as a consequence. A rank without
+        peers would make it wait forever.
+
+        Returns:
+            Whether no rank is left.
         """
         missing = {
             rank: beat.steps_trained
@@ -81,9 +85,9 @@ class Watchdog:
             if not _is_alive(beat.process) and not (self.exchange / f"done-{beat.process}").exists()
         }
         if any(list(self.exchange.glob(f"failure-*-{rank}.json")) for rank in missing):
-            return False  # elastic knows, and is ending the others
-        told = "ended without a word after step {}, as os._exit(0) does"
-        self.vanished = {rank: f"rank {rank} {told.format(step)}" for rank, step in missing.items()}
+            return False  # elastic has noticed the failure and is ending the other ranks
+        message = "rank {} ended without an error after step {}, as os._exit(0) does"
+        self.vanished = {rank: message.format(rank, step) for rank, step in missing.items()}
         return bool(missing) and len(missing) == len(beats)
 
     def _end(self, beats: dict[int, Beat]) -> None:

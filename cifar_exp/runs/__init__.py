@@ -1,1 +1,1 @@
-"""The parent process's side of one run and of a sweep: prepare, resume, execute, conclude."""
+"""One run or one sweep in the parent process: prepare, resume, execute, conclude."""

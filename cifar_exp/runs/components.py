@@ -1,4 +1,4 @@
-"""Build what the config names: `_target_`s on the allow-list, checked before anything starts."""
+"""Instantiate the components of a configuration: check each `_target_` and its settings, then bind them."""
 
 import importlib
 import inspect
@@ -32,14 +32,24 @@ if TYPE_CHECKING:
     from cifar_exp.training.optimizers import OptimizerFactory
     from cifar_exp.training.schedules import Schedule
 
-# Arguments that the framework passes itself, so that a configuration neither needs nor may set them.
 OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
+# Arguments that the framework passes itself. A configuration must not set them.
 PASSED = {"model": {"num_classes"}, "optimizer": {"params"}, "schedule": {"step", "steps_per_epoch", "epochs"}}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The components that a configuration names, with their settings bound."""
+    """The components of a run, with their settings bound.
+
+    Attributes:
+        dataset: returns the data set's files.
+        augmentation: transforms a batch of training images.
+        make_model: builds the network, given ``num_classes``.
+        make_optimizer: builds the optimizer, given ``params`` and ``lr``.
+        schedule: (step, steps_per_epoch, epochs) -> factor of the learning rate.
+        launcher: starts the ranks.
+        tracker: records the run, in MLflow or not at all.
+    """
 
     dataset: "Callable[[], DatasetFiles]"
     augmentation: "Augmentation"
@@ -51,10 +61,10 @@ class Parts:
 
 
 def build(config: Config) -> Parts:
-    """Import and bind what the `_target_`s name.
+    """Import the `_target_` of each section and bind its settings.
 
     Raises:
-        ConfigError: where one cannot be imported, or does not take the settings it is given.
+        ConfigError: a `_target_` is not allowed, cannot be imported, or does not accept its settings.
     """
     bound = {name: _bind(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
     return Parts(
@@ -69,28 +79,38 @@ def build(config: Config) -> Parts:
 
 
 def build_tracker(composed: DictConfig) -> "Tracker":
-    """The tracker alone, for what records more than one run."""
+    """Build only the tracker, for the parent run of a sweep.
+
+    Args:
+        composed: the composed configuration.
+
+    Raises:
+        ConfigError: the tracker is not allowed or does not accept its settings.
+    """
     section: Any = with_names(OmegaConf.to_container(composed.tracking, resolve=True), RENAMED)
     tracker: Tracker = _bind("tracking", section, composed.trusted_modules)()
     return tracker
 
 
 def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelFactory":
-    """The network of a run's configuration, and nothing else of it: the run may come from anybody.
+    """Bind the network of a run's configuration. No other section is read: the run may be untrusted.
 
     Args:
-        section: ``model`` of the configuration, today's names or older ones.
-        trusted: modules beside the allowed ones whose code may be run.
+        section: the section ``model``, with today's or older names.
+        trusted: modules outside the allow-list whose code may run.
+
+    Returns:
+        A function that builds the network, given ``num_classes``.
 
     Raises:
-        ConfigError: where it is not allowed, or does not take its settings.
+        ConfigError: the network is not allowed or does not accept its settings.
     """
     factory: ModelFactory = _bind("model", with_names(section, RENAMED), trusted)
     return factory
 
 
 class _SettingsAcceptedError(Exception):
-    """An optimizer that asks for its parameters has accepted its settings."""
+    """Raised when an optimizer iterates over its parameters: it has accepted its settings by then."""
 
 
 class _Unreadable:
@@ -99,30 +119,32 @@ class _Unreadable:
 
 
 def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
-    """The optimizer without its configured rate: the plan scales that and passes each step's.
+    """Check the optimizer's settings, then remove ``lr``: the plan scales it and passes the value of each step.
+
+    The check builds the optimizer up to the point where it reads its parameters. The rest would import torch's
+    compiler, which takes seconds.
 
     Raises:
-        ConfigError: where its settings do not go together. It is built up to the point where it reads its parameters,
-            since the rest imports torch's compiler, which takes seconds.
+        ConfigError: the optimizer rejects its settings.
     """
     try:
         factory(_Unreadable())
     except _SettingsAcceptedError:
         pass
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
+        raise ConfigError(f"optimizer: it does not accept these settings together: {error}") from error
     keywords = {key: value for key, value in factory.keywords.items() if key != "lr"}
     return partial(factory.func, *factory.args, **keywords)
 
 
 def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "partial[Any]":
-    """The section's `_target_` with its settings, as ``hydra.utils.instantiate`` with ``_partial_`` makes it.
+    """Bind a section's settings to its `_target_` with ``hydra.utils.instantiate`` and ``_partial_``.
 
     Raises:
-        ConfigError: where a `_target_` is not allowed, or does not take what it is given.
+        ConfigError: a `_target_` is not allowed or does not accept its settings.
     """
     if trusted and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # the user's modules lie where the command is typed
+        sys.path.append(str(Path.cwd()))  # the user's modules are in the current folder
     check_targets(name, section, trusted)
     settings = {key: value for key, value in section.items() if key not in KEPT.get(name, ())}
     _check_kinds(name, settings, trusted)
@@ -137,7 +159,7 @@ def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "par
 
 
 def _without_hydra(value: Any) -> Any:
-    """Hydra's own kind of partial, however deep, as Python's: ranks unpickle it, and they do not import Hydra."""
+    """Replace Hydra's partials by Python's, at any depth: ranks unpickle them and do not import Hydra."""
     if isinstance(value, partial):
         keywords = {key: _without_hydra(argument) for key, argument in value.keywords.items()}
         return partial(value.func, *map(_without_hydra, value.args), **keywords)
@@ -147,9 +169,12 @@ def _without_hydra(value: Any) -> Any:
 
 
 def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
-    """Import every `_target_` of a section, and refuse what is not of the section's kind.
+    """Import every `_target_` of a section and check its kind, such as a network for ``model``.
 
-    What lies in ``trusted_modules`` may be of any kind. What these modules only import is not theirs.
+    An object that is defined in a trusted module may be of any kind. An object that such a module only imports may not.
+
+    Raises:
+        ConfigError: a `_target_` has the wrong kind.
     """
     if isinstance(content, Mapping):
         if path := content.get("_target_"):
@@ -158,7 +183,7 @@ def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
             home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
             own = matches(home, allowed(name, trusted)[len(ALLOWED[name]) :])
             if not callable(target) or not (own or (matches(home, ALLOWED[name]) and KINDS[name](target))):
-                raise ConfigError(f"{setting}: it is no {NOUNS[name]} of {', '.join(ALLOWED[name])}")
+                raise ConfigError(f"{setting}: it names no {NOUNS[name]} from {', '.join(ALLOWED[name])}")
         for value in content.values():
             _check_kinds(name, value, trusted)
     elif isinstance(content, list | tuple):
@@ -167,7 +192,7 @@ def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
 
 
 def _returns(target: Any, kind: str) -> bool:
-    """Whether a class is, or a function says that it returns, something called ``kind``."""
+    """Whether a class has a base class named ``kind``, or a function's return annotation is such a class."""
     if inspect.isclass(target):
         return any(base.__name__ == kind for base in target.__mro__)
     with suppress(NameError, TypeError):
@@ -176,7 +201,7 @@ def _returns(target: Any, kind: str) -> bool:
     return False
 
 
-# Names of classes, since importing them takes seconds that a wrong setting need not wait for.
+# Classes are compared by name: importing them takes seconds, and a wrong setting is reported sooner.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "data": lambda target: _returns(target, "DatasetFiles"),
     "augment": inspect.isclass,
@@ -198,14 +223,18 @@ NOUNS = {
 
 
 def _check_settings(name: str, settings: Mapping[str, Any], target: Any) -> None:
-    """Check settings against the signature of their `_target_`."""
+    """Check settings against the signature of their `_target_`.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or of a wrong type.
+    """
     path = settings["_target_"]
     keywords = {key: value for key, value in settings.items() if key not in OF_HYDRA}
     try:
         signature = inspect.signature(target, eval_str=True)
-    except (TypeError, ValueError) as error:  # as that of a built-in class
+    except (TypeError, ValueError) as error:  # such as a built-in class
         raise ConfigError(
-            f"{name}._target_={path}: it does not say what it is called with. Set it to a function or class which does"
+            f"{name}._target_={path}: it has no signature to check. Set it to a function or class that has one"
         ) from error
     given = list(signature.parameters)[: len(settings.get("_args_", ()))]  # by position
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
@@ -227,7 +256,7 @@ def _check_settings(name: str, settings: Mapping[str, Any], target: Any) -> None
 
 
 def _imported(path: str, setting: str) -> Any:
-    """The class or function at a dotted path."""
+    """Import the class or function at a dotted path."""
     module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -236,7 +265,7 @@ def _imported(path: str, setting: str) -> Any:
 
 
 def _check_type(setting: str, value: Any, annotation: Any) -> None:
-    """Check a value against an annotation that pydantic knows; tensors and the like are left to the target."""
+    """Check a value against an annotation that pydantic supports. Others, such as tensors, are left to the target."""
     if annotation is inspect.Parameter.empty:
         return
     try:

@@ -1,4 +1,4 @@
-"""Which settings bear on a run's result, and which of them differ between two runs."""
+"""The config hash of a run, and the settings that differ between two runs."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLErro
 
 
 def config_hash(config: Config) -> str:
-    """sha256 in hex of every setting that bears on the result; another password makes no other run."""
-    plain = with_names(masked(asdict(config)), FIRST_NAMES)  # a run of an earlier version keeps its hash
+    """The sha256, in hex, of all settings that affect the result. Passwords are masked first and do not affect it."""
+    plain = with_names(masked(asdict(config)), FIRST_NAMES)  # the first names keep hashes of earlier versions valid
     settings = {name: value for name, value in _settings(plain).items() if bears_on_result(name)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that bear on the result and differ from those of the run in ``folder``: (then, now)."""
+    """The settings that affect the result and differ from the run in ``folder``: name -> (old, new)."""
     before, now = _settings(_config_of(folder)), _settings(masked(asdict(config)))
     return {
         name: (before.get(name), now.get(name))
@@ -47,6 +47,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted settings, tuples as the lists that JSON and YAML make of them."""
+    """Settings by dotted name. Tuples become lists, as in JSON and YAML."""
     plain: dict[str, Any] = json.loads(json.dumps(config))
     return flattened(plain)

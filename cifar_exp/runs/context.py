@@ -1,4 +1,4 @@
-"""Where a run was asked for, and what came of it."""
+"""The context in which a run is started, and its result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run has to know besides its configuration.
+    """The inputs of a run besides its configuration.
 
     Attributes:
-        folder: where it writes, unless it continues a run that has its own.
-        overrides: as typed.
-        sweep_dir: the folder of the sweep that it is a job of; None for a single run.
-        age: seconds since the command began; they count as start-up.
+        folder: the run folder of a new run. A resumed run uses its own.
+        overrides: the overrides of the command line.
+        sweep_dir: the folder of its sweep; None for a single run.
+        age: seconds since the command was started; they count as start-up.
     """
 
     folder: Path
@@ -23,7 +23,7 @@ class RunContext:
 
     @property
     def is_single(self) -> bool:
-        """Whether the run is no job of a sweep."""
+        """Whether the run is not a job of a sweep."""
         return self.sweep_dir is None
 
 
@@ -41,5 +41,5 @@ class Result:
 
     @property
     def test_accuracy(self) -> float:
-        """Of the last network on the test set, 0 to 1."""
+        """Accuracy of the last epoch's network on the test set, 0 to 1."""
         return self.metrics["test/accuracy"]

@@ -1,4 +1,4 @@
-"""The job that the ranks of a new run get, and the run's title."""
+"""The ranks' job for a new run, and the run's title."""
 
 from pathlib import Path
 
@@ -14,7 +14,17 @@ from cifar_exp.worker.job import Job
 def new_job(
     config: Config, parts: Parts, devices: DeviceSet, plan: Plan, data: DatasetFiles, run_dir: Path, started: float
 ) -> Job:
-    """What the ranks of a new run are told. ``started``: on the monotonic clock."""
+    """Build the job of a new run.
+
+    Args:
+        config: the run's configuration.
+        parts: its components.
+        devices: the devices that it trains on.
+        plan: steps, batch sizes and learning rates.
+        data: the data set, split into training, validation and test images.
+        run_dir: the run folder.
+        started: when the run began, in seconds on the monotonic clock.
+    """
     return Job(
         run_dir=run_dir,
         started=started,
@@ -37,10 +47,10 @@ def new_job(
 
 
 def title(config: Config) -> str:
-    """The network and the data in a few words, as in ``convnet 32x4 on cifar10``."""
+    """The network and the data set, such as ``convnet 32x4 on cifar10``."""
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
     data = config.data["_target_"].rpartition(".")[2]
-    if data == "folders":  # says how, not what; the root's name does
+    if data == "folders":  # the root's name is the better name of the data set
         data = Path(config.data["root"]).resolve().name
     return f"{model} {size} on {data}".replace("  ", " ")

@@ -1,4 +1,4 @@
-"""Try the network before any rank builds it."""
+"""Check the network in the parent process, before the ranks build it."""
 
 import torch
 import torchinfo
@@ -13,10 +13,17 @@ from cifar_exp.training.plan import Plan
 
 
 def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[str, tuple[int, ...], int]]:
-    """Each layer's type, output shape without the batch, and parameters.
+    """Run the network on two black images and list its layers.
+
+    Args:
+        model: the network.
+        image_size: height and width in pixels.
+
+    Returns:
+        For each layer its type, its output shape without the batch dimension, and its number of parameters.
 
     Raises:
-        ConfigError: where the network cannot take such images.
+        ConfigError: the network fails on images of this size.
     """
     batch = torch.zeros(2, 3, *image_size)
     try:
@@ -29,7 +36,11 @@ def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[st
 
 
 def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
-    """The network, to look at before any rank builds it; what it refuses is the user's to mend."""
+    """Build the network.
+
+    Raises:
+        ConfigError: the network rejects its settings.
+    """
     try:
         return seeded(parts.make_model, num_classes, config.seed)
     except (TypeError, ValueError) as error:
@@ -37,12 +48,16 @@ def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
 
 
 def check_scales(plan: Plan, model: nn.Module, image_size: tuple[int, int]) -> None:
-    """A network may be too deep for small images."""
+    """Check that the network accepts the smaller images of progressive resizing.
+
+    Raises:
+        ConfigError: the images of some epoch are too small for it.
+    """
     for scale in sorted({*plan.image_scales} - {1.0}):
         try:
             layer_shapes(model, scaled_size(image_size, scale))
         except ConfigError as error:
             raise ConfigError(
-                f"train.image_scales: at {scale:g} of their size images are too small for this network. Set larger "
-                f"shares, as in train.image_scales=[0.5,0.75,1]. {error}"
+                f"train.image_scales: at scale {scale:g} the images are too small for this network. Set larger "
+                f"scales, as in train.image_scales=[0.5,0.75,1]. {error}"
             ) from error

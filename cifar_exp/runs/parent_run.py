@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class ParentRun:
-    """The sweep's parent run, a record on disk like any other run's.
+    """The parent run of a sweep. It is stored on disk like any other run.
 
-    The first job that opens in the tracker opens the parent there; the rest is passed on at the end, so that no job
-    ever waits for a tracker.
+    The first job that opens a run in the tracker opens the parent run, too. Everything else of the parent run is
+    delivered at the end, so that no job waits for the tracker.
     """
 
     def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
         tracker = build_tracker(config)
-        self.hint = tracker.hint()  # what to type to look at the sweep
+        self.hint = tracker.hint()  # the command that shows the sweep
         new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
         self._info = RunInfo.load(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
         self._info.save_sweep()
@@ -37,16 +37,22 @@ class ParentRun:
         Outcome.forget(sweep_dir)
 
     def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[str], tags: Mapping[str, str]) -> None:
-        """Metrics as (name, value, step), files of the sweep's folder, and tags."""
+        """Record the results of the sweep.
+
+        Args:
+            metrics: (name, value, step).
+            artifacts: names of files in the sweep's folder.
+            tags: added to the tags of the parent run.
+        """
         self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
         self._info.save_sweep()
         known = set()
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged one is written again
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged journal is rewritten
             entries = journal.read(self._info.run_dir)
             known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
-        if known == set(metrics):  # a sweep that went on and found all as it was: the same points, not newer ones
+        if known == set(metrics):  # a resumed sweep without new results: keep the points and their times
             return
-        (self._info.run_dir / journal.JOURNAL_FILE).unlink(missing_ok=True)  # the whole summary is written again
+        (self._info.run_dir / journal.JOURNAL_FILE).unlink(missing_ok=True)  # the summary is rewritten
         if not metrics:
             return
         writer = journal.JournalWriter(self._info.run_dir)
@@ -65,7 +71,7 @@ class ParentRun:
         """Close the run as FINISHED, FAILED or KILLED.
 
         Raises:
-            TrackingError: where all jobs went well, but the tracker did not get everything.
+            TrackingError: all jobs succeeded, but not everything could be delivered to the tracker.
         """
         from cifar_exp.tracking.follower import (
             ANSWER_SECONDS,
@@ -95,7 +101,8 @@ class ParentRun:
         else:
             follower.finish(status, ANSWER_SECONDS, CLOSING_SECONDS)
         if follower.error:
-            lacks = f"tracking.uri: of the sweep's parent run {undelivered_message(follower.error, self._info.run_dir)}"
+            undelivered = undelivered_message(follower.error, self._info.run_dir)
+            message = f"tracking.uri: of the sweep's parent run {undelivered}"
             if error is None:
-                raise TrackingError(lacks)
-            print(f"cifar-exp: {lacks}", file=sys.stderr, flush=True)
+                raise TrackingError(message)
+            print(f"cifar-exp: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Before a run trains: which devices, which folder, what it resumes; then images, plan, network and the job."""
+"""Prepare a run: find devices and what to resume, claim the run folder, read the images, make the plan and the job."""
 
 import logging
 import os
@@ -38,14 +38,15 @@ ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.JOURNAL_FILE,
 
 @dataclass(frozen=True)
 class Beginning:
-    """What is known of a run before its folder is claimed.
+    """The state of a run before its folder is claimed.
 
     Attributes:
-        devices: what it trains on.
-        folder: where it writes.
-        resumed: what it continues; None for a new run.
+        devices: the devices that it trains on.
+        folder: the run folder.
+        resumed: the run and checkpoint that it continues; None for a new run.
         info: its name, tags and params.
-        started: when it began, on the monotonic clock, less the time between its sessions.
+        started: when it began, in seconds on the monotonic clock. The time between an interruption and the resume does
+            not count.
     """
 
     devices: DeviceSet
@@ -56,10 +57,12 @@ class Beginning:
 
 
 def begin(config: Config, context: RunContext) -> Beginning:
-    """Find devices and what is resumed.
+    """Find the devices, and the run to resume if there is one.
 
     Raises:
-        CifarExpError: where either cannot be had.
+        MachineError: the devices do not exist or do not support the precision.
+        ConfigError: the run to resume does not exist or does not match the settings.
+        StorageError: the run to resume cannot be read.
     """
     devices = find_devices(config.devices)
     check_precision(config.train.precision, devices.accelerator)
@@ -77,7 +80,11 @@ def begin(config: Config, context: RunContext) -> Beginning:
 
 @contextmanager
 def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
-    """Lock the run folder. A new run's gets its name, tags and resolved configuration; a resumed run has its own."""
+    """Lock the run folder while the context is open. For a new run, write its tags and resolved configuration there.
+
+    Raises:
+        ConfigError: the folder has another run, or another process uses it.
+    """
     new, resumed = beginning.info, beginning.resumed
     with claim(new.run_dir):
         if resumed and resumed.in_place:
@@ -89,17 +96,21 @@ def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
                 f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
             )
         OmegaConf.save(OmegaConf.create(masked(asdict(config))), new.run_dir / CONFIG_FILE)
-        new.save(config_changes.config_hash(config))  # last: whoever finds a run finds its configuration too
+        new.save(config_changes.config_hash(config))  # last, so that a run that can be found has its configuration
         yield new
 
 
 def plan_job(
     config: Config, parts: Parts, context: RunContext, beginning: Beginning, console: Console
 ) -> tuple[Job, RunFacts]:
-    """Read the images, make the plan, try the network, and print what will happen.
+    """Read the images, make the plan, check the network, and print the plan.
 
     Returns:
-        The job for the ranks, and what the page shows of it.
+        The job for the ranks, and the facts that the run's page shows.
+
+    Raises:
+        ConfigError: the settings do not fit the images or the network.
+        DataError: the images cannot be read or are not those of the resumed run.
     """
     devices, resumed, folder = beginning.devices, beginning.resumed, beginning.folder
     data = hold_out(parts.dataset(), config.validation)
@@ -114,7 +125,7 @@ def plan_job(
     check_scales(plan, model, data.image_size)
     details = summary.describe_plan(plan, devices, data, model, config.early_stopping)
     summary.print_plan(console, details)
-    if context.is_single:  # a sweep would print it for each of its jobs
+    if context.is_single:  # not for each job of a sweep
         summary.print_layers(console, model, data.image_size)
     facts = RunFacts(
         title=title(config),
@@ -132,7 +143,7 @@ def plan_job(
 
 
 def _continued_folder(folder: Path, hydras: Path) -> Path:
-    """The folder of the resumed run. The one that Hydra made for this command is removed, its log moved."""
+    """Return ``folder``, the resumed run's. Hydra's log is moved there and the new folder of Hydra is removed."""
     if folder.resolve() != hydras.resolve():
         root = logging.getLogger()
         for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
@@ -171,7 +182,7 @@ def _run_info(
 
 
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
-    """Epochs after which a piecewise learning rate changes, with the new rate; none where it changes at every step."""
+    """The drops of a piecewise constant schedule as (epoch before, new learning rate); empty for other schedules."""
     ranges = plan.learning_rate_ranges()
     if any(low != high for _, _, low, high in ranges):
         return []

@@ -1,4 +1,4 @@
-"""What a run goes on from: its own folder after an interruption, or another run's checkpoint."""
+"""Find the run to resume, or the checkpoint of another run to start from."""
 
 import json
 import os
@@ -20,16 +20,16 @@ from cifar_exp.system.bugs import is_bug, keep_traceback
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run continues.
+    """The run to continue and the checkpoint to continue from.
 
     Attributes:
-        run_dir: the folder of the run that is continued.
-        manifest: the checkpoint to start from; None where the run was stopped before its first.
-        elapsed: seconds that the run took before; 0 where a new run starts from another one's checkpoint.
-        finished: whether nothing is left to train.
-        changes: settings that differ from those of the run that is continued: (then, now).
-        in_place: whether the run itself goes on, in its folder; else a new one starts from its checkpoint.
-        source: the folder of the checkpoint: ``run_dir``, or of the run that this one once started from.
+        run_dir: the folder of the run to continue.
+        manifest: the checkpoint to load; None if the run was stopped before its first checkpoint.
+        elapsed: seconds that the run took so far; 0 if a new run starts from the checkpoint.
+        finished: whether the run is already finished.
+        changes: settings that differ from the run to continue: name -> (old, new).
+        in_place: whether the run continues in its own folder. If not, a new run starts from its checkpoint.
+        source: the folder of the run that has the checkpoint: ``run_dir``, or the run that ``run_dir`` started from.
     """
 
     run_dir: Path
@@ -42,25 +42,39 @@ class Resumption:
 
     @property
     def kept_batch(self) -> int | None:
-        """Images a step of the checkpoint, which stay on any number of devices; None where another batch was typed."""
+        """The checkpoint's global batch size in images, which is kept on any number of devices.
+
+        None if the settings ask for another batch size or scaling.
+        """
         if self.manifest is None or {"train.batch_size", "train.scaling"} & self.changes.keys():
             return None
         return self.manifest.global_batch_size
 
     def check_images(self, data_hash: str) -> None:
-        """Raise a DataError where a run would go on with other images than it began with."""
+        """Check that a resumed run continues with the same images.
+
+        Args:
+            data_hash: the content hash of the images.
+
+        Raises:
+            DataError: the images have changed.
+        """
         own = self.in_place and self.source == self.run_dir
         if own and self.manifest and self.manifest.data_hash != data_hash:
             raise DataError(
-                f"data: the images are not those that {self.run_dir} was trained on. Restore them, or type resume=never"
+                f"data: the images are not those that {self.run_dir} was trained on. Restore them, or set resume=never"
             )
 
     def description(self, world_size: int) -> list[str]:
-        """What goes on, from where, and what is different now, in lines."""
+        """Lines for the user: which run continues, from which step, and what has changed.
+
+        Args:
+            world_size: the number of ranks now.
+        """
         folder = os.path.relpath(self.run_dir)
         if self.manifest is None:
             return [f"{folder} was stopped before its first checkpoint: it starts again"]
-        verb = "goes on" if self.in_place else "is where this new run starts,"
+        verb = "continues" if self.in_place else "is the start of this new run,"
         if self.source != self.run_dir:
             verb = f"starts again from {os.path.relpath(self.source)},"
         lines = [f"{folder} {verb} after epoch {self.manifest.epoch} (step {self.manifest.step})"]
@@ -73,18 +87,21 @@ class Resumption:
 
 
 def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], None]) -> Resumption | None:
-    """What ``config.resume`` asks to continue; None for a run that starts from the beginning.
+    """Find the run that ``config.resume`` asks for.
 
     Args:
-        config: of the run that is about to start.
-        run_dir: the folder it was given.
-        anywhere: whether the run may go on in another folder than ``run_dir``, which a sweep's job may not: ``auto``
-            then looks for an interrupted run under ``outputs/`` where ``run_dir`` holds none.
+        config: the configuration of the run to start.
+        run_dir: the folder of the run to start.
+        anywhere: whether ``auto`` may continue an interrupted run in another folder under ``outputs/`` if ``run_dir``
+            has none. A job of a sweep may not.
         warn: called with a line for each damaged checkpoint.
 
+    Returns:
+        The run to continue; None to start a new run.
+
     Raises:
-        ConfigError: where there is no such run, or it cannot go on with these settings.
-        StorageError: where all its checkpoints are damaged.
+        ConfigError: there is no such run, or it cannot continue with these settings.
+        StorageError: the run cannot be read, or all its checkpoints are damaged.
     """
     if config.resume == "never":
         return None
@@ -100,15 +117,15 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     try:
         changes = _changes(folder, config)
         if changes and config.resume == "auto":
-            told = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
+            old_settings = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
             raise ConfigError(
-                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {told}, another folder, or "
-                f"resume={run_dir} and another folder for a new run that starts from its checkpoint"
+                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {old_settings}, another "
+                f"folder, or resume={run_dir} and another folder for a new run that starts from its checkpoint"
             )
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
         return _resumption(folder, config, changes, in_place, warn)
     except UNREADABLE as error:
-        # A damaged file, most likely; a bug of the program would look the same.
+        # The cause is most likely a damaged file, but a bug would look the same.
         kept = f" (its traceback is in {keep_traceback(error)})" if is_bug(error) else ""
         raise StorageError(
             f"{folder}: the run cannot be read: {error}{kept}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
@@ -127,13 +144,13 @@ def _resumption(
         if not in_place:
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Set resume=never")
         begun = _beginning(folder, config, warn)
-        # A checkpoint is on disk before the epoch after it has ended, so by the next one there was one.
+        # A checkpoint is on disk before the following epoch ends. Later journal entries prove that there was one.
         every = int(_config_of(folder)["checkpoint"]["every"])
         first = begun.manifest.epoch if begun and begun.manifest else 0
         if any(entry.epoch > first + every + 1 for entry in entries):
             raise StorageError(
                 f"{folder / CHECKPOINTS}: the run has trained whole epochs and its checkpoints are gone. Restore "
-                f"them, or type resume=never to start again from the beginning"
+                f"them, or set resume=never to start again from the beginning"
             )
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
@@ -145,10 +162,10 @@ def _resumption(
 
 
 def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption | None:
-    """What the run in ``folder`` started from, which was another run's checkpoint; None where it was none.
+    """The checkpoint of another run that the run in ``folder`` started from; None if it did not start from one.
 
     Raises:
-        StorageError: where that checkpoint is not there any more.
+        StorageError: that checkpoint no longer exists.
     """
     origin = RunInfo.load(folder).origin
     if origin is None:
@@ -174,8 +191,8 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
     if config.validation and "data.validation" in changes:
         then = changes["data.validation"][0] or 0
         raise ConfigError(
-            f"data.validation={config.validation}: the checkpoint was trained with {then}, so it knows images that "
-            f"would be kept apart now. Set data.validation={then}, or resume=never"
+            f"data.validation={config.validation}: the checkpoint was trained with {then}, so it was trained on "
+            f"images of the new validation split. Set data.validation={then}, or resume=never"
         )
     if manifest.epoch >= config.train.epochs:
         raise ConfigError(
@@ -185,7 +202,7 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
 
 
 def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest run under ``outputs/`` with this configuration that has not come to its end and is not running."""
+    """The newest interrupted run under ``outputs/`` whose config hash is ``wanted``; None if there is none."""
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
@@ -193,5 +210,5 @@ def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
             if same and not is_finished(path.parent) and not is_claimed(path.parent):
                 return path.parent
         except UNREADABLE as error:
-            warn(f"{path.parent}: the run cannot be read and is passed over: {error}")
+            warn(f"{path.parent}: the run cannot be read and is skipped: {error}")
     return None

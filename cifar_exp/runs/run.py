@@ -23,10 +23,19 @@ from cifar_exp.worker.train_job import run_rank
 
 
 def run(config: Config, parts: Parts, context: RunContext) -> Result:
-    """Train as configured.
+    """Train one run.
+
+    Args:
+        config: the typed configuration.
+        parts: its components.
+        context: the run folder, overrides and sweep.
+
+    Returns:
+        The run folder and the last value of each metric.
 
     Raises:
-        CifarExpError: whatever keeps the run from its end, with the exit code that scripts rely on.
+        CifarExpError: the run failed; ``exit_code`` says why.
+        Stopped: a signal stopped the run.
     """
     console = Console(quiet=config.progress == "quiet", soft_wrap=True)
     beginning = begin(config, context)
@@ -45,7 +54,7 @@ def run(config: Config, parts: Parts, context: RunContext) -> Result:
 
 
 def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
-    """A run that ``resume`` names and that needs no training; what its store lacks is delivered."""
+    """Report a run that is already finished, and deliver it to MLflow if that failed before."""
     result = Result(folder, journal.last_values(folder))
     console.print(f"{folder}: finished before, test accuracy {result.test_accuracy:.4f}", highlight=False)
     if is_undelivered(folder):
@@ -54,7 +63,7 @@ def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
 
 
 def _execute(parts: Parts, job: Job, context: RunContext, beginning: Beginning, console: Console) -> dict[str, float]:
-    """Run the ranks to their end; what was seen of the machine meanwhile, as metrics."""
+    """Run the ranks until they end. Returns metrics of the machine's load during training."""
     devices = beginning.devices
     with load_watch.Watch(devices.accelerator, devices.count) as watch:
         try:
@@ -68,7 +77,7 @@ def _execute(parts: Parts, job: Job, context: RunContext, beginning: Beginning, 
 
 
 def _conclude(config: Config, parts: Parts, context: RunContext, beginning: Beginning, console: Console) -> Result:
-    """Print the outcome, and what to look at next."""
+    """Print the results and the next commands."""
     devices = beginning.devices
     result = Result(beginning.folder, journal.last_values(beginning.folder))
     simulated = devices.accelerator == "cpu" and devices.count > 1
@@ -80,7 +89,13 @@ def _conclude(config: Config, parts: Parts, context: RunContext, beginning: Begi
 
 
 def _say_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> None:
-    """``resumable``: the folder to resume; a sweep's where the run is one of its jobs."""
+    """Print the last saved step and how to resume.
+
+    Args:
+        console: the terminal.
+        run_dir: the run folder.
+        resumable: the value for ``resume``: the run folder, or the sweep's folder for a job of a sweep.
+    """
     if manifest := checkpoint.sound(run_dir, warn):
         how = f"the same command with resume={os.path.relpath(resumable)} continues"
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)

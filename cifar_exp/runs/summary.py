@@ -1,4 +1,4 @@
-"""What a run is going to do and what came of it, for a person to read in the terminal."""
+"""Print a run's plan and results in the terminal."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from cifar_exp.training.plan import Plan
 def describe_plan(
     plan: Plan, devices: DeviceSet, data: DatasetFiles, model: nn.Module, stopping: EarlyStoppingSettings
 ) -> dict[str, str]:
-    """The plan as names and texts, for the table and the run's page."""
+    """The plan as name -> text, for the terminal and the run's page."""
     rates = ", ".join(
         f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
         for first, last, low, high in _shortened(plan.learning_rate_ranges())
@@ -30,7 +30,7 @@ def describe_plan(
     return {
         "devices": str(devices),
         "batch": f"{each}{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
-        "training images": f"{data.train_count:,} in {len(data.classes)} classes{_kept_apart(data)}",
+        "training images": f"{data.train_count:,} in {len(data.classes)} classes{_held_out(data)}",
         "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
         "learning rate": rates,
@@ -42,7 +42,7 @@ def describe_plan(
 
 
 def print_plan(console: Console, plan: Mapping[str, str]) -> None:
-    """The plan as a table."""
+    """Print the plan as a table."""
     table = Table(title="Plan", title_justify="left", show_header=False)
     for name, text in plan.items():
         table.add_row(name, text)
@@ -50,7 +50,13 @@ def print_plan(console: Console, plan: Mapping[str, str]) -> None:
 
 
 def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]) -> None:
-    """The network as a table, a row a layer."""
+    """Print the network as a table with a row for each layer.
+
+    Args:
+        console: the terminal.
+        model: the network.
+        image_size: height and width in pixels.
+    """
     layers = Table("layer", "output shape", title="Network", title_justify="left")
     layers.add_column("parameters", justify="right")
     for name, shape, count in layer_shapes(model, image_size):
@@ -59,7 +65,13 @@ def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]
 
 
 def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
-    """Accuracy, speed, and where the time went, in two lines; then what disturbed the run."""
+    """Print accuracy, throughput and the split of the time, then a straggler and disturbances if there were any.
+
+    Args:
+        console: the terminal.
+        metrics: the last value of each metric.
+        simulated: whether several CPU ranks stand in for devices.
+    """
     split = {
         name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
     }
@@ -81,12 +93,12 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
 
 
 def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStoppingSettings) -> list[str]:
-    """What came of early stopping and of the best epoch, in lines; none where neither was asked for.
+    """Lines about early stopping and the best epoch; empty if neither was configured.
 
     Args:
-        metrics: the last values of the run's.
-        epochs: planned.
-        settings: what better means.
+        metrics: the last value of each metric.
+        epochs: the planned number of epochs.
+        settings: patience and the metric that selects the best epoch.
     """
     lines = []
     if "stopped_epoch" in metrics:
@@ -95,13 +107,13 @@ def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStopping
     if "test/accuracy_best" in metrics:
         lines.append(
             f"best {settings.metric} after epoch {metrics['best_epoch']:.0f}: test accuracy "
-            f"{metrics['test/accuracy_best']:.4f} with that network, which model.safetensors holds"
+            f"{metrics['test/accuracy_best']:.4f} with that epoch's network, saved in model.safetensors"
         )
     return lines
 
 
 def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
-    """Height and width by epoch, where they are not the images' own throughout."""
+    """The row for progressive resizing; none if all epochs use the full size."""
     if set(plan.image_scales) == {1.0}:
         return {}
     sizes = [scaled_size(data.image_size, scale) for scale in plan.image_scales]
@@ -109,8 +121,8 @@ def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     return {"image sizes": f"{text} by epoch; the last also in evaluation"}
 
 
-def _kept_apart(data: DatasetFiles) -> str:
-    return f" ({data.validation_count:,} more kept apart)" if data.validation_count else ""
+def _held_out(data: DatasetFiles) -> str:
+    return f" ({data.validation_count:,} more held out)" if data.validation_count else ""
 
 
 def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
@@ -128,7 +140,7 @@ def _early_stopping(settings: EarlyStoppingSettings) -> dict[str, str]:
 
 
 def _no_better(settings: EarlyStoppingSettings) -> str:
-    """As in ``3 epochs in a row without a lower val/loss``."""
+    """Such as ``3 epochs in a row without a lower val/loss``."""
     epochs = f"{settings.patience} epoch{'s'[: settings.patience != 1]} in a row"
     better = "lower" if settings.metric == "val/loss" else "higher"
     margin = f" (by more than {settings.min_delta:g})" if settings.min_delta else ""
@@ -141,5 +153,5 @@ def _steps(count: int, plan: Plan) -> str:
 
 
 def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
-    """A schedule that moves every epoch is told by its first, middle and last epoch."""
+    """All ranges of a schedule with up to six; else the first, the middle and the last one."""
     return ranges if len(ranges) <= 6 else [ranges[0], ranges[len(ranges) // 2], ranges[-1]]

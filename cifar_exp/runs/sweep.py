@@ -1,4 +1,4 @@
-"""Hydra's sweeper for studies: a parent run, failures that do not end the sweep, a table, the speedup report."""
+"""Hydra's sweeper for studies. It adds a parent run, a table of jobs and a report; a failed job does not end it."""
 
 import gc
 import sys
@@ -22,11 +22,11 @@ from cifar_exp.runs.sweep_summary import JobRow, _common_tags, _summarize
 from cifar_exp.system.bugs import told
 from cifar_exp.system.redaction import masked, masked_text
 
-POWERS_OF_TWO = "powers_of_two"  # what a preset says for the device counts: up to what the machine has
+POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to the devices of this machine
 
 
 class SweepFailedError(CifarExpError):
-    """Some jobs failed; each was reported when it did. The exit code is the first failure's."""
+    """Some jobs failed. Each was reported when it failed. The exit code is that of the first failure."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
@@ -36,25 +36,31 @@ class SweepFailedError(CifarExpError):
 class StudySweeper(BasicSweeper):
     """Runs the cartesian product of the overrides under one parent run.
 
-    A failing job is reported at once and the others go on; then a table of all jobs is printed and, where device
-    counts differ, the speedup table, which the parent run keeps as metrics and files too.
+    A failing job is reported at once and the other jobs still run. At the end a table of all jobs is printed. If device
+    counts differ, the speedup table is printed, too, and recorded in the parent run as metrics and files.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        telling = partial(_run_and_tell, task_function)
-        super().setup(hydra_context=hydra_context, task_function=telling, config=config)
+        reporting = partial(_run_and_report, task_function)
+        super().setup(hydra_context=hydra_context, task_function=reporting, config=config)
 
     def sweep(self, arguments: list[str]) -> list[JobRow]:
         """Run all jobs.
 
+        Args:
+            arguments: the sweep's overrides.
+
+        Returns:
+            A row for each job.
+
         Raises:
-            SweepFailedError: where jobs failed, after the others have ended.
-            Stopped: on SIGINT and SIGTERM; jobs that had not begun are left out.
+            SweepFailedError: some jobs failed. It is raised after all jobs have ended.
+            Stopped: SIGINT or SIGTERM; the remaining jobs are not started.
         """
         assert self.config is not None
         from cifar_exp.runs import sweep_resume
 
-        jobs = self._jobs(arguments)  # all of them compose, or nothing is begun
+        jobs = self._jobs(arguments)  # compose all jobs before the first one starts
         wanted = Path(self.config.hydra.sweep.dir)
         with sweep_resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir:
             if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
@@ -82,30 +88,34 @@ class StudySweeper(BasicSweeper):
         return rows
 
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
-        """Let each job find its own folder in the sweep's: what is finished is skipped, what is not goes on."""
+        """Let the jobs run in ``sweep_dir`` with ``resume=auto``: finished jobs are skipped, others are resumed.
+
+        Returns:
+            The overrides of the resumed sweep.
+        """
         assert self.config is not None
-        # Hydra 1.4 passes its own part read-only, each node of which says so for itself.
+        # Hydra 1.4 passes its own section with a read-only flag on each node.
         with read_write(self.config.hydra), open_dict(self.config.hydra):
             self.config.hydra.sweep.dir = str(sweep_dir)
             escaped = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
         if self.config.progress != "quiet":
-            print(f"{sweep_dir}: the sweep goes on", flush=True)
+            print(f"{sweep_dir}: the sweep continues", flush=True)
         return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
-        """The overrides of each job, all of which compose."""
+        """The overrides of each job. All jobs are composed, so a wrong setting is reported here."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         preset = self._preset(arguments)
-        # What is typed takes the place of the preset's value for the same key, so the preset's order of keys stays.
+        # An override replaces the preset's value for the same key. The preset's order of keys stays.
         self.overrides = self.split_arguments(parser.parse_overrides([*preset, *arguments]), None)
         jobs = [list(job) for job in self.overrides[0]]
         self.validate_batch_is_legal(jobs)
         return jobs
 
     def _preset(self, arguments: Sequence[str]) -> list[str]:
-        """``hydra.sweeper.params`` as overrides; device counts that nobody typed are this machine's."""
+        """``hydra.sweeper.params`` as overrides. ``powers_of_two`` becomes device counts of this machine."""
         assert self.config is not None
         preset = dict(self.params or {})
         if preset.get("devices.count") == POWERS_OF_TWO:
@@ -121,7 +131,7 @@ class StudySweeper(BasicSweeper):
         for start in range(0, len(jobs), size):
             done = self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
             rows += [_row(start + number, job) for number, job in enumerate(done)]
-            if start == 0:  # what is there after the first job stays: what later ones leave is found among little else
+            if start == 0:  # objects of the first job stay alive; frozen, they do not slow down later collections
                 gc.collect()
                 gc.freeze()
         return rows
@@ -134,8 +144,8 @@ def _counts(config: DictConfig) -> list[int]:
     return device_counts(Devices(accelerator=config.devices.accelerator, threads=config.devices.threads))
 
 
-def _run_and_tell(task_function: TaskFunction, composed: DictConfig) -> Any:
-    """One job between two lines that say what it is and, at once, why it failed."""
+def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
+    """Print a job's overrides, run it, and print the error if it fails."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
@@ -156,5 +166,5 @@ def _row(number: int, job: JobReturn) -> JobRow:
     assert job.hydra_cfg is not None
     failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
     if failure is not None:
-        failure = failure.with_traceback(None)  # it was shown, and holds on to the whole job
+        failure = failure.with_traceback(None)  # it was already reported, and it references all objects of the job
     return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)

@@ -1,4 +1,4 @@
-"""Continue a sweep in its own folder."""
+"""Find the sweep to resume, and claim its folder."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,18 @@ SWEEP_FILE = "sweep.json"
 
 @contextmanager
 def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Iterator[Path]:
-    """Hold the folder of the sweep that these arguments ask for: an interrupted one's, or ``sweep_dir`` for a new one.
+    """Lock the folder of the sweep to resume, or ``sweep_dir`` for a new sweep, while the context is open.
 
     Args:
-        sweep_dir: for a new sweep.
-        wanted: ``resume``: never, auto, or the folder or MLflow run id of a sweep or a run.
+        sweep_dir: the folder of a new sweep.
+        wanted: the setting ``resume``: never, auto, or the folder or MLflow run id of a sweep or a run.
         arguments: the sweep's overrides.
 
+    Yields:
+        The locked folder.
+
     Raises:
-        ConfigError: where the folder is that of a sweep of other jobs, or another process is at it.
+        ConfigError: the folder has a sweep with other overrides, or another process uses it.
     """
     arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
     for path in _sweeps(wanted):
@@ -39,11 +42,11 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
                 yield path.parent
             return
         if wanted != "auto":
-            told = " ".join(content["arguments"])
-            raise ConfigError(f"resume={wanted}: that sweep's overrides were {told}. Use these")
+            overrides = " ".join(content["arguments"])
+            raise ConfigError(f"resume={wanted}: that sweep's overrides were {overrides}. Use these")
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
-            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set resume={sweep_dir} to go on with it, "
+            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set resume={sweep_dir} to continue it, "
             f"or another folder"
         )
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
 
 
 def end_sweep(sweep_dir: Path) -> None:
-    """Leave word that all jobs came to their end."""
+    """Mark the sweep as finished: ``resume=auto`` does not continue it."""
     arguments = json.loads((sweep_dir / SWEEP_FILE).read_text())["arguments"]
     _note_sweep(sweep_dir, arguments, finished=True)
 
@@ -64,7 +67,7 @@ def _note_sweep(sweep_dir: Path, arguments: Sequence[str], finished: bool) -> No
 
 
 def _sweep_content(path: Path) -> dict[str, Any] | None:
-    """What is known of a sweep; None where its file is damaged."""
+    """The content of a sweep file: ``arguments`` and ``finished``. None if the file is damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         return content if {"arguments", "finished"} <= content.keys() else None
@@ -73,7 +76,7 @@ def _sweep_content(path: Path) -> dict[str, Any] | None:
 
 
 def _sweeps(wanted: str) -> list[Path]:
-    """The sweep files that ``resume`` may mean, newest first; none for ``never`` or where it names a single run."""
+    """The sweep files that match ``resume``, newest first; empty for ``never`` and for a single run."""
     if wanted == "never":
         return []
     if wanted == "auto":

@@ -1,4 +1,4 @@
-"""The table of a sweep's jobs."""
+"""Print the jobs and the speedup at the end of a sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job of a sweep in its closing table."""
+    """One job of a sweep.
+
+    Attributes:
+        number: its number, from 0.
+        overrides: its overrides, with secrets masked.
+        run_dir: its run folder.
+        failure: the exception that ended it; None if it succeeded.
+    """
 
     number: int
     overrides: Sequence[str]
@@ -26,7 +33,7 @@ class JobRow:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was trained to the end; a tracker that failed loses nothing."""
+        """Whether training finished. A tracking error does not count: the results are on disk."""
         return self.failure is None or isinstance(self.failure, TrackingError)
 
     @property
@@ -35,7 +42,7 @@ class JobRow:
 
 
 def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
-    """The device counts and accelerators of a sweep's jobs, as tags of the parent."""
+    """The device counts and accelerators of all jobs, as tags of the parent run."""
     values = {name: {run.tags[name] for run in runs} for name in ("devices", "accelerator")}
     return {name: ",".join(sorted(found)) for name, found in values.items() if found}
 
@@ -43,7 +50,11 @@ def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
 def _summarize(
     rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: ReportSettings, quiet: bool
 ) -> tuple[list[tuple[str, float, int]], list[Path]]:
-    """Print the jobs and the speedup; the parent run's metrics and files."""
+    """Print the table of jobs and the speedup.
+
+    Returns:
+        The parent run's metrics as (name, value, step), and the files of the report.
+    """
     from rich.console import Console
 
     from cifar_exp.study.report import Study
@@ -53,7 +64,7 @@ def _summarize(
     unfinished = [f"{' '.join(row.overrides)}: {_reason(row)}" for row in rows if not row.is_finished]
     study = Study.of(list(finished.values()), settings, unfinished)
     if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
-        console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core say nothing of speedup")
+        console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core do not measure speedup")
     if study is None:
         return [], []
     study.print(console)
@@ -63,7 +74,7 @@ def _summarize(
 
 
 def _reason(row: JobRow) -> str:
-    """Why a job failed, in a line."""
+    """One line with the exit code and the error of a failed job."""
     why = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
     return f"failed ({row.exit_code}): {why}"
 

@@ -1,6 +1,6 @@
-"""What CPUs, NVIDIA's GPUs (CUDA) and Apple's (MPS) differ in while a network is trained on them.
+"""The differences between CPUs, NVIDIA GPUs (CUDA) and Apple GPUs (MPS) for training.
 
-What is said of MPS follows PyTorch's documentation and source: nobody has run it here on such a machine.
+The code for MPS follows PyTorch's documentation and source. It has not been run on such a machine.
 """
 
 from typing import Any
@@ -15,7 +15,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def device_of(accelerator: str, local_rank: int) -> torch.device:
-    """Where a rank trains. ``accelerator``: ``cpu``, ``gpu`` or ``mps``."""
+    """The device that a rank trains on.
+
+    Args:
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
+        local_rank: the number of the rank on this machine, from 0.
+    """
     return torch.device("cuda", local_rank) if accelerator == "gpu" else torch.device(accelerator)
 
 
@@ -28,45 +33,45 @@ def _is_cuda(device: torch.device) -> bool:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where float64 is kept and added up over ranks: MPS has no such type, and gloo cannot read its memory."""
+    """The device for float64 sums over ranks. It is the CPU for MPS, which has no float64 and no gloo support."""
     return torch.device("cpu") if _is_mps(device) else device
 
 
 def exact(values: Tensor) -> Tensor:
-    """The same values as float64, where those of their device are kept."""
+    """``values`` as float64 on :func:`exact_device`; the shape stays."""
     return values.to(exact_device(values.device)).double()
 
 
 def takes_copies_meanwhile(device: torch.device) -> bool:
-    """Whether a copy from the host may still be on its way when the host goes on.
+    """Whether copies from host to device may be asynchronous.
 
-    On MPS the host's memory, which is not pinned there, may be used for something else before it was read.
+    On MPS host memory is not pinned, so it could be overwritten before the copy has read it.
     """
     return _is_cuda(device)
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """How weights lie: channels-last, but on MPS, whose convolutions gain nothing by that."""
+    """The memory format of the weights: channels-last, except on MPS, whose convolutions do not gain from it."""
     return torch.contiguous_format if _is_mps(device) else torch.channels_last
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that a rank may still take there; infinite on CPUs, where images are mapped from disk."""
+    """Free memory of the device in bytes. It is infinite for CPUs, where images are memory-mapped from disk."""
     if _is_cuda(device):
         return float(torch.cuda.mem_get_info(device)[0])
-    if _is_mps(device):  # shared with the processor: what is recommended, less what this process has
+    if _is_mps(device):  # memory is shared with the CPU: the recommended maximum minus this process's share
         return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return float("inf")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where the random numbers of this process are, those of its device included."""
+    """The RNG states of this process: ``random`` for the CPU and ``device_random`` for a GPU."""
     state = {"random": torch.get_rng_state()}
     return state if device.type == "cpu" else state | {"device_random": _module(device).get_rng_state()}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on from where :func:`random_state` was; on a device of another kind, from its own beginning."""
+    """Restore the RNG states of :func:`random_state`. Without a state for the device, its RNG is left as it is."""
     torch.set_rng_state(state["random"])
     if device.type != "cpu" and "device_random" in state:
         _module(device).set_rng_state(state["device_random"])
@@ -77,14 +82,19 @@ def _module(device: torch.device) -> Any:
 
 
 def resolve_precision(choice: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype for mixed precision. ``auto`` is bfloat16 if the hardware supports it natively, else float32.
+
+    Args:
+        choice: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        device: the device that the rank trains on.
+    """
     if choice == "auto":
         choice = "bf16" if _multiplies_bfloat16(device) else "fp32"
     return PRECISIONS[choice]
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    if _is_mps(device):  # it has the type, and nobody has measured whether it is faster
+    if _is_mps(device):  # MPS has the type, but its speed has not been measured
         return False
     if _is_cuda(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -92,13 +102,17 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def check_precision(choice: str, accelerator: str) -> None:
-    """Refuse a type that the accelerator does not have, before anything is started.
+    """Check that the accelerator supports the precision, before any rank starts.
+
+    Args:
+        choice: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        accelerator: ``cpu``, ``gpu`` or ``mps``.
 
     Raises:
-        MachineError: for bfloat16 on MPS before macOS 14.
+        MachineError: bfloat16 on MPS before macOS 14.
     """
     if accelerator == "mps" and choice == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
         raise MachineError(
-            "train.precision=bf16: MPS computes in bfloat16 from macOS 14 on, and this is an older one. "
+            "train.precision=bf16: MPS supports bfloat16 from macOS 14 on, and this version is older. "
             "Set train.precision=fp16, or train.precision=fp32"
         )

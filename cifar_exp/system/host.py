@@ -1,8 +1,8 @@
-"""The system under the program: the one module that knows how Linux, macOS and Windows differ.
+"""The differences between Linux, macOS and Windows. Only this module depends on the operating system.
 
-It asks for what it needs, a call or a file, rather than for the system's name, and each function says what is so where
-that is missing. Standard library and psutil alone; what is slow to import is imported where it is needed, since this
-module comes first in every process.
+Features are detected by the call or file that they need, not by the system's name. Each function documents its result
+without the feature. Only the standard library and psutil are imported, and slow modules inside functions, since every
+process imports this module first.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 
-PROC = Path("/proc")  # Linux alone
+PROC = Path("/proc")  # Linux only
 SYS = Path("/sys")
 SHARED_MEMORY = "/dev/shm"
 MACHINE_ID = Path("/etc/machine-id")
@@ -26,25 +26,25 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def own_cores() -> list[int]:
-    """The cores that this process may use; all there are where the system does not bind processes to some."""
+    """The numbers of the cores that this process may use. Without CPU affinity, all cores of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
 def keep_to_cores(cores: list[int]) -> None:
-    """Threads that this one starts from now on, and itself, run on these alone, where the system can do that."""
+    """Bind this thread, and those that it starts later, to ``cores``. Without CPU affinity, do nothing."""
     if bind := getattr(os, "sched_setaffinity", None):
         bind(0, cores)
 
 
 @contextmanager
 def threads_that_do_not_preempt() -> Iterator[None]:
-    """Threads that are started meanwhile preempt none that runs, but for the scheduler's tick. On Linux alone."""
+    """Threads started inside this context get SCHED_BATCH: they do not preempt a running thread. Linux only."""
     system: Any = os
     if not hasattr(system, "sched_setscheduler") or not hasattr(system, "SCHED_BATCH"):
         yield
         return
-    if system.sched_getscheduler(0) != system.SCHED_OTHER:  # somebody's choice
+    if system.sched_getscheduler(0) != system.SCHED_OTHER:  # the user chose another policy
         yield
         return
     with suppress(OSError):  # a sandbox may refuse it
@@ -60,12 +60,12 @@ def threads_that_do_not_preempt() -> Iterator[None]:
 
 
 def start_method() -> StartMethod:
-    """How ranks are started: from a fork server; on macOS by spawn, since what a fork inherits of Metal crashes."""
+    """How ranks are started: by a fork server; on macOS by spawn, since Metal's state crashes in a forked process."""
     return "spawn" if MACOS or "forkserver" not in _start_methods() else "forkserver"
 
 
 def worker_start_method() -> StartMethod:
-    """How a rank starts processes that read images for it. A fork server would be one for each rank."""
+    """How a rank starts its data loader workers. A fork server is not used: each rank would need its own."""
     return "spawn" if MACOS or "fork" not in _start_methods() else "fork"
 
 
@@ -76,10 +76,9 @@ def _start_methods() -> list[str]:
 
 
 def end_with_parent() -> None:
-    """From now on this process is killed when its parent ends, however that ends.
+    """Make this process end when its parent ends, for any reason.
 
-    The kernel sees to it on Linux. Elsewhere a thread waits for the pipe that multiprocessing keeps open between the
-    two.
+    On Linux the kernel kills it. Elsewhere a thread waits for the end of multiprocessing's pipe to the parent.
     """
     import signal
 
@@ -102,7 +101,7 @@ def _end_after(sentinel: int) -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process was started. psutil's own figure counts from a boot time in whole seconds on Linux."""
+    """Seconds since this process was started. On Linux psutil's creation time is relative to a rounded boot time."""
     import time
 
     import psutil
@@ -118,17 +117,17 @@ def process_age() -> float:
 
 
 def machine_id() -> str:
-    """What tells this machine from others of its name; empty where there is no such thing."""
+    """The machine's unique id; empty if the system has none."""
     return _content(MACHINE_ID)
 
 
 def boot_id() -> str:
-    """Another one after each start of the machine; empty where that cannot be told."""
+    """An id that changes at each boot of the machine; empty if the system has none."""
     return _content(PROC / "sys/kernel/random/boot_id") or _sysctl("kern.bootsessionuuid")
 
 
 def pid_namespace() -> str:
-    """Another one in each container, which counts its processes separately; empty where there are none."""
+    """The id of the PID namespace, which differs between containers; empty if the system has none."""
     try:
         return str((PROC / "self/ns/pid").readlink())
     except OSError:
@@ -136,10 +135,11 @@ def pid_namespace() -> str:
 
 
 def process_started(pid: int) -> str:
-    """When a process that lives was started; empty where none does.
+    """The start time of a live process; empty if there is no such process.
 
-    On Linux in ticks since the boot, whatever becomes of the clock: the 22nd field of its ``stat``, whose second, the
-    command in parentheses, may hold anything. Elsewhere in seconds since the epoch, as the kernel noted them.
+    On Linux the time is in clock ticks since boot, so a change of the clock does not affect it. It is field 22 of
+    ``/proc/<pid>/stat``; field 2, the command in parentheses, may contain spaces. Elsewhere it is in seconds since the
+    epoch.
     """
     if (PROC / "self/stat").exists():
         fields = _content(PROC / str(pid) / "stat").rpartition(")")[2].split()
@@ -157,7 +157,7 @@ def process_started(pid: int) -> str:
 
 
 def c_function(name: str) -> Any:
-    """A function of the C library, which is called with plain numbers; None where it has none of this name."""
+    """A function of the C library; None if it has none of this name."""
     import ctypes
 
     return getattr(ctypes.CDLL(None), name, None)
@@ -169,7 +169,7 @@ def library_file(name: str) -> str:
 
 
 def loopback() -> str:
-    """The name of the network interface that reaches this machine alone."""
+    """The name of the loopback network interface."""
     import socket
 
     names: set[str] = set()
@@ -178,7 +178,7 @@ def loopback() -> str:
     return "lo0" if "lo0" in names and "lo" not in names else "lo"
 
 
-# What the machine is and does
+# Hardware and load
 
 
 def processor() -> str:
@@ -192,13 +192,13 @@ def processor() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor says that it multiplies bfloat16 natively."""
+    """Whether the processor reports native bfloat16 multiplication. False if it reports nothing."""
     flags = _content(PROC / "cpuinfo").split()
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def throttled_seconds() -> float | None:
-    """How long a container's quota has stopped it so far; None where there is no such account."""
+    """Seconds for which the container's CPU quota has throttled it so far; None if the system does not count them."""
     for line in _content(SYS / "fs/cgroup/cpu.stat").splitlines():
         name, _, value = line.partition(" ")
         if name == "throttled_usec":
@@ -207,22 +207,22 @@ def throttled_seconds() -> float | None:
 
 
 def thermal_events() -> float | None:
-    """How often heat has slowed these cores down so far; None where they do not say."""
+    """How often this process's cores were throttled by heat so far; None if the system does not count it."""
     folder = SYS / "devices/system/cpu"
     counts = [_content(folder / f"cpu{core}" / "thermal_throttle/core_throttle_count") for core in own_cores()]
-    told = [int(count) for count in counts if count.isdigit()]
-    return float(sum(told)) if told else None
+    known = [int(count) for count in counts if count.isdigit()]
+    return float(sum(known)) if known else None
 
 
 def gpus_of_the_driver() -> list[str]:
-    """Names of NVIDIA's GPUs as the driver itself tells them."""
+    """The names of NVIDIA GPUs as reported by the driver."""
     files = sorted((PROC / "driver/nvidia/gpus").glob("*/information"))
     lines = [line for file in files for line in _content(file).splitlines()]
     return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
 
 
 def _sysctl(name: str) -> str:
-    """What macOS says under this name; empty elsewhere."""
+    """A text value of macOS's sysctl; empty on other systems."""
     import ctypes
 
     if (ask := c_function("sysctlbyname")) is None:

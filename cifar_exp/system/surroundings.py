@@ -1,8 +1,8 @@
-"""What libraries take from the environment: a home, a user's name, places for caches, how figures are drawn.
+"""Set up the environment that libraries need: home, user name, cache folders and matplotlib's backend.
 
-Containers and clusters run programs as a user without a name and without a home; notebooks name a way of drawing that
-other programs lack. Libraries ask for these when they are imported, so a command settles them first. The processes that
-it starts inherit them.
+Containers and clusters may run programs as a user without a name or a home. Notebooks set a matplotlib backend that
+other programs do not have. Libraries read these when they are imported, so a command calls :func:`settle` first. Child
+processes inherit the environment.
 """
 
 import getpass
@@ -22,11 +22,11 @@ from cifar_exp.system import host
 
 VARIABLE = "CIFAR_EXP_CACHE_DIR"
 NAME = "cifar-exp"
-SOCKET_BASE = 76  # characters: a socket's path may have 107, and multiprocessing adds 31
+SOCKET_BASE = 76  # bytes: a socket's path may have 107, and multiprocessing adds 31
 SHORT_BASES = ("/tmp", "/var/tmp", host.SHARED_MEMORY)
-# By the variable that the library reads: the name of its folder. One that the user has set stays.
+# Environment variable of the library -> name of its cache folder. A value that the user has set is kept.
 CACHES = {
-    "NUMBA_CACHE_DIR": "numba",  # left to itself, numba writes beside the source files
+    "NUMBA_CACHE_DIR": "numba",  # numba's default is beside the source files
     "MPLCONFIGDIR": "matplotlib",
     "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
     "TRITON_CACHE_DIR": "triton",
@@ -36,15 +36,15 @@ CACHES = {
 
 
 def settle() -> None:
-    """Give this process, and those that it starts, what libraries ask for.
+    """Set up the environment of this process and its children.
 
     Raises:
-        StorageError: there is no place for caches.
+        StorageError: no cache folder is writable, or the path of the temporary folder is too long for sockets.
     """
     print_anywhere()
     _shorten_sockets()
-    in_notebook()  # the next line hides it
-    os.environ["MPLBACKEND"] = "agg"  # to files; matplotlib cannot be imported where the named one is missing
+    in_notebook()  # caches the answer before the next line changes MPLBACKEND
+    os.environ["MPLBACKEND"] = "agg"  # draws to files; importing matplotlib fails if the backend does not exist
     place = cache_folder()
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(place / name))
@@ -52,29 +52,29 @@ def settle() -> None:
         os.environ["HOME"] = str(_made(place / "home"))
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # from Python 3.13 on the latter
+    except (KeyError, OSError):  # OSError since Python 3.13
         os.environ["LOGNAME"] = f"uid-{_user()}"
 
 
 @cache
 def in_notebook() -> bool:
-    """Whether a cell of a notebook has started this process: as Jupyter's servers tell, or else its kernels."""
+    """Whether a notebook cell started this process, by the variables of Jupyter's server or its kernel."""
     return "JPY_PARENT_PID" in os.environ or "inline" in os.environ.get("MPLBACKEND", "")
 
 
 def cache_folder() -> Path:
-    """The folder for all caches, made if missing; whoever may write there may run code as this user.
+    """The folder for all caches. It is created if missing. Write access to it allows running code as this user.
 
-    It is ``$CIFAR_EXP_CACHE_DIR``, else ``cifar-exp`` below ``$XDG_CACHE_HOME`` or ``~/.cache``, else a private folder
-    below the temporary one.
+    It is ``$CIFAR_EXP_CACHE_DIR``, else ``cifar-exp`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, else a private folder in
+    the temporary folder.
 
     Raises:
-        StorageError: it cannot be made, or the temporary one belongs to somebody else.
+        StorageError: the folder cannot be created, or other users may write to the one in the temporary folder.
     """
     if given := os.environ.get(VARIABLE):
         return _writable(Path(given).expanduser().absolute())
     home, named = _home(), os.environ.get("XDG_CACHE_HOME", "")
-    bases = [Path(named)] if Path(named).is_absolute() else []  # the XDG specification has relative ones ignored
+    bases = [Path(named)] if Path(named).is_absolute() else []  # the XDG specification says to ignore relative paths
     for base in [*bases, *([home / ".cache"] if home else [])]:
         try:
             return _writable(base / NAME)
@@ -84,16 +84,19 @@ def cache_folder() -> Path:
 
 
 def print_anywhere() -> None:
-    """From now on what the other end has no letters for is printed as question marks, as under an ASCII locale."""
+    """Print characters that the output's encoding lacks as question marks, as in an ASCII locale."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _shorten_sockets() -> None:
-    """Put the sockets of multiprocessing elsewhere where the temporary folder's name leaves them no room.
+    """Use another folder for multiprocessing's sockets if the path of the temporary folder is too long for them.
 
-    As Python does from 3.14 on. The folder goes with this process; the processes that it starts are told of it.
+    Python 3.14 does the same. The folder is removed when this process ends; child processes use it, too.
+
+    Raises:
+        StorageError: no other folder is writable.
     """
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     if len(os.fsencode(_temporary_base())) <= SOCKET_BASE or "tempdir" in config:
@@ -104,7 +107,7 @@ def _shorten_sockets() -> None:
             multiprocessing.util.Finalize(None, shutil.rmtree, args=(config["tempdir"], True), exitpriority=-100)
             return
     raise StorageError(
-        f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, for sockets lie there. Set "
+        f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, since sockets are created there. Set "
         f"TMPDIR=<a folder with a shorter name>"
     )
 
@@ -122,7 +125,7 @@ def _temporary() -> Path:
     others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()) or others:
         raise StorageError(
-            f"{folder}: this folder for caches must be yours alone, and others may write there. Set "
+            f"{folder}: this folder for caches must be yours alone, but others may write there. Set "
             f"{VARIABLE}=<a folder of yours>"
         )
     return folder
@@ -148,7 +151,7 @@ def _made(folder: Path) -> Path:
 
 
 def _home() -> Path | None:
-    """None where there is none, as for a user id that no passwd entry has, or where the named folder is missing."""
+    """The home folder; None if the user has no passwd entry or the folder does not exist."""
     try:
         home = Path.home()
     except RuntimeError:

@@ -475,7 +475,7 @@ def test_workers_end_with_a_rank_that_is_killed(started: Callable[..., ForkedCom
     ranks[0].kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 7
-    assert "rank 0 died without a word" in errors
+    assert "rank 0 died without an error" in errors
     assert_nothing_is_left([*ranks, *workers])
 
 

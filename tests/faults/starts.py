@@ -61,7 +61,7 @@ def two_go_on(scene: Scene) -> None:
     ended = [one.wait() for one in both]
     for one in ended:
         says(one, 0)
-    assert sum("outputs/cut goes on" in one.out for one in ended) == 1, [one.out for one in ended]
+    assert sum("outputs/cut continues" in one.out for one in ended) == 1, [one.out for one in ended]
     for record in scene.folder.rglob("run.json"):
         assert_same_as_uninterrupted(scene, run, str(record.parent.relative_to(scene.folder)))
     scene.handled("two starts go on with one run", "one goes on with it, the other starts anew")

@@ -205,7 +205,7 @@ def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, message in (
-            ([store, f"--port={port}"], f"--port={port}: it cannot be had: Address already in use. Set --port"),
+            ([store, f"--port={port}"], f"--port={port}: it cannot be used: Address already in use. Set --port"),
             ([], "there is no such store yet. Run cifar-exp first"),
             (["tracking.uri=http://me:hush@host:1"], "tracking.uri=http://host:1: that is a server"),
             (["uri=x"], "one of tracking.uri="),
