@@ -91,8 +91,8 @@ def check_targets(section: str, content: Any, trusted: Iterable[str]) -> None:
                 if key == "_target_" and not matches(str(value), patterns):
                     module = str(value).rpartition(".")[0] or str(value)
                     raise ConfigError(
-                        f"{setting}._target_={value}: in {section} it may lie in {', '.join(ALLOWED[section])}. If you "
-                        f"trust that code, set 'trusted_modules=[{module}]'"
+                        f"{setting}._target_={value}: in {section} it must be from {', '.join(ALLOWED[section])}. If "
+                        f"you trust that code, set 'trusted_modules=[{module}]'"
                     )
                 check(value, f"{setting}.{key}")
         elif isinstance(part, list | tuple):
