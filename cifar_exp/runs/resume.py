@@ -176,7 +176,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
         found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
         raise StorageError(
             f"{folder}: the run was stopped before its first checkpoint and began with that of {source} after step "
-            f"{step}; {found}. Restore that, or type resume=never to start again from the beginning"
+            f"{step}; {found}. Restore that, or set resume=never to start again from the beginning"
         )
     return _resumption(source, config, _changes(source, config), in_place=False, warn=warn)
 
