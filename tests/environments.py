@@ -208,7 +208,7 @@ def _words(environment: Environment, place: Path) -> list[str]:
 def tracked(store: Path) -> list[float]:
     """Test accuracies of all runs in an MLflow store, of those alone that have finished."""
     query = (
-        "select value from latest_metrics join runs using (run_uuid) "
+        "select value from metrics join runs using (run_uuid) "
         "where key = 'test/accuracy' and status = 'FINISHED' order by value"
     )
     connection = sqlite3.connect(f"file:{store}?mode=ro", uri=True)

@@ -217,7 +217,7 @@ def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_starte
 DELETED = """
 import signal
 from cifar_exp.errors import Stopped
-from cifar_exp.signals import answer_signals, raise_swallowed
+from cifar_exp.system.signals import answer_signals, raise_swallowed
 
 class Deleted:
     def __init__(self, action): self.action = action

@@ -98,7 +98,7 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     follower.start()
     deadline = time.monotonic() + 120
     told = ""
-    while "trying again" not in told:
+    while "retrying" not in told:
         told += capsys.readouterr().err
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -143,10 +143,10 @@ def assert_each_outage_is_told_once(lines: list[str]) -> None:
 
     Its end is two lines, and two more where the tracker has not got everything by then.
     """
-    told = [line for line in lines if "trying again" in line or "is back" in line]
+    told = [line for line in lines if "retrying" in line or "reachable again" in line]
     assert len(told) >= 4, lines
-    assert all("trying again" in line for line in told[::2]), lines
-    assert all("is back" in line for line in told[1::2]), lines
+    assert all("retrying" in line for line in told[::2]), lines
+    assert all("reachable again" in line for line in told[1::2]), lines
     others = [line for line in lines if line not in told]
     assert len(others) == len(set(others)) <= 4, lines
 
@@ -172,9 +172,9 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
         identity = (workplace / "run" / RUN_ID_FILE).read_text().strip()
         wait_for(lambda: "step/loss" in store.get_run(identity).data.metrics, process)
         for mode in ("cut", "hang"):
-            told = (workplace / "errors").read_text().count("trying again")
+            told = (workplace / "errors").read_text().count("retrying")
             relay.turn(mode)
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("trying again") > told, process)
+            wait_for(lambda told=told: (workplace / "errors").read_text().count("retrying") > told, process)
             relay.turn("pass")
             wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
         for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run")):
@@ -326,7 +326,7 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     assert parent.data.tags["devices"] == "1,2"
     for wrong, message in {
         ("nowhere",): "there is no run in this folder",
-        (str(folder), "tracking.url=x"): "one of tracking.uri=<value>, tracking.experiment=<value>",
+        (str(folder), "tracking.url=x"): "one of tracking.uri=..., tracking.experiment=...",
         (str(folder), "tracking.uri=ftp://x"): "it must begin with one of",
     }.items():
         refused = cifar_exp("sync", *wrong)
