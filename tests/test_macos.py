@@ -22,13 +22,13 @@ SPAWNED = "multiprocessing.spawn"
 
 
 @pytest.fixture
-def on_macos(monkeypatch: pytest.MonkeyPatch, started: Start) -> Start:
-    """``started`` without what macOS lacks."""
+def on_macos(monkeypatch: pytest.MonkeyPatch, born: Start) -> Start:
+    """``born`` without what macOS lacks."""
 
     def start(*arguments: str) -> "subprocess.Popen[str]":
         with monkeypatch.context() as patch:
             patch.setenv("PYTHONPATH", str(REPO / "tests" / "macos"))
-            return started(*arguments)
+            return born(*arguments)
 
     return start
 
