@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Devices
-from cifar_exp.cpu_kernels import fuse
 from cifar_exp.data.batches import _constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
@@ -184,7 +183,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
-    monkeypatch.setattr(fuse, "fuse_layers", lambda *_: pytest.fail("kernels are for the processor"))
+    monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
     rank = assemble(job, World(0, 0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
