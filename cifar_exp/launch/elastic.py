@@ -113,7 +113,12 @@ class ElasticLauncher:
             )
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with watchdog, forkserver.born_blocked(), _stopping_in_order(exchange, stopped):
+                with (
+                    watchdog,
+                    forkserver.born_blocked(),
+                    forkserver.without_main_module(),
+                    _stopping_in_order(exchange, stopped),
+                ):
                     elastic_launch(config, function)(job, exchange)
             except ChildFailedError as error:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)

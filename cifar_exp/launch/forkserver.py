@@ -10,6 +10,7 @@ PyTorch itself.
 
 import multiprocessing.util
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -61,6 +62,23 @@ def born_blocked() -> Iterator[None]:
         yield
     finally:
         util.spawnv_passfds = spawn
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Processes that multiprocessing starts in the block do not import the program's main module.
+
+    It may be a user's script without ``if __name__ == "__main__"``, which would train again in each rank. A job names
+    nothing of that module.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def end_forked() -> None:
