@@ -37,7 +37,8 @@ def on_macos(monkeypatch: pytest.MonkeyPatch, born: Start) -> Start:
 def test_ranks_are_spawned_tracked_and_reported_with_the_accuracy_of_linux(
     on_macos: Start, started: Start, workplace: Path
 ) -> None:
-    arguments = ["-m", *TINY, "devices.count=1,2", "progress=lines"]
+    # In float32 on both: without /proc the emulated machine does not know that its processor multiplies bfloat16.
+    arguments = ["-m", *TINY, "devices.count=1,2", "progress=lines", "train.precision=fp32"]
     process = on_macos(*arguments, "hydra.sweep.dir=mac")
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
@@ -76,7 +77,7 @@ def test_a_stopped_run_leaves_nothing_and_goes_on(on_macos: Start, workplace: Pa
     assert "saved after step" in output
     assert_nothing_is_left(family)
     saved = max(int(step) for step in re.findall(r"saved after step (\d+)", output))
-    process = on_macos(*long, f"train.max_seconds={10**6}")  # the same run
+    process = on_macos(*long)
     again = process
     wait_for(lambda: max((entry.step for entry in journal.read(workplace / "run")), default=0) > saved + 3, again)
     family = psutil.Process(again.pid).children(recursive=True)

@@ -105,7 +105,7 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     assert "database is locked" in told
     held.execute("ROLLBACK")
     held.close()
-    follower.finish("FINISHED", patience=100)
+    follower.finish("FINISHED", answer_seconds=100)
     assert follower.error is None
     told += capsys.readouterr().err
     assert told.count("retrying") == told.count("reachable again") == told.count("\n") / 2 == 1
