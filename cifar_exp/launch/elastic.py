@@ -95,22 +95,6 @@ class ElasticLauncher:
         with private_folder() as exchange:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=job.plan.world_size,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint=str(exchange / "rendezvous"),
-                rdzv_configs={"store_type": "file"},
-                max_restarts=self.max_restarts,
-                local_addr="127.0.0.1",
-                start_method=host.start_method(),
-                logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
-                # This launcher handles the other signals itself. Elastic raises an exception for a signal, which parts
-                # of it swallow, and would end a run under nohup.
-                signals_to_handle="SIGQUIT",
-            )
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
                 with (
@@ -119,7 +103,7 @@ class ElasticLauncher:
                     forkserver.without_main_module(),
                     _stopping_in_order(exchange, stopped),
                 ):
-                    elastic_launch(config, function)(job, exchange)
+                    elastic_launch(self._config(job.plan.world_size, exchange), function)(job, exchange)
             except ChildFailedError as error:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)
                 if not stopped:
@@ -139,6 +123,25 @@ class ElasticLauncher:
             finally:
                 _end_ranks()
             return ended_by(exchange)
+
+    def _config(self, world_size: int, exchange: Path) -> LaunchConfig:
+        """How torch elastic starts ``world_size`` ranks that meet in the folder ``exchange``."""
+        return LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(exchange / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            max_restarts=self.max_restarts,
+            local_addr="127.0.0.1",
+            start_method=host.start_method(),
+            logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
+            # This launcher handles the other signals itself. Elastic raises an exception for a signal, which parts
+            # of it swallow, and would end a run under nohup.
+            signals_to_handle="SIGQUIT",
+        )
 
 
 @contextmanager
