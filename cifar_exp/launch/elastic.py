@@ -97,12 +97,7 @@ class ElasticLauncher:
             _log_to_the_runs_file()
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with (
-                    watchdog,
-                    forkserver.born_blocked(),
-                    forkserver.without_main_module(),
-                    _stopping_in_order(exchange, stopped),
-                ):
+                with watchdog, forkserver.starting_ranks(), _stopping_in_order(exchange, stopped):
                     elastic_launch(self._config(job.plan.world_size, exchange), function)(job, exchange)
             except ChildFailedError as error:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)

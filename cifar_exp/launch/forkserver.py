@@ -81,6 +81,13 @@ def without_main_module() -> Iterator[None]:
         vars(main).update(hidden)
 
 
+@contextmanager
+def starting_ranks() -> Iterator[None]:
+    """Start ranks in the block: with the parent's signals blocked, and without the program's main module."""
+    with born_blocked(), without_main_module():
+        yield
+
+
 def end_forked() -> None:
     """Kill all ranks, including those that elastic has not registered yet."""
     with suppress(psutil.NoSuchProcess):
