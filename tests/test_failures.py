@@ -15,7 +15,7 @@ from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.helpers.mlflow_runs import all_runs, client
-from tests.helpers.processes import Start, answers_signals, assert_nothing_is_left, training_ranks, wait_for
+from tests.helpers.processes import Start, answers_signals, assert_nothing_is_left, training_ranks, wait_for, wait_for_tracked_runs
 
 LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
 
@@ -60,10 +60,11 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_parent_ends_everything(
-    born: Start, workplace: Path, number: signal.Signals, code: int
+    born: Start, workplace: Path, store: Path, number: signal.Signals, code: int
 ) -> None:
     process = born(*LONG)
     training_ranks(process, workplace)
+    wait_for_tracked_runs(process, store, 1)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -75,7 +76,7 @@ def test_a_signal_to_the_parent_ends_everything(
     assert "stopped" in (the_run(workplace) / "progress.html").read_text()
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: Path) -> None:
+def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: Path, store: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_exp", "-m", *LONG, "seed=0,1"],
         cwd=workplace,
@@ -87,6 +88,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: 
     )
     try:
         training_ranks(process, workplace)
+        wait_for_tracked_runs(process, store, 2)
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -153,9 +155,10 @@ def test_a_stopped_rank_does_not_hold_up_the_end(born: Start, workplace: Path) -
     assert_nothing_is_left(family)
 
 
-def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Path) -> None:
+def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Path, store: Path) -> None:
     process = born(*LONG)
     training_ranks(process, workplace)
+    wait_for_tracked_runs(process, store, 1)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -1,8 +1,10 @@
 """Commands under way: wait for them, find their ranks, see that nothing of them is left."""
 
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,16 @@ def training_ranks(process: ForkedCommand, workplace: Path) -> list[psutil.Proce
     children = psutil.Process(process.pid).children()
     (fork_server,) = (child for child in children if "multiprocessing.forkserver" in str(child.cmdline()))
     return sorted(fork_server.children(), key=lambda child: child.pid)  # forked in the order of their ranks
+
+
+def wait_for_tracked_runs(process: ForkedCommand, store: Path, count: int) -> None:
+    """Wait until the SQLite ``store`` has ``count`` runs: MLflow may open one long after training has begun."""
+
+    def opened() -> bool:
+        with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT COUNT(*) FROM runs").fetchone() == (count,)
+
+    wait_for(opened, process)
 
 
 def wait_for(condition: Callable[[], object], process: ForkedCommand, seconds: float = 120) -> None:
