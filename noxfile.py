@@ -89,7 +89,7 @@ def newcomer(session: nox.Session) -> None:
 def environments(session: nox.Session) -> None:
     """Read-only installations, users without a name, other locales, ...: each from the command to a tracked result."""
     synchronize(session)
-    session.run("python", "-m", "tests.environments", *session.posargs)
+    session.run("python", "-m", "tests.platforms.environments", *session.posargs)
 
 
 @nox.session(python=OLDEST)
@@ -106,7 +106,7 @@ def macos(session: nox.Session) -> None:
     """On Linux, without what macOS lacks."""
     synchronize(session)
     session.run("mypy", "--platform=darwin")
-    session.run("pytest", "tests/test_macos.py", *session.posargs)
+    session.run("pytest", "tests/platforms/test_macos.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")

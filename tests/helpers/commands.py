@@ -40,7 +40,7 @@ def ready_to_fork() -> None:
     Whoever else forks here (ranks of a group, without a command) calls it first: there is one such process, and what it
     has imported is what the first one to need it asked for.
     """
-    FORKS.set_forkserver_preload(["tests.command_modules", __name__])
+    FORKS.set_forkserver_preload(["tests.helpers.command_modules", __name__])
     # Not in the folder of the test that happens to be the first: that one may count who is in it.
     with mock.patch.dict(os.environ, PYTHONPATH=str(REPO)), chdir(REPO):
         forkserver.ensure_running()

@@ -27,7 +27,7 @@ def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) ->
     process.communicate()
 
 
-@pytest.mark.parametrize("ranks", [1, 4])  # two: tests/test_stopping.py and the fault suite
+@pytest.mark.parametrize("ranks", [1, 4])  # two: ``test_stopping.py`` and the fault suite
 def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, workplace: Path, ranks: int) -> None:
     run = [*REPEATABLE, f"devices.count={ranks}", "devices.oversubscribe=true", "train.batch_size=8"]
     whole = cifar_exp(*run, "hydra.run.dir=whole", "tracking=none")

@@ -1,4 +1,4 @@
-"""A run where what macOS lacks is taken away (``tests/macos``): from command to report and resume, in real processes.
+"""A run where what macOS lacks is taken away (``macos/``): from command to report and resume, in real processes.
 
 Linux stays underneath: Metal, Apple's libraries and its scheduler are not tried.
 """
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cifar_exp.records import journal
-from tests.conftest import REPO, TINY
+from tests.conftest import TINY
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.processes import assert_nothing_is_left, wait_for
 
@@ -27,7 +27,7 @@ def on_macos(monkeypatch: pytest.MonkeyPatch, born: Start) -> Start:
 
     def start(*arguments: str) -> "subprocess.Popen[str]":
         with monkeypatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(REPO / "tests" / "macos"))
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent / "macos"))
             return born(*arguments)
 
     return start

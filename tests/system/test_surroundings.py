@@ -13,7 +13,7 @@ import pytest
 from cifar_exp.errors import StorageError
 from cifar_exp.system import surroundings
 from cifar_exp.system.surroundings import CACHES, VARIABLE, cache_folder, in_notebook, settle
-from tests.environments import ENVIRONMENTS, REPO, left_behind, try_in
+from tests.platforms.environments import ENVIRONMENTS, REPO, left_behind, try_in
 
 ALL = [*CACHES, VARIABLE, "HOME", "XDG_CACHE_HOME", "TMPDIR", "LOGNAME", "MPLBACKEND", "JPY_PARENT_PID"]
 
@@ -125,7 +125,7 @@ def test_figures_are_drawn_where_pyplot_draws_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("environment", [known for known in ENVIRONMENTS if known.quick], ids=lambda known: known.name)
 def test_a_sweep_works_in(environment: object, tmp_path: Path) -> None:
-    """The others are tried by ``python -m tests.environments``. What takes root is tried by root."""
+    """The others are tried by ``python -m tests.platforms.environments``. What takes root is tried by root."""
     outcome = try_in(environment, tmp_path)  # type: ignore[arg-type]
     assert not outcome.problem, outcome.problem
     assert outcome.not_run in ("", "takes root")

@@ -1,8 +1,8 @@
 """Where people run this: surroundings of a program, each with a real command from typed line to tracked result.
 
-uv run python -m tests.environments                     # all of them, and a table
-uv run python -m tests.environments --only '*home*'
-uv run python -m tests.environments --list
+uv run python -m tests.platforms.environments                     # all of them, and a table
+uv run python -m tests.platforms.environments --only '*home*'
+uv run python -m tests.platforms.environments --list
 
 In each a sweep over two numbers of devices trains, is tracked in MLflow and ends in its report. It works where the
 command ends with 0, the tracked accuracies are those of the plain run, and nothing else is left behind.
@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 COMMAND = [
     *("-m", "data=synthetic", "data.train_count=96", "data.test_count=64", "data.root=data"),
     *("train.batch_size=16", "train.epochs=1", "model.width=4", "model.depth=1", "train.precision=fp32"),
@@ -257,7 +257,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.environments", description="Run where people run this.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.platforms.environments", description="Run where people run this."
+    )
     parser.add_argument(
         "--only", metavar="PATTERN", nargs="+", default=["*"], help="those whose names match, as '*home*'"
     )
