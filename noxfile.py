@@ -59,8 +59,9 @@ def newest(session: nox.Session) -> None:
 
 @nox.session(name="hydra-rc", python=NEWEST)
 def hydra_rc(session: nox.Session) -> None:
-    """The same with the release candidates of Hydra and OmegaConf, a warning of theirs being an error.
+    """The whole test suite with the release candidates of Hydra and OmegaConf.
 
+    `tests/config/test_hydra_versions.py` makes their warnings errors and sees that no command prints one.
     It can go once Hydra 1.4 is released: `newest` takes it then.
     """
     install(session, "--no-config", "--upgrade", "hydra-core>=1.4.0rc3", "omegaconf>=2.4.0rc1")

@@ -62,7 +62,7 @@ def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     _answer(partial(_end_now, first))
     answer_once(number)
-    print("cifar-exp: the run is being closed; once more ends it at once", file=sys.stderr, flush=True)
+    print("cifar-exp: the run is being closed; a third signal ends it at once", file=sys.stderr, flush=True)
 
 
 def _but_signals(unraisable: "sys.UnraisableHookArgs") -> None:
