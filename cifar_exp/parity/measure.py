@@ -22,7 +22,7 @@ from cifar_exp.distributed.heartbeat import STOP_FILE, Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.first_steps import prepare_steps
 from cifar_exp.worker.job import Job
@@ -65,7 +65,7 @@ class Measurement:
     gradients: dict[int, Parameters]
     parameters: dict[int, Parameters]
     parameter_digests: list[str]
-    evaluated: Averages
+    evaluated: MetricValues
     tested: Tensor
     training_set: Tensor
     test_set: Tensor
@@ -80,7 +80,7 @@ class Measurement:
     def load(cls, path: Path) -> "Measurement":
         """Read what :meth:`save` wrote."""
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return cls(**content | {"evaluated": Averages(**content["evaluated"])})
+        return cls(**content | {"evaluated": MetricValues(**content["evaluated"])})
 
 
 def rank_file(rank: int) -> str:
@@ -260,7 +260,7 @@ class _Steps:
             self._stop.touch()
 
 
-def _evaluated(parts: Assembly, control: Control) -> tuple[Averages, Tensor]:
+def _evaluated(parts: Assembly, control: Control) -> tuple[MetricValues, Tensor]:
     """Loss and accuracy on the test set over all ranks, and digests of this rank's images."""
     hashing = HashingSource(parts.test.source)
     batches = replace(parts.test, source=hashing)

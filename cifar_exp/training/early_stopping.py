@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_exp.config.schema import EarlyStoppingSettings
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 
 
 @dataclass
@@ -28,7 +28,7 @@ class EarlyStopping:
     reference: float | None = None
     waited: int = 0
 
-    def update(self, validation: Averages, epoch: int, step: int) -> None:
+    def update(self, validation: MetricValues, epoch: int, step: int) -> None:
         """Take one epoch's validation into account."""
         value = validation.named("val")[self.settings.metric]
         if self._is_better(value, self.best, by=0.0):

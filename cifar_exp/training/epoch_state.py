@@ -12,6 +12,7 @@ from cifar_exp.data.batches import TrainBatches
 from cifar_exp.distributed import batch_norm
 from cifar_exp.distributed.collectives import gathered
 from cifar_exp.system.accelerator import exact_device, random_state, set_random_state
+from cifar_exp.training.metrics import completed, no_sums
 from cifar_exp.training.stopwatch import Stopwatch
 
 
@@ -20,8 +21,8 @@ class EpochState:
     """How far the running epoch is.
 
     Attributes:
-        sums: (3,) float64: loss, correct predictions and images so far, over all ranks. Steps since the
-            last read of the loss are not in it.
+        sums: (metrics,) float64: the sums of the metrics so far, over all ranks, without the steps since the last
+            multiple of ``train.log_every``.
         steps: steps of the epoch that are done.
         watch: the epoch's time so far.
         block_seconds: the part of this time up to the last read of the loss.
@@ -37,28 +38,27 @@ class EpochState:
     @classmethod
     def start(cls, device: torch.device) -> "EpochState":
         """An epoch without any step."""
-        return cls(torch.zeros(3, dtype=torch.float64, device=exact_device(device)))
+        return cls(no_sums(device))
 
     @classmethod
     def load(cls, state: Mapping[str, Any], device: torch.device, same_run: bool) -> "EpochState":
         """The epoch that :meth:`state_dict` saved. ``same_run``: keep its times, too."""
         seconds = dict(state["seconds"]) if same_run else {}
         block_seconds = state["block_seconds"] if same_run else 0.0
-        return cls(
-            state["sums"].to(exact_device(device)), state["steps"], Stopwatch(seconds), block_seconds, state["ranks"]
-        )
+        sums = completed(state["sums"].to(exact_device(device)))
+        return cls(sums, state["steps"], Stopwatch(seconds), block_seconds, state["ranks"])
 
-    def state_dict(self, networks: nn.Module, unread_sums: Tensor) -> dict[str, Any]:
+    def state_dict(self, networks: nn.Module, recent_sums: Tensor) -> dict[str, Any]:
         """What :meth:`load` takes. A collective: every rank adds its own RNG, buffers and sums.
 
         Args:
             networks: the networks whose buffers differ between ranks until the next evaluation.
-            unread_sums: this rank's sums since the last read of the loss.
+            recent_sums: this rank's sums since the last all-reduce of the metrics.
         """
         own: dict[str, Any] = {
-            **random_state(unread_sums.device),
+            **random_state(recent_sums.device),
             "buffers": [buffer.cpu() for buffer in networks.buffers()],
-            "sums": unread_sums.cpu(),
+            "sums": recent_sums.cpu(),
         }
         return {
             "sums": self.sums,
@@ -69,7 +69,7 @@ class EpochState:
         }
 
     def restore_rank(
-        self, epoch: int, batches: TrainBatches, networks: nn.Module, unread_sums: Tensor, statistics: BatchNorm
+        self, epoch: int, batches: TrainBatches, networks: nn.Module, recent_sums: Tensor, statistics: BatchNorm
     ) -> None:
         """Restore this rank's RNG, buffers and sums. If the world size changed, rank 0 takes the sums.
 
@@ -79,13 +79,13 @@ class EpochState:
             epoch: which epoch, counted from 1.
             batches: this rank's training batches.
             networks: the networks whose buffers are restored.
-            unread_sums: gets the sums, in place.
+            recent_sums: gets this rank's sums since the last all-reduce, in place.
             statistics: the choice of ``train.batch_norm``.
         """
         saved, self.saved_ranks = self.saved_ranks, []
         same_world_size = len(saved) == batches.world_size
         if same_world_size:
-            set_random_state(saved[batches.rank], unread_sums.device)
+            set_random_state(saved[batches.rank], recent_sums.device)
         else:
             torch.manual_seed(batches.noise_seed(epoch))
         if not saved:
@@ -94,7 +94,7 @@ class EpochState:
         combined = taken[:1] if statistics == "local" else taken
         batch_norm.load_combined(networks, [rank["buffers"] for rank in combined])
         if same_world_size or batches.rank == 0:
-            unread_sums.copy_(torch.stack([rank["sums"] for rank in taken]).sum(0).to(unread_sums.dtype))
+            recent_sums.copy_(completed(torch.stack([rank["sums"] for rank in taken]).sum(0)).to(recent_sums.dtype))
 
     def restart_clock(self) -> None:
         """Forget the times, after they were added to the run's."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cifar_exp.data.batches import EvaluationBatches
 from cifar_exp.distributed.collectives import sum_over_ranks
-from cifar_exp.training.metrics import Averages, Totals
+from cifar_exp.training.metrics import MetricSums, MetricValues
 
 
 def evaluate(
@@ -18,7 +18,7 @@ def evaluate(
     precision: torch.dtype,
     may_continue: Callable[[], bool] = lambda: True,
     before_waiting: Callable[[], None] = lambda: None,
-) -> Averages:
+) -> MetricValues:
     """Loss and accuracy over the whole set: every rank evaluates its shard, then sums and counts are all-reduced.
 
     Args:
@@ -29,15 +29,15 @@ def evaluate(
         before_waiting: called after the shard, before this rank waits for the others.
     """
     model.eval()
-    totals = Totals(batches.source.device)
+    metric_sums = MetricSums(batches.source.device)
     with torch.inference_mode(), autocast(batches.source.device, precision):
         for images, labels in batches:
             if not may_continue():
                 break
             logits = model(images)
-            totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
+            metric_sums.add(F.cross_entropy(logits.float(), labels), logits, labels)
     before_waiting()
-    return Averages.of(sum_over_ranks(totals.take()))
+    return MetricValues.of(sum_over_ranks(metric_sums.read_and_reset()))
 
 
 class Mirrored(nn.Module):

@@ -1,16 +1,30 @@
-"""Loss and accuracy: sums while training runs, averages when they are read. No I/O."""
+"""The metrics of training and evaluation: sums on the device for each batch, divided once after the all-reduce.
+
+Add a metric to ``METRICS``. It is then in the journal and in MLflow as ``step/...``, ``train/...``, ``val/...`` and
+``test/...``.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cifar_exp.system.accelerator import exact, exact_device
 
+# Name -> its sum over the images of a batch, from: the batch's mean loss, () float64 (float32 on MPS); logits,
+# (N, classes) float; labels, (N,) int64. The value is this sum divided by ``count``. Checkpoints have the sums in
+# this order, so a new metric comes last.
+METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | int]] = {
+    "loss": lambda mean_loss, logits, labels: mean_loss * labels.shape[0],  # noqa: ARG005
+    "accuracy": lambda mean_loss, logits, labels: (logits.argmax(1) == labels).sum(),  # noqa: ARG005
+    "count": lambda mean_loss, logits, labels: labels.shape[0],  # noqa: ARG005
+}
 
-class Totals:
-    """Sum of losses, correct predictions and images. They stay on the device until they are read.
+
+class MetricSums:
+    """The sums of ``METRICS`` over batches. They stay on the device until they are read.
 
     Sums are float64, so that counts are exact and losses keep their digits over many images. MPS has no float64:
     there they are float32 until they are read. Counts stay exact for 16 million images.
@@ -18,43 +32,61 @@ class Totals:
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float64 if exact_device(device) == device else torch.float32
-        self.sums = torch.zeros(3, dtype=dtype, device=device)
+        self.sums = torch.zeros(len(METRICS), dtype=dtype, device=device)
 
     def add(self, mean_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch. ``mean_loss``: () float; ``logits``: (N, classes); ``labels``: (N,) int64."""
-        count = labels.shape[0]
-        correct = (logits.argmax(1) == labels).sum()
-        self.sums[0] += mean_loss.to(self.sums.dtype) * count
-        self.sums[1] += correct
-        self.sums[2] += count
+        mean_loss = mean_loss.to(self.sums.dtype)
+        for position, batch_sum in enumerate(METRICS.values()):
+            self.sums[position] += batch_sum(mean_loss, logits, labels)
 
-    def take(self) -> Tensor:
-        """The sums so far, (3,) float64. They are reset in place, since a captured step adds to the same memory."""
+    def read_and_reset(self) -> Tensor:
+        """The sums so far, (metrics,) float64. Reset in place: a captured CUDA graph adds to the same memory."""
         sums = self.read()
         self.sums.zero_()
         return sums
 
     def read(self) -> Tensor:
-        """The sums so far, (3,) float64, on the device where sums over ranks are made."""
+        """The sums so far, (metrics,) float64, on the device of the all-reduce (the CPU for MPS)."""
         return exact(self.sums.clone())
 
 
+def no_sums(device: torch.device) -> Tensor:
+    """The sums over no batch, (metrics,) float64, on the device of the all-reduce."""
+    return torch.zeros(len(METRICS), dtype=torch.float64, device=exact_device(device))
+
+
+def completed(sums: Tensor) -> Tensor:
+    """The sums of a checkpoint, (metrics,). A metric that was added since then is NaN."""
+    return torch.cat([sums, sums.new_full((len(METRICS) - len(sums),), math.nan)])
+
+
 @dataclass(frozen=True)
-class Averages:
-    """Loss and accuracy over ``count`` images."""
+class MetricValues:
+    """The metrics over ``count`` images.
+
+    Attributes:
+        loss: mean loss.
+        accuracy: 0 to 1.
+        count: number of images.
+        others: the other metrics of ``METRICS``, by name.
+    """
 
     loss: float
     accuracy: float
     count: int
+    others: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sums: Tensor) -> "Averages":
-        """Divide once, after the sums were reduced over ranks. ``sums``: (3,) as in :class:`Totals`."""
-        loss, correct, count = sums.tolist()
-        if not count:
-            return cls(math.nan, math.nan, 0)  # as in an evaluation that was interrupted before its first batch
-        return cls(loss / count, correct / count, int(count))
+    def of(cls, sums: Tensor) -> "MetricValues":
+        """Divide sums that were all-reduced over ranks. ``sums``: (metrics,), in the order of ``METRICS``."""
+        totals = dict(zip(METRICS, sums.tolist(), strict=True))
+        count = int(totals.pop("count"))
+        # An evaluation that is interrupted before its first batch has no images.
+        values = {name: total / count if count else math.nan for name, total in totals.items()}
+        return cls(values.pop("loss"), values.pop("accuracy"), count, values)
 
     def named(self, prefix: str) -> dict[str, float]:
-        """As metrics: ``{prefix}/loss`` and ``{prefix}/accuracy``."""
-        return {f"{prefix}/loss": self.loss, f"{prefix}/accuracy": self.accuracy}
+        """The values by their MLflow names: ``{prefix}/loss``, ``{prefix}/accuracy``, ..."""
+        values = {"loss": self.loss, "accuracy": self.accuracy, **self.others}
+        return {f"{prefix}/{name}": value for name, value in values.items()}

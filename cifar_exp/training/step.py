@@ -16,7 +16,7 @@ from cifar_exp.distributed.data_parallel import Communication
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.training.cuda_graph import Capture, CapturedStep, capture_problem, is_capturable, rolled_back
 from cifar_exp.training.evaluation import autocast
-from cifar_exp.training.metrics import Totals
+from cifar_exp.training.metrics import MetricSums
 from cifar_exp.training.stopwatch import Stopwatch
 from cifar_exp.training.weight_averaging import WeightEma
 
@@ -33,7 +33,7 @@ class TrainStep:
         communication: measures DDP's gradient averaging.
         control: gets a heartbeat before each wait for other ranks.
         ema_decay: decay per step of the EMA of the weights, which is then evaluated; 0 keeps no EMA.
-        totals: loss, correct predictions and images of this rank since they were last taken.
+        metric_sums: this rank's sums of the metrics since the last all-reduce.
     """
 
     model: nn.Module
@@ -43,11 +43,11 @@ class TrainStep:
     communication: Communication
     control: Control = field(default_factory=Control)
     ema_decay: float = 0.0
-    totals: Totals = field(init=False)
+    metric_sums: MetricSums = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.totals = Totals(self.device)
+        self.metric_sums = MetricSums(self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self._captured: dict[float, CapturedStep] = {}  # by image scale
         self._captured_gradients: dict[float, list[Tensor | None]] = {}  # where the update is not in the graph
@@ -162,7 +162,7 @@ class TrainStep:
             self.release()
             raise RuntimeError(capture_problem(error)) from error
         finally:
-            self.totals.take()
+            self.metric_sums.read_and_reset()
 
     def release(self) -> None:
         """Drop the graphs: later steps are eager."""
@@ -180,7 +180,7 @@ class TrainStep:
         loss.backward()
         if with_update:
             self._update()
-        self.totals.add(loss.detach(), logits.detach(), labels)
+        self.metric_sums.add(loss.detach(), logits.detach(), labels)
 
     def _replay(self, draw: Draw, image_scale: float) -> None:
         self._captured[image_scale](*draw)
@@ -212,7 +212,7 @@ class TrainStep:
             self.control.next_stage()
             self._scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
         self.communication.backward_done()
-        self.totals.add(loss.detach(), logits.detach(), labels)
+        self.metric_sums.add(loss.detach(), logits.detach(), labels)
 
     def _update(self) -> None:
         with autocast(self.device, self.precision):  # for the matrix products of Muon

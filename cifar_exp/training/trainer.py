@@ -19,7 +19,7 @@ from cifar_exp.errors import DivergenceError
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.epoch_state import EpochState
 from cifar_exp.training.evaluation import autocast, evaluate
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.stopwatch import OwnTimes, Stopwatch, timed
 
@@ -90,13 +90,13 @@ class Trainer:
         validation: EvaluationBatches,
         epochs: int,
         save: Save = lambda _must: None,
-    ) -> Averages | None:
+    ) -> MetricValues | None:
         """Train and validate epoch by epoch, until ``epochs`` are done or early stopping ends training.
 
         Returns:
             The last validation; None where training was interrupted, to be resumed later.
         """
-        averages: Averages | None = None
+        averages: MetricValues | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
             if self.early_stopping.is_over:
                 break
@@ -144,8 +144,8 @@ class Trainer:
                     return {}
                 break
         with watch.span("step"):
-            state.sums += sum_over_ranks(self.train_step.totals.take())
-            averages = Averages.of(state.sums)
+            state.sums += sum_over_ranks(self.train_step.metric_sums.read_and_reset())
+            averages = MetricValues.of(state.sums)
             self._check_loss(averages, epoch)
         epoch_seconds = sum(watch.seconds.values())
         self._own_times.add_steps(watch, before, self.train_step.communication)
@@ -168,14 +168,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to resume here, without the model. A collective."""
         self._exchange_times()
-        running = self._running
-        return self.train_step.state_dict() | {
+        running, step = self._running, self.train_step
+        return step.state_dict() | {
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.stopwatch.seconds,
             "block_rates": self.block_rates,
             "rank_times": self.rank_times.state_dict(),
-            "unfinished": running.state_dict(self.train_step.networks, self.train_step.totals.sums) if running else {},
+            "unfinished": running.state_dict(step.networks, step.metric_sums.sums) if running else {},
             "early_stopping": self.early_stopping.state_dict(),
         }
 
@@ -214,23 +214,23 @@ class Trainer:
         step.model.train()
         if self._running is None:
             self._running = EpochState.start(self.device)
-        self._running.restore_rank(epoch, batches, step.networks, step.totals.sums, self.batch_norm)
+        self._running.restore_rank(epoch, batches, step.networks, step.metric_sums.sums, self.batch_norm)
         return self._running
 
-    def _count_step(self, state: EpochState, epoch: int) -> Averages | None:
+    def _count_step(self, state: EpochState, epoch: int) -> MetricValues | None:
         """Count one step. Every ``log_every`` steps: the averages of this block over all ranks."""
         with state.watch.span("step"):
             self.step += 1
             state.steps += 1
             if self.step % self.log_every:
                 return None
-            sums = sum_over_ranks(self.train_step.totals.take())
-            averages = Averages.of(sums)
+            sums = sum_over_ranks(self.train_step.metric_sums.read_and_reset())
+            averages = MetricValues.of(sums)
             self._check_loss(averages, epoch)
             state.sums += sums
             return averages
 
-    def _report_block(self, state: EpochState, epoch: int, averages: Averages, lr: dict[str, float]) -> None:
+    def _report_block(self, state: EpochState, epoch: int, averages: MetricValues, lr: dict[str, float]) -> None:
         seconds = sum(state.watch.seconds.values()) - state.block_seconds
         state.block_seconds += seconds
         rate = averages.count / seconds
@@ -241,7 +241,7 @@ class Trainer:
         """The request to stop after this step, if the ranks have agreed on one."""
         return self.control.agreed(StopPoint(self.step)) if self.step % self.control.every == 0 else None
 
-    def _validate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> Averages | None:
+    def _validate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> MetricValues | None:
         """Evaluate on ``validation``; None where training was interrupted before all images were evaluated."""
 
         def may_continue() -> bool:
@@ -263,7 +263,7 @@ class Trainer:
         self._check_loss(averages, epoch)
         return averages
 
-    def _check_loss(self, averages: Averages, epoch: int) -> None:
+    def _check_loss(self, averages: MetricValues, epoch: int) -> None:
         """Raise where the loss is not finite. All ranks hold the same sums, so all of them raise."""
         if not math.isfinite(averages.loss):
             raise DivergenceError(
@@ -272,7 +272,7 @@ class Trainer:
 
     def _check_unread_steps(self, epoch: int) -> None:
         """Raise rather than save a network that has diverged since the last read of the loss."""
-        averages = Averages.of(sum_over_ranks(self.train_step.totals.read()))
+        averages = MetricValues.of(sum_over_ranks(self.train_step.metric_sums.read()))
         if averages.count:
             self._check_loss(averages, epoch)
         # The last update came after the last loss. All ranks hold the same weights, so all of them raise.

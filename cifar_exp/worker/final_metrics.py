@@ -12,13 +12,13 @@ from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records import checkpoint
 from cifar_exp.training.evaluation import Mirrored, evaluate
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.job import Job
 
 
 def test_metrics(
-    trainer: Trainer, test: EvaluationBatches, validated: Averages, job: Job, control: Control
+    trainer: Trainer, test: EvaluationBatches, validated: MetricValues, job: Job, control: Control
 ) -> dict[str, float]:
     """The last network on the test set. With a validation split, the best epoch's network, too.
 
@@ -30,7 +30,7 @@ def test_metrics(
         control: gets heartbeats, since a large test set may take long.
     """
 
-    def evaluated(network: nn.Module) -> Averages:
+    def evaluated(network: nn.Module) -> MetricValues:
         return evaluate(network, test, trainer.precision, with_heartbeat, control.next_stage)
 
     def with_heartbeat() -> bool:

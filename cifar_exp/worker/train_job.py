@@ -16,7 +16,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.records.checkpoint_saver import Saver
 from cifar_exp.records.journal import Entry, JournalWriter
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.trainer import ReportMetrics, Trainer
 from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
@@ -60,7 +60,7 @@ def train(job: Job, world: World, control: Control) -> None:
 
 def _fit(
     job: Job, world: World, assembly: Assembly, held_out: Source | None, journal: JournalWriter | None
-) -> Averages | None:
+) -> MetricValues | None:
     """Train with checkpoints and, where asked for, a profile. Returns what ``Trainer.fit`` does."""
     trainer, batches = assembly.trainer, assembly.batches
     validation = assembly.test if held_out is None else replace(assembly.test, source=held_out)

@@ -35,7 +35,7 @@ from cifar_exp.records.journal import Entry
 from cifar_exp.runs.classifier import Classifier
 from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
 from tests.helpers.configs import composed
@@ -164,7 +164,7 @@ def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     made = EarlyStopping(schema.EarlyStoppingSettings(**settings))
     for epoch, value in enumerate(values, 1):
         accuracy = settings.get("metric") == "val/accuracy"
-        made.update(Averages(*((9.0, value) if accuracy else (value, 0.9)), count=5), epoch, 10 * epoch)
+        made.update(MetricValues(*((9.0, value) if accuracy else (value, 0.9)), count=5), epoch, 10 * epoch)
         if made.is_over:
             return made, epoch
     return made, len(values)
@@ -203,7 +203,7 @@ def test_what_it_was_told_comes_back_and_the_settings_are_the_new_ones() -> None
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
         assert not again.is_over
-        again.update(Averages(LOSSES[epoch - 1], 0.9, 5), epoch, 10 * epoch)
+        again.update(MetricValues(LOSSES[epoch - 1], 0.9, 5), epoch, 10 * epoch)
     assert again == whole
 
 

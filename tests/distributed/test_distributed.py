@@ -19,7 +19,7 @@ from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_times import RankTimes
 from cifar_exp.errors import DivergenceError
 from cifar_exp.training.evaluation import evaluate
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from tests.helpers.tiny_training import (
     LR,
     NORMALIZATION,
@@ -71,7 +71,7 @@ def gradients(world: World) -> Results:
     }
 
 
-def evaluated(world: World, count: int) -> Averages:
+def evaluated(world: World, count: int) -> MetricValues:
     batches = EvaluationBatches(images(count, seed=6), NORMALIZATION, world.rank, world.size, batch_size=5)
     return evaluate(tiny_model(), batches, torch.float32)
 

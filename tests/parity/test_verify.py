@@ -21,7 +21,7 @@ from cifar_exp.errors import ConfigError, MachineError
 from cifar_exp.parity.checks import Check, compared, relative_difference, tolerances
 from cifar_exp.parity.measure import Measurement, digests
 from cifar_exp.parity.report import ParityReport, ParityResult
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
 from tests.helpers.processes import answers_signals, wait_for
@@ -317,7 +317,7 @@ def measurement(inputs: list[list[int]], tested: list[int], **changes: Any) -> M
     parameters = {step: {"weight": torch.tensor([1.0, 1.0 + 2 * step])} for step in range(3)}
     made = Measurement(
         *("fp32", seen, seen, [2.0, 1.0], {1: gradient, 2: gradient}, parameters, ["first", "second"]),
-        evaluated=Averages(1.5, 0.5, 4),
+        evaluated=MetricValues(1.5, 0.5, 4),
         tested=rows(*tested),
         training_set=rows(*range(9)),
         test_set=rows(20, 21, 22, 23),
@@ -421,11 +421,11 @@ def test_every_test_image_is_to_be_evaluated_once_and_in_its_place(tested: list[
 
 def test_counts_and_accuracies_are_to_be_exact_and_losses_close() -> None:
     for evaluated, expected in (
-        (Averages(1.5, 0.5, 5), {"images counted": 1}),
-        (Averages(1.5, 0.75, 4), {"accuracy": 0.25}),
-        (Averages(1.5 + 1e-6, 0.5, 4), {}),
-        (Averages(1.5 + 3e-6, 0.5, 4), {"loss": pytest.approx(2e-6, rel=0.01)}),
-        (Averages(float("nan"), 0.5, 4), {"loss": pytest.approx(float("nan"), nan_ok=True)}),
+        (MetricValues(1.5, 0.5, 5), {"images counted": 1}),
+        (MetricValues(1.5, 0.75, 4), {"accuracy": 0.25}),
+        (MetricValues(1.5 + 1e-6, 0.5, 4), {}),
+        (MetricValues(1.5 + 3e-6, 0.5, 4), {"loss": pytest.approx(2e-6, rel=0.01)}),
+        (MetricValues(float("nan"), 0.5, 4), {"loss": pytest.approx(float("nan"), nan_ok=True)}),
     ):
         assert broken(checks(first=replace(FIRST, evaluated=evaluated))) == expected
 

@@ -37,7 +37,7 @@ from cifar_exp.runs.components import build
 from cifar_exp.runs.job_setup import new_job
 from cifar_exp.system import accelerator, host
 from cifar_exp.system.machine import description
-from cifar_exp.training.metrics import Averages, Totals
+from cifar_exp.training.metrics import MetricSums, MetricValues
 from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.assembly import Assembly, assemble
@@ -213,7 +213,7 @@ def test_an_epoch_asks_nothing_of_mps_that_it_lacks(
     monkeypatch.setattr(data_parallel.dist, "all_reduce", _only_on_the_host)
     monkeypatch.setattr(data_parallel.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(data_parallel.dist, "broadcast", _only_on_the_host)
-    monkeypatch.setattr(Averages, "of", lambda sums: _only_on_the_host(sums) or Averages(1.0, 0.5, 1000))
+    monkeypatch.setattr(MetricValues, "of", lambda sums: _only_on_the_host(sums) or MetricValues(1.0, 0.5, 1000))
     monkeypatch.setattr(Trainer, "_exchange_times", lambda _: None)
     rank = rank_on_mps(monkeypatch, tmp_path, *recipe, "train.epochs=1", "train.batch_size=250")
     with OnlyWhatMPSHas() as seen:
@@ -246,16 +246,16 @@ def test_what_mps_lacks_would_be_noticed(what: Callable[[], object], complaint: 
 def test_sums_that_are_kept_elsewhere_are_the_same(only_rank: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the device has no float64: here ``meta`` stands for no device, so the CPU plays it."""
     monkeypatch.setattr("cifar_exp.training.metrics.exact_device", lambda _: MPS)  # another one than its own
-    totals = Totals(only_rank.device)
-    assert totals.sums.dtype == torch.float32
+    metric_sums = MetricSums(only_rank.device)
+    assert metric_sums.sums.dtype == torch.float32
     logits, labels = torch.eye(10), torch.arange(10)
     for _ in range(1000):
-        totals.add(torch.tensor(0.1), logits, labels)
-    read = totals.read()
+        metric_sums.add(torch.tensor(0.1), logits, labels)
+    read = metric_sums.read()
     assert read.dtype == torch.float64
     assert read.tolist() == [pytest.approx(1000, rel=1e-4), 10000, 10000]
-    assert totals.take().tolist() == read.tolist()
-    assert totals.read().tolist() == [0, 0, 0]
+    assert metric_sums.read_and_reset().tolist() == read.tolist()
+    assert metric_sums.read().tolist() == [0, 0, 0]
 
 
 def test_one_ranks_sums_and_buffers_are_as_they_were(only_rank: World) -> None:

@@ -14,7 +14,7 @@ from cifar_exp.distributed.heartbeat import LEAVE_FILE, Control
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import DivergenceError
 from cifar_exp.records import checkpoint, journal
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
@@ -226,5 +226,5 @@ def test_the_final_test_gives_a_heartbeat_for_each_batch(tmp_path: Path, only_ra
     ours = validation(only_rank)
     batches = Watched(ours.source, ours.normalization, ours.rank, ours.world_size, batch_size=4)
     job = SimpleNamespace(data=SimpleNamespace(validation_count=1), train=SimpleNamespace(mirrored_evaluation=True))
-    final_metrics.test_metrics(tested, batches, Averages(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
+    final_metrics.test_metrics(tested, batches, MetricValues(0.0, 0.0, 0), job, control)  # type: ignore[arg-type]
     assert len(signs) == len(set(signs)) == 6

@@ -32,7 +32,7 @@ from cifar_exp.runs.components import build
 from cifar_exp.runs.job_setup import new_job
 from cifar_exp.training import trainer
 from cifar_exp.training.cuda_graph import Function
-from cifar_exp.training.metrics import Averages
+from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.plan import make_plan
 from cifar_exp.worker.assembly import Assembly, assemble
 from tests.helpers.configs import composed
@@ -146,7 +146,7 @@ def test_a_captured_step_is_the_whole_step(
 @pytest.mark.usefixtures("gpu")
 def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "sum_over_ranks", lambda values: values)
-    monkeypatch.setattr(Averages, "of", lambda _sums: Averages(1.0, 0.5, 100))
+    monkeypatch.setattr(MetricValues, "of", lambda _sums: MetricValues(1.0, 0.5, 100))
 
     def capture(step: Function) -> Function:
         step()

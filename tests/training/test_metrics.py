@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from cifar_exp.distributed.process_group import World
 from cifar_exp.training import stopwatch
-from cifar_exp.training.metrics import Averages, Totals
+from cifar_exp.training.metrics import METRICS, MetricSums, MetricValues, completed
 from cifar_exp.training.stopwatch import Stopwatch
+from tests.helpers.tiny_training import train_batches, trainer, validation
 
 CPU = torch.device("cpu")
 
@@ -34,52 +37,52 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 def test_totals_of_uneven_batches_are_those_of_the_whole_set() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(33, 10, generator=generator), torch.arange(33) % 10
-    totals = Totals(CPU)
+    metric_sums = MetricSums(CPU)
     for part in (slice(0, 16), slice(16, 32), slice(32, 33)):
-        totals.add(F.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
-    loss, correct, count = totals.take().tolist()
+        metric_sums.add(F.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
+    loss, correct, count = metric_sums.read_and_reset().tolist()
     assert loss / 33 == pytest.approx(float(F.cross_entropy(logits.double(), labels)), rel=1e-6)
     assert correct == sum(int(row.argmax()) == label for row, label in zip(logits, labels.tolist(), strict=True))
     assert count == 33
 
 
 def test_totals_by_hand() -> None:
-    totals = Totals(CPU)
-    totals.add(torch.tensor(0.5), torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]), torch.tensor([0, 0, 0]))
-    totals.add(torch.tensor(2.0), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    assert totals.take().tolist() == [3.5, 3.0, 4.0]
+    metric_sums = MetricSums(CPU)
+    metric_sums.add(torch.tensor(0.5), torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]), torch.tensor([0, 0, 0]))
+    metric_sums.add(torch.tensor(2.0), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert metric_sums.read_and_reset().tolist() == [3.5, 3.0, 4.0]
 
 
 def test_totals_start_again_at_zero_once_taken() -> None:
-    totals = Totals(CPU)
-    totals.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
-    taken = totals.take()
-    assert totals.take().tolist() == [0, 0, 0]
-    totals.add(torch.tensor(3.0), torch.eye(2), torch.tensor([0, 1]))
+    metric_sums = MetricSums(CPU)
+    metric_sums.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
+    taken = metric_sums.read_and_reset()
+    assert metric_sums.read_and_reset().tolist() == [0, 0, 0]
+    metric_sums.add(torch.tensor(3.0), torch.eye(2), torch.tensor([0, 1]))
     assert taken.tolist() == [2, 2, 2]
-    assert totals.take().tolist() == [6, 2, 2]
+    assert metric_sums.read_and_reset().tolist() == [6, 2, 2]
 
 
 def test_totals_add_up_small_losses_of_many_images_exactly() -> None:
     """In float32 the sum would stop growing at 2 ** 24 images."""
-    totals = Totals(CPU)
-    totals.sums += torch.tensor([2.0**24, 2.0**24, 2.0**24])
-    totals.add(torch.tensor(1.0), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    assert totals.take().tolist() == [2**24 + 1] * 3
+    metric_sums = MetricSums(CPU)
+    metric_sums.sums += torch.tensor([2.0**24, 2.0**24, 2.0**24])
+    metric_sums.add(torch.tensor(1.0), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert metric_sums.read_and_reset().tolist() == [2**24 + 1] * 3
 
 
 def test_averages_are_sums_over_images() -> None:
-    averages = Averages.of(torch.tensor([30.0, 9.0, 12.0], dtype=torch.float64))
-    assert averages == Averages(loss=2.5, accuracy=0.75, count=12)
+    averages = MetricValues.of(torch.tensor([30.0, 9.0, 12.0], dtype=torch.float64))
+    assert averages == MetricValues(loss=2.5, accuracy=0.75, count=12)
     assert isinstance(averages.count, int)
     assert averages.named("val") == {"val/loss": 2.5, "val/accuracy": 0.75}
 
 
 def test_a_loss_that_is_not_finite_stays_so() -> None:
-    totals = Totals(CPU)
-    totals.add(torch.tensor(math.nan), torch.eye(2), torch.tensor([0, 1]))
-    totals.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
-    averages = Averages.of(totals.take())
+    metric_sums = MetricSums(CPU)
+    metric_sums.add(torch.tensor(math.nan), torch.eye(2), torch.tensor([0, 1]))
+    metric_sums.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
+    averages = MetricValues.of(metric_sums.read_and_reset())
     assert math.isnan(averages.loss)
     assert averages.accuracy == 1.0
 
@@ -142,3 +145,30 @@ def test_moved_seconds_change_their_name_and_not_their_sum() -> None:
     watch.move(4.0, "step", "communication")
     watch.move(0.5, "step", "communication")
     assert watch.seconds == {"step": 5.5, "communication": 4.5}
+
+
+@pytest.fixture
+def third_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user adds: the share of images whose label is among the two likeliest classes."""
+
+    def top2(mean_loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
+        return (logits.topk(2).indices == labels[:, None]).any(1).sum()
+
+    monkeypatch.setitem(METRICS, "top2_accuracy", top2)
+
+
+@pytest.mark.usefixtures("third_metric")
+def test_a_metric_of_the_table_is_in_the_journal_of_training_and_evaluation(only_rank: World) -> None:
+    made, _, reports = trainer(only_rank)
+    made.fit(train_batches(only_rank), validation(only_rank), epochs=1)
+    reported = {name: value for _, _, metrics in reports for name, value in metrics.items()}
+    for prefix in ("step", "train", "val"):
+        assert reported[f"{prefix}/accuracy"] <= reported[f"{prefix}/top2_accuracy"] <= 1
+
+
+@pytest.mark.usefixtures("third_metric")
+def test_a_metric_that_is_newer_than_the_checkpoint_is_not_known_for_its_epoch() -> None:
+    sums = completed(torch.tensor([6.0, 2.0, 4.0], dtype=torch.float64))
+    values = MetricValues.of(sums)
+    assert (values.loss, values.accuracy, values.count) == (1.5, 0.5, 4)
+    assert math.isnan(values.others["top2_accuracy"])
