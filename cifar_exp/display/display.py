@@ -17,6 +17,7 @@ from cifar_exp.system.surroundings import in_notebook
 
 Mode = Literal["auto", "bar", "live", "lines", "quiet"]
 LIVE_PAUSE = 1.0  # seconds between two states of a live line: a notebook keeps all that is ever written
+PAGE_PAUSE = 2.0  # seconds between two drawings of the page, at least
 PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
 
@@ -37,6 +38,7 @@ class Display:
     def open(self) -> None:
         """Draw the empty page and bar."""
         self._draw_page("starting")
+        self._next_page = time.monotonic() + PAGE_PAUSE  # its cost, which includes the import of Jinja2, does not recur
         if self._mode == "bar":
             columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
@@ -95,7 +97,7 @@ class Display:
         facts = RunFacts(**{**vars(self._facts), "status": status})
         page.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
-        self._next_page = began + max(2.0, cost / PAGE_SHARE)
+        self._next_page = began + max(PAGE_PAUSE, cost / PAGE_SHARE)
 
 
 class LiveLine:
