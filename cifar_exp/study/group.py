@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.study.intervals import Means, f_probability, variance_ratio
+from cifar_exp.study.intervals import Means
 from cifar_exp.study.laws import Fit, fitted
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import SPEEDUP_ALONE, SpeedupRow, accuracy_means, by_count, log_means, speedup_rows
@@ -112,18 +112,19 @@ def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
     samples = [[result.test_accuracy for result in results] for results in repeats.values()]
     if not accuracies.freedom:
         return f"{subject}; one run a count cannot tell whether that is within the noise of the seeds. Set seed=0,1,2"
-    ratio, between, within = variance_ratio(samples)
-    if math.isnan(ratio):
+    if len({accuracy for sample in samples for accuracy in sample}) == 1:
         return f"{subject}: the same in all runs"
+    from scipy.stats import f_oneway  # imported late, as it takes long
+
+    ratio, probability = f_oneway(*samples)
     ends = np.eye(len(repeats))[-1] - np.eye(len(repeats))[0]
     interval = accuracies.interval(ends)
     assert interval
-    probability = f_probability(ratio, between, within)
     verdict = "are within" if probability >= SIGNIFICANT else "go beyond"
     return (
         f"{subject} (95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}); the differences between "
         f"the device counts {verdict} the noise of the seeds (one-way analysis of variance, "
-        f"F({between:.0f}, {within:.0f}) = {ratio:.3g}, p = {probability:.2g})"
+        f"F({len(samples) - 1}, {accuracies.freedom:.0f}) = {ratio:.3g}, p = {probability:.2g})"
     )
 
 
