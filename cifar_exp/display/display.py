@@ -51,7 +51,7 @@ class Display:
         for entry in entries:
             self._latest |= entry.metrics
             if "val/accuracy" in entry.metrics:
-                self._tell_epoch(entry)
+                self._print_epoch(entry)
         if self._bar:
             self._bar.update(self._task, completed=entries[-1].step, description=self._state(entries[-1].epoch))
         if self._line and "step/loss" in entries[-1].metrics:
@@ -59,7 +59,7 @@ class Display:
         if time.monotonic() >= self._next_page:
             self._draw_page("running")
 
-    def _tell_epoch(self, entry: Entry) -> None:
+    def _print_epoch(self, entry: Entry) -> None:
         if self._line:
             self._line.replace(short_epoch_line(entry, self._facts.epochs))
         elif self._mode in ("bar", "lines"):
@@ -75,8 +75,8 @@ class Display:
         self._facts = replace(self._facts, status=ended)
         if "stopped_epoch" in self._latest:  # nothing waits for the epochs that were left out
             done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
-            told = {"epochs": f"{done} of {planned}: early stopping"}
-            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **told})
+            stopped = {"epochs": f"{done} of {planned}: early stopping"}
+            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **stopped})
         self._draw_page(ended)
         if self._entries:
             training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")

@@ -17,7 +17,7 @@ def number_text(value: float | None, form: str) -> str:
     return ABSENT if value is None or not math.isfinite(value) else format(value, form)
 
 
-class Drop(NamedTuple):
+class LearningRateDrop(NamedTuple):
     """A change of the learning rate: its place, the new rate, whether it is in the last fifth of the axis."""
 
     x: str
@@ -43,7 +43,7 @@ class Axis:
     bands: str
     epoch_ticks: Sequence[tuple[str, str]]
     iteration_ticks: Sequence[tuple[str, str]]
-    drops: Sequence[Drop]
+    drops: Sequence[LearningRateDrop]
 
     @classmethod
     def of(cls, epochs: int, facts: RunFacts) -> "Axis":
@@ -61,7 +61,7 @@ class Axis:
             ],
             iteration_ticks=[(_percent(step, end), f"{step:,}") for step in range(every_step, end + 1, every_step)],
             drops=[
-                Drop(_percent(epoch, epochs), f"lr {rate:.4g}", late=epoch > 0.8 * epochs)
+                LearningRateDrop(_percent(epoch, epochs), f"lr {rate:.4g}", late=epoch > 0.8 * epochs)
                 for epoch, rate in facts.lr_drops
                 if epoch < epochs
             ],

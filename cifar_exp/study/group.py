@@ -1,6 +1,5 @@
 """Runs of one group -> speedup rows, fitted laws and notes. Pure arithmetic."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,9 +56,9 @@ def _notes(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> list
     few = {count: fewest for count, fewest in _blocks(repeats).items() if fewest < ENOUGH_BLOCKS}
     notes = [_interval_note(repeats, log_rates)]
     if few:
-        told = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
+        counts = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
         notes.append(
-            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Set a larger "
+            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {counts}. Set a larger "
             f"train.epochs or a smaller train.log_every"
         )
     notes += _disturbance_notes(repeats)
@@ -74,13 +73,13 @@ def _disturbance_notes(repeats: Mapping[int, Sequence[RunResult]]) -> list[str]:
     notes = []
     for text in dict.fromkeys(text for disturbed in runs.values() for found in disturbed for text in found):
         shares = {count: [found[text] for found in disturbed if text in found] for count, disturbed in runs.items()}
-        told = [
+        runs_of_counts = [
             f"{len(values)} of {len(repeats[count])} runs on {count} {_devices(count)}"
             for count, values in shares.items()
             if values
         ]
         worst = max(value for values in shares.values() for value in values)
-        notes.append(f"DISTURBED: {', '.join(told)}: {text.format(worst)} at worst")
+        notes.append(f"DISTURBED: {', '.join(runs_of_counts)}: {text.format(worst)} at worst")
     return notes
 
 

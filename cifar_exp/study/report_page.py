@@ -11,7 +11,7 @@ Section = tuple[str, Sequence[Sequence[str]], Sequence[str]]
 """A title, a table (headings first, then a list of texts a row), and sentences below it."""
 
 
-def page_html(title: str, figure: Path, sections: Sequence[Section], machines: Sequence[str]) -> str:
+def report_html(title: str, figure: Path, sections: Sequence[Section], machines: Sequence[str]) -> str:
     """The page from ``report_page.html``, with all texts escaped.
 
     Args:
