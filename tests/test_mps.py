@@ -184,7 +184,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = assemble(job, World(0, 0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
+    rank = assemble(job, World(0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
         for parameter in rank.model.parameters():

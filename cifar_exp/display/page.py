@@ -56,7 +56,7 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
     live = facts.status in LIVE
     epochs_shown = axis_epochs(step, facts)
     axis_end = epochs_shown * facts.steps_per_epoch
-    total, shares = time_shares(latest)
+    total, shares = _time_shares(latest)
     return rendered(
         Path(__file__).with_name("page.html"),
         title=facts.title,
@@ -122,7 +122,7 @@ def _tiles(
     return tiles
 
 
-def time_shares(latest: Mapping[str, float]) -> tuple[float, list[dict[str, str]]]:
+def _time_shares(latest: Mapping[str, float]) -> tuple[float, list[dict[str, str]]]:
     """The time breakdown: seconds in total, and each part's texts, the longest first. No parts while it is unknown."""
     prefix = "time_split/"
     seconds = {

@@ -67,7 +67,8 @@ class Means:
         freedom = float((sizes - 1).sum())
         if not freedom:
             return cls(values, np.full(len(samples), math.nan), 0.0)
-        spread = math.sqrt(_squares(samples, values) / freedom)
+        squares = sum(float(np.square(sample - mean).sum()) for sample, mean in zip(samples, values, strict=True))
+        spread = math.sqrt(squares / freedom)
         return cls(values, (spread if spread > ROUNDING else 0.0) / np.sqrt(sizes), freedom)
 
     def interval(self, weights: ArrayLike) -> Interval | None:
@@ -160,11 +161,6 @@ def adjusted(probabilities: Sequence[float]) -> list[float]:
     result = np.empty(len(order))
     result[order] = np.minimum(1, np.maximum.accumulate(scaled))
     return [float(value) for value in result]
-
-
-def _squares(samples: Sequence[Sequence[float]], means: Array) -> float:
-    """Sum of squared deviations of all values from the means of their samples."""
-    return sum(float(((np.asarray(sample) - mean) ** 2).sum()) for sample, mean in zip(samples, means, strict=True))
 
 
 # scipy is imported late: only reports need it. scipy.special has what scipy.stats calls and takes less time to import.

@@ -100,7 +100,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
     control = Control(folder, folder, 0, 1, None)
-    rank = assemble(job, World(0, 0, 1, GPU), control, lambda *_: None, split, split)
+    rank = assemble(job, World(0, 1, GPU), control, lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:
         for parameter in rank.model.parameters():
