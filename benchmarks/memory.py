@@ -129,7 +129,7 @@ def watched(place: Workplace, overrides: list[str]) -> Seen:
 def epoch_peaks(place: Workplace, overrides: list[str]) -> list[int]:
     """Run the command on one rank. Returns its peak of resident memory in bytes for each observed epoch."""
     process, run_dir = place.start(overrides)
-    lines = journal.JournalFollower(run_dir)
+    lines = journal.JournalReader(run_dir)
     found: list[int] = []
     peaks: list[int] = []
     while process.poll() is None:

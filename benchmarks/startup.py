@@ -42,7 +42,7 @@ def main() -> None:
 
 def seconds_to_our_step(place: Workplace, settings: list[str]) -> float:
     run_dir = place.folder / "runs" / str(place.runs + 1)
-    lines = journal.JournalFollower(run_dir)
+    lines = journal.JournalReader(run_dir)
     return place.seconds_until(
         lambda: place.start(settings, "lines")[0], lambda: any(entry.step >= 1 for entry in lines.new_entries())
     )

@@ -108,7 +108,7 @@ def figures(attempts: list[Attempt]) -> list[Figure]:
 
 def plain_rate(steps: int) -> float:
     """Throughput (images/s) of the plain loop on the reference network, after one unmeasured step."""
-    world = World(0, 0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     model, optimizer = network()
     first, rest = (train_batches(random_split(BATCH * count), world) for count in (1, steps))
     bare_epoch(model, optimizer, lambda: first.epoch(1))()

@@ -114,7 +114,7 @@ class Steps:
     """The progress of a running command, by its journal."""
 
     def __init__(self, process: "subprocess.Popen[str]", run_dir: Path) -> None:
-        self._process, self._journal, self._step = process, journal.JournalFollower(run_dir), 0
+        self._process, self._journal, self._step = process, journal.JournalReader(run_dir), 0
 
     def wait_for(self, step: int) -> int:
         """Wait until the step is logged; the last one that is."""

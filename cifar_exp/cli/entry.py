@@ -13,9 +13,9 @@ def main() -> None:
 
         run()
     except Exception as error:
-        from cifar_exp.system.bugs import told
+        from cifar_exp.system.bugs import user_error
 
-        problem = told(error)
+        problem = user_error(error)
         sys.stderr.write(f"cifar-exp: {problem}\n")
         sys.exit(problem.exit_code)
 

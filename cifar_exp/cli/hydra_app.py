@@ -19,7 +19,7 @@ from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import RunContext
-from cifar_exp.system.bugs import told
+from cifar_exp.system.bugs import user_error
 from cifar_exp.system.host import process_age
 from cifar_exp.system.process import allow_open_files, outlive_terminal
 from cifar_exp.system.redaction import masked, masked_text
@@ -56,7 +56,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
             raise_swallowed()  # a signal may be the cause: numpy cannot be imported again after an interrupted import
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweeper reports it
-            failures.append(told(error))  # not raised: Hydra would print all overrides with it
+            failures.append(user_error(error))  # not raised: Hydra would print all overrides with it
 
     try:
         allow_open_files()
@@ -66,7 +66,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
         failures.append(error)
     except Exception as error:
         raise_swallowed()
-        failures.append((None if begun else explained(error, sys.argv[1:])) or told(error))
+        failures.append((None if begun else explained(error, sys.argv[1:])) or user_error(error))
     for failure in failures:
         if str(failure):
             print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)

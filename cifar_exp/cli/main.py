@@ -96,10 +96,10 @@ def answer(words: Sequence[str]) -> int:
             where = getattr(error, "ctx", None)
             command = where.command_path if where else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
-        from cifar_exp.system.bugs import told
+        from cifar_exp.system.bugs import user_error
         from cifar_exp.system.redaction import masked_text
 
-        problem = told(error)
+        problem = user_error(error)
         print(f"cifar-exp: {masked_text(str(problem))}", file=sys.stderr)
         return problem.exit_code
 

@@ -30,13 +30,13 @@ def command(words: tuple[str, ...], port: int) -> None:
     typed, rest = settings_in(words, ["tracking.uri"])
     if rest:
         raise ConfigError(f"{rest[0]}: it must be tracking.uri=<address of the store>")
-    address = store(typed.get("tracking.uri"))
+    address = store_address(typed.get("tracking.uri"))
     check_port(port)
     print(f"http://{HOST}:{port} shows {masked_text(address)} in about 20 s; Ctrl-C ends it", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server_arguments(port)], environment(address))
 
 
-def store(uri: str | None) -> str:
+def store_address(uri: str | None) -> str:
     """The address of the store to serve.
 
     Args:

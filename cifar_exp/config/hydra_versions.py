@@ -31,13 +31,13 @@ def run_command(job: Callable[[DictConfig], Any], folder: Path, trusted: Iterabl
             modules with ``.*``.
     """
     limit: dict[str, Any] = {"execution_whitelist": list(trusted)} if _LIMITS_TARGETS else {}
-    with _parser_of_old_versions():
+    with parser_of_old_versions():
         hydra.main(config_path=str(folder), config_name="config", **_BASE, **limit)(job)()
 
 
 def options() -> dict[str, argparse.Action]:
     """Hydra's command-line options: spelling -> argparse action."""
-    with _parser_of_old_versions():
+    with parser_of_old_versions():
         parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
     return dict(parser._option_string_actions)
 
@@ -64,7 +64,7 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def _parser_of_old_versions() -> Iterator[None]:
+def parser_of_old_versions() -> Iterator[None]:
     """Make Hydra 1.3 work on Python 3.14, where argparse rejects a help text that is not a string.
 
     Remove this when Hydra 1.3 is no longer supported: Hydra 1.4 has the same workaround.

@@ -30,10 +30,10 @@ def _explain(error: ValidationError, prefix: str) -> str:
         return unknown_setting(setting)
     if problems[0]["type"] == "missing":
         return f"{setting}: it must be given. Set {setting}=<value>"
-    return _refused(setting, value, problems)
+    return invalid_value(setting, value, problems)
 
 
-def _refused(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
+def invalid_value(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
     """The message for an invalid value: setting, value, rule, and the nearest valid value or the default."""
     rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
     examples = [valid for problem in problems if (valid := _valid(problem)) is not None]

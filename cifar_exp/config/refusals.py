@@ -59,7 +59,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     if isinstance(error, YAMLError):
         return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Fix the file")
     text = str(error) or str(cause or type(error).__name__)
-    words = to_blame(error, typed)
+    words = causing_words(error, typed)
     if not words and not _is_for_the_user(error):
         return None
     if not any(word.lstrip("+~").partition("=")[0] in text for word in typed):
@@ -78,7 +78,7 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, HydraException | OmegaConfBaseException) and origin(error, OWN, HYDRA) == HYDRA
 
 
-def to_blame(error: Exception, typed: Sequence[str]) -> list[str]:
+def causing_words(error: Exception, typed: Sequence[str]) -> list[str]:
     """The words that cause this error; none if Hydra fails without them, too, or for another reason."""
     if origin(error, OWN, HYDRA) != HYDRA or _fails_alike(error, [PLAIN]):
         return []

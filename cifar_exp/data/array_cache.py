@@ -161,6 +161,6 @@ def expanded(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def cache_folder(root: Path, cache: str | Path | None) -> Path:
+def dataset_cache(root: Path, cache: str | Path | None) -> Path:
     """The absolute folder of the cache: ``<root>/.cache`` unless another one is set."""
     return (root / ".cache" if cache is None else expanded(cache)).absolute()

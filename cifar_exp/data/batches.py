@@ -54,14 +54,14 @@ class Normalization:
         # In place, with a full image of the mean: broadcasting three channels is not vectorized, and a new tensor costs
         # as much as the arithmetic. 0.4 us an image instead of 5.
         images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
-        images -= _constant_images(self.shift, images.shape[2:], images.device)
+        images -= constant_images(self.shift, images.shape[2:], images.device)
         if set(self.scale) != {1.0}:
-            images *= _constant_images(self.scale, images.shape[2:], images.device)
+            images *= constant_images(self.scale, images.shape[2:], images.device)
         return images
 
 
 @lru_cache(maxsize=32)
-def _constant_images(values: tuple[float, ...], size: Sequence[int], device: torch.device) -> Tensor:
+def constant_images(values: tuple[float, ...], size: Sequence[int], device: torch.device) -> Tensor:
     """(1, 3, H, W) with one value a channel; cached, since CUDA graph capture forbids copies from the host."""
     with torch.inference_mode(mode=False):
         channels = torch.tensor(values, device=device).view(1, -1, 1, 1)

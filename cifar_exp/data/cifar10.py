@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar_exp.data import cifar10_archive, download
-from cifar_exp.data.array_cache import Decoded, cache_folder, check_decoded, expanded, prepare
+from cifar_exp.data.array_cache import Decoded, check_decoded, dataset_cache, expanded, prepare
 from cifar_exp.data.dataset_files import Arrays, DatasetFiles
 
 
@@ -42,8 +42,8 @@ def cifar10(
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
         return cifar10_archive.read_archive(
-            download.fetch(root, mirror=mirror, archive=archive, size=size, sha256=sha256)
+            download.fetch_archive(root, mirror=mirror, archive=archive, size=size, sha256=sha256)
         )
 
-    files = prepare(cache_folder(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
+    files = prepare(dataset_cache(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
     return replace(files, residency=residency)

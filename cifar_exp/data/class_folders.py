@@ -17,7 +17,7 @@ import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
 
-from cifar_exp.data.array_cache import cache_folder, expanded, prepare
+from cifar_exp.data.array_cache import dataset_cache, expanded, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency, SplitName
 from cifar_exp.data.image_files import IMAGE_SUFFIXES, Listing, decode_image, prepare_files
 from cifar_exp.errors import ConfigError, DataError
@@ -68,9 +68,9 @@ def folders(
     tree = _scan(root)
     if residency == "loader":
         assert image_size is not None
-        return prepare_files(cache_folder(root, cache), _listing(root, tree, image_size), image_size, workers)
+        return prepare_files(dataset_cache(root, cache), _listing(root, tree, image_size), image_size, workers)
 
-    files = _decoded_files(root, tree, cache_folder(root, cache))
+    files = _decoded_files(root, tree, dataset_cache(root, cache))
     if image_size is not None and files.image_size != (image_size, image_size):
         height, width = files.image_size
         raise ConfigError(

@@ -32,7 +32,7 @@ _WHAT_TO_TYPE = f"""Set one of these instead:
   experiment=quickstart   synthetic images, no download"""
 
 
-def fetch(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
+def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
     """The verified archive: ``archive`` if given, else ``root / ARCHIVE_FILE``, which is downloaded if missing.
 
     Args:

@@ -17,6 +17,7 @@ from cifar_exp.system.surroundings import in_notebook
 
 Mode = Literal["auto", "bar", "live", "lines", "quiet"]
 LIVE_PAUSE = 1.0  # seconds between two states of a live line: a notebook keeps all that is ever written
+PAGE_PAUSE = 2.0  # seconds between two drawings of the page, at least
 PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
 
@@ -37,6 +38,7 @@ class Display:
     def open(self) -> None:
         """Draw the empty page and bar."""
         self._draw_page("starting")
+        self._next_page = time.monotonic() + PAGE_PAUSE  # its cost, which includes the import of Jinja2, does not recur
         if self._mode == "bar":
             columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
@@ -49,7 +51,7 @@ class Display:
         for entry in entries:
             self._latest |= entry.metrics
             if "val/accuracy" in entry.metrics:
-                self._tell_epoch(entry)
+                self._print_epoch(entry)
         if self._bar:
             self._bar.update(self._task, completed=entries[-1].step, description=self._state(entries[-1].epoch))
         if self._line and "step/loss" in entries[-1].metrics:
@@ -57,7 +59,7 @@ class Display:
         if time.monotonic() >= self._next_page:
             self._draw_page("running")
 
-    def _tell_epoch(self, entry: Entry) -> None:
+    def _print_epoch(self, entry: Entry) -> None:
         if self._line:
             self._line.replace(short_epoch_line(entry, self._facts.epochs))
         elif self._mode in ("bar", "lines"):
@@ -73,8 +75,8 @@ class Display:
         self._facts = replace(self._facts, status=ended)
         if "stopped_epoch" in self._latest:  # nothing waits for the epochs that were left out
             done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
-            told = {"epochs": f"{done} of {planned}: early stopping"}
-            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **told})
+            stopped = {"epochs": f"{done} of {planned}: early stopping"}
+            self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **stopped})
         self._draw_page(ended)
         if self._entries:
             training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")
@@ -95,7 +97,7 @@ class Display:
         facts = RunFacts(**{**vars(self._facts), "status": status})
         page.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
-        self._next_page = began + max(2.0, cost / PAGE_SHARE)
+        self._next_page = began + max(PAGE_PAUSE, cost / PAGE_SHARE)
 
 
 class LiveLine:

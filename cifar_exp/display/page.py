@@ -8,12 +8,11 @@ window. Texts are placed in percent and keep their size.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
-from cifar_exp.display.curves import Curves, RunFacts
-from cifar_exp.display.page_assets import HOVER_SCRIPT, RELOAD_SCRIPT, STYLE
-from cifar_exp.display.svg import ABSENT, number_text, plots_html
+from cifar_exp.display.curves import Curves, RunFacts, axis_epochs, loss_top
+from cifar_exp.display.svg import ABSENT, PLANE, Axis, Plot, number_text
+from cifar_exp.display.templates import rendered
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.records.journal import Entry
 from cifar_exp.system.atomic_files import write_atomically
@@ -50,37 +49,38 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
     for entry in entries:
         latest.update(entry.metrics)
     step = entries[-1].step if entries else 0
-    done = step / (facts.epochs * facts.steps_per_epoch)
+    steps = facts.epochs * facts.steps_per_epoch
+    done = step / steps
     accuracy = Curves.of(entries, "accuracy", facts.steps_per_epoch)
     loss = Curves.of(entries, "loss", facts.steps_per_epoch)
     live = facts.status in LIVE
-    tiles = _tiles(latest, accuracy, facts, elapsed, seconds_left(entries, facts) if live else None)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{done:.0%} {escape(facts.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(facts.title)}</h1><span class="badge {escape(facts.status)}">{escape(facts.status)}</span>
-</header>
-{_progress_bar(step, done, facts)}
-<dl class="tiles">{"".join(_tile(name, text) for name, text in tiles.items())}</dl>
-<main>
-{plots_html(accuracy, loss, step, facts)}
-<aside>
-{_time_split(latest)}
-{_details(facts.details)}
-</aside>
-</main>
-<footer>Drawn {time.strftime("%Y-%m-%d %H:%M:%S")} from metrics.jsonl in this folder.</footer>
-<script>{HOVER_SCRIPT}{RELOAD_SCRIPT if live else ""}</script>
-</body>
-</html>
-"""
+    epochs_shown = axis_epochs(step, facts)
+    axis_end = epochs_shown * facts.steps_per_epoch
+    total, shares = _time_shares(latest)
+    return rendered(
+        Path(__file__).with_name("page.html"),
+        title=facts.title,
+        status=facts.status,
+        live=live,
+        done=f"{done:.0%}",
+        width=f"{done:.2%}",
+        epochs=facts.epochs,
+        epochs_done=step // facts.steps_per_epoch,
+        step=f"{step:,}",
+        steps=f"{steps:,}",
+        started=step > 0,
+        tiles=_tiles(latest, accuracy, facts, elapsed, seconds_left(entries, facts) if live else None),
+        plane=PLANE,
+        axis=Axis.of(epochs_shown, facts),
+        plots=[
+            Plot.of("accuracy", "%", accuracy, 1.0, axis_end),
+            Plot.of("loss", "", loss, loss_top(loss), axis_end),
+        ],
+        shares_total=duration(total),
+        shares=shares,
+        details=facts.details,
+        drawn=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
 
 
 def seconds_left(entries: Sequence[Entry], facts: RunFacts) -> float | None:
@@ -122,21 +122,8 @@ def _tiles(
     return tiles
 
 
-def _tile(name: str, text: str) -> str:
-    return f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
-
-
-def _progress_bar(step: int, done: float, facts: RunFacts) -> str:
-    steps = facts.epochs * facts.steps_per_epoch
-    epochs = step // facts.steps_per_epoch
-    return f"""<div class="progress {escape(facts.status)}" role="progressbar" aria-label="epochs done"
- aria-valuemin="0" aria-valuemax="{facts.epochs}" aria-valuenow="{epochs}"><i style="width:{done:.2%}"></i></div>
-<p class="progress-text"><span>{epochs} of {facts.epochs} epochs done</span>
-<span>{step:,} of {steps:,} iterations</span></p>"""
-
-
-def _time_split(latest: Mapping[str, float]) -> str:
-    """A bar of the time breakdown with names, seconds and shares; empty while that is unknown."""
+def _time_shares(latest: Mapping[str, float]) -> tuple[float, list[dict[str, str]]]:
+    """The time breakdown: seconds in total, and each part's texts, the longest first. No parts while it is unknown."""
     prefix = "time_split/"
     seconds = {
         name.removeprefix(prefix): value
@@ -144,23 +131,7 @@ def _time_split(latest: Mapping[str, float]) -> str:
         if name.startswith(prefix) and math.isfinite(value) and value > 0
     }
     total = sum(seconds.values())
-    if not total:
-        return ""
-    ordered = sorted(seconds.items(), key=lambda item: -item[1])
-    bar = "".join(
-        f'<i class="part{place % 9}" style="flex-grow:{value / total:.4f}" title="{escape(name)}"></i>'
-        for place, (name, value) in enumerate(ordered)
-    )
-    rows = "".join(
-        f'<tr><th><i class="part{place % 9}"></i>{escape(name.capitalize())}</th><td>{duration(value)}</td>'
-        f"<td>{value / total:.1%}</td></tr>"
-        for place, (name, value) in enumerate(ordered)
-    )
-    return f"""<section><h2>Where the time went</h2>
-<div class="split" role="img" aria-label="shares of {duration(total)}, listed below">{bar}</div>
-<table class="shares">{rows}</table></section>"""
-
-
-def _details(details: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in details.items())
-    return f"<section><h2>Details</h2><table>{rows}</table></section>"
+    return total, [
+        {"name": name, "time": duration(value), "share": f"{value / total:.4f}", "percent": f"{value / total:.1%}"}
+        for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+    ]

@@ -1,10 +1,11 @@
-"""Curves as SVG paths with axes and grid."""
+"""What the plots of the page show: curves as SVG paths, ticks and grid as places and texts, for ``plots.html``."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from cifar_exp.display.curves import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step
+from cifar_exp.display.curves import Curves, Point, RunFacts, tick_step
 
 PLANE = 1000  # units of the curves' plane, each way
 MAX_BANDS = 40  # epoch bands; narrower ones flicker
@@ -16,104 +17,119 @@ def number_text(value: float | None, form: str) -> str:
     return ABSENT if value is None or not math.isfinite(value) else format(value, form)
 
 
-def plots_html(accuracy: Curves, loss: Curves, step: int, facts: RunFacts) -> str:
-    """Both plots over one iteration axis, epochs above, iterations below."""
-    epochs = axis_epochs(step, facts)
-    axis = _Axis(epochs * facts.steps_per_epoch, epochs, facts)
-    waiting = "" if step else '<p class="waiting">The curves begin with the first iterations.</p>'
-    # A little more than the plane may be drawn on, or else the dots at its edges were halves.
-    return f"""<section class="plots" data-end="{axis.end}" data-epoch="{facts.steps_per_epoch}">
-<svg width="0" height="0" aria-hidden="true"><clipPath id="room"><rect x="-12" y="-12" width="{PLANE + 24}"
- height="{PLANE + 24}"/></clipPath></svg>
-{_plot("accuracy", "%", accuracy, 1.0, axis)}
-{_plot("loss", "", loss, loss_top(loss), axis)}
-{waiting}<div class="tip" hidden></div>
-</section>"""
+class LearningRateDrop(NamedTuple):
+    """A change of the learning rate: its place, the new rate, whether it is in the last fifth of the axis."""
+
+    x: str
+    label: str
+    late: bool
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """The iteration axis that both plots share: iterations and epochs it spans, and the run."""
+class Axis:
+    """The iteration axis that both plots share. Places on it are texts in percent.
+
+    Attributes:
+        end: iterations that it spans.
+        steps_per_epoch: iterations of an epoch.
+        bands: path of every second epoch's band.
+        epoch_ticks: places and numbers of epochs.
+        iteration_ticks: places and numbers of iterations.
+        drops: where the learning rate changes.
+    """
 
     end: int
-    epochs: int
-    facts: RunFacts
+    steps_per_epoch: int
+    bands: str
+    epoch_ticks: Sequence[tuple[str, str]]
+    iteration_ticks: Sequence[tuple[str, str]]
+    drops: Sequence[LearningRateDrop]
 
-    def percent(self, step: float) -> str:
-        return f"{100 * step / self.end:.2f}%"
-
-    def bands(self) -> str:
-        """Path of every second epoch's band."""
-        width = math.ceil(tick_step(self.epochs, MAX_BANDS))
-        unit = PLANE / self.epochs
-        starts = range(width, self.epochs, 2 * width)
-        spans = [(start * unit, min(width, self.epochs - start) * unit) for start in starts]
-        return "".join(f"M{left:.1f},0h{span:.1f}v{PLANE}h-{span:.1f}z" for left, span in spans)
-
-    def epoch_ticks(self) -> str:
-        every = max(1, round(tick_step(self.epochs, 10)))
-        return '<text x="-8" y="-13" class="end">epoch</text>' + "".join(
-            f'<text x="{self.percent(epoch * self.facts.steps_per_epoch)}" y="-13" class="middle">{epoch}</text>'
-            for epoch in range(every, self.epochs + 1, every)
+    @classmethod
+    def of(cls, epochs: int, facts: RunFacts) -> "Axis":
+        """The axis of the run's first ``epochs`` epochs."""
+        steps = facts.steps_per_epoch
+        end = epochs * steps
+        every_epoch = max(1, round(tick_step(epochs, 10)))
+        every_step = max(1, round(tick_step(end, 8)))
+        return cls(
+            end=end,
+            steps_per_epoch=steps,
+            bands=_bands(epochs),
+            epoch_ticks=[
+                (_percent(epoch, epochs), str(epoch)) for epoch in range(every_epoch, epochs + 1, every_epoch)
+            ],
+            iteration_ticks=[(_percent(step, end), f"{step:,}") for step in range(every_step, end + 1, every_step)],
+            drops=[
+                LearningRateDrop(_percent(epoch, epochs), f"lr {rate:.4g}", late=epoch > 0.8 * epochs)
+                for epoch, rate in facts.lr_drops
+                if epoch < epochs
+            ],
         )
 
-    def iteration_ticks(self) -> str:
-        every = max(1, round(tick_step(self.end, 8)))
-        ticks = range(0, self.end + 1, every)
-        return '<text x="-8" y="100%" dy="20" class="end">iteration</text>' + "".join(
-            f'<text x="{self.percent(tick)}" y="100%" dy="20" class="middle">{tick:,}</text>' for tick in ticks[1:]
+
+@dataclass(frozen=True)
+class Plot:
+    """One quantity of the run.
+
+    Attributes:
+        quantity: ``accuracy`` or ``loss``.
+        unit: ``%`` or none.
+        label: the plot in a sentence, for those who cannot see it.
+        top: upper end of the value axis, in the unit.
+        grid: heights in percent, and the numbers beside them.
+        raw: path of the training curve as measured.
+        smooth: path of the smoothed training curve.
+        validation: path of the validation curve.
+        dots: path of the dots on it.
+    """
+
+    quantity: str
+    unit: str
+    label: str
+    top: str
+    grid: Sequence[tuple[str, str]]
+    raw: str
+    smooth: str
+    validation: str
+    dots: str
+
+    @classmethod
+    def of(cls, quantity: str, unit: str, curves: Curves, top: float, end: int) -> "Plot":
+        """The curves over ``end`` iterations, from 0 to ``top``."""
+        scale = 100 if unit == "%" else 1
+        lines = (curves.smooth, curves.validation)
+        last = [number_text(line[-1][1] * scale if line else None, ".4g") for line in lines]
+        return cls(
+            quantity=quantity,
+            unit=unit,
+            label=f"{quantity} over {end:,} iterations: training {last[0]}{unit}, validation {last[1]}{unit} at last",
+            top=f"{top * scale:g}",
+            grid=_grid(top * scale),
+            raw=line_path(curves.raw, end, top),
+            smooth=line_path(curves.smooth, end, top),
+            validation=line_path(curves.validation, end, top),
+            dots=dots_path(curves.validation, end, top),
         )
 
-    def drops(self) -> str:
-        """Lines where the learning rate changes."""
-        places = [self.percent(epochs * self.facts.steps_per_epoch) for epochs, _ in self._drops()]
-        return "".join(f'<line class="drop" x1="{x}" x2="{x}" y2="100%"/>' for x in places)
 
-    def drop_labels(self) -> str:
-        """The new rates beside those lines; beyond four fifths to their left, so as not to leave the plot."""
-        sides = ('dx="6" class="drop"', 'dx="-6" class="drop end"')
-        return "".join(
-            f'<text x="{self.percent(epochs * self.facts.steps_per_epoch)}" y="100%" dy="-9" '
-            f"{sides[epochs > 0.8 * self.epochs]}>lr {rate:.4g}</text>"
-            for epochs, rate in self._drops()
-        )
-
-    def _drops(self) -> list[tuple[int, float]]:
-        return [(epochs, rate) for epochs, rate in self.facts.lr_drops if epochs < self.epochs]
+def _percent(place: float, end: float) -> str:
+    return f"{100 * place / end:.2f}%"
 
 
-def _plot(quantity: str, unit: str, curves: Curves, top: float, axis: _Axis) -> str:
-    """One plot as a figure: caption with legend, grid, bands, curves."""
-    scale = 100 if unit == "%" else 1
-    last = [number_text(line[-1][1] * scale if line else None, ".4g") for line in (curves.smooth, curves.validation)]
-    label = f"{quantity} over {axis.end:,} iterations: training {last[0]}{unit}, validation {last[1]}{unit} at last"
-    marks = axis.epoch_ticks() + axis.drop_labels() if quantity == "accuracy" else axis.iteration_ticks()
-    hover = f'data-top="{top * scale:g}" data-unit="{unit}"'
-    return f"""<figure class="{quantity}">
-<figcaption><b>{quantity.capitalize()}{f" ({unit})" if unit else ""}</b><span class="key raw">training</span>
-<span class="key smooth">training, smoothed</span><span class="key validation">validation</span></figcaption>
-<svg class="frame" role="img" aria-label="{label}">
-<svg viewBox="0 0 {PLANE} {PLANE}" preserveAspectRatio="none" width="100%" height="100%">
-<rect class="ground" width="{PLANE}" height="{PLANE}"/><path class="bands" d="{axis.bands()}"/></svg>
-{_grid(top * scale)}{axis.drops()}{marks}
-<svg class="curves" viewBox="0 0 {PLANE} {PLANE}" preserveAspectRatio="none" width="100%" height="100%">
-<path class="raw" d="{line_path(curves.raw, axis.end, top)}"/>
-<path class="smooth" data-name="training {quantity}" {hover} d="{line_path(curves.smooth, axis.end, top)}"/>
-<path class="validation" d="{line_path(curves.validation, axis.end, top)}"/>
-<path class="dots" data-name="validation {quantity}" {hover} d="{dots_path(curves.validation, axis.end, top)}"/></svg>
-<line class="cross" y2="100%" visibility="hidden"/>
-</svg>
-</figure>"""
+def _bands(epochs: int) -> str:
+    """Path of every second epoch's band; a band is several epochs where there are many."""
+    width = math.ceil(tick_step(epochs, MAX_BANDS))
+    unit = PLANE / epochs
+    spans = [(start * unit, min(width, epochs - start) * unit) for start in range(width, epochs, 2 * width)]
+    return "".join(f"M{left:.1f},0h{span:.1f}v{PLANE}h-{span:.1f}z" for left, span in spans)
 
 
-def _grid(top: float) -> str:
-    """Horizontal lines and the numbers beside them, from 0 to ``top``."""
+def _grid(top: float) -> list[tuple[str, str]]:
+    """Heights of horizontal lines from 0 to ``top``, and the numbers beside them."""
     step = tick_step(top, 5)
-    heights = [(number * step, f"{100 - 100 * number * step / top:.2f}%") for number in range(round(top / step) + 1)]
-    return "".join(
-        f'<line class="grid" x2="100%" y1="{y}" y2="{y}"/><text x="-8" y="{y}" dy="4" class="end">{value:g}</text>'
-        for value, y in heights
-    )
+    values = [number * step for number in range(round(top / step) + 1)]
+    return [(f"{100 - 100 * value / top:.2f}%", f"{value:g}") for value in values]
 
 
 def line_path(points: Sequence[Point], end: float, top: float) -> str:

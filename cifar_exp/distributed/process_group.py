@@ -20,13 +20,11 @@ class World:
 
     Attributes:
         rank: 0 to ``size`` - 1.
-        local_rank: rank among the processes of this host; it selects the GPU.
         size: number of ranks.
         device: the device of this rank.
     """
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
 
@@ -48,8 +46,7 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
         timeout: seconds a collective operation may take.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = device_of(accelerator, local_rank)
+    device = device_of(accelerator, int(os.environ["LOCAL_RANK"]))
     if accelerator == "gpu":
         torch.cuda.set_device(device)
     # All ranks are on this machine: loopback is enough, whatever interface a cluster's environment names.
@@ -68,7 +65,7 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
             timeout=timedelta(seconds=timeout),
         )
     try:
-        yield World(rank, local_rank, size, device)
+        yield World(rank, size, device)
     except BaseException:
         if accelerator != "gpu":  # NCCL would wait forever for collectives of ranks that are gone
             dist.destroy_process_group()

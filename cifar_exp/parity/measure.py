@@ -26,7 +26,7 @@ from cifar_exp.training.metrics import MetricValues
 from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.first_steps import prepare_steps
 from cifar_exp.worker.job import Job
-from cifar_exp.worker.process import live
+from cifar_exp.worker.rank_process import live
 
 STEPS = 3  # training steps, fewer if the run is shorter
 REFERENCE_FILE = "reference.pt"

@@ -46,13 +46,10 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Facts about a checkpoint that are known without reading it.
+class Origin:
+    """The position of a checkpoint in its run.
 
     Attributes:
-        file: name of the checkpoint, in the same folder.
-        bytes: size of the checkpoint.
-        sha256: of its content, in hex.
         epoch: completed epochs.
         step: completed steps.
         global_batch_size: images a step over all ranks.
@@ -60,46 +57,42 @@ class Manifest:
         data_hash: sha256 of the images, in hex.
         config_hash: sha256 of the settings that bear on the result, in hex.
         seconds: time that the run had taken, over all its sessions.
+        best_step: step of the best epoch's checkpoint so far, which is never deleted; None without a validation split.
+        best_value: ``early_stopping.metric`` of that epoch.
+        run_id: the tracker's id of the run; None where no tracker had opened it yet.
+    """
+
+    epoch: int
+    step: int
+    global_batch_size: int
+    world_size: int
+    data_hash: str
+    config_hash: str
+    seconds: float
+    best_step: int | None = None
+    best_value: float | None = None
+    run_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Origin):
+    """Facts about a checkpoint that are known without reading it.
+
+    Attributes:
+        file: name of the checkpoint, in the same folder.
+        bytes: size of the checkpoint.
+        sha256: of its content, in hex.
         torch: version that wrote it.
         python: version that wrote it.
         cifar_exp: version that wrote it.
-        run_id: the tracker's id of the run; None where no tracker had opened it yet.
-        best_step: step of the best epoch's checkpoint so far, which is never deleted; None without a validation split.
-        best_value: ``early_stopping.metric`` of that epoch.
     """
 
     file: str
     bytes: int
     sha256: str
-    epoch: int
-    step: int
-    global_batch_size: int
-    world_size: int
-    data_hash: str
-    config_hash: str
-    seconds: float
     torch: str
-    best_step: int | None = None
-    best_value: float | None = None
     python: str = ""
     cifar_exp: str = ""
-    run_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The position of a checkpoint in its run: the fields of the same names in :class:`Manifest`."""
-
-    epoch: int
-    step: int
-    global_batch_size: int
-    world_size: int
-    data_hash: str
-    config_hash: str
-    seconds: float
-    best_step: int | None = None
-    best_value: float | None = None
-    run_id: str | None = None
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> None:
@@ -113,12 +106,11 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
-    digest = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
-        path.name,
-        len(content),
-        digest,
         **vars(origin),
+        file=path.name,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
         torch=torch.__version__,
         python=platform.python_version(),
         cifar_exp=_own_version(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from cifar_exp.records.checkpoint import Checkpoint, Origin, save
 
 
-class Saver:
+class CheckpointSaver:
     """Saves checkpoints in a background thread, one at a time, and keeps the newest ones and the best one."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -40,7 +40,7 @@ class Saver:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "CheckpointSaver":
         return self
 
     def __exit__(

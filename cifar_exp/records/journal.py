@@ -102,7 +102,7 @@ def parse(line: str | bytes) -> Entry:
     return Entry(fields["step"], fields["epoch"], fields["time"], metrics)
 
 
-class JournalFollower:
+class JournalReader:
     """Reads a journal while it grows; a partial line waits for the next call."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -124,7 +124,7 @@ class JournalFollower:
 
 def read(run_dir: Path) -> list[Entry]:
     """All complete lines of the run's journal, in order."""
-    return list(JournalFollower(run_dir).new_entries())
+    return list(JournalReader(run_dir).new_entries())
 
 
 def last_values(run_dir: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 
 from cifar_exp.config import hydra_versions
-from cifar_exp.config.messages import _refused, nearest, shown
+from cifar_exp.config.messages import invalid_value, nearest, shown
 from cifar_exp.config.reading import SECTIONS
 from cifar_exp.config.schema import KEPT, Config
 from cifar_exp.config.targets import ALLOWED, RENAMED, allowed, check_targets, matches, with_names
@@ -275,4 +275,4 @@ def _check_type(setting: str, value: Any, annotation: Any) -> None:
     try:
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise ConfigError(_refused(setting, value, error.errors(include_url=False))) from error
+        raise ConfigError(invalid_value(setting, value, error.errors(include_url=False))) from error

@@ -20,10 +20,10 @@ from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import journal, model_export
 from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim
 from cifar_exp.runs import config_changes, resume, summary
+from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.job_setup import new_job, title
-from cifar_exp.runs.messages import say, warn
 from cifar_exp.runs.model_check import check_scales, checked_model
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine

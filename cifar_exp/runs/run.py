@@ -11,9 +11,9 @@ from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
 from cifar_exp.records.run_folder import is_undelivered
 from cifar_exp.runs import summary
+from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.context import Result, RunContext
-from cifar_exp.runs.messages import say, warn
 from cifar_exp.runs.prepare import Beginning, begin, claimed, plan_job
 from cifar_exp.system import load_watch
 from cifar_exp.system.process import uv_prefix
@@ -65,7 +65,7 @@ def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
 def _execute(parts: Parts, job: Job, context: RunContext, beginning: Beginning, console: Console) -> dict[str, float]:
     """Run the ranks until they end. Returns metrics of the machine's load during training."""
     devices = beginning.devices
-    with load_watch.Watch(devices.accelerator, devices.count) as watch:
+    with load_watch.LoadWatch(devices.accelerator, devices.count) as watch:
         try:
             ended = parts.launcher.launch(run_rank, job)
         except Stopped:

@@ -18,8 +18,8 @@ from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
-from cifar_exp.runs.sweep_summary import JobRow, _common_tags, _summarize
-from cifar_exp.system.bugs import told
+from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
+from cifar_exp.system.bugs import user_error
 from cifar_exp.system.redaction import masked, masked_text
 
 POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to the devices of this machine
@@ -79,8 +79,8 @@ class StudySweeper(BasicSweeper):
             rows = self._run(jobs)
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
             settings = ReportSettings(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
-            metrics, artifacts = _summarize(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
-            parent.log(metrics, [path.name for path in artifacts], _common_tags(list(finished.values())))
+            metrics, artifacts = print_summary(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
+            parent.log(metrics, [path.name for path in artifacts], common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":
                 print(f"compare: {parent.hint}")
             if failed := [row for row in rows if row.failure]:
@@ -157,7 +157,7 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
         print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {error}"), file=sys.stderr, flush=True)
         raise
     except Exception as error:
-        problem = told(error)
+        problem = user_error(error)
         print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {problem}"), file=sys.stderr, flush=True)
         raise problem from error
 

@@ -41,13 +41,13 @@ class JobRow:
         return getattr(self.failure, "exit_code", 1) if self.failure else 0
 
 
-def _common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
+def common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
     """The device counts and accelerators of all jobs, as tags of the parent run."""
     values = {name: {run.tags[name] for run in runs} for name in ("devices", "accelerator")}
     return {name: ",".join(sorted(found)) for name, found in values.items() if found}
 
 
-def _summarize(
+def print_summary(
     rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, settings: ReportSettings, quiet: bool
 ) -> tuple[list[tuple[str, float, int]], list[Path]]:
     """Print the table of jobs and the speedup.

@@ -138,7 +138,7 @@ class Comparison:
             drawn = [(name, Group.of(one), Group.of(two), self._ratios(name)) for name, one, two in self.pairs]
             figures.draw_comparison(self.names, drawn, figure, self.simulated)
             sections = [("Differences", self._cells(), self.notes)]
-            page.write_text(report_page.page_html(self._title(), figure, sections, ()), encoding="utf-8")
+            page.write_text(report_page.report_html(self._title(), figure, sections, ()), encoding="utf-8")
         return [table, figure, page]
 
     def _title(self) -> str:

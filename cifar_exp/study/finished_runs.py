@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_exp.config.result_settings import distinguishes_groups
-from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
+from cifar_exp.errors import ConfigError
 from cifar_exp.records import journal
 from cifar_exp.records.find_run import LATEST, find_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
 from cifar_exp.system import load_watch, machine
-from cifar_exp.system.bugs import is_bug
-from cifar_exp.tracking.follower import shortened
+from cifar_exp.system.redaction import masked_text
+from cifar_exp.tracking.mlflow_store import store_errors
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
 if TYPE_CHECKING:
@@ -119,18 +119,9 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
         ConfigError: where there is no such sweep in the store.
         TrackingError: where the store cannot be read.
     """
-    try:
-        client = tracker.client()
-        return _children(client, tracker, sweep)
-    except CifarExpError:
-        raise
-    except Exception as error:  # MLflow raises whatever its store does
-        if is_bug(error):
-            raise
-        raise TrackingError(
-            f"--uri {tracker.address()}: {sweep} cannot be read there: {shortened(error)}. Start that server, or set "
-            f"another address"
-        ) from error
+    problem = f"tracking.uri={masked_text(tracker.address())}: {sweep} cannot be read there"
+    with store_errors(problem, "Start that server, or set another address"):
+        return _children(tracker.client(), tracker, sweep)
 
 
 def _children(client: "MlflowClient", tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
@@ -144,7 +135,7 @@ def _children(client: "MlflowClient", tracker: MLflowTracker, sweep: str) -> lis
             raise
         raise ConfigError(
             f"{sweep}: there is no such run in {tracker.address()}. Name a parent run's id or a folder under "
-            f"outputs/multirun, and --uri for another store"
+            f"outputs/multirun, and set tracking.uri=<address> for another store"
         ) from error
     children: Sequence[Run] = client.search_runs(
         [experiment],

@@ -1,13 +1,12 @@
 """Runs of one group -> speedup rows, fitted laws and notes. Pure arithmetic."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.study.intervals import Means, f_probability, variance_ratio
+from cifar_exp.study.intervals import Means
 from cifar_exp.study.laws import Fit, fitted
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import SPEEDUP_ALONE, SpeedupRow, accuracy_means, by_count, log_means, speedup_rows
@@ -57,9 +56,9 @@ def _notes(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> list
     few = {count: fewest for count, fewest in _blocks(repeats).items() if fewest < ENOUGH_BLOCKS}
     notes = [_interval_note(repeats, log_rates)]
     if few:
-        told = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
+        counts = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
         notes.append(
-            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {told}. Set a larger "
+            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {counts}. Set a larger "
             f"train.epochs or a smaller train.log_every"
         )
     notes += _disturbance_notes(repeats)
@@ -74,13 +73,13 @@ def _disturbance_notes(repeats: Mapping[int, Sequence[RunResult]]) -> list[str]:
     notes = []
     for text in dict.fromkeys(text for disturbed in runs.values() for found in disturbed for text in found):
         shares = {count: [found[text] for found in disturbed if text in found] for count, disturbed in runs.items()}
-        told = [
+        runs_of_counts = [
             f"{len(values)} of {len(repeats[count])} runs on {count} {_devices(count)}"
             for count, values in shares.items()
             if values
         ]
         worst = max(value for values in shares.values() for value in values)
-        notes.append(f"DISTURBED: {', '.join(told)}: {text.format(worst)} at worst")
+        notes.append(f"DISTURBED: {', '.join(runs_of_counts)}: {text.format(worst)} at worst")
     return notes
 
 
@@ -112,18 +111,19 @@ def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
     samples = [[result.test_accuracy for result in results] for results in repeats.values()]
     if not accuracies.freedom:
         return f"{subject}; one run a count cannot tell whether that is within the noise of the seeds. Set seed=0,1,2"
-    ratio, between, within = variance_ratio(samples)
-    if math.isnan(ratio):
+    if len({accuracy for sample in samples for accuracy in sample}) == 1:
         return f"{subject}: the same in all runs"
+    from scipy.stats import f_oneway  # imported late, as it takes long
+
+    ratio, probability = f_oneway(*samples)
     ends = np.eye(len(repeats))[-1] - np.eye(len(repeats))[0]
     interval = accuracies.interval(ends)
     assert interval
-    probability = f_probability(ratio, between, within)
     verdict = "are within" if probability >= SIGNIFICANT else "go beyond"
     return (
         f"{subject} (95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}); the differences between "
         f"the device counts {verdict} the noise of the seeds (one-way analysis of variance, "
-        f"F({between:.0f}, {within:.0f}) = {ratio:.3g}, p = {probability:.2g})"
+        f"F({len(samples) - 1}, {accuracies.freedom:.0f}) = {ratio:.3g}, p = {probability:.2g})"
     )
 
 

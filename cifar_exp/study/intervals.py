@@ -67,7 +67,8 @@ class Means:
         freedom = float((sizes - 1).sum())
         if not freedom:
             return cls(values, np.full(len(samples), math.nan), 0.0)
-        spread = math.sqrt(_squares(samples, values) / freedom)
+        squares = sum(float(np.square(sample - mean).sum()) for sample, mean in zip(samples, values, strict=True))
+        spread = math.sqrt(squares / freedom)
         return cls(values, (spread if spread > ROUNDING else 0.0) / np.sqrt(sizes), freedom)
 
     def interval(self, weights: ArrayLike) -> Interval | None:
@@ -93,7 +94,7 @@ class Means:
 
 @cache
 def _standard_draws(freedom: float, count: int) -> Array:
-    """(DRAWS, count) of the multivariate t distribution."""
+    """(DRAWS, count) of the multivariate t distribution, without the long import of scipy.stats."""
     rng = np.random.default_rng(SEED)
     spread = np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
     return np.asarray(spread * rng.standard_normal((DRAWS, count)))
@@ -120,7 +121,7 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
     count = len(values)
     if count < FEWEST_BLOCKS:
         return math.nan, 0.0
-    length = math.ceil(math.sqrt(count))
+    length = math.ceil(math.sqrt(count))  # scipy.stats.bootstrap resamples single values, as if they were independent
     stretches = count / length
     starts = np.random.default_rng(SEED).integers(count, size=(BLOCK_DRAWS, math.ceil(stretches), 1))
     chosen = ((starts + np.arange(length)) % count).reshape(BLOCK_DRAWS, -1)[:, :count]
@@ -138,6 +139,7 @@ def difference(
         second: means with their own errors.
         weights: of the first and of the second means.
     """
+    # scipy.stats.ttest_ind compares two samples; here each side is a sum of means with pooled noise.
     if not (first.freedom and second.freedom):
         return None, None
     sums = [float(np.dot(own, means.values)) for own, means in zip(weights, (first, second), strict=True)]
@@ -153,6 +155,7 @@ def difference(
 
 def adjusted(probabilities: Sequence[float]) -> list[float]:
     """The p values, adjusted for multiple comparisons (Holm 1979)."""
+    # scipy.stats has Benjamini and Hochberg's adjustment, which limits the false discovery rate, but not Holm's.
     order = np.argsort(probabilities)
     scaled = np.asarray(probabilities)[order] * np.arange(len(order), 0, -1)
     result = np.empty(len(order))
@@ -160,30 +163,7 @@ def adjusted(probabilities: Sequence[float]) -> list[float]:
     return [float(value) for value in result]
 
 
-def variance_ratio(samples: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """One-way analysis of variance: F of the samples' means, and its degrees of freedom (Fisher 1925).
-
-    Returns:
-        F, and the degrees of freedom between and within the samples. F is infinite where all samples are constant but
-        differ, and nan where all values are equal.
-    """
-    sizes = np.array([len(sample) for sample in samples])
-    means = np.array([np.mean(sample) for sample in samples])
-    total = float(np.dot(sizes, means) / sizes.sum())
-    between, within = len(samples) - 1, float((sizes - 1).sum())
-    spread = _squares(samples, means)
-    explained = float(np.dot(sizes, (means - total) ** 2))
-    if spread <= ROUNDING**2:
-        return (math.inf if explained > ROUNDING**2 else math.nan), between, within
-    return (explained / between) / (spread / within), between, within
-
-
-def _squares(samples: Sequence[Sequence[float]], means: Array) -> float:
-    """Sum of squared deviations of all values from the means of their samples."""
-    return sum(float(((np.asarray(sample) - mean) ** 2).sum()) for sample, mean in zip(samples, means, strict=True))
-
-
-# scipy is imported late: only reports need it. scipy.special takes 0.1 s to import, scipy.stats many times that.
+# scipy is imported late: only reports need it. scipy.special has what scipy.stats calls and takes less time to import.
 
 
 def t_quantile(freedom: float) -> float:

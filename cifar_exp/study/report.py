@@ -89,7 +89,7 @@ class Study:
             sections = self._sections()
             if self.missing:
                 sections.append(("Jobs that did not finish", [[]], self.missing))
-            page.write_text(report_page.page_html(title, figure, sections, self.machines), encoding="utf-8")
+            page.write_text(report_page.report_html(title, figure, sections, self.machines), encoding="utf-8")
         return [table, figure, page]
 
     def metrics(self) -> list[tuple[str, float, int]]:
@@ -127,17 +127,17 @@ class Study:
             "efficiency": [with_interval(row, "efficiency", ".1%") for row in rows],
             "training, s": [with_interval(row, "train_seconds", ",.1f") for row in rows],
             "training, x faster": [with_interval(row, "time_ratio", ".2f") for row in rows],
-            "at the steady rate, s": [shown(row.steady_seconds, ",.1f") for row in rows],
-            "with start and evaluation, s": [shown(row.total_seconds, ",.1f") for row in rows],
+            "at the steady rate, s": [_optional(row.steady_seconds, ",.1f") for row in rows],
+            "with start and evaluation, s": [_optional(row.total_seconds, ",.1f") for row in rows],
             "test accuracy": [with_interval(row, "test_accuracy", ".4f") for row in rows],
         }
         if self.report.target_accuracy is not None:
             target = f"to {self.report.target_accuracy:g}"
             lines[f"{target}: runs"] = [f"{row.reached} of {row.repeats}" for row in rows]
             lines[f"{target}: s"] = [with_interval(row, "seconds_to_accuracy", ",.1f") for row in rows]
-            lines[f"{target}: device s"] = [shown(row.device_seconds_to_accuracy, ",.1f") for row in rows]
+            lines[f"{target}: device s"] = [_optional(row.device_seconds_to_accuracy, ",.1f") for row in rows]
             if self.report.price_per_hour is not None:
-                lines[f"{target}: price"] = [shown(row.price_to_accuracy, ",.4g") for row in rows]
+                lines[f"{target}: price"] = [_optional(row.price_to_accuracy, ",.4g") for row in rows]
         shares = {breakdown.devices: breakdown.shares for breakdown in group.breakdowns}
         for part in PARTS if shares else ():
             lines[f"time: {part}"] = [
@@ -169,7 +169,7 @@ def csv_row(row: SpeedupRow) -> dict[str, object]:
 def with_interval(row: SpeedupRow, figure: str, form: str) -> str:
     """A figure of the row, and its interval below if there is one."""
     interval = row.intervals.get(figure)
-    return shown(getattr(row, figure), form) + (f"\n{interval_text(interval, form)}" if interval else "")
+    return _optional(getattr(row, figure), form) + (f"\n{interval_text(interval, form)}" if interval else "")
 
 
 def interval_text(interval: Interval, form: str) -> str:
@@ -177,7 +177,7 @@ def interval_text(interval: Interval, form: str) -> str:
     return f"{interval.low:{form}}\u2013{interval.high:{form}}"
 
 
-def shown(value: float | None, form: str) -> str:
+def _optional(value: float | None, form: str) -> str:
     """The formatted value; empty where it is unknown."""
     return "" if value is None else format(value, form)
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_exp.display.page_assets import STYLE
+from cifar_exp.display.templates import rendered
 
 Section = tuple[str, Sequence[Sequence[str]], Sequence[str]]
 """A title, a table (headings first, then a list of texts a row), and sentences below it."""
 
 
-def page_html(title: str, figure: Path, sections: Sequence[Section], machines: Sequence[str]) -> str:
+def report_html(title: str, figure: Path, sections: Sequence[Section], machines: Sequence[str]) -> str:
     """The page from ``report_page.html``, with all texts escaped.
 
     Args:
@@ -20,12 +20,9 @@ def page_html(title: str, figure: Path, sections: Sequence[Section], machines: S
         sections: the tables with their notes.
         machines: one line for each machine.
     """
-    from jinja2 import Environment, FileSystemLoader  # imported late: only reports need it
-
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return templates.get_template("report_page.html").render(
+    return rendered(
+        Path(__file__).with_name("report_page.html"),
         title=title,
-        style=STYLE,
         image=base64.b64encode(figure.read_bytes()).decode(),
         sections=sections,
         machines=machines,

@@ -109,7 +109,7 @@ def _link_notes(
         return []
     sent = median(metrics["communication/bytes_per_step"] for metrics in known)
     link = median(metrics["communication/link_bytes_per_second"] for metrics in known)
-    told = (
+    sentence = (
         f"on {devices} devices: each rank sends {sent / 1e6:.3g} MB a step; the link carries {link / 1e9:.3g} GB/s, "
         f"so that takes {1000 * sent / link:.3g} ms"
     )
@@ -118,5 +118,5 @@ def _link_notes(
         exposed, hidden = (
             1000 * min(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
         )
-        told += f"; a step took {exposed:.3g} ms of exposed and {hidden:.3g} ms of overlapped communication"
-    return [told]
+        sentence += f"; a step took {exposed:.3g} ms of exposed and {hidden:.3g} ms of overlapped communication"
+    return [sentence]

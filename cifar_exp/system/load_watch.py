@@ -46,7 +46,7 @@ class LoadMeter:
         return min(1.0, max(0.0, others) / (elapsed * len(own_cores())))  # the kernel's counters are coarse
 
 
-class Watch:
+class LoadWatch:
     """Samples the machine in a thread while ranks train, as a context manager.
 
     Args:
@@ -60,7 +60,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="machine", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "LoadWatch":
         self._load, self._before, self._began = LoadMeter(), _counters(), time.perf_counter()
         self._thread.start()
         return self

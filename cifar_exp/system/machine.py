@@ -32,11 +32,11 @@ def description(accelerator: str, count: int) -> dict[str, str]:
 
 def in_one_line(tags: Mapping[str, str]) -> str:
     """The machine in one line, from tags of :func:`description`; empty without such tags."""
-    told = {name.removeprefix("machine."): value for name, value in tags.items() if name.startswith("machine.")}
-    if "processor" not in told:
+    facts = {name.removeprefix("machine."): value for name, value in tags.items() if name.startswith("machine.")}
+    if "processor" not in facts:
         return ""
-    first = f"{told.pop('processor')}, {told.pop('cores', '?')} cores, {told.pop('memory_gib', '?')} GiB"
-    return "; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items())])
+    first = f"{facts.pop('processor')}, {facts.pop('cores', '?')} cores, {facts.pop('memory_gib', '?')} GiB"
+    return "; ".join([first, *(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())])
 
 
 def _clock_limit() -> float | None:

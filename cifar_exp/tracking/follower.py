@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
-from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalFollower
+from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
 from cifar_exp.records.run_folder import Status, sync_command
 from cifar_exp.system.bugs import bug_text, described, is_bug
 from cifar_exp.system.redaction import masked_text
@@ -64,7 +64,7 @@ class Follower(threading.Thread):
         super().__init__(name=f"follower of {type(sink).__name__}", daemon=True)
         self.sink = sink
         self.error: Exception | None = None
-        self._journal, self._interval = JournalFollower(run_dir), interval
+        self._journal, self._interval = JournalReader(run_dir), interval
         self._status: Status | None = None  # how the run ended
         self._began, self._ended = time.monotonic(), math.inf
         self._answer_seconds = math.inf

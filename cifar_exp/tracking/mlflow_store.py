@@ -2,18 +2,20 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_exp.errors import ConfigError, TrackingError
+from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
 from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_private
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
+from cifar_exp.system.bugs import is_bug
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
+from cifar_exp.tracking.follower import shortened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -175,3 +177,16 @@ def _make_store(path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.unlink(missing_ok=True)  # left by a process that was killed
         make(f"sqlite:///{temporary}", path.parent.resolve().as_uri()).engine.dispose()
+
+
+@contextmanager
+def store_errors(problem: str, remedy: str) -> Iterator[None]:
+    """Turn an error of the store into a ``TrackingError``. Errors of this package and bugs stay as they are."""
+    try:
+        yield
+    except CifarExpError:
+        raise
+    except Exception as error:  # MLflow raises whatever its store does
+        if is_bug(error):
+            raise
+        raise TrackingError(f"{problem}: {shortened(error)}. {remedy}") from error

@@ -4,7 +4,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_exp.errors import CifarExpError, TrackingError
 from cifar_exp.records.journal import read
 from cifar_exp.records.run_folder import (
     OUTPUTS,
@@ -14,12 +13,11 @@ from cifar_exp.records.run_folder import (
     mark_delivered,
     sync_command,
 )
-from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
-from cifar_exp.tracking.follower import BATCH, shortened
+from cifar_exp.tracking.follower import BATCH
 from cifar_exp.tracking.mlflow_run import MLflowRun, point_count
-from cifar_exp.tracking.mlflow_store import MLflowStore
+from cifar_exp.tracking.mlflow_store import MLflowStore, store_errors
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,16 @@ class MLflowTracker(MLflowStore):
             entries = read(run_dir)
             sink = self.sink(run)
             address = masked_text(self.address())
-            try:
+            with store_errors(
+                f"tracking.uri={address}: {run_dir} could not be delivered",
+                f"Nothing is lost: run {sync_command(run_dir)} once the store can be reached. Passwords are not "
+                f"stored: if the address has one, append tracking.uri=<address>",
+            ):
                 sink.open()
                 missing = sink.missing(entries)
                 for start in range(0, len(missing), BATCH):
                     sink.write(missing[start : start + BATCH])
                 sink.close(status)
-            except CifarExpError:
-                raise
-            except Exception as error:  # MLflow raises whatever its store does
-                if is_bug(error):
-                    raise
-                raise TrackingError(
-                    f"tracking.uri={address}: {run_dir} could not be delivered: {shortened(error)}. Nothing is lost: "
-                    f"run {sync_command(run_dir)} once the store can be reached. Passwords are not "
-                    f"stored: if the address has one, append tracking.uri=<address>"
-                ) from error
             owed = mark_delivered(run_dir, self.store())
         return (
             f"{run_dir}: {point_count(missing)} of {point_count(entries)} points were missing and are delivered, "

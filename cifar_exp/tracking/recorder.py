@@ -173,11 +173,11 @@ def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
         run_dir: the run's folder.
         well: how the training ended, where it ended well.
     """
-    told = f"{run_dir}: {well}its page or figure could not be"
+    problem = f"{run_dir}: {well}its page or figure could not be"
     if isinstance(error, StorageError | GivenUpError):
-        return StorageError(f"{told} written: {shortened(error)}")
+        return StorageError(f"{problem} written: {shortened(error)}")
     if isinstance(error, OSError):
-        return StorageError(f"{told} written: {shortened(error)}. {FREE_SPACE}")
+        return StorageError(f"{problem} written: {shortened(error)}. {FREE_SPACE}")
     if is_bug(error):
         return BugError(error, f"{run_dir}: {well}its page or figure was not drawn: ")
-    return StorageError(f"{told} drawn: {described(error)}")
+    return StorageError(f"{problem} drawn: {described(error)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cifar_exp.data.batches import EvaluationBatches, scaled_size
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records.checkpoint import Checkpoint, Origin
-from cifar_exp.records.checkpoint_saver import Saver
+from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import JournalWriter, run_id
 from cifar_exp.worker.assembly import Assembly
 from cifar_exp.worker.job import Job
@@ -17,7 +17,7 @@ class RankZeroFiles:
     """What rank 0 writes to."""
 
     journal: JournalWriter
-    saver: Saver
+    saver: CheckpointSaver
 
 
 @dataclass

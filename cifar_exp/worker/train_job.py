@@ -14,7 +14,7 @@ from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
-from cifar_exp.records.checkpoint_saver import Saver
+from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import Entry, JournalWriter
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.trainer import ReportMetrics, Trainer
@@ -23,17 +23,17 @@ from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
 from cifar_exp.worker.final_metrics import communication_metrics, epoch_metrics, test_metrics, time_metrics
 from cifar_exp.worker.first_steps import capture_steps, prepare_steps
 from cifar_exp.worker.job import Job
-from cifar_exp.worker.process import live
+from cifar_exp.worker.rank_process import live
 
 TRACE_FILE = "trace.json.gz"
 
 
 def run_rank(job: Job, exchange: Path) -> None:
     """The entry point of each training process; see :func:`live`."""
-    live(job, exchange, train)
+    live(job, exchange, _train)
 
 
-def train(job: Job, world: World, control: Control) -> None:
+def _train(job: Job, world: World, control: Control) -> None:
     """Train on this rank's device, and write journal and checkpoints on rank 0."""
     with (
         opened(job.data, world.device, job.threads) as (images, test_images),
@@ -69,7 +69,7 @@ def _fit(
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
         files = None
         if journal:
-            files = RankZeroFiles(journal, closing.enter_context(Saver(job.run_dir, job.checkpoint.keep)))
+            files = RankZeroFiles(journal, closing.enter_context(CheckpointSaver(job.run_dir, job.checkpoint.keep)))
         policy = CheckpointPolicy(job, world, assembly, validation, held_out is not None, files)
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from cifar_exp.config import hydra_versions, reading
 from cifar_exp.config.defaults import conf_dir
-from cifar_exp.config.hydra_versions import _parser_of_old_versions, composing, limited_to, register_resolver
+from cifar_exp.config.hydra_versions import composing, limited_to, parser_of_old_versions, register_resolver
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.targets import ALLOWED
 from cifar_exp.runs.components import build
@@ -47,7 +47,7 @@ def test_hydras_parser_is_made_where_argparse_looks_at_each_help() -> None:
     with pytest.raises((TypeError, ValueError)):
         module.get_args_parser()
     make, check = module.get_args_parser, argparse.ArgumentParser._check_help
-    with _parser_of_old_versions():
+    with parser_of_old_versions():
         parser = module.get_args_parser()
         assert argparse.ArgumentParser._check_help is check  # a job may make parsers of its own
     assert module.get_args_parser is make
@@ -65,7 +65,7 @@ def test_only_what_is_no_string_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
         return parser
 
     monkeypatch.setattr(sys.modules["hydra.main"], "get_args_parser", make)
-    with _parser_of_old_versions(), pytest.raises((KeyError, ValueError)):
+    with parser_of_old_versions(), pytest.raises((KeyError, ValueError)):
         sys.modules["hydra.main"].get_args_parser()
 
 

@@ -1,6 +1,5 @@
 """The run's page and the figures show what the journal says, whatever it says."""
 
-import html
 import math
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from markupsafe import escape
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -153,11 +153,11 @@ def test_page_fetches_nothing() -> None:
 
 
 def test_texts_are_escaped() -> None:
-    evil = "<script>alert('1')</script>&\""
+    evil = "<script>alert('1')</script>&\"{{ 1 }}\x00\x1b\x85"
     facts = replace(FACTS, title=evil, details={evil: evil})
     page = page_html([*ENTRIES, Entry(400, 4, 1.0, {f"time_split/{evil}": 1.0})], facts, 1.0)
     assert page.count("<script>") == 1  # the page's own
-    assert page.count(html.escape(evil)) == 6  # title, heading, the detail's name and text, the bar's tooltip and row
+    assert page.count(str(escape(evil))) == 6  # title, heading, the detail's name and text, the bar's tooltip and row
 
 
 def test_markup_is_well_formed() -> None:
@@ -286,6 +286,11 @@ def test_page_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(StorageError, match=r"progress\.html cannot be written"):
         write_progress_page(tmp_path, ENTRIES, FACTS, 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["progress.html"]
+
+
+def test_ranks_do_without_pages() -> None:
+    code = "import sys, cifar_exp.worker.train_job, cifar_exp.display.page; sys.exit('jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_page_does_without_matplotlib() -> None:

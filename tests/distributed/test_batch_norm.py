@@ -193,7 +193,7 @@ def test_population_statistics_are_those_of_all_training_images_on_any_number_of
     assert torch.equal(alone["population"]["parameters"], vector(tiny_model().parameters()))
     # The first layer's inputs do not depend on other statistics, so that they can be put together and looked at.
     model = tiny_model()
-    batches = train_batches(World(0, 0, 1, torch.device("cpu"))).epoch(1)
+    batches = train_batches(World(0, 1, torch.device("cpu"))).epoch(1)
     inputs = model[0](torch.cat([images for images, _ in batches])).double()
     variance, mean = torch.var_mean(inputs, (0, 2, 3))
     torch.testing.assert_close(ours[: len(mean)].double(), mean, rtol=1e-5, atol=1e-6)

@@ -136,7 +136,7 @@ def plain_loop(rank_count: int) -> tuple[Tensor, list[float]]:
     """The three steps in bare PyTorch, in one process: parameters, and each step's mean loss over the ranks."""
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    parts = [train_batches(World(rank, rank, rank_count, torch.device("cpu"))).epoch(1) for rank in range(rank_count)]
+    parts = [train_batches(World(rank, rank_count, torch.device("cpu"))).epoch(1) for rank in range(rank_count)]
     losses = []
     for step, batches in enumerate(zip(*parts, strict=True)):
         optimizer.param_groups[0]["lr"] = LR / 2**step
@@ -201,7 +201,7 @@ def divergence(world: World, log_every: int) -> str:
 
 def all_results(world: World) -> Results:
     return {
-        "world": (world.rank, world.local_rank, world.size, world.is_first, str(world.device)),
+        "world": (world.rank, world.size, world.is_first, str(world.device)),
         "sum": sum_over_ranks(torch.tensor([1.0 + world.rank, 10.0], dtype=torch.float64)).tolist(),
         **gradients(world),
         "evaluated": vars(evaluated(world, 33)),
@@ -235,8 +235,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def test_each_rank_knows_its_place(pair: list[Results], alone: Results) -> None:
-    assert [rank["world"] for rank in pair] == [(0, 0, 2, True, "cpu"), (1, 1, 2, False, "cpu")]
-    assert alone["world"] == (0, 0, 1, True, "cpu")
+    assert [rank["world"] for rank in pair] == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
+    assert alone["world"] == (0, 1, True, "cpu")
 
 
 def test_sums_are_over_all_ranks(pair: list[Results], alone: Results) -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Devices
-from cifar_exp.data.batches import _constant_images
+from cifar_exp.data.batches import constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
 from cifar_exp.distributed import data_parallel
@@ -163,7 +163,7 @@ class OnlyWhatMPSHas(TorchDispatchMode):
 @pytest.fixture
 def only_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nn.Module, "_apply", _moved)
-    _constant_images.cache_clear()
+    constant_images.cache_clear()
     monkeypatch.setattr(accelerator, "_is_mps", lambda device: device == GPU)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # which is not asked about MPS
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
@@ -171,7 +171,7 @@ def only_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with FakeTensorMode() as mode:
         monkeypatch.setattr(swa_utils, "deepcopy", lambda model: deepcopy(model, {id(mode): mode}))
         yield
-    _constant_images.cache_clear()
+    constant_images.cache_clear()
 
 
 def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> Assembly:
@@ -184,7 +184,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = assemble(job, World(0, 0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
+    rank = assemble(job, World(0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
         for parameter in rank.model.parameters():

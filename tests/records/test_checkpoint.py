@@ -16,7 +16,7 @@ import torch
 from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint, Origin, load, newest, save, sealed, sound
-from cifar_exp.records.checkpoint_saver import Saver
+from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.run_folder import CHECKPOINTS
 from tests.helpers.checkpoints import Malicious, origin, reseal, silent, trained
 
@@ -119,7 +119,7 @@ def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_pa
 
 def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
     saved, expected = trained(), trained()
-    with Saver(tmp_path, keep=2) as saver:
+    with CheckpointSaver(tmp_path, keep=2) as saver:
         saver.save(saved, origin(10))
         for value in saved.model.values():
             value.fill_(0)
@@ -140,7 +140,7 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
         refusal = pytest.raises(
             StorageError, match=r"step-00000020\.pt: the checkpoint could not be saved: .*No space left"
         )
-        with refusal, Saver(tmp_path, keep=1) as saver:
+        with refusal, CheckpointSaver(tmp_path, keep=1) as saver:
             saver.save(trained(1), origin(20))
     assert files(tmp_path) == ["step-00000010.json", "step-00000010.pt"]
     assert_equal(newest(tmp_path, silent), trained(0))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalFollower, JournalWriter, last_values, parse, read
+from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader, JournalWriter, last_values, parse, read
 
 FIRST = Entry(0, 0, 0.25, {"a": 1.0})
 SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})
@@ -61,7 +61,7 @@ def test_a_second_writer_adds_to_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_follower_yields_each_entry_once(tmp_path: Path) -> None:
-    follower = JournalFollower(tmp_path)
+    follower = JournalReader(tmp_path)
     assert list(follower.new_entries()) == []  # no journal yet
     written(tmp_path, FIRST)
     assert list(follower.new_entries()) == [FIRST]
@@ -77,7 +77,7 @@ def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
     second_line = whole.index(b"\n") + 1
     for cut in range(second_line, len(whole)):
         path.write_bytes(whole[:cut])
-        follower = JournalFollower(tmp_path)
+        follower = JournalReader(tmp_path)
         assert list(follower.new_entries()) == [FIRST]
         path.write_bytes(whole)
         assert list(follower.new_entries()) == [SECOND]
@@ -86,7 +86,7 @@ def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
 def test_a_line_that_a_killed_writer_left_half_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / JOURNAL_FILE
     written(tmp_path, FIRST)
-    follower = JournalFollower(tmp_path)
+    follower = JournalReader(tmp_path)
     with path.open("a") as file:
         file.write('{"step": 7, "ep')
     assert list(follower.new_entries()) == [FIRST]

@@ -12,7 +12,7 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun
 from cifar_exp.study.report import Study
-from cifar_exp.study.report_page import page_html
+from cifar_exp.study.report_page import report_html
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 
@@ -233,7 +233,7 @@ def test_what_two_sweeps_were_set_to_otherwise_is_said() -> None:
 
 def test_texts_on_the_page_are_escaped(tmp_path: Path) -> None:
     (tmp_path / "figure.png").write_bytes(b"")
-    page = page_html("<b>", tmp_path / "figure.png", [("<i>", [["<u>"], ["<s>"]], ["warning: <p1>"])], ["<m1>"])
+    page = report_html("<b>", tmp_path / "figure.png", [("<i>", [["<u>"], ["<s>"]], ["warning: <p1>"])], ["<m1>"])
     for text in ("b", "i", "u", "s", "p1", "m1"):
         assert f"<{text}>" not in page
         assert f"&lt;{text}&gt;" in page

@@ -12,10 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_exp.config import refusals
 from cifar_exp.config.reading import register_resolvers
-from cifar_exp.config.refusals import explained, to_blame
+from cifar_exp.config.refusals import causing_words, explained
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import bugs, supported
-from cifar_exp.system.bugs import BugError, is_bug, told
+from cifar_exp.system.bugs import BugError, is_bug, user_error
 from cifar_exp.tracking.follower import shortened, undelivered_message
 from tests.conftest import REPO, environment, the_run
 
@@ -172,14 +172,14 @@ def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not refusals._fails_alike(TypeError(), ["data=null"])
     assert explained(ValueError("elsewhere"), typed) is None  # Hydra has not raised it
     monkeypatch.setattr(refusals, "origin", lambda *_: "hydra")
-    assert to_blame(ValueError(), typed) == ["data=null"]
-    assert to_blame(TypeError(), typed) == []
+    assert causing_words(ValueError(), typed) == ["data=null"]
+    assert causing_words(TypeError(), typed) == []
 
     def fail(*_: object) -> None:
         raise ValueError
 
     monkeypatch.setattr(OverridesParser, "parse_overrides", fail)
-    assert to_blame(ValueError(), typed) == []  # it fails without them, too
+    assert causing_words(ValueError(), typed) == []  # it fails without them, too
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_a_bug_is_what_python_itself_raises(error: Exception, expected: bool) ->
 
 def test_what_the_system_refuses_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bugs.tempfile, "tempdir", str(tmp_path))
-    refused = told(PermissionError(13, "Permission denied", "there"))
+    refused = user_error(PermissionError(13, "Permission denied", "there"))
     assert isinstance(refused, StorageError)
     assert str(refused).startswith("there: Permission denied")
-    assert isinstance(told(FileNotFoundError(2, "No such file", "there")), BugError)
+    assert isinstance(user_error(FileNotFoundError(2, "No such file", "there")), BugError)
     lasting = DataError("x")
-    assert told(lasting) is lasting
+    assert user_error(lasting) is lasting
 
 
 def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

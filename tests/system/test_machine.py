@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cifar_exp.system import host, load_watch
-from cifar_exp.system.load_watch import LoadMeter, Watch, disturbances, own_cpu_seconds
+from cifar_exp.system.load_watch import LoadMeter, LoadWatch, disturbances, own_cpu_seconds
 from cifar_exp.system.machine import description
 
 BURN = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass"
@@ -59,7 +59,7 @@ def test_other_load_is_what_the_cores_did_beyond_ours(monkeypatch: pytest.Monkey
 
 
 def test_a_watch_ends_with_shares_and_clocks() -> None:
-    with Watch("cpu", 1) as watch:
+    with LoadWatch("cpu", 1) as watch:
         time.sleep(0.1)
     metrics = watch.metrics()
     assert 0 <= metrics["machine/other_load"] <= 1
@@ -132,7 +132,7 @@ def test_gpus_are_described_and_watched_through_nvml(monkeypatch: pytest.MonkeyP
     assert tags["machine.gpus"] == "GPU 0, GPU 1"
     assert tags["machine.gpu_links"] == "0-1 one host bridge"
     assert (tags["machine.gpu_memory_gib"], tags["machine.gpu_watts_max"]) == ("80, 80", "700")
-    with Watch("gpu", 2) as watch:
+    with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     metrics = watch.metrics()
     assert (metrics["machine/gpu_mhz"], metrics["machine/gpu_temperature"]) == (1600, 85)
@@ -150,13 +150,13 @@ def test_others_on_a_gpu_disturb_a_run_where_its_own_processes_can_be_told_from_
     nvml.used_by[1] = [use(os.getpid(), 60), use(1, 20), use(1, 40)]
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with Watch("gpu", 2) as watch:
+    with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     assert watch.metrics()["machine/gpu_other_load"] == pytest.approx(0.3)
     told = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
     assert "other processes kept the GPUs busy for 30% of the time" in told
     nvml.used_by = {0: [use(1, 90)], 1: [use(2, 90)]}  # ids of another namespace: our own may be among them
-    with Watch("gpu", 2) as watch:
+    with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     assert "machine/gpu_other_load" not in watch.metrics()
 
@@ -165,6 +165,6 @@ def test_without_nvml_gpus_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
     monkeypatch.setattr(host, "gpus_of_the_driver", lambda: ["NVIDIA H100", "NVIDIA H100"])
     assert description("gpu", 1)["machine.gpus"] == "NVIDIA H100"
-    with Watch("gpu", 1) as watch:
+    with LoadWatch("gpu", 1) as watch:
         time.sleep(0.01)
     assert not any("gpu" in name for name in watch.metrics())

@@ -139,7 +139,7 @@ def test_a_mirrors_password_is_sent_to_it_alone(tmp_path: Path, server: Server) 
         threading.Thread(target=redirecting.serve_forever, daemon=True).start()
         own = f"http://127.0.0.1:{redirecting.server_port}"
         with pytest.raises(errors.DataError) as caught:
-            download.fetch(
+            download.fetch_archive(
                 tmp_path,
                 mirror=f"{own.replace('//', '//me:p%40w@')}/x",
                 archive=None,

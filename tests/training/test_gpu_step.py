@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.data.batches import _constant_images
+from cifar_exp.data.batches import constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
@@ -74,11 +74,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(nn.Module, "_apply", _moved)
     for name in ("_fused_sgd_", "_fused_adamw_"):
         monkeypatch.setattr(torch, name, lambda *_parameters, name=name, **_settings: updates.append(name))
-    _constant_images.cache_clear()
+    constant_images.cache_clear()
     with FakeTensorMode() as mode:
         monkeypatch.setattr(swa_utils, "deepcopy", lambda model: deepcopy(model, {id(mode): mode}))
         yield updates
-    _constant_images.cache_clear()
+    constant_images.cache_clear()
 
 
 def _moved(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -100,7 +100,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
     control = Control(folder, folder, 0, 1, None)
-    rank = assemble(job, World(0, 0, 1, GPU), control, lambda *_: None, split, split)
+    rank = assemble(job, World(0, 1, GPU), control, lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:
         for parameter in rank.model.parameters():

@@ -39,7 +39,8 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
     gc.enable()
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
-        control = Control(exchange, job.run_dir, rank, _steps_between_waits(job), _seconds_left(job))
+        steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
+        control = Control(exchange, job.run_dir, rank, steps_between_waits, _seconds_left(job))
         if attempt:
             job = _restarted(job, exchange, rank, attempt)
         _prepare_process(job)
@@ -79,10 +80,6 @@ def end_rank() -> None:
     """
     if host.start_method() == "spawn":  # forked processes call nothing at their exit
         atexit.register(os._exit, 0)
-
-
-def _steps_between_waits(job: Job) -> int:
-    return 1 if job.accelerator == "cpu" else job.train.log_every
 
 
 def _seconds_left(job: Job) -> float | None:

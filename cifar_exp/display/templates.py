@@ -1,0 +1,39 @@
+"""HTML pages from Jinja2 templates. ``asset("page.css")`` in a template inserts a file that lies beside this module."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+
+def rendered(template: Path, **values: Any) -> str:
+    """The template with ``values``, which are escaped. A template reads others of its own folder."""
+    return _environment(template.parent).get_template(template.name).render(values)
+
+
+@cache
+def _environment(folder: Path) -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # imported late: ranks draw no page
+
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        auto_reload=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["asset"] = _asset
+    return environment
+
+
+@cache
+def _asset(name: str) -> "Markup":
+    """A style or script of this package, which is not escaped."""
+    from markupsafe import Markup
+
+    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
