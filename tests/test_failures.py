@@ -15,7 +15,14 @@ from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.helpers.mlflow_runs import all_runs, client
-from tests.helpers.processes import Start, answers_signals, assert_nothing_is_left, training_ranks, wait_for, wait_for_tracked_runs
+from tests.helpers.processes import (
+    Start,
+    answers_signals,
+    assert_nothing_is_left,
+    training_ranks,
+    wait_for,
+    wait_for_tracked_runs,
+)
 
 LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
 

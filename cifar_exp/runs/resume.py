@@ -14,7 +14,7 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import find_run
 from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
-from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
+from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, _is_same
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
 
@@ -111,7 +111,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     elif (run_dir / RUN_FILE).exists():
         folder = run_dir
     else:
-        folder = _interrupted(config_hash(config), warn) if anywhere else None
+        folder = _interrupted(config, warn) if anywhere else None
     if folder is None:
         return None
     try:
@@ -201,12 +201,12 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
         )
 
 
-def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest interrupted run under ``outputs/`` whose config hash is ``wanted``; None if there is none."""
+def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
+    """The newest interrupted run under ``outputs/`` with these settings; None if there is none."""
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            same = json.loads(path.read_text())["config_hash"] == wanted
+            same = _is_same(json.loads(path.read_text()), config)
             if same and not is_finished(path.parent) and not is_claimed(path.parent):
                 return path.parent
         except UNREADABLE as error:

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Protocol
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 NonNegative = Annotated[float, Ge(0)]
 
@@ -19,8 +19,8 @@ def piecewise(
     steps_per_epoch: int,
     epochs: int,  # noqa: ARG001
     *,
-    drop_factor: Annotated[float, Gt(0)] = 0.1,
-    drop_period: Annotated[int, Ge(1)] = 50,
+    drop_factor: Annotated[float, Gt(0), Le(1)],
+    drop_period: Annotated[int, Ge(1)],
 ) -> float:
     """The factor is multiplied by ``drop_factor`` every ``drop_period`` epochs (MATLAB's "piecewise")."""
     return float(drop_factor ** (step // steps_per_epoch // drop_period))
