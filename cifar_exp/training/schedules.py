@@ -26,13 +26,13 @@ def piecewise(
     return float(drop_factor ** (step // steps_per_epoch // drop_period))
 
 
-def cosine(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+def cosine(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative) -> float:
     """Half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up."""
     warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative) -> float:
     """A straight line from 1 to 0, after a linear warm-up."""
     warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
     return warmup * (1 - progress)

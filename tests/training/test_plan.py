@@ -178,7 +178,7 @@ def test_learning_rate_ranges_join_the_epochs_of_one_rate() -> None:
 
 
 def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() -> None:
-    made = plan(1, 80, batch_size=20, epochs=2, schedule=cosine, lr=1.0)
+    made = plan(1, 80, batch_size=20, epochs=2, schedule=partial(cosine, warmup_epochs=0), lr=1.0)
     first, second = made.learning_rate_ranges()
     rates = made.learning_rates
     assert len(rates) == 8
