@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.data.augment import Augmentation, Crop
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
@@ -23,6 +24,7 @@ from cifar_exp.models.networks import ModelFactory, convnet, seeded
 from cifar_exp.system.accelerator import resolve_precision
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.training.cuda_graph import cuda_graph
+from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer
 
@@ -85,7 +87,8 @@ def trainer(world: World, log_every: int = 10) -> Trainer:
     parallel, communication = data_parallel(model, world)
     step = TrainStep(parallel, optimizer, PRECISION, label_smoothing=0.0, communication=communication)
     rates = (0.01,) * 100_000  # more steps than any benchmark takes
-    return Trainer(step, rates, log_every=log_every, report=lambda *_: None)
+    stopping = EarlyStopping(EarlyStoppingSettings(patience=None, metric="val/loss", min_delta=0.0))
+    return Trainer(step, rates, log_every, lambda *_: None, batch_norm="averaged", early_stopping=stopping)
 
 
 def training_flop(model: nn.Module, size: tuple[int, int] = (32, 32)) -> float:

@@ -19,7 +19,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"Valid: {', '.join(names)}" if len(names) <= 12 else "cifar-exp --help lists them all"
 
 
-def _explain(error: ValidationError, prefix: str) -> str:
+def invalid_setting(error: ValidationError, prefix: str) -> str:
     """The message for pydantic's first problem: setting, value, rule, remedy."""
     problems = error.errors(include_url=False)
     # pydantic's location is the section, the key, then the member of a union (`4` or `auto`) that it tried.
@@ -29,7 +29,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
     if problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_setting(setting)
     if problems[0]["type"] == "missing":
-        return f"{setting}: it must be given. Set {setting}=<value>"
+        return f"{setting}: it must be given. Set {setting}={shown(default_settings().get(setting, '<value>'))}"
     return invalid_value(setting, value, problems)
 
 

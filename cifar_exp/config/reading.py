@@ -1,9 +1,7 @@
 """Convert Hydra's composed configuration to the typed one and check every setting."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
-from cifar_exp.config.messages import _explain
+from cifar_exp.config.messages import invalid_setting
 from cifar_exp.config.schema import COMMON, Config
 from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
@@ -19,6 +17,7 @@ from cifar_exp.system.bugs import first_cause, is_bug, raised_in
 from cifar_exp.system.host import own_cores
 
 SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
+ClosedSection = TypeVar("ClosedSection")
 
 
 def register_resolvers() -> None:
@@ -59,15 +58,29 @@ def read_config(composed: DictConfig) -> Config:
                 f"{name}: it has no _target_, so no choice of the group is loaded. Set {name}=<{choices}>"
             )
         if name in COMMON:
-            known = {field.name for field in fields(COMMON[name])}
-            _validated(COMMON[name], {key: value for key, value in section.items() if key in known}, f"{name}.")
+            _validated(COMMON[name], section, f"{name}.")
         check_targets(name, section, config.trusted_modules)
     return config
 
 
-def _validated(schema: type, content: Mapping[str, Any], prefix: str) -> Any:
+def read_section(schema: type[ClosedSection], composed: DictConfig, name: str) -> ClosedSection:
+    """Convert one closed section of the composed configuration.
+
+    Args:
+        schema: the class of the section.
+        composed: the configuration.
+        name: the section.
+
+    Raises:
+        ConfigError: a setting is missing, unknown, has a wrong type or is out of range.
+    """
+    section: ClosedSection = _validated(schema, OmegaConf.to_container(composed[name], resolve=True), f"{name}.")
+    return section
+
+
+def _validated(schema: Any, content: Any, prefix: str) -> Any:
     """``content`` as an instance of ``schema``. pydantic's JSON mode is strict about types and accepts mappings."""
     try:
         return TypeAdapter(schema).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise ConfigError(_explain(error, prefix)) from error
+        raise ConfigError(invalid_setting(error, prefix)) from error

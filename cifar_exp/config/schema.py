@@ -1,6 +1,6 @@
-"""The typed configuration: the meaning, unit and range of each setting.
+"""The typed configuration: type, meaning, unit and range of each setting. ``conf/`` has the defaults, this file none.
 
-These are plain dataclasses, and every module may import them. ``reading.py`` converts composed YAML to these classes
+These are plain classes, and every module may import them. ``reading.py`` converts composed YAML to these classes
 and reports wrong settings.
 
 The sections ``train``, ``devices``, ``checkpoint``, ``early_stopping`` and ``report`` are closed: they have exactly
@@ -10,17 +10,18 @@ import. ``KEPT`` has the settings of open sections that the framework uses itsel
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Required
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
 Count = Annotated[int, Ge(1)]
 NonNegativeCount = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
-Scale = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
 Name = Annotated[str, MinLen(1)]
 Auto = Literal["auto"]
 BatchNorm = Literal["averaged", "local", "synchronized", "population"]
@@ -34,25 +35,40 @@ class Train:
     """The training loop."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    epochs: Count = 60
-    batch_size: Count = 256  # images: per device with weak scaling, global with strong scaling
-    scaling: Literal["weak", "strong"] = "weak"
-    accumulate: Count = 1  # gradient accumulation: micro-batches per device and step
-    lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"] = "linear"  # of the learning rate with the batch
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # auto: fused layers on CPUs, captured steps (CUDA graphs) on GPUs; never: PyTorch's layers, eager steps;
-    # always: torch.compile
-    compile: Literal["auto", "never", "always"] = "auto"
-    deterministic: bool = False
-    normalization: Literal["zerocenter", "zscore", "none"] = "zerocenter"
-    batch_norm: BatchNorm = "averaged"  # which statistics are used over devices
-    label_smoothing: BelowOne = 0.0
-    image_scales: tuple[Scale, ...] = ()  # progressive resizing: image sides over the epochs; empty: full size
-    weight_averaging: BelowOne = 0.0  # decay per step of the EMA of the weights, which is evaluated; 0: no EMA
-    mirrored_evaluation: bool = False  # a second test accuracy: mean logits of each image and its mirror image
-    log_every: Count = 10  # steps between two points of the live plot; the loss is read from the device then
-    profile: bool = False  # write a profiler trace of a few steps
-    max_seconds: PositiveFloat | None = None  # time limit of the run, after which training stops and saves
+    epochs: Count
+    """Passes over the training images."""
+    batch_size: Count
+    """Images a step: of each device with weak scaling, of all devices together with strong scaling."""
+    scaling: Literal["weak", "strong"]
+    """Whether the global batch grows with the number of devices (weak) or stays the same (strong)."""
+    accumulate: Count
+    """Micro-batches a device and step, whose gradients are added up."""
+    lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"]
+    """How the learning rate follows the global batch relative to 256 images; linear_warmup reaches it in 5 epochs."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Number format of the network's arithmetic; auto is bf16 where the hardware supports it, else fp32."""
+    compile: Literal["auto", "never", "always"]
+    """How a step is sped up: auto fuses layers on CPUs and captures CUDA graphs, always means torch.compile."""
+    deterministic: bool
+    """Whether a run repeats bit for bit on the same machine."""
+    normalization: Literal["zerocenter", "zscore", "none"]
+    """What is done to each channel: the mean is subtracted; with zscore, it is also divided by its deviation."""
+    batch_norm: BatchNorm
+    """Which statistics batch norms use over several devices; population is recomputed before each evaluation."""
+    label_smoothing: BelowOne
+    """Share of each label that is spread evenly over all classes, in [0, 1)."""
+    image_scales: tuple[Share, ...]
+    """Sides of the training images over the epochs, as shares of the full side in (0, 1]; empty means full size."""
+    weight_averaging: BelowOne
+    """Decay a step, in [0, 1), of the moving average of the weights that is evaluated; 0 means no average."""
+    mirrored_evaluation: bool
+    """Whether a second test accuracy is reported, from the mean logits of each image and its mirror image."""
+    log_every: Count
+    """Steps between two points of the live plot; the loss is read from the device only then."""
+    profile: bool
+    """Whether a profiler trace of a few steps is written."""
+    max_seconds: PositiveFloat | None
+    """Seconds after which training stops and saves; null means no limit."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +76,14 @@ class Devices:
     """The devices that train, and the number of ranks."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    count: Count | Auto = "auto"
-    threads: Count | Auto = "auto"  # CPU threads per rank
-    oversubscribe: bool = False  # allow more ranks than devices; such runs are left out of speedup reports
+    accelerator: Literal["auto", "cpu", "gpu", "mps"]
+    """Kind of device; auto takes NVIDIA GPUs before Apple's before the CPU."""
+    count: Count | Auto
+    """Number of ranks; auto means all visible GPUs, or one CPU rank on all cores."""
+    threads: Count | Auto
+    """CPU threads a rank; auto shares the cores of this machine."""
+    oversubscribe: bool
+    """Whether there may be more ranks than devices; such runs are left out of speedup reports."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,10 @@ class CheckpointSettings:
     """How often checkpoints are saved. The last epoch always is."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    every: Count = 1  # epochs between two checkpoints
-    keep: Count = 2  # number of newest checkpoints to keep
+    every: Count
+    """Epochs between two checkpoints."""
+    keep: Count
+    """Number of newest checkpoints that are kept, beside the best epoch's."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +102,12 @@ class EarlyStoppingSettings:
     """When training stops early, and which epoch is the best."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    patience: Count | None = None  # consecutive epochs without improvement; None: no early stopping
-    metric: Literal["val/loss", "val/accuracy"] = "val/loss"
-    min_delta: NonNegativeFloat = 0.0  # smallest change that counts as an improvement
+    patience: Count | None
+    """Consecutive epochs without improvement after which training stops; null means no early stopping."""
+    metric: Literal["val/loss", "val/accuracy"]
+    """Figure that selects the best epoch: the lowest loss or the highest accuracy."""
+    min_delta: NonNegativeFloat
+    """Smallest change, in the metric's unit, that counts as an improvement."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +115,10 @@ class ReportSettings:
     """Extra results in a sweep's report."""
 
     __pydantic_config__: ClassVar = _CLOSED
-    target_accuracy: Annotated[float, Gt(0), Le(1)] | None = None  # validation accuracy to report the time to
-    price_per_hour: PositiveFloat | None = None  # of one device, in any currency
+    target_accuracy: Share | None
+    """Validation accuracy in (0, 1] to which the time is reported; null means none."""
+    price_per_hour: PositiveFloat | None
+    """Price of one device for an hour, in any currency; null means that no price is reported."""
 
 
 @dataclass(frozen=True)
@@ -100,67 +127,91 @@ class Config:
 
     __pydantic_config__: ClassVar = _CLOSED
     data: Section
+    """The images."""
     augment: Section
+    """The augmentation of training images."""
     model: Section
+    """The network."""
     optimizer: Section
+    """The optimizer."""
     schedule: Section
+    """The factor of the learning rate at each step."""
     launcher: Section
+    """What starts the ranks."""
     tracking: Section
-    train: Train = field(default_factory=Train)
-    devices: Devices = field(default_factory=Devices)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
-    report: ReportSettings = field(default_factory=ReportSettings)
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    resume: Name = "never"  # or auto, or the folder or MLflow id of a run or sweep
-    progress: Literal["auto", "bar", "live", "lines", "quiet"] = "auto"
-    trusted_modules: tuple[Name, ...] = ()
+    """Where runs are recorded beside their folders."""
+    train: Train
+    """The training loop."""
+    devices: Devices
+    """The devices that train."""
+    checkpoint: CheckpointSettings
+    """How often checkpoints are saved."""
+    early_stopping: EarlyStoppingSettings
+    """When training stops early."""
+    report: ReportSettings
+    """Extra results of a sweep."""
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)]
+    """Start of all random numbers of training, below 2**63."""
+    resume: Name
+    """Which run continues: never, auto, or the folder or MLflow id of a run or sweep."""
+    progress: Literal["auto", "bar", "live", "lines", "quiet"]
+    """How progress is displayed; auto is a bar on a terminal, a live line in a notebook, lines elsewhere."""
+    trusted_modules: tuple[Name, ...]
+    """Modules outside this package, torch and torchvision that a `_target_` may come from."""
 
     @property
     def validation(self) -> float:
-        """Fraction of the training images in the validation split, in [0, 1). 0: the test set is used instead."""
-        return float(self.data.get("validation", 0.0))
+        """Share of the training images in the validation split, in [0, 1). 0: the test set is used instead."""
+        return float(self.data["validation"])
 
 
-@dataclass(frozen=True)
-class _Data:
-    root: Name | None = None
-    validation: BelowOne = 0.0  # fraction of the training images in the validation split
+class _Data(TypedDict, total=False):
+    root: Name | None
+    """Folder of the images."""
+    validation: Required[BelowOne]
+    """Share of the training images that is held out for validation, in [0, 1); 0 means that the test set validates."""
 
 
-@dataclass(frozen=True)
-class _Model:
-    width: Count | None = None
-    depth: Count | None = None
+class _Model(TypedDict, total=False):
+    width: Count | None
+    """Channels of the first block."""
+    depth: Count | None
+    """Convolutions or residual blocks a stage."""
 
 
-@dataclass(frozen=True)
-class _Optimizer:
-    lr: PositiveFloat  # for a global batch of 256 images; train.lr_scaling scales it for other sizes
-    momentum: BelowOne | None = None
-    weight_decay: NonNegativeFloat | None = None
+class _Optimizer(TypedDict, total=False):
+    lr: Required[PositiveFloat]
+    """Learning rate for a global batch of 256 images; train.lr_scaling scales it for other sizes."""
+    momentum: BelowOne | None
+    """Share of the previous update in the next one, in [0, 1)."""
+    weight_decay: NonNegativeFloat | None
+    """Share of a weight that is subtracted a step, as a multiple of the learning rate."""
 
 
-@dataclass(frozen=True)
-class _Schedule:
-    drop_factor: PositiveFloat | None = None
-    drop_period: Count | None = None  # epochs
-    warmup_epochs: NonNegativeFloat | None = None
+class _Schedule(TypedDict, total=False):
+    drop_factor: Share | None
+    """Factor on the learning rate at each drop, in (0, 1]."""
+    drop_period: Count | None
+    """Epochs between two drops."""
+    warmup_epochs: NonNegativeFloat | None
+    """Epochs in which the learning rate rises from 0 to its full value."""
 
 
-@dataclass(frozen=True)
-class _Launcher:
-    timeout: PositiveFloat | None = None  # seconds
-    max_restarts: NonNegativeCount | None = None
+class _Launcher(TypedDict, total=False):
+    timeout: PositiveFloat | None
+    """Seconds without a heartbeat after which a rank counts as hung."""
+    max_restarts: NonNegativeCount | None
+    """Number of restarts after a rank died or hung."""
 
 
-@dataclass(frozen=True)
-class _Tracking:
-    uri: Name | None = None
-    experiment: Name | None = None
+class _Tracking(TypedDict, total=False):
+    uri: Name | None
+    """Address of the MLflow store; null means SQLite in outputs/."""
+    experiment: Name | None
+    """Name of the MLflow experiment."""
 
 
-COMMON: dict[str, type] = {
+COMMON: dict[str, Any] = {
     "data": _Data,
     "model": _Model,
     "optimizer": _Optimizer,

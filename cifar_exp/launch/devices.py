@@ -1,6 +1,6 @@
 """Find the devices of this machine and choose those of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,6 +97,6 @@ def device_counts(wanted: Devices) -> list[int]:
     Raises:
         MachineError: the machine has no device of the requested kind.
     """
-    found = find_devices(Devices(accelerator=wanted.accelerator))
+    found = find_devices(replace(wanted, count="auto", threads="auto"))
     threads = wanted.threads if found.accelerator == "cpu" and isinstance(wanted.threads, int) else 1
     return [2**power for power in range((found.found // threads).bit_length())] or [1]

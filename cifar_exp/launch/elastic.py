@@ -67,8 +67,8 @@ class ElasticLauncher:
             checkpoint.
     """
 
-    timeout: float = 600.0
-    max_restarts: int = 0
+    timeout: float
+    max_restarts: int
 
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.

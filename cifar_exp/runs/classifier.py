@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from cifar_exp.config.stored import stored_config
 from cifar_exp.data.batches import Normalization
 from cifar_exp.data.image_files import IMAGE_SUFFIXES, read_image
 from cifar_exp.errors import ConfigError, DataError, StorageError
@@ -87,8 +87,7 @@ def _model_section(path: Path) -> dict[str, Any]:
         StorageError: where there is none that can be read.
     """
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-        return dict(config["model"])
+        return dict(stored_config(path)["model"])
     except UNREADABLE as error:
         raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
 

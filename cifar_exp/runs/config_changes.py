@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.result_settings import bears_on_result
 from cifar_exp.config.schema import Config
-from cifar_exp.config.targets import FIRST_NAMES, RENAMED, with_names
+from cifar_exp.config.stored import stored_config, stored_params
+from cifar_exp.config.targets import FIRST_NAMES, with_names
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.system.redaction import masked
 
@@ -28,9 +28,18 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that affect the result and differ from the run in ``folder``: name -> (old, new)."""
-    before, now = _settings(_config_of(folder)), _settings(masked(asdict(config)))
+    return _differences(_settings(config_of(folder)), config)
+
+
+def has_same_settings(info: Mapping[str, Any], config: Config) -> bool:
+    """Whether the run of a ``run.json`` has these settings. A setting that was not there yet counts as its default."""
+    return info["config_hash"] == config_hash(config) or not _differences(stored_params(info["params"]), config)
+
+
+def _differences(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    now = _settings(masked(asdict(config)))
     return {
         name: (before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
@@ -38,12 +47,9 @@ def _changes(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
     """The resolved configuration of the run in ``folder``."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
-    if not config:
-        raise ValueError(f"{CONFIG_FILE} is empty")
-    return dict(with_names(config, RENAMED))
+    return stored_config(folder / CONFIG_FILE)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import find_run
 from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
-from cifar_exp.runs.config_changes import UNREADABLE, _changes, _config_of, config_hash
+from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
 
@@ -111,11 +111,11 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     elif (run_dir / RUN_FILE).exists():
         folder = run_dir
     else:
-        folder = _interrupted(config_hash(config), warn) if anywhere else None
+        folder = _interrupted(config, warn) if anywhere else None
     if folder is None:
         return None
     try:
-        changes = _changes(folder, config)
+        changes = changed_settings(folder, config)
         if changes and config.resume == "auto":
             old_settings = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
             raise ConfigError(
@@ -145,7 +145,7 @@ def _resumption(
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Set resume=never")
         begun = _beginning(folder, config, warn)
         # A checkpoint is on disk before the following epoch ends. Later journal entries prove that there was one.
-        every = int(_config_of(folder)["checkpoint"]["every"])
+        every = int(config_of(folder)["checkpoint"]["every"])
         first = begun.manifest.epoch if begun and begun.manifest else 0
         if any(entry.epoch > first + every + 1 for entry in entries):
             raise StorageError(
@@ -178,7 +178,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
             f"{folder}: the run was stopped before its first checkpoint and began with that of {source} after step "
             f"{step}; {found}. Restore that, or set resume=never to start again from the beginning"
         )
-    return _resumption(source, config, _changes(source, config), in_place=False, warn=warn)
+    return _resumption(source, config, changed_settings(source, config), in_place=False, warn=warn)
 
 
 def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> None:
@@ -201,12 +201,12 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
         )
 
 
-def _interrupted(wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest interrupted run under ``outputs/`` whose config hash is ``wanted``; None if there is none."""
+def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
+    """The newest interrupted run under ``outputs/`` with these settings; None if there is none."""
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            same = json.loads(path.read_text())["config_hash"] == wanted
+            same = has_same_settings(json.loads(path.read_text()), config)
             if same and not is_finished(path.parent) and not is_claimed(path.parent):
                 return path.parent
         except UNREADABLE as error:

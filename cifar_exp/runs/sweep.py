@@ -14,7 +14,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from cifar_exp.config.schema import ReportSettings
+from cifar_exp.config.reading import read_section
+from cifar_exp.config.schema import Devices, ReportSettings
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
@@ -78,7 +79,7 @@ class StudySweeper(BasicSweeper):
         with ParentRun(self.config, sweep_dir, tags) as parent:
             rows = self._run(jobs)
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
-            settings = ReportSettings(**OmegaConf.to_container(self.config.report, resolve=True))  # type: ignore[arg-type]
+            settings = read_section(ReportSettings, self.config, "report")
             metrics, artifacts = print_summary(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
             parent.log(metrics, [path.name for path in artifacts], common_tags(list(finished.values())))
             if parent.hint and self.config.progress != "quiet":
@@ -138,10 +139,9 @@ class StudySweeper(BasicSweeper):
 
 
 def _counts(config: DictConfig) -> list[int]:
-    from cifar_exp.config.schema import Devices
     from cifar_exp.launch.devices import device_counts
 
-    return device_counts(Devices(accelerator=config.devices.accelerator, threads=config.devices.threads))
+    return device_counts(read_section(Devices, config, "devices"))
 
 
 def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_exp.config.result_settings import distinguishes_groups
+from cifar_exp.config.stored import stored_params
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import journal
 from cifar_exp.records.find_run import LATEST, find_folder
@@ -109,7 +110,7 @@ def folder_run(run_dir: Path) -> FinishedRun | None:
         for name in SERIES
     }
     run = RunInfo.load(run_dir)
-    return FinishedRun(run.tags, journal.last_values(run_dir), series, run.params)
+    return FinishedRun(run.tags, journal.last_values(run_dir), series, stored_params(run.params))
 
 
 def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
@@ -155,4 +156,4 @@ def _stored_run(client: "MlflowClient", run: "Run") -> FinishedRun:
         )
         for name in SERIES
     }
-    return FinishedRun(run.data.tags, run.data.metrics, series, run.data.params)
+    return FinishedRun(run.data.tags, run.data.metrics, series, stored_params(run.data.params))

@@ -11,7 +11,7 @@ from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.intervals import Array, Interval, Means, block_error
 from cifar_exp.study.run_result import RunResult
 
-SPEEDUP_ALONE = ReportSettings()
+SPEEDUP_ALONE = ReportSettings(target_accuracy=None, price_per_hour=None)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
@@ -59,10 +59,9 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     """
     path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        section: Any = stored_config(path).get("tracking")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
-    section = content.get("tracking") if isinstance(content, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("_target_"), str):
         raise StorageError(f"{path}: the run's configuration cannot be read: it names no tracker. Restore that file")
     saved = {name: section.get(name) for name in ("uri", "experiment")}

@@ -1,7 +1,7 @@
 """Early stopping: which epoch validates best, and when training no longer improves."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cifar_exp.config.schema import EarlyStoppingSettings
@@ -21,7 +21,7 @@ class EarlyStopping:
         waited: epochs in a row that were not.
     """
 
-    settings: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
+    settings: EarlyStoppingSettings
     best: float | None = None
     best_epoch: int = 0
     best_step: int = 0

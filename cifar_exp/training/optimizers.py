@@ -41,12 +41,12 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: Annotated[float, Gt(0)] = 0.05,
-        momentum: Annotated[float, Ge(0), Lt(1)] = 0.6,
-        sgd_lr_ratio: Annotated[float, Gt(0)] = 0.05,
-        bias_lr_ratio: Annotated[float, Gt(0)] = 0.3,
-        sgd_momentum: Annotated[float, Ge(0), Lt(1)] = 0.85,
-        weight_decay: Annotated[float, Ge(0)] = 0.0,
+        lr: Annotated[float, Gt(0)],
+        momentum: Annotated[float, Ge(0), Lt(1)],
+        sgd_lr_ratio: Annotated[float, Gt(0)],
+        bias_lr_ratio: Annotated[float, Gt(0)],
+        sgd_momentum: Annotated[float, Ge(0), Lt(1)],
+        weight_decay: Annotated[float, Ge(0)],
     ) -> None:
         parameters = list(params)
         kernels = [parameter for parameter in parameters if parameter.ndim == 4]

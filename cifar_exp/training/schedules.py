@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Protocol
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 NonNegative = Annotated[float, Ge(0)]
 
@@ -19,20 +19,20 @@ def piecewise(
     steps_per_epoch: int,
     epochs: int,  # noqa: ARG001
     *,
-    drop_factor: Annotated[float, Gt(0)] = 0.1,
-    drop_period: Annotated[int, Ge(1)] = 50,
+    drop_factor: Annotated[float, Gt(0), Le(1)],
+    drop_period: Annotated[int, Ge(1)],
 ) -> float:
     """The factor is multiplied by ``drop_factor`` every ``drop_period`` epochs (MATLAB's "piecewise")."""
     return float(drop_factor ** (step // steps_per_epoch // drop_period))
 
 
-def cosine(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+def cosine(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative) -> float:
     """Half a cosine from 1 to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983), after a linear warm-up."""
     warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative = 0.0) -> float:
+def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNegative) -> float:
     """A straight line from 1 to 0, after a linear warm-up."""
     warmup, progress = _warmup_and_progress(step, steps_per_epoch, epochs, warmup_epochs)
     return warmup * (1 - progress)

@@ -51,8 +51,8 @@ class Trainer:
     learning_rates: tuple[float, ...]
     log_every: int
     report: ReportMetrics
-    batch_norm: BatchNorm = "averaged"
-    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    batch_norm: BatchNorm
+    early_stopping: EarlyStopping
     after_step: Callable[[], None] = lambda: None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0

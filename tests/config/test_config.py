@@ -1,15 +1,21 @@
 """Settings: every choice composes and builds; whatever is wrong is refused in one message before anything starts."""
 
+import ast
+import inspect
 import subprocess
 import sys
-from dataclasses import replace
+import textwrap
+from dataclasses import is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
 from cifar_exp.cli.main import COMMANDS
-from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config import schema
+from cifar_exp.config.defaults import conf_dir, default_settings
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
@@ -35,15 +41,45 @@ def test_the_default_is_the_reference_recipe() -> None:
     assert config.augment == {"_target_": "cifar_exp.data.augment.Shift", "max_pixels": 4.0, "flip_probability": 0.5}
 
 
-def test_yaml_and_schema_have_the_same_defaults() -> None:
-    """The schema's defaults are what a reader of the code believes, the YAML's are what runs."""
-    config, plain = read_config(composed()), OmegaConf.to_container(composed())
-    assert isinstance(plain, dict)
-    bare = Config(**{name: plain[name] for name in GROUPS if name not in ("devices", "experiment")})
-    assert (bare.train, bare.devices, bare.checkpoint) == (config.train, config.devices, config.checkpoint)
-    assert bare.report == config.report
-    assert (bare.early_stopping, bare.validation) == (config.early_stopping, 0)
-    assert (bare.seed, bare.progress, bare.trusted_modules) == (config.seed, config.progress, config.trusted_modules)
+SCHEMAS = [value for value in vars(schema).values() if isinstance(value, type) and value.__module__ == schema.__name__]
+CLOSED: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
+
+
+def names(kind: type) -> set[str]:
+    return {name for name, hint in get_type_hints(kind).items() if hint is not ClassVar}
+
+
+@pytest.mark.parametrize("kind", SCHEMAS, ids=lambda kind: kind.__name__)
+def test_the_schema_has_a_sentence_and_no_default_for_each_setting(kind: type) -> None:
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    lines = {
+        ast.unparse(line.target): (line, after) for line, after in pairwise(body) if isinstance(line, ast.AnnAssign)
+    }
+    for name in names(kind):
+        line, after = lines[name]
+        assert line.value is None, f"{name} has a default"
+        assert isinstance(after, ast.Expr), f"{name} has no sentence"
+        assert ast.literal_eval(after.value).endswith("."), name
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, name in CHOICES if group in ("devices", "experiment")])
+def test_yaml_sets_each_setting_of_the_schema_and_no_other(choice: str) -> None:
+    yaml: Any = OmegaConf.to_container(composed(choice))
+    assert set(yaml) == names(Config)
+    assert {name: set(yaml[name]) for name in CLOSED} == {name: names(kind) for name, kind in CLOSED.items()}
+
+
+def test_each_common_setting_of_an_open_section_is_set_in_yaml() -> None:
+    settings = default_settings()
+    for section, kind in schema.COMMON.items():
+        assert [name for name in names(kind) if f"{section}.{name}" not in settings] == []
+
+
+@pytest.mark.parametrize("setting", ["train.epochs", "devices.threads", "data.validation", "optimizer.lr", "seed"])
+def test_a_setting_that_yaml_does_not_set_is_named_with_its_default(setting: str) -> None:
+    default = default_settings()[setting]
+    with pytest.raises(ConfigError, match=rf"^{setting}: it must be given\. Set {setting}={default}$"):
+        read_config(composed(f"~{setting}"))
 
 
 def test_the_reference_preset_is_that_recipe_in_an_experiment_of_its_own() -> None:
@@ -82,6 +118,8 @@ REFUSED = {
     "report.price_per_hour=0": ("report.price_per_hour=0", "more than 0"),
     "train.precision=fp8": ("train.precision=fp8", "bf16"),
     "augment.flip_probability=2": ("augment.flip_probability=2", "1.0 or less"),
+    "schedule.drop_factor=2": ("schedule.drop_factor=2", "1.0 or less", "Set schedule.drop_factor=1.0"),
+    "schedule.drop_factor=0": ("schedule.drop_factor=0", "more than 0", "Set schedule.drop_factor=0.1"),
     "schedule.drop_period=0": ("schedule.drop_period=0", "1 or more"),
     "+model.wdith=64": ("model.wdith=64", "Did you mean model.width?"),
     "+optimizer.nesterv=true": ("optimizer.nesterv=true", "Did you mean optimizer.nesterov?"),

@@ -17,7 +17,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cifar_exp.config import schema
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config
@@ -38,7 +37,7 @@ from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import MetricValues
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
-from tests.helpers.configs import composed
+from tests.helpers.configs import composed, default_config
 from tests.helpers.image_trees import CPU, SIDE, tree
 from tests.helpers.mlflow_runs import all_runs, client
 
@@ -161,7 +160,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
 
 def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     """Early stopping that was told ``values`` until it was over, ten steps an epoch; the last epoch."""
-    made = EarlyStopping(schema.EarlyStoppingSettings(**settings))
+    made = EarlyStopping(replace(default_config().early_stopping, **settings))
     for epoch, value in enumerate(values, 1):
         accuracy = settings.get("metric") == "val/accuracy"
         made.update(MetricValues(*((9.0, value) if accuracy else (value, 0.9)), count=5), epoch, 10 * epoch)
@@ -199,7 +198,7 @@ def test_training_ends_when_patience_runs_out(
 
 def test_what_it_was_told_comes_back_and_the_settings_are_the_new_ones() -> None:
     (whole, _), (first, _) = told(LOSSES, patience=3), told(LOSSES[:6], patience=3)
-    again = EarlyStopping(schema.EarlyStoppingSettings(patience=3))
+    again = EarlyStopping(replace(default_config().early_stopping, patience=3))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
         assert not again.is_over

@@ -6,12 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.data.augment import Crop
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World
 from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer
 
@@ -61,6 +63,8 @@ def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[
         learning_rates=(LR, LR / 2, LR / 4),
         log_every=log_every,
         report=lambda step, epoch, metrics: reports.append((step, epoch, metrics)),
+        batch_norm="averaged",
+        early_stopping=EarlyStopping(EarlyStoppingSettings(patience=None, metric="val/loss", min_delta=0.0)),
     )
     return made, model, reports
 

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.config.schema import Devices
 from cifar_exp.data.batches import constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
@@ -42,12 +41,13 @@ from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.assembly import Assembly, assemble
 from tests.conftest import TINY, Command
-from tests.helpers.configs import composed
+from tests.helpers.configs import composed, default_config
 from tests.training.test_gpu_step import MEAN, STD, _moved
 
 MPS = torch.device("mps")
 GPU = torch.device("cuda", 0)  # plays MPS where there are tensors: torch makes none of a device it was not built for
 CPU = torch.device("cpu")
+DEVICES = default_config().devices
 
 
 @pytest.fixture
@@ -61,22 +61,22 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("apple")
 def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_devices(Devices())
+    found = find_devices(DEVICES)
     assert (found.accelerator, found.count, found.threads, str(found)) == ("mps", 1, 8, "1 GPU (found 1 GPU)")
-    assert device_counts(Devices()) == [1]
+    assert device_counts(DEVICES) == [1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_devices(Devices()).accelerator == "gpu"
-    assert find_devices(Devices(accelerator="mps")).accelerator == "mps"
+    assert find_devices(DEVICES).accelerator == "gpu"
+    assert find_devices(replace(DEVICES, accelerator="mps")).accelerator == "mps"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert find_devices(Devices()).accelerator == "cpu"
+    assert find_devices(DEVICES).accelerator == "cpu"
 
 
 @pytest.mark.usefixtures("apple")
 @pytest.mark.parametrize("kind", ["auto", "mps"])
 def test_several_ranks_are_refused_with_what_to_set(kind: Any) -> None:
     with pytest.raises(MachineError, match=r"devices\.count=2.*Set devices\.count=1, or devices=cpu devices\.count=2"):
-        find_devices(Devices(accelerator=kind, count=2))
+        find_devices(replace(DEVICES, accelerator=kind, count=2))
 
 
 def test_where_there_is_none_the_command_says_so_and_leaves_nothing(cifar_exp: Command, workplace: Path) -> None:

@@ -1,6 +1,7 @@
 """Run folders of version 0.1, from before files moved into folders, are resumed, predicted with and reported."""
 
 import csv
+import hashlib
 import json
 import shutil
 import zipfile
@@ -8,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from cifar_exp.config.reading import read_config
+from cifar_exp.config.result_settings import bears_on_result
+from cifar_exp.config.stored import stored_config, stored_params
 from cifar_exp.config.targets import FIRST_NAMES, RENAMED
 from cifar_exp.records import checkpoint, journal
+from cifar_exp.runs import resume
 from cifar_exp.system.machine import description
 from tests.conftest import Command
+from tests.helpers.configs import composed
 
 RUNS = Path(__file__).with_name("runs-of-0.1.zip")
 # As typed for the runs `run` (stopped by SIGTERM after 52 of 240 steps) and `whole` (not stopped).
@@ -22,6 +29,10 @@ TYPED = [
     *("model.depth=1", "devices=cpu", "devices.count=1", "train.precision=fp32", "train.deterministic=true"),
     *("train.compile=never", "progress=quiet", "augment=crop", "train.epochs=6", "tracking=none"),
 ]
+
+
+# At their defaults in these runs: of a closed section, of an open one, and a whole section.
+NEW = ["train.mirrored_evaluation", "data.num_classes", "early_stopping"]
 
 
 @pytest.fixture
@@ -83,3 +94,71 @@ def test_a_changed_setting_is_told_without_the_names_that_only_moved(cifar_exp: 
     assert done.returncode == 0, done.stderr
     assert "optimizer.lr: 0.1 then, 0.05 now" in done.stdout
     assert "_target_" not in done.stdout
+
+
+def without(folder: Path, settings: list[str]) -> None:
+    """Make the run one of a version that did not have ``settings`` yet."""
+    config, info = yaml.safe_load((folder / "config.yaml").read_text()), json.loads((folder / "run.json").read_text())
+    for setting in settings:
+        section, _, name = setting.partition(".")
+        del (config[section] if name else config)[name or section]
+    info["params"] = {
+        name: value
+        for name, value in info["params"].items()
+        if name not in settings and name.partition(".")[0] not in settings
+    }
+    hashed = {name: value for name, value in info["params"].items() if bears_on_result(name)}
+    info["config_hash"] = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.json").write_text(json.dumps(info))
+
+
+def test_this_is_how_runs_are_hashed(runs: Path) -> None:
+    before = (runs / "run" / "run.json").read_text()
+    without(runs / "run", [])
+    assert json.loads((runs / "run" / "run.json").read_text()) == json.loads(before)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "outputs/run"])
+def test_a_run_from_before_a_setting_is_resumed_with_its_default(runs: Path, wanted: str) -> None:
+    without(runs / "run", NEW)
+    found = resume.find(read_config(composed(*TYPED, f"resume={wanted}")), Path("new"), anywhere=True, warn=pytest.fail)
+    assert found
+    assert found.run_dir.resolve() == (runs / "run").resolve()
+    assert (found.in_place, found.changes) == (True, {})
+
+
+def test_a_run_from_before_a_setting_is_not_resumed_with_another_value(runs: Path) -> None:
+    without(runs / "run", NEW)
+    other = [*TYPED, "train.mirrored_evaluation=true"]
+    config = read_config(composed(*other, "resume=auto"))
+    assert resume.find(config, Path("new"), anywhere=True, warn=pytest.fail) is None
+    config = read_config(composed(*other, "train.epochs=7", "resume=outputs/run"))
+    found = resume.find(config, Path("new"), anywhere=True, warn=pytest.fail)
+    assert found
+    assert found.changes == {"train.epochs": (6, 7), "train.mirrored_evaluation": (False, True)}
+    assert not found.in_place
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "value"),
+    [
+        ({"_target_": "cifar_exp.speednet.speednet", "depth": 1}, "whitening", True),  # the first name
+        ({"_target_": "cifar_exp.models.networks.resnet", "width": 8}, "depth", 3),  # not convnet's, the default choice
+        ({"_target_": "mine.network", "channels": 8}, "depth", None),
+    ],
+)
+def test_a_new_setting_of_a_component_has_the_default_of_its_own_choice(
+    tmp_path: Path, stored: dict[str, object], name: str, value: object
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": stored, "train": {"epochs": 3}}))
+    read = stored_config(path)
+    assert read["model"].get(name) == value
+    assert stored.items() - {("_target_", stored["_target_"])} <= read["model"].items()
+    assert (read["train"]["epochs"], read["train"]["batch_size"], read["data"]["validation"]) == (3, 256, 0.0)
+    params = stored_params({f"model.{key}": part for key, part in stored.items()} | {"train.epochs": 3})
+    assert {key: part for key, part in params.items() if key.startswith("model.")} == {
+        f"model.{key}": part for key, part in read["model"].items()
+    }
+    assert (params["train.epochs"], params["train.batch_size"]) == (3, 256)

@@ -140,7 +140,7 @@ def test_what_an_accuracy_took_and_what_that_cost() -> None:
     assert first.price_to_accuracy == pytest.approx(0.13)
     assert (second.reached, second.seconds_to_accuracy, second.device_seconds_to_accuracy) == (1, 90, 180)
     assert "seconds_to_accuracy" not in first.intervals  # one run never reached it: no interval of the others' time
-    reached = rows_of(results[:3], ReportSettings(target_accuracy=0.5))
+    reached = rows_of(results[:3], ReportSettings(target_accuracy=0.5, price_per_hour=None))
     interval = reached[0].intervals["seconds_to_accuracy"]
     assert interval.low < reached[0].seconds_to_accuracy < interval.high  # type: ignore[operator]
     assert rows_of(results)[0].reached is None

@@ -11,7 +11,8 @@ from cifar_exp.data.batches import EvaluationBatches, TrainBatches
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.process_group import World
 from cifar_exp.training.cuda_graph import Capture, Function, capture_problem, cuda_graph
-from cifar_exp.training.optimizers import Muon, OptimizerFactory
+from cifar_exp.training.optimizers import OptimizerFactory
+from tests.helpers.configs import muon
 from tests.helpers.tiny_training import train_batches, trainer, validation
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
@@ -79,8 +80,8 @@ def test_replayed_steps_train_the_same_network(only_rank: World, fused: bool) ->
 
 def test_replayed_steps_of_muon_train_the_same_network(only_rank: World) -> None:
     """But for rounding: a rate that is on the device is multiplied by what it is the rate of, not fused."""
-    one_by_one, _ = trained(False, only_rank, Muon)
-    replays, _ = trained(True, only_rank, Muon)
+    one_by_one, _ = trained(False, only_rank, muon())
+    replays, _ = trained(True, only_rank, muon())
     for ours, theirs in zip(replays, one_by_one, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -104,7 +105,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: W
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: a CUDA graph needs a GPU")
-@pytest.mark.parametrize("make_optimizer", [partial(SGD, fused=True), partial(SGD, fused=False), Muon])
+@pytest.mark.parametrize("make_optimizer", [partial(SGD, fused=True), partial(SGD, fused=False), muon()])
 def test_a_cuda_graph_trains_the_same_network(only_rank: World, make_optimizer: OptimizerFactory) -> None:
     """Six steps of two sizes, images and evaluation on the GPU."""
     networks = []

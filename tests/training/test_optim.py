@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_exp.training.cuda_graph import is_capturable
-from cifar_exp.training.optimizers import Muon, orthogonalized
+from cifar_exp.training.optimizers import orthogonalized
 from cifar_exp.training.schedules import cosine, learning_rates, linear, piecewise
+from tests.helpers.configs import muon
 
 Array = NDArray[np.float64]
 
@@ -25,15 +27,17 @@ def test_piecewise_drops_after_every_period(step: int, factor: float) -> None:
 
 
 def test_cosine_falls_along_half_a_cosine_towards_zero() -> None:
-    assert cosine(0, 5, 2) == 1.0
+    assert cosine(0, 5, 2, warmup_epochs=0) == 1.0
     for step in range(10):
-        assert cosine(step, 5, 2) == pytest.approx((1 + math.cos(math.pi * step / 10)) / 2)
-    assert cosine(5, 5, 2) == pytest.approx(0.5)
-    assert 0 < cosine(9, 5, 2) < 0.03
+        assert cosine(step, 5, 2, warmup_epochs=0) == pytest.approx((1 + math.cos(math.pi * step / 10)) / 2)
+    assert cosine(5, 5, 2, warmup_epochs=0) == pytest.approx(0.5)
+    assert 0 < cosine(9, 5, 2, warmup_epochs=0) < 0.03
 
 
 def test_linear_falls_along_a_straight_line_towards_zero() -> None:
-    assert [linear(step, 5, 2) for step in range(10)] == pytest.approx([1 - step / 10 for step in range(10)])
+    assert [linear(step, 5, 2, warmup_epochs=0) for step in range(10)] == pytest.approx(
+        [1 - step / 10 for step in range(10)]
+    )
 
 
 @pytest.mark.parametrize("schedule", [cosine, linear])
@@ -53,7 +57,7 @@ def test_a_warm_up_longer_than_the_run_only_rises(schedule: type[float]) -> None
 
 
 def test_learning_rates_are_the_schedule_times_the_full_rate_at_every_step() -> None:
-    assert learning_rates(linear, 0.4, 2, 2) == pytest.approx((0.4, 0.3, 0.2, 0.1))
+    assert learning_rates(partial(linear, warmup_epochs=0), 0.4, 2, 2) == pytest.approx((0.4, 0.3, 0.2, 0.1))
 
 
 def matrix(rows: int, columns: int, singular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +122,7 @@ def test_two_steps_of_muon_are_those_of_the_slow_one(
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (torch.randn(shape, generator=generator) for _ in range(3))
     parameter = torch.nn.Parameter(weight.clone(memory_format=memory_format))
-    optimizer = Muon([parameter], lr=1.0, momentum=momentum)
+    optimizer = muon()([parameter], lr=1.0, momentum=momentum)
     for gradient, lr in zip(gradients, (0.05, 0.02), strict=True):
         optimizer.param_groups[0]["lr"] = rate(lr)
         parameter.grad = gradient.clone(memory_format=memory_format)
@@ -133,7 +137,7 @@ def test_muon_remembers_gradients_by_its_momentum() -> None:
     """After gradients g and 0 the second update still follows g; without momentum there is none."""
     for momentum, moves in ((0.6, True), (0.0, False)):
         parameter = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1)))
-        optimizer = Muon([parameter], lr=0.1, momentum=momentum)
+        optimizer = muon()([parameter], lr=0.1, momentum=momentum)
         parameter.grad = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
         optimizer.step()
         before = parameter.detach() * 2 / parameter.detach().norm()
@@ -150,7 +154,7 @@ def test_muon_is_nesterov_sgd_for_all_that_is_no_convolution() -> None:
     ours, theirs = ([torch.nn.Parameter(value.clone()) for value in initial] for _ in range(2))
     kernel = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator))
     settings = {"sgd_lr_ratio": 3.0, "bias_lr_ratio": 0.5, "sgd_momentum": 0.7, "weight_decay": 0.05}
-    muon = Muon([ours[0], kernel, *ours[1:]], lr=1.0, momentum=0.2, **settings)
+    optimizer = muon()([ours[0], kernel, *ours[1:]], lr=1.0, momentum=0.2, **settings)
     groups = [
         {"params": [parameter], "weight_decay": 0.05 / ratio} for parameter, ratio in zip(theirs, ratios, strict=True)
     ]
@@ -159,21 +163,21 @@ def test_muon_is_nesterov_sgd_for_all_that_is_no_convolution() -> None:
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
             other.grad = mine.grad.clone()
-        for group in muon.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr
         for group, ratio in zip(sgd.param_groups, ratios, strict=True):
             group["lr"] = ratio * lr
-        muon.step()
+        optimizer.step()
         sgd.step()
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-6)
-    assert len(muon.param_groups) == 3
+    assert len(optimizer.param_groups) == 3
 
 
 def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
     kernel = torch.nn.Parameter(torch.ones(4, 3, 3, 3))
     bias = torch.nn.Parameter(torch.ones(4))
-    Muon([kernel, bias], weight_decay=0.1).step()
+    muon()([kernel, bias], lr=0.05, weight_decay=0.1).step()
     assert torch.equal(kernel, torch.ones(4, 3, 3, 3))
     assert torch.equal(bias, torch.ones(4))
 
@@ -181,7 +185,7 @@ def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "may_be"),
     [
-        (Muon, {}, True),
+        (muon(), {}, True),
         (torch.optim.SGD, {"momentum": 0.9, "fused": True}, True),
         (torch.optim.SGD, {"momentum": 0.9}, False),
         (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "fused": True}, False),

@@ -1,14 +1,16 @@
 """The arithmetic before a run: steps, dropped images and the learning rate of every epoch."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
-from cifar_exp.config.schema import Config, EarlyStoppingSettings, Train
+from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.training.plan import Plan, doubts, make_plan
 from cifar_exp.training.schedules import cosine, piecewise
+from tests.helpers.configs import default_config
 
 REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 
@@ -20,10 +22,14 @@ def plan(
 
 
 def configured(*, lr: float = 0.1, apart: float = 0.0, patience: int = 0, **train: Any) -> Config:
-    sections: dict[str, Any] = {name: {} for name in ("data", "augment", "model", "schedule", "launcher", "tracking")}
-    sections["data"] = {"validation": apart}
-    stopping = EarlyStoppingSettings(patience=patience)
-    return Config(**sections, optimizer={"lr": lr}, early_stopping=stopping, train=Train(**train))
+    default = default_config()
+    return replace(
+        default,
+        data=default.data | {"validation": apart},
+        optimizer=default.optimizer | {"lr": lr},
+        early_stopping=replace(default.early_stopping, patience=patience or None),
+        train=replace(default.train, **train),
+    )
 
 
 @pytest.mark.parametrize(("devices", "steps", "dropped"), [(1, 195, 80), (2, 97, 336), (4, 48, 848)])
@@ -83,7 +89,13 @@ def test_rules_of_the_learning_rate_on_four_devices(rule: str, factor: float) ->
 
 def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
     """Goyal et al. 2017: from the rate of one device by a constant amount each iteration to k times that."""
-    made = plan(4, 4 * 256 * 10, epochs=8, lr_scaling="linear_warmup", schedule=partial(piecewise, drop_period=7))
+    made = plan(
+        4,
+        4 * 256 * 10,
+        epochs=8,
+        lr_scaling="linear_warmup",
+        schedule=partial(piecewise, drop_factor=0.1, drop_period=7),
+    )
     assert made.steps_per_epoch == 10
     assert made.learning_rates[:51] == pytest.approx([0.1 + 0.3 * step / 50 for step in range(51)])
     assert made.learning_rates[51:70] == pytest.approx([0.4] * 19)
@@ -166,7 +178,7 @@ def test_learning_rate_ranges_join_the_epochs_of_one_rate() -> None:
 
 
 def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() -> None:
-    made = plan(1, 80, batch_size=20, epochs=2, schedule=cosine, lr=1.0)
+    made = plan(1, 80, batch_size=20, epochs=2, schedule=partial(cosine, warmup_epochs=0), lr=1.0)
     first, second = made.learning_rate_ranges()
     rates = made.learning_rates
     assert len(rates) == 8

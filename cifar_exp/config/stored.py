@@ -1,0 +1,40 @@
+"""Read the configuration that a run stored, maybe of an earlier version: today's names, and defaults for new settings.
+
+A setting that an earlier version did not have counts as set to its default: such a run is resumed, predicted with and
+compared like one of today.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cifar_exp.config.defaults import defaults_beside, flattened
+from cifar_exp.config.targets import RENAMED, with_names
+
+_TARGET = "._target_"
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The configuration in a run's or sweep's file.
+
+    Raises:
+        ValueError: the file has no settings.
+        OSError, YAMLError, OmegaConfBaseException: the file cannot be read.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    if not content or not isinstance(content, Mapping):
+        raise ValueError(f"{path.name} has no settings")
+    config: dict[str, Any] = dict(with_names(content, RENAMED))
+    sections = {name: part for name, part in config.items() if isinstance(part, Mapping)}
+    defaults = defaults_beside({name: part["_target_"] for name, part in sections.items() if "_target_" in part})
+    filled = {name: {**defaults[name], **part} for name, part in sections.items() if name in defaults}
+    return defaults | config | filled
+
+
+def stored_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for the configuration as dotted names, as trackers and ``run.json`` have it."""
+    targets = {name: RENAMED.get(str(value), value) for name, value in params.items() if name.endswith(_TARGET)}
+    defaults = defaults_beside({name.removesuffix(_TARGET): target for name, target in targets.items()})
+    return flattened(defaults) | dict(params) | targets
