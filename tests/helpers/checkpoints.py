@@ -38,7 +38,7 @@ def silent(line: str) -> None:
 
 
 def reseal(path: Path, **changes: Any) -> None:
-    """Write a manifest again with other fields, as only who means to can: its own hash holds."""
+    """Rewrite a manifest with changed fields and a valid seal, as an attacker could."""
     fields = json.loads(path.read_text())
     del fields["seal"]
     path.write_bytes(sealed(fields | changes))
