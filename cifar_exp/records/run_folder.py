@@ -18,7 +18,7 @@ from filelock import FileLock
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.system import locks
-from cifar_exp.system.atomic_files import write_json
+from cifar_exp.system.atomic_files import write_atomically, write_json
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
 
@@ -166,7 +166,7 @@ def mark_undelivered(run_dir: Path, store: str) -> None:
     path = run_dir / UNDELIVERED_FILE
     with suppress(OSError):  # later writes report the error
         if not path.exists():  # another store may still lack a part
-            path.write_text(store)
+            write_atomically(path, store)
 
 
 def is_undelivered(run_dir: Path) -> bool:
