@@ -19,7 +19,7 @@ from cifar_exp.distributed.heartbeat import STOP_FILE
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import journal, model_export
-from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
 from cifar_exp.runs import config_changes, resume, summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Parts
@@ -90,7 +90,7 @@ def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
         ConfigError: the folder has another run, or another process uses it.
     """
     new, resumed = beginning.info, beginning.resumed
-    with claim(new.run_dir):
+    with lock_run_folder(new.run_dir):
         if resumed and resumed.in_place:
             _remove_stop_file(new.run_dir)
             yield RunInfo.load(new.run_dir)
@@ -187,12 +187,12 @@ def _run_info(
     if context.sweep_dir:
         tags["sweep"] = context.sweep_dir.as_posix()
     name = f"{title(config)}, {devices.count} x {devices.accelerator}"
-    origin = None
+    started_from = None
     if resumed and resumed.manifest and not resumed.in_place:
-        origin = resumed.source, resumed.manifest.step
+        started_from = resumed.source, resumed.manifest.step
     params = flattened(masked(asdict(config)))
     began = time.time() - context.age
-    return RunInfo(name, run_dir, params, tags, began, ARTIFACTS, context.sweep_dir, origin)
+    return RunInfo(name, run_dir, params, tags, began, ARTIFACTS, context.sweep_dir, started_from)
 
 
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
