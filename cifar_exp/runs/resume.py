@@ -137,7 +137,7 @@ def _resumption(
     folder: Path, config: Config, changes: Mapping[str, tuple[Any, Any]], in_place: bool, warn: Callable[[str], None]
 ) -> Resumption:
     finished = in_place and is_finished(folder)
-    manifest = None if finished else checkpoint.sound(folder, warn)
+    manifest = None if finished else checkpoint.newest_intact_manifest(folder, warn)
     entries = journal.read(folder)
     begun = None
     if manifest is None and not finished:
@@ -171,7 +171,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     if started_from is None:
         return None
     source, step = started_from
-    manifest = checkpoint.sound(source, warn)
+    manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
         found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
         raise StorageError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cifar_exp.models.networks import convnet
-from cifar_exp.records.checkpoint import Checkpoint, Origin, sealed
+from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition, sealed
 
 
 def trained(seed: int = 0) -> Checkpoint:
@@ -29,8 +29,10 @@ def trained(seed: int = 0) -> Checkpoint:
     )
 
 
-def origin(step: int) -> Origin:
-    return Origin(step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5)
+def position(step: int) -> CheckpointPosition:
+    return CheckpointPosition(
+        step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5
+    )
 
 
 def silent(line: str) -> None:
