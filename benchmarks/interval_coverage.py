@@ -1,8 +1,8 @@
-"""How often the 95 % intervals of a study hold the truth: sweeps with a known serial fraction, simulated 2,000 times.
+"""Coverage of the study's 95 % intervals, from 2,000 simulated sweeps with a known serial fraction.
 
-A simulated sweep is seeds x device counts; each run has a rate of its own (run-to-run noise) and blocks whose noise
-lasts from one to the next, as the journals of real runs have. It goes through the study's own code, from the runs'
-blocks to the fitted fraction. Beside it: what a percentile bootstrap over repeats and blocks would have held.
+A simulated sweep is seeds x device counts. The log throughput of each run has run-to-run noise, plus AR(1) noise over
+its blocks of steps. Journals of real runs show both. The study's own code computes the intervals, from the blocks to
+the fitted fraction. For comparison: the coverage of a percentile bootstrap over runs and blocks.
 """
 
 import argparse
@@ -27,16 +27,16 @@ class Scenario:
     """One kind of sweep.
 
     Attributes:
-        law: what the rates follow.
-        fraction: their serial fraction.
+        law: the scaling law of the throughput.
+        fraction: its serial fraction.
         counts: device counts.
         seeds: repeats.
-        run_noise: standard deviation of a run's rate, relative.
-        block_noise: the same of a block within its run.
-        correlation: of the noise of two blocks in a row.
-        blocks: steady blocks a run.
-        noise_growth: run-to-run noise of the largest count over that of the smallest.
-        drift: relative change of the machine's speed from the first seed to the last.
+        run_noise: relative standard deviation of a run's throughput.
+        block_noise: relative standard deviation of a block's throughput within a run.
+        correlation: correlation of the noise of two consecutive blocks.
+        blocks: steady blocks per run.
+        noise_growth: run-to-run noise at the largest device count divided by that at the smallest.
+        drift: relative slow-down of the machine from the first to the last seed.
     """
 
     law: Name = "Amdahl"
@@ -69,18 +69,18 @@ SCENARIOS = {
     "one seed, run noise too": replace(BASE, seeds=1),
 }
 HELD = {name for name in SCENARIOS if not name.startswith(("one seed", "noise doubles", "speed drifts"))}
-"""Scenarios whose assumptions the intervals make: these are to be held in 93 to 97 % of cases."""
+"""Scenarios that satisfy the intervals' assumptions. Coverage of the serial fraction must be 93 to 97 %."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of the sweeps whose 95 % interval held the truth.
+    """Coverage of the 95 % intervals, and their median width.
 
     Attributes:
-        fraction: of the serial fraction.
-        speedup: of the largest count's speedup.
-        naive: of the serial fraction, had repeats and blocks been resampled instead.
-        width: median width of the fraction's interval.
+        fraction: coverage of the serial fraction.
+        speedup: coverage of the speedup at the largest device count; it is shown and not checked.
+        naive: coverage of the fraction by the percentile bootstrap.
+        width: median width of the fraction's intervals.
     """
 
     fraction: float

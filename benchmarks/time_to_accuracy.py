@@ -1,11 +1,14 @@
-"""Seconds to a test accuracy: the real command, a run a seed, against the plain loop's 60 epochs of the reference.
+"""Test accuracy and training time of experiment=speedrun against 60 epochs of the reference recipe in a plain loop.
 
-Accuracy and seconds are those of each run's journal: ``time/train_seconds`` is batches and steps, and
-``time/total_seconds`` the whole command, start-up, evaluation and saving included. The plain loop (bfloat16,
-channels-last, one process, whole-pixel shifts) reaches a test accuracy of 0.867 after 60 epochs on the JPEG copy of
-CIFAR-10; it takes an hour, so its rate is measured after each run, over a few steps, and multiplied up: training alone,
-nothing else. Arithmetic: PyTorch's count of one image forward and backward at each epoch's size, times the images that
-the run trained on.
+There is one run per seed. Accuracy and seconds are those of its journal: ``time/train_seconds`` is the time to load
+batches and take steps. ``time/total_seconds`` is the whole command, with start-up, evaluation and saving.
+
+The plain PyTorch loop (bfloat16, channels-last, one process, whole-pixel shifts) reaches a test accuracy of 0.867 after
+60 epochs on the JPEG copy of CIFAR-10. They take 48 to 60 minutes. So its throughput is measured over a few steps after
+each run and extrapolated to 60 epochs, without evaluation or start-up.
+
+FLOPs: PyTorch's flop count of forward and backward for one image at each epoch's image size, times the number of images
+trained on.
 """
 
 import os
@@ -40,7 +43,7 @@ class Attempt:
     Attributes:
         seed: of the run.
         accuracy: on the test images, 0 to 1.
-        train_seconds: batches and steps.
+        train_seconds: time to load batches and take steps.
         total_seconds: the whole command.
         petaflop: multiplications and additions of training, in 10^15.
         plain_images_per_second: of the plain loop, right after the run.
@@ -57,7 +60,7 @@ class Attempt:
 
     @property
     def plain_seconds(self) -> float:
-        """Seconds of the plain loop's 60 epochs at its throughput."""
+        """Extrapolated training time of 60 epochs of the plain loop."""
         return PLAIN_IMAGES / self.plain_images_per_second
 
 

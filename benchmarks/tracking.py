@@ -53,13 +53,13 @@ def main() -> None:
             ("no server", f"tracking.uri=http://127.0.0.1:{closed_port()}", failed, at_most_1_percent),
         ):
             found = measured(place, [*settings, override], exit_code, options.pairs)
-            ratios = [a / b for a, b in zip(found.beside, found.without, strict=True)]
+            ratios = [a / b for a, b in zip(found.with_parent, found.parent_suspended, strict=True)]
             rows += [
                 Figure.of(f"{name}: step, parent running / stopped", ratios, "", found.other_load, goal),
-                Figure.of(f"{name}: parent's CPU time meanwhile", found.shares, "of 1 core"),
+                Figure.of(f"{name}: parent's CPU time meanwhile", found.parent_cpu_share, "of 1 core"),
             ]
             notes[name] = (
-                f"{median(found.beside):.3f} / {median(found.without):.3f} s a step; "
+                f"{median(found.with_parent):.3f} / {median(found.parent_suspended):.3f} s a step; "
                 f"parent's CPU time before: {found.start_seconds:.1f} s"
             )
     publish("tracking", rows, notes)
@@ -72,16 +72,16 @@ class Measured:
     Attributes:
         start_seconds: CPU seconds that the parent took until measuring began.
         other_load: share of all cores that other processes took meanwhile.
-        beside: seconds a step while the parent ran, a block of steps each.
-        without: the same while it was stopped.
-        shares: CPU seconds a second of the parent, a block each in which it ran.
+        with_parent: seconds per step while the parent runs, for each block of steps.
+        parent_suspended: seconds per step while it is suspended.
+        parent_cpu_share: the parent's CPU seconds per second, for each block in which it runs.
     """
 
     start_seconds: float
     other_load: float
-    beside: list[float]
-    without: list[float]
-    shares: list[float]
+    with_parent: list[float]
+    parent_suspended: list[float]
+    parent_cpu_share: list[float]
 
 
 def measured(place: Workplace, overrides: Sequence[str], exit_code: int, pairs: int) -> Measured:
@@ -104,10 +104,10 @@ def measured(place: Workplace, overrides: Sequence[str], exit_code: int, pairs: 
     finish(process, exit_code)
     times = {entry.step: entry.time for entry in journal.read(run_dir)}
     seconds = [(times[end] - times[begin + 1]) / (end - begin - 1) for begin, end in pairwise(bounds)]
-    beside, without = (
+    with_parent, parent_suspended = (
         [second for second, ran in zip(seconds, running, strict=True) if ran is on] for on in (True, False)
     )
-    return Measured(start_seconds, load, beside, without, shares)
+    return Measured(start_seconds, load, with_parent, parent_suspended, shares)
 
 
 class Steps:

@@ -16,7 +16,7 @@ from cifar_exp.records.run_folder import Status
 from cifar_exp.system.surroundings import in_notebook
 
 Mode = Literal["auto", "bar", "live", "lines", "quiet"]
-LIVE_PAUSE = 1.0  # seconds between two states of a live line: a notebook keeps all that is ever written
+LIVE_PAUSE = 1.0  # minimum seconds between updates of the live line, because a notebook stores every update
 PAGE_PAUSE = 2.0  # seconds between two drawings of the page, at least
 PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
@@ -107,7 +107,7 @@ class LiveLine:
         self._console, self._width, self._next = console, 0, 0.0
 
     def show(self, text: str) -> None:
-        """Write ``text`` over what is there, unless that is new."""
+        """Overwrite the line with ``text``, at most once per `LIVE_PAUSE`."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + LIVE_PAUSE
             self._write(f"\r{text:<{self._width}}")
@@ -130,7 +130,7 @@ class LiveLine:
 
 
 def suitable(console: Console) -> Literal["bar", "live", "lines"]:
-    """How progress is shown where nobody has chosen: by what the other end can show."""
+    """The mode for progress=auto: live in a notebook, bar on a terminal, else lines."""
     if in_notebook():
         return "live"
     return "bar" if console.is_terminal and not console.is_dumb_terminal else "lines"

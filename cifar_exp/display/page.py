@@ -44,7 +44,10 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
 
 
 def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
-    """The page as HTML. It reloads itself every two seconds until the run has ended."""
+    """The page as HTML. While its status is starting or running it reloads every two seconds.
+
+    Two minutes after its last drawing, as after SIGKILL, it says so and reloads every half minute.
+    """
     latest: dict[str, float] = {}
     for entry in entries:
         latest.update(entry.metrics)

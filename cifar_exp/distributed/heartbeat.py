@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from cifar_exp.system.atomic_files import write_atomically
 
-STOP_FILE = "stop"  # in the run folder: made by a user who wants training to end here
+STOP_FILE = "stop"  # in the run folder: a file made by a user who wants training to end here
 LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher after a signal
 _AGREED_FILE = "agreed"
 _BEAT = struct.Struct("5q")  # the fields of Beat
@@ -145,8 +145,8 @@ class Control:
         if self.is_leaving():
             return Request("leave", "a signal")
         stop = self.run_dir / STOP_FILE
-        if stop.exists():
-            stop.unlink(missing_ok=True)  # it would also end the run that resumes from here
+        if stop.is_file():  # a folder of that name cannot be removed by a rank, and is no request
+            stop.unlink(missing_ok=True)  # remove the file, or it would stop the resumed run as well
             return Request("finish", f"the file {stop.name} in the run's folder")
         if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
             return Request("finish", "train.max_seconds")

@@ -39,36 +39,36 @@ class Tolerances:
 
 
 # The measured values below are those of the reference network with 64 images a rank.
-_ALIKE = (1e-5, 1e-6, 1e-4)  # measured: 3e-8, 0, 3e-6 (AdamW)
-_DIVIDED = {  # measured on 3 ranks: fp32 5e-6, 0, 1e-3 (AdamW); bf16 9e-3, 0, 2e-2; fp16 1e-3, 0, 3e-3
+_SAME_ARITHMETIC = (1e-5, 1e-6, 1e-4)  # measured: 3e-8, 0, 3e-6 (AdamW)
+_DIVISION_ROUNDS = {  # measured on 3 ranks: fp32 5e-6, 0, 1e-3 (AdamW); bf16 9e-3, 0, 2e-2; fp16 1e-3, 0, 3e-3
     "fp32": (1e-4, 1e-6, 1e-2),
     "bf16": (2**-5, 1e-6, 2**-2),
     "fp16": (2**-8, 1e-6, 2**-3),
 }
-# Measured with joined statistics: fp32 1e-2, 9e-7, 2e-2; bf16 1e-1, 2e-4, 2e-1. Without: fp32 3e-1, 4e-3, 7e-1; bf16
-# 3e-1, 6e-4, 6e-1. So fp32 distinguishes both well.
-_JOINED = {"fp32": (5e-2, 1e-5, 2**-2), "bf16": (2e-1, 1e-3, 2**-1), "fp16": (1e-1, 1e-4, 2**-2)}
+# Measured with synchronized batch-norm statistics: fp32 1e-2, 9e-7, 2e-2; bf16 1e-1, 2e-4, 2e-1. Without: fp32 3e-1,
+# 4e-3, 7e-1; bf16 3e-1, 6e-4, 6e-1. So fp32 distinguishes both well.
+_SYNCHRONIZED = {"fp32": (5e-2, 1e-5, 2**-2), "bf16": (2e-1, 1e-3, 2**-1), "fp16": (1e-1, 1e-4, 2**-2)}
 _EVALUATION = {"fp32": (0.0, 1e-6), "bf16": (2e-3, 1e-3), "fp16": (5e-4, 1e-4)}  # some batches have another size
-_WHY_ALIKE = """\
+_WHY_SAME_ARITHMETIC = """\
 Both sides do the same arithmetic for each micro-batch, but sum the gradients in another order. Each sum has a relative
 rounding error of up to 6e-8; {0:.2g} of the gradient is allowed."""
-_WHY_DIVIDED = """\
+_WHY_DIVISION_ROUNDS = """\
 One rank divides the loss of each micro-batch by their number before the backward pass; several ranks divide the
 gradients. Unless that number is a power of two, and always in float16, each layer is then rounded differently: {0:.2g}
 of the gradient is allowed."""
-_WHY_JOINED = """\
+_WHY_SYNCHRONIZED = """\
 The batch statistics of all ranks are summed in another order, so a ReLU whose input is almost zero may switch: {0:.2g}
-of the gradient is allowed. The loss has no such jumps; it shows best whether the statistics are joined."""
+of the gradient is allowed. The loss has no such jumps; it shows best whether the statistics are synchronized."""
 
 
 def tolerances(precision: str, ranks: int, is_synchronized: bool) -> Tolerances:
     """The tolerances for ``fp32``, ``bf16`` or ``fp16``. ``is_synchronized``: batch norm spans all ranks."""
     if is_synchronized and ranks > 1:
-        limits, why = _JOINED[precision], _WHY_JOINED
+        limits, why = _SYNCHRONIZED[precision], _WHY_SYNCHRONIZED
     elif precision != "fp16" and ranks.bit_count() == 1:
-        limits, why = _ALIKE, _WHY_ALIKE
+        limits, why = _SAME_ARITHMETIC, _WHY_SAME_ARITHMETIC
     else:
-        limits, why = _DIVIDED[precision], _WHY_DIVIDED
+        limits, why = _DIVISION_ROUNDS[precision], _WHY_DIVISION_ROUNDS
     return Tolerances(*limits, *_EVALUATION[precision], why.format(limits[0]))
 
 
@@ -142,9 +142,8 @@ def _images(reference: Measurement, ranks: Sequence[Measurement], plan: Plan) ->
         images = (ours != theirs).any(-1)
         differing = int(images.view(-1, plan.per_device_batch_size).any(1).sum())
     yield Check("images", "micro-batches that differ in a bit", "0", f"{differing:,} of {count:,}", differing, 0)
-    seen, whole = (
-        Counter(_rows(part)) for part in (_side_by_side([rank.drawn for rank in ranks]), reference.training_set)
-    )
+    taken = _side_by_side([rank.before_augmentation for rank in ranks])
+    seen, whole = (Counter(_rows(part)) for part in (taken, reference.training_set))
     doubled, dropped = (seen - whole).total(), (whole - seen).total()
     yield Check("images", "images doubled or foreign", "0", f"{doubled:,}", doubled, 0)
     planned = f"{plan.dropped_images:,}"

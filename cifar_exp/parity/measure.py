@@ -45,7 +45,7 @@ class Measurement:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         inputs: sha256 of each image and label of the first epoch as the network gets it: (steps, images of this rank
             and step, 32) uint8.
-        drawn: sha256 of the same images before augmentation.
+        before_augmentation: sha256 of these images before augmentation.
         losses: of each training step, over all ranks.
         gradients: by training step, counted from 1, as the optimizer gets them; on rank 0 only. Steps that float16
             skips for an overflow are missing.
@@ -60,7 +60,7 @@ class Measurement:
 
     precision: str
     inputs: Tensor
-    drawn: Tensor
+    before_augmentation: Tensor
     losses: list[float]
     gradients: dict[int, Parameters]
     parameters: dict[int, Parameters]
@@ -127,7 +127,7 @@ def measure(
         lambda _step, _epoch, metrics: losses.append(metrics["step/loss"]),
         *(train_images, test_images),
     )
-    inputs, drawn = _one_epoch(parts.batches, control)
+    inputs, before_augmentation = _one_epoch(parts.batches, control)
     prepare_steps(parts.trainer, parts.batches, job.train.compile, world)
     steps = _Steps(parts, reference)
     steps.take(min(STEPS, job.plan.steps), job.run_dir / STOP_FILE if world.is_first else None, control)
@@ -138,7 +138,7 @@ def measure(
     return Measurement(
         precision=PRECISIONS[parts.trainer.precision],
         inputs=inputs,
-        drawn=drawn,
+        before_augmentation=before_augmentation,
         losses=losses,
         gradients=steps.gradients if world.is_first else {},
         parameters=steps.parameters if world.is_first else {},
@@ -255,7 +255,7 @@ class _Steps:
         self._end_if_last()
 
     def _end_if_last(self) -> None:
-        """Before the last step, ask training to stop after it, as a user would."""
+        """Create the `stop` file before the last step, so that training ends after it."""
         if self._stop and self._parts.trainer.step == self._steps - 1:
             self._stop.touch()
 

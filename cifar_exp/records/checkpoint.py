@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Origin:
+class CheckpointPosition:
     """The position of a checkpoint in its run.
 
     Attributes:
@@ -57,7 +57,8 @@ class Origin:
         data_hash: sha256 of the images, in hex.
         config_hash: sha256 of the settings that bear on the result, in hex.
         seconds: time that the run had taken, over all its sessions.
-        best_step: step of the best epoch's checkpoint so far, which is never deleted; None without a validation split.
+        best_step: step of the best checkpoint so far; kept until a better one is saved; None without a validation
+            split.
         best_value: ``early_stopping.metric`` of that epoch.
         run_id: the tracker's id of the run; None where no tracker had opened it yet.
     """
@@ -75,7 +76,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Origin):
+class Manifest(CheckpointPosition):
     """Facts about a checkpoint that are known without reading it.
 
     Attributes:
@@ -95,19 +96,19 @@ class Manifest(Origin):
     cifar_exp: str = ""
 
 
-def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> None:
+def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, keep: int) -> None:
     """Write a checkpoint, then delete all but the ``keep`` newest ones and the best ones that their manifests name.
 
     Raises:
         StorageError: where the file system refuses; earlier checkpoints stay.
     """
     folder = run_dir / CHECKPOINTS
-    path = _free_path(_path(run_dir, origin.step))
+    path = _free_path(_path(run_dir, position.step))
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
     manifest = Manifest(
-        **vars(origin),
+        **vars(position),
         file=path.name,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
@@ -115,26 +116,26 @@ def save(run_dir: Path, checkpoint: Checkpoint, origin: Origin, keep: int) -> No
         python=platform.python_version(),
         cifar_exp=_own_version(),
     )
-    manifest_path = _path(run_dir, origin.step).with_suffix(".json")
+    manifest_path = _path(run_dir, position.step).with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # left by a writer that was killed
             leftover.unlink()
         write_atomically(path, content)
         write_atomically(manifest_path, sealed(asdict(manifest)))
-        _delete_networks(manifest_path, but=path)
+        _delete_checkpoint_files(manifest_path, but=path)
         manifests = sorted(folder.glob("*.json"))
         # This one is not the newest where the run resumed before a damaged checkpoint.
         newest = {*manifests[-keep:], manifest_path}
         for old in set(manifests) - newest - set(map(_best_named_by, newest)):
             old.unlink()  # first: a checkpoint without a manifest is ignored
-            _delete_networks(old)
+            _delete_checkpoint_files(old)
     except OSError as error:
         raise StorageError(f"{path}: the checkpoint could not be saved: {error}. {FREE_SPACE}") from error
 
 
-def sound(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
-    """The newest intact checkpoint: its sha256 is that of its manifest. None where no checkpoint was completed.
+def newest_intact_manifest(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
+    """The manifest of the newest checkpoint whose size and sha256 match it. None where no checkpoint was completed.
 
     Args:
         run_dir: the run's folder.
@@ -170,7 +171,7 @@ def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """The content of a manifest's file, sealed by a hash of its fields, so that an altered field is noticed."""
+    """The content of a manifest's file, with a sha256 of its fields in `seal`, so that an altered field is detected."""
     seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     return json.dumps({**fields, "seal": seal}, indent=1).encode()
 
@@ -190,7 +191,7 @@ def _unsealed(content: bytes) -> Manifest:
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
-    """A checkpoint that :func:`sound` has verified; no code in it is executed (``weights_only``).
+    """A checkpoint that :func:`newest_intact_manifest` has verified; no code in it is executed (``weights_only``).
 
     Raises:
         StorageError: where it cannot be read, or is no checkpoint of this package.
@@ -209,7 +210,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     Raises:
         StorageError: where it has none.
     """
-    manifest = sound(run_dir, warn)
+    manifest = newest_intact_manifest(run_dir, warn)
     if manifest is None:
         raise StorageError(f"{run_dir / CHECKPOINTS}: there is no checkpoint. Choose a run that has finished an epoch")
     return load(run_dir, manifest)
@@ -221,7 +222,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         StorageError: where it is damaged or missing.
     """
-    manifest = sound(run_dir, warn)
+    manifest = newest_intact_manifest(run_dir, warn)
     if manifest is None or manifest.best_step is None:
         return None
     path = _path(run_dir, manifest.best_step)
@@ -247,7 +248,11 @@ def _own_version() -> str:
 
 
 def _free_path(path: Path) -> Path:
-    """A path for a step's checkpoint that its present manifest does not name, so that the present one stays intact."""
+    """The .pt path for a new save of a step.
+
+    If the step's manifest already names ``step-N.pt``, it is ``step-N-again.pt``, so the old checkpoint stays valid
+    until the manifest is replaced.
+    """
     try:
         named = json.loads(path.with_suffix(".json").read_text())["file"]
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
@@ -255,8 +260,8 @@ def _free_path(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-again") if named == path.name else path
 
 
-def _delete_networks(manifest: Path, but: Path | None = None) -> None:
-    """Delete the checkpoint files of a step, all or all but one."""
+def _delete_checkpoint_files(manifest: Path, but: Path | None = None) -> None:
+    """Delete a step's .pt files, except ``but``."""
     for path in {manifest.with_suffix(".pt"), manifest.with_name(f"{manifest.stem}-again.pt")} - {but}:
         path.unlink(missing_ok=True)
 

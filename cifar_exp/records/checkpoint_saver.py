@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cifar_exp.records.checkpoint import Checkpoint, Origin, save
+from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition, save
 
 
 class CheckpointSaver:
@@ -20,7 +20,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
-    def save(self, checkpoint: Checkpoint, origin: Origin) -> None:
+    def save(self, checkpoint: Checkpoint, position: CheckpointPosition) -> None:
         """Copy ``checkpoint`` and write it in the background; waits for the previous save.
 
         Raises:
@@ -28,7 +28,7 @@ class CheckpointSaver:
         """
         self.wait()
         copy = Checkpoint(**_on_cpu(vars(checkpoint)))
-        self._saving = self._thread.submit(save, self._run_dir, copy, origin, self._keep)
+        self._saving = self._thread.submit(save, self._run_dir, copy, position, self._keep)
 
     def wait(self) -> None:
         """Wait until everything is on disk.

@@ -23,7 +23,7 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     Raises:
         ConfigError: where there is no such run.
     """
-    mark, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
+    marker_file, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
     if name == LATEST:
         found = sorted(OUTPUTS.rglob(newest), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -31,7 +31,7 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
             raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
         return found[-1].parents[1] if with_checkpoint else found[-1].parent
     for folder in _candidates(name):
-        if (folder / mark).exists():
+        if (folder / marker_file).exists():
             return folder
     choices = "never, auto, latest" if setting == "resume" else LATEST
     raise ConfigError(
@@ -40,16 +40,16 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     )
 
 
-def find_folder(name: str, mark: str = SWEEP_RUN_FILE) -> Path | None:
+def find_folder(name: str, marker_file: str = SWEEP_RUN_FILE) -> Path | None:
     """The folder of a sweep, or of a run: ``latest``, a folder, or an MLflow run id; None where this disk has none.
 
-    ``mark``: the file by which such a folder is known.
+    ``marker_file``: a folder with this file is such a folder.
     """
     if name == LATEST:
-        found = sorted(OUTPUTS.rglob(mark), key=lambda path: path.stat().st_mtime)
+        found = sorted(OUTPUTS.rglob(marker_file), key=lambda path: path.stat().st_mtime)
         return found[-1].parent if found else None
     with suppress(OSError):  # a name that no file can have
-        return next((folder for folder in _candidates(name) if (folder / mark).exists()), None)
+        return next((folder for folder in _candidates(name) if (folder / marker_file).exists()), None)
     return None
 
 

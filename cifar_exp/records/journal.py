@@ -1,8 +1,13 @@
-"""The journal ``metrics.jsonl``: the truth about a run, one JSON object a line, append-only.
+"""The journal ``metrics.jsonl`` of all metrics of a run, one JSON object a line.
+
+Only a partial last line is ever removed.
 
 ``{"step": int, "epoch": int, "time": seconds since the start of the run, "metrics": {name: value}}``
 
-Rank 0 appends while it trains; the parent appends the last line after the ranks have ended. All others only read.
+Rank 0 appends while it trains. The parent appends the last line after the ranks have ended. Other processes only read.
+A sweep's parent run rewrites its own journal.
+
+A session is the time from one start of the command to its end. A resumed run has several.
 """
 
 import json

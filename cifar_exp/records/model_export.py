@@ -1,4 +1,4 @@
-"""Export a run's network as ``model.safetensors``, which plain PyTorch can load (the README shows how)."""
+"""Export a run's network as ``model.safetensors``, which plain PyTorch can load (docs/networks.md shows how)."""
 
 import json
 from collections.abc import Callable, Mapping

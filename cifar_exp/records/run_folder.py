@@ -1,6 +1,6 @@
-"""The run folder: its lock, the facts that a tracker gets, its outcome, and what a tracker still lacks.
+"""Files of the run folder: lock, ``run.json``, ``outcome.json``, ``.undelivered``.
 
-All of it is on disk before a tracker gets it, so that it can be delivered after an outage.
+Whatever MLflow gets is written here first, so that it can be delivered after an outage.
 """
 
 import json
@@ -18,7 +18,7 @@ from filelock import FileLock
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.system import locks
-from cifar_exp.system.atomic_files import write_json
+from cifar_exp.system.atomic_files import write_atomically, write_json
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
 
@@ -45,7 +45,7 @@ class RunInfo:
         started: when the run began, seconds since the epoch.
         artifacts: names of files in the run's folder to store with the run at its end, if they exist.
         sweep_dir: the folder of the run's sweep; None for a single run.
-        origin: folder and step of the checkpoint that a new run started from; None for a run from scratch.
+        started_from: folder and step of the checkpoint that a new run started from; None for a run from scratch.
         key: unique key by which a tracker recognises the run after a lost response; empty in old runs.
     """
 
@@ -56,7 +56,7 @@ class RunInfo:
     started: float
     artifacts: Sequence[str] = ()
     sweep_dir: Path | None = None
-    origin: tuple[Path, int] | None = None
+    started_from: tuple[Path, int] | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def save(self, config_hash: str) -> None:
@@ -71,8 +71,8 @@ class RunInfo:
         content = {"name": self.name, "key": self.key, "started": self.started, "tags": dict(self.tags)}
         if self.sweep_dir:
             content["sweep_dir"] = os.path.relpath(self.sweep_dir, self.run_dir)
-        if self.origin:
-            folder, step = self.origin
+        if self.started_from:
+            folder, step = self.started_from
             content["origin"] = {"folder": os.path.relpath(folder, self.run_dir), "step": step}
         content |= {"artifacts": list(self.artifacts), "params": masked(self.params), **more}
         write_json(self.run_dir / name, content)
@@ -87,6 +87,7 @@ class RunInfo:
         path = next((path for path in (folder / RUN_FILE, folder / SWEEP_RUN_FILE) if path.exists()), folder / RUN_FILE)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            origin = content.get("origin")
             return cls(
                 name=content["name"],
                 run_dir=folder,
@@ -95,7 +96,7 @@ class RunInfo:
                 started=content.get("started", path.stat().st_mtime),
                 artifacts=content.get("artifacts", ()),
                 sweep_dir=folder / content["sweep_dir"] if "sweep_dir" in content else None,
-                origin=(folder / begun["folder"], int(begun["step"])) if (begun := content.get("origin")) else None,
+                started_from=(folder / origin["folder"], int(origin["step"])) if origin else None,
                 key=content.get("key", ""),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,7 +116,10 @@ class Outcome:
 
     @classmethod
     def of(cls, folder: Path) -> "Outcome | None":
-        """How the run in ``folder`` ended; None where it has not, or its process died before."""
+        """How the run ended.
+
+        Without ``outcome.json`` a journal with the total time means FINISHED, and anything else None.
+        """
         with suppress(OSError, ValueError, TypeError):
             return cls(**json.loads((folder / OUTCOME_FILE).read_text()))
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -129,8 +133,8 @@ class Outcome:
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
 
 
-def claim(run_dir: Path, patience: float = 0.5) -> FileLock:
-    """Lock a run's folder until this process ends.
+def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
+    """Lock a run's folder until this process ends. The kernel frees the lock whatever the process dies of.
 
     Args:
         run_dir: the folder.
@@ -147,17 +151,17 @@ def claim(run_dir: Path, patience: float = 0.5) -> FileLock:
         ) from error
 
 
-def is_claimed(folder: Path) -> bool:
-    """Whether a process holds the folder's lock."""
+def is_locked(folder: Path) -> bool:
+    """Whether a living process holds the folder's lock. The lock file itself stays when the process ends."""
     try:
-        claim(folder, patience=0).release()
+        lock_run_folder(folder, patience=0).release()
     except ConfigError:
         return True
     return False
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run in ``run_dir`` finished."""
+    """Whether the journal has ``time/total_seconds``, the parent's last line. ``outcome.json`` is not read."""
     return "time/total_seconds" in journal.last_values(run_dir)
 
 
@@ -166,7 +170,7 @@ def mark_undelivered(run_dir: Path, store: str) -> None:
     path = run_dir / UNDELIVERED_FILE
     with suppress(OSError):  # later writes report the error
         if not path.exists():  # another store may still lack a part
-            path.write_text(store)
+            write_atomically(path, store)
 
 
 def is_undelivered(run_dir: Path) -> bool:

@@ -15,10 +15,11 @@ from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
 from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import RunFacts
-from cifar_exp.errors import ConfigError
+from cifar_exp.distributed.heartbeat import STOP_FILE
+from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import journal, model_export
-from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, claim
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
 from cifar_exp.runs import config_changes, resume, summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Parts
@@ -28,6 +29,7 @@ from cifar_exp.runs.model_check import check_scales, checked_model
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine
 from cifar_exp.system.accelerator import check_precision
+from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.redaction import masked
 from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.worker.job import Job
@@ -82,12 +84,15 @@ def begin(config: Config, context: RunContext) -> Beginning:
 def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
     """Lock the run folder while the context is open. For a new run, write its tags and resolved configuration there.
 
+    A stop file that an earlier start has left there is removed: it would end this run at its first step.
+
     Raises:
         ConfigError: the folder has another run, or another process uses it.
     """
     new, resumed = beginning.info, beginning.resumed
-    with claim(new.run_dir):
+    with lock_run_folder(new.run_dir):
         if resumed and resumed.in_place:
+            _remove_stop_file(new.run_dir)
             yield RunInfo.load(new.run_dir)
             return
         if (new.run_dir / RUN_FILE).exists():
@@ -95,9 +100,18 @@ def claimed(beginning: Beginning, config: Config) -> Iterator[RunInfo]:
                 f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
                 f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
             )
-        OmegaConf.save(OmegaConf.create(masked(asdict(config))), new.run_dir / CONFIG_FILE)
+        _remove_stop_file(new.run_dir)
+        write_atomically(new.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config)))))
         new.save(config_changes.config_hash(config))  # last, so that a run that can be found has its configuration
         yield new
+
+
+def _remove_stop_file(run_dir: Path) -> None:
+    stop = run_dir / STOP_FILE
+    if stop.is_file():
+        with storage_errors(stop, f"Remove {stop}"):
+            stop.unlink()
+        warn(f"{stop}: removed. It was there before this start; create it while the run trains to end training")
 
 
 def plan_job(
@@ -173,12 +187,12 @@ def _run_info(
     if context.sweep_dir:
         tags["sweep"] = context.sweep_dir.as_posix()
     name = f"{title(config)}, {devices.count} x {devices.accelerator}"
-    origin = None
+    started_from = None
     if resumed and resumed.manifest and not resumed.in_place:
-        origin = resumed.source, resumed.manifest.step
+        started_from = resumed.source, resumed.manifest.step
     params = flattened(masked(asdict(config)))
     began = time.time() - context.age
-    return RunInfo(name, run_dir, params, tags, began, ARTIFACTS, context.sweep_dir, origin)
+    return RunInfo(name, run_dir, params, tags, began, ARTIFACTS, context.sweep_dir, started_from)
 
 
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import find_run
-from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_claimed, is_finished
+from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_finished, is_locked
 from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
@@ -25,7 +25,7 @@ class Resumption:
     Attributes:
         run_dir: the folder of the run to continue.
         manifest: the checkpoint to load; None if the run was stopped before its first checkpoint.
-        elapsed: seconds that the run took so far; 0 if a new run starts from the checkpoint.
+        elapsed: seconds that the run took in its earlier sessions; 0 if a new run starts from the checkpoint.
         finished: whether the run is already finished.
         changes: settings that differ from the run to continue: name -> (old, new).
         in_place: whether the run continues in its own folder. If not, a new run starts from its checkpoint.
@@ -137,7 +137,7 @@ def _resumption(
     folder: Path, config: Config, changes: Mapping[str, tuple[Any, Any]], in_place: bool, warn: Callable[[str], None]
 ) -> Resumption:
     finished = in_place and is_finished(folder)
-    manifest = None if finished else checkpoint.sound(folder, warn)
+    manifest = None if finished else checkpoint.newest_intact_manifest(folder, warn)
     entries = journal.read(folder)
     begun = None
     if manifest is None and not finished:
@@ -167,11 +167,11 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     Raises:
         StorageError: that checkpoint no longer exists.
     """
-    origin = RunInfo.load(folder).origin
-    if origin is None:
+    started_from = RunInfo.load(folder).started_from
+    if started_from is None:
         return None
-    source, step = origin
-    manifest = checkpoint.sound(source, warn)
+    source, step = started_from
+    manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
         found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
         raise StorageError(
@@ -207,7 +207,7 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     for path in found:
         try:
             same = has_same_settings(json.loads(path.read_text()), config)
-            if same and not is_finished(path.parent) and not is_claimed(path.parent):
+            if same and not is_finished(path.parent) and not is_locked(path.parent):
                 return path.parent
         except UNREADABLE as error:
             warn(f"{path.parent}: the run cannot be read and is skipped: {error}")

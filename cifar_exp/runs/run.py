@@ -96,7 +96,7 @@ def _say_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> Non
         run_dir: the run folder.
         resumable: the value for ``resume``: the run folder, or the sweep's folder for a job of a sweep.
     """
-    if manifest := checkpoint.sound(run_dir, warn):
+    if manifest := checkpoint.newest_intact_manifest(run_dir, warn):
         how = f"the same command with resume={os.path.relpath(resumable)} continues"
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)
 

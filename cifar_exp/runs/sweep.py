@@ -20,6 +20,7 @@ from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
+from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.bugs import user_error
 from cifar_exp.system.redaction import masked, masked_text
 
@@ -74,7 +75,8 @@ class StudySweeper(BasicSweeper):
         assert self.config is not None
         from cifar_exp.study.finished_runs import folder_run
 
-        OmegaConf.save(OmegaConf.create(masked(OmegaConf.to_container(self.config))), sweep_dir / MULTIRUN_FILE)
+        composed = OmegaConf.create(masked(OmegaConf.to_container(self.config)))
+        write_atomically(sweep_dir / MULTIRUN_FILE, OmegaConf.to_yaml(composed))
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         with ParentRun(self.config, sweep_dir, tags) as parent:
             rows = self._run(jobs)

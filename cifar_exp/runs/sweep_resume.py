@@ -9,7 +9,7 @@ from typing import Any
 from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.run_folder import OUTPUTS, claim, is_claimed, make_private
+from cifar_exp.records.run_folder import OUTPUTS, is_locked, lock_run_folder, make_private
 from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.system.atomic_files import write_json
 from cifar_exp.system.redaction import masked
@@ -35,10 +35,10 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
     arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
     for path in _sweeps(wanted):
         content = _sweep_content(path)
-        if content is None or (wanted == "auto" and (content["finished"] or is_claimed(path.parent))):
+        if content is None or (wanted == "auto" and (content["finished"] or is_locked(path.parent))):
             continue
         if content["arguments"] == arguments:
-            with claim(path.parent):
+            with lock_run_folder(path.parent):
                 yield path.parent
             return
         if wanted != "auto":
@@ -51,7 +51,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
         )
     sweep_dir.mkdir(parents=True, exist_ok=True)
     make_private(sweep_dir)
-    with claim(sweep_dir):
+    with lock_run_folder(sweep_dir):
         _note_sweep(sweep_dir, arguments, finished=False)
         yield sweep_dir
 

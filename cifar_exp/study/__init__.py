@@ -1,1 +1,1 @@
-"""What an axis of a sweep buys: finished runs become tables, intervals, fitted laws, figures and a report."""
+"""Compare the finished runs of a sweep: tables, intervals, fitted laws, figures, report."""

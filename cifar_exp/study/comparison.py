@@ -33,12 +33,12 @@ RunsByCount = Mapping[int, Sequence[RunResult]]
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of one figure at one device count between both sweeps.
+    """The difference of one quantity at one device count between both sweeps.
 
     Attributes:
         group: name of the group.
         devices: number of ranks.
-        figure: ``images_per_second``, ``speedup`` (relative to the smallest common count),
+        quantity: ``images_per_second``, ``speedup`` (relative to the smallest common count),
             ``train_seconds`` or ``test_accuracy``.
         first: median in the first sweep.
         second: median in the second sweep.
@@ -49,7 +49,7 @@ class Difference:
 
     group: str
     devices: int
-    figure: str
+    quantity: str
     first: float
     second: float
     change: float
@@ -70,7 +70,7 @@ class Comparison:
     Attributes:
         names: of the sweeps.
         pairs: for each common group, its name and its results in each sweep.
-        differences: of all figures at all common device counts.
+        differences: of all quantities at all common device counts.
         simulated: whether the devices of one sweep were ranks on one CPU.
         notes: sentences below the table.
     """
@@ -148,7 +148,7 @@ class Comparison:
         return {
             item.devices: (item.change, item.interval)
             for item in self.differences
-            if item.group == group and item.figure == "images_per_second"
+            if item.group == group and item.quantity == "images_per_second"
         }
 
     def _cells(self) -> list[list[str]]:
@@ -191,37 +191,37 @@ def _differences(group: str, first: Sequence[RunResult], second: Sequence[RunRes
         found.append(_difference(group, one, two, "images_per_second", devices))
         if devices > shared[0]:
             found.append(_difference(group, one, two, "speedup", devices, over=shared[0]))
-        found += [_difference(group, one, two, figure, devices) for figure in ("train_seconds", "test_accuracy")]
+        found += [_difference(group, one, two, quantity, devices) for quantity in ("train_seconds", "test_accuracy")]
     return found
 
 
 def _difference(
-    group: str, one: RunsByCount, two: RunsByCount, figure: str, devices: int, over: int | None = None
+    group: str, one: RunsByCount, two: RunsByCount, quantity: str, devices: int, over: int | None = None
 ) -> Difference:
-    """The difference of one figure at one device count. ``over``: of its ratio to the figure at that count."""
-    measured = "images_per_second" if figure == "speedup" else figure
+    """The difference of one quantity at one device count. ``over``: of its ratio to the quantity at that count."""
+    measured = "images_per_second" if quantity == "speedup" else quantity
     before, after = (
         _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
     )
     first, second = ([(count == devices) - float(count == over) for count in sweep] for sweep in (one, two))
     interval, probability = difference(_means(one, measured), _means(two, measured), (first, second))
     change = after - before
-    if figure != "test_accuracy":
+    if quantity != "test_accuracy":
         change = after / before
         interval = interval.mapped(exp) if interval else None
     interval = interval.around(change) if interval else None
-    return Difference(group, devices, figure, before, after, change, interval, probability)
+    return Difference(group, devices, quantity, before, after, change, interval, probability)
 
 
-def _median(results: Sequence[RunResult], figure: str) -> float:
-    return float(median(getattr(result, figure) for result in results))
+def _median(results: Sequence[RunResult], quantity: str) -> float:
+    return float(median(getattr(result, quantity) for result in results))
 
 
-def _means(results: RunsByCount, figure: str) -> Means:
+def _means(results: RunsByCount, quantity: str) -> Means:
     """Means of the accuracy, or of the logarithm of a throughput or time."""
-    if figure == "test_accuracy":
+    if quantity == "test_accuracy":
         return accuracy_means(results)
-    return log_means(results, attrgetter(figure))
+    return log_means(results, attrgetter(quantity))
 
 
 def _has_no_repeats(results: Sequence[RunResult]) -> bool:
@@ -230,15 +230,15 @@ def _has_no_repeats(results: Sequence[RunResult]) -> bool:
 
 def _texts(item: Difference) -> list[str]:
     """One difference as the cells of a row."""
-    figure, form, change = {
+    quantity, form, change = {
         "images_per_second": ("images/s", ",.0f", ".3f"),
         "speedup": ("speedup", ".2f", ".3f"),
         "train_seconds": ("training, s", ",.1f", ".3f"),
         "test_accuracy": ("test accuracy", ".4f", "+.4f"),
-    }[item.figure]
+    }[item.quantity]
     return [
         f"{item.devices} {item.group}".rstrip(),
-        figure,
+        quantity,
         format(item.first, form),
         format(item.second, form),
         format(item.change, change) + (f"\n{interval_text(item.interval, change)}" if item.interval else ""),
@@ -247,6 +247,8 @@ def _texts(item: Difference) -> list[str]:
 
 
 def _csv_row(item: Difference) -> dict[str, object]:
-    figures_of = {name: value for name, value in asdict(item).items() if name != "interval"}
+    # The file's column keeps the name by which scripts know it.
+    columns = {"figure" if name == "quantity" else name: value for name, value in asdict(item).items()}
+    del columns["interval"]
     ends = {"change_low": item.interval.low, "change_high": item.interval.high} if item.interval else {}
-    return figures_of | {"change_low": None, "change_high": None} | ends | {"difference": item.verdict}
+    return columns | {"change_low": None, "change_high": None} | ends | {"difference": item.verdict}

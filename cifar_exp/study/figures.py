@@ -99,7 +99,7 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
 
 
 def _draw_ideal(axes: "Axes", groups: Sequence[Sequence[SpeedupRow]]) -> None:
-    """Ideal speedup: one dashed line for each smallest count."""
+    """Ideal linear speedup: one dashed line for each baseline device count."""
     largest = max(rows[-1].devices for rows in groups)
     for place, first in enumerate(sorted({rows[0].devices for rows in groups})):
         label = None if place else "ideal"

@@ -37,7 +37,7 @@ def compared_sweeps(sweeps: Sequence[str], uri: str | None) -> Comparison:
 def _settings(
     runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
 ) -> ReportSettings:
-    """What was typed, else what the sweep itself was given."""
+    """The report settings of the command line, else those of the sweep."""
     given = runs[0].params if runs else {}
     then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
     target, price = (None if value in (None, "None") else float(value) for value in then)

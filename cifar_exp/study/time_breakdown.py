@@ -7,12 +7,15 @@ from statistics import fmean, median
 from cifar_exp.distributed.rank_times import by_rank, straggler
 
 PREFIXES = ("time_split/", "rank_time/", "communication/")  # of the metrics about time
-PARTS = ("computing", "data", "averaging gradients", "waiting for the slowest", "evaluation", "start and rest")
+PARTS = (
+    *("computing", "data", "exposed all-reduce", "waiting for the slowest rank"),
+    *("evaluation", "start-up and other"),
+)
 RANK_HEADINGS = {
     "compute": "computing, s",
     "hidden_communication": "overlapped communication, s",
     "communication": "exposed communication, s",
-    "waiting": "waiting for the slowest, s",
+    "waiting": "waiting for the slowest rank, s",
     "data": "data, s",
     "evaluation": "evaluation, s",
 }
@@ -91,12 +94,12 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
     measured = {
         "computing": seconds_of("compute", "step"),
         "data": seconds_of("data", "data"),
-        "averaging gradients": seconds_of("communication", "communication"),
-        "waiting for the slowest": seconds_of("waiting", ""),
+        "exposed all-reduce": seconds_of("communication", "communication"),
+        "waiting for the slowest rank": seconds_of("waiting", ""),
         "evaluation": split.get("evaluation", 0.0),  # with the final test, which ranks do not measure
     }
     seconds = {part: value for part, value in measured.items() if value is not None}
-    seconds["start and rest"] = total - sum(seconds.values())
+    seconds["start-up and other"] = total - sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
 
 
@@ -114,7 +117,7 @@ def _link_notes(
         f"so that takes {1000 * sent / link:.3g} ms"
     )
     if steps and ranks and "last_share" in ranks[0]:
-        # Times of the rank that waited least: a bucket under way also waits for the slowest rank.
+        # Take the smallest time over ranks: an all-reduce in flight also waits for the slowest rank.
         exposed, hidden = (
             1000 * min(times[name] for times in ranks) / steps for name in ("communication", "hidden_communication")
         )

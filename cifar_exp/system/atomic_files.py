@@ -1,6 +1,7 @@
 """Atomic writes: whoever reads a file or a folder finds the old content or the new one, never a part of it.
 
-All files and folders of the package that must not be seen half-written are made here, by one policy:
+Files and folders that must never be read half-written are written here. Not so: the journal, locks and figures. The
+policy:
 
 - New content goes into a temporary file beside the target, ``<name>.tmp``, and is renamed when it is complete.
 - Content and name are forced to disk (``fsync``), so that either version survives a crash of the machine. A file that

@@ -30,7 +30,10 @@ def is_dead(tags: Mapping[str, str]) -> bool:
 
 
 def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
-    """Close the experiment's runs whose process on this host has ended, as their folders say or else as KILLED."""
+    """Close the experiment's RUNNING runs whose process on this host has ended.
+
+    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed.
+    """
     host = Owner.here().host.replace("'", "")
     running = client.search_runs(
         [experiment_id], f"attributes.status = 'RUNNING' and tags.`{PREFIX}host` = '{host}'", max_results=1000

@@ -11,7 +11,7 @@ from yaml import YAMLError
 from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_claimed
+from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
 
@@ -45,13 +45,15 @@ def runs_in(folder: Path) -> list[Path]:
         with suppress(StorageError):  # told when the run's turn comes
             sweep_dir = RunInfo.load(run_dir).sweep_dir
             # One that is still running closes its parent run itself.
-            if sweep_dir and (sweep_dir / SWEEP_RUN_FILE).exists() and not is_claimed(sweep_dir):
+            if sweep_dir and (sweep_dir / SWEEP_RUN_FILE).exists() and not is_locked(sweep_dir):
                 sweeps.setdefault(sweep_dir.resolve(), sweep_dir)
     return [*runs, *(path for _, path in sorted(sweeps.items()))]
 
 
 def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTracker:
-    """The store that a run's folder names, unless ``settings`` name another. Nothing else of the folder is believed.
+    """The store that a run's folder names, unless ``settings`` name another.
+
+    Other settings in the folder are ignored: it may be untrusted.
 
     Raises:
         ConfigError: where the run was not to be tracked, and no store was typed.

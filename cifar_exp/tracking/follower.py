@@ -22,7 +22,8 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the paus
 # Seconds after the end of a run. A sink has two deadlines: it must accept something by the first one, which moves with
 # every success, and it must be closed by the second one.
 ANSWER_SECONDS, CLOSING_SECONDS = 30.0, 120.0
-REFUSED_SECONDS = 5.0  # in place of ANSWER_SECONDS for a sink that has refused all along, in a run longer than these
+# Replaces ANSWER_SECONDS when every call so far has failed and the run lasted longer than ANSWER_SECONDS.
+REFUSED_SECONDS = 5.0
 STOPPED_SECONDS = 8.2  # both deadlines after a signal, counted from it; the ranks may have used most of them
 LEAST_SECONDS = 0.8  # that a sink gets in any case; page, tracker and sweep together then take less than ten seconds
 
@@ -100,7 +101,8 @@ class Follower(threading.Thread):
 
         Args:
             status: how the run ended.
-            answer_seconds: a sink that accepts nothing for so long is abandoned.
+            answer_seconds: seconds without a successful call before the sink is abandoned. If every call has failed so
+                far, it is REFUSED_SECONDS; while the sink opens, it is longer (see `_deadline`).
             closing_seconds: the sink is abandoned after so long in any case.
         """
         with self._changed:
@@ -223,7 +225,10 @@ def undelivered_message(error: Exception, folder: Path) -> str:
 
 
 def shortened(error: Exception) -> str:
-    """An error's message in one line, without the chain of calls. MLflow's ``mlflow db upgrade`` is within 180."""
+    """First line of the error, at most 260 characters.
+
+    The first 180 are kept, so that MLflow's advice ``mlflow db upgrade`` is.
+    """
     if is_bug(error):
         return described(error)
     lines = masked_text(str(error).strip() or type(error).__name__).splitlines()

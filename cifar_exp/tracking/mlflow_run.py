@@ -14,7 +14,7 @@ from cifar_exp.tracking.mlflow_store import FINAL_ERRORS, PARENT_TAG, MLflowStor
 
 
 class MLflowRun:
-    """One run in MLflow, opened, fed and closed by the parent. Every call may be repeated without effect."""
+    """One MLflow run. All calls are idempotent."""
 
     def __init__(self, store: MLflowStore, run: RunInfo) -> None:
         self._store, self._run = store, run

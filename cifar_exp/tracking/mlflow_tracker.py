@@ -1,4 +1,4 @@
-"""The MLflow tracker. Only the parent process reaches MLflow, never a rank."""
+"""The MLflow tracker. Ranks never import MLflow. The parent process and the commands sync, report and ui do."""
 
 import shlex
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from cifar_exp.records.run_folder import (
     OUTPUTS,
     Outcome,
     RunInfo,
-    claim,
+    lock_run_folder,
     mark_delivered,
     sync_command,
 )
@@ -43,7 +43,7 @@ class MLflowTracker(MLflowStore):
             ConfigError: where the run is still training.
             TrackingError: where the store cannot be reached.
         """
-        with claim(run_dir):
+        with lock_run_folder(run_dir):
             run, outcome = RunInfo.load(run_dir), Outcome.of(run_dir)
             status = outcome.status if outcome else "KILLED"
             entries = read(run_dir)

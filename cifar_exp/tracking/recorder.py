@@ -30,7 +30,7 @@ class Recording:
 
     Attributes:
         run_dir: the run's folder.
-        started: start of the run on the monotonic clock, without the time between its sessions.
+        started: start of the run on the monotonic clock, moved so that pauses between kill and resume do not count.
         tracker: receives the journal; None without a tracker.
         store: the tracker's store, as text.
         closing: metrics measured by the parent, for the last entry.

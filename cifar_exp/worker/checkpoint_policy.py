@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cifar_exp.data.batches import EvaluationBatches, scaled_size
 from cifar_exp.distributed.process_group import World
-from cifar_exp.records.checkpoint import Checkpoint, Origin
+from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition
 from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import JournalWriter, run_id
 from cifar_exp.worker.assembly import Assembly
@@ -66,9 +66,9 @@ class CheckpointPolicy:
                 scale=normalization.scale,
                 image_size=scaled_size(self.job.data.image_size, self.validation.scale),
             )
-            origin = self._origin()
-            self.files.journal.sync()  # a checkpoint must not outlive the journal of its steps
-            self.files.saver.save(checkpoint, origin)
+            position = self._position()
+            self.files.journal.sync()  # a checkpoint on disk implies the journal lines of its steps
+            self.files.saver.save(checkpoint, position)
 
     def wait(self) -> None:
         """Return when all checkpoints are on disk.
@@ -84,10 +84,10 @@ class CheckpointPolicy:
         progress = self.assembly.trainer.early_stopping
         return (progress.best_step, progress.best) if self.has_validation_split else (None, None)
 
-    def _origin(self) -> Origin:
+    def _position(self) -> CheckpointPosition:
         trainer = self.assembly.trainer
         best_step, best_value = self._best()
-        return Origin(
+        return CheckpointPosition(
             epoch=trainer.epoch,
             step=trainer.step,
             global_batch_size=self.job.plan.global_batch_size,

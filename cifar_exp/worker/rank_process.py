@@ -100,7 +100,7 @@ def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    manifest = checkpoint.sound(job.run_dir, report)
+    manifest = checkpoint.newest_intact_manifest(job.run_dir, report)
     start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
     report(f"cifar-exp: a rank died or hung; restart {attempt}: training resumes from {start}")
     # Steps after the checkpoint are trained again. The time of the lost ones counts as start-up.

@@ -137,6 +137,7 @@ def test_learning_rate_drop_is_drawn_and_labelled() -> None:
 def test_page_loads_again_only_while_the_run_lives(status: str) -> None:
     page = page_html(ENTRIES, replace(FACTS, status=status), 1.0)
     assert ("location.reload" in page) == (status in ("starting", "running"))
+    assert ("the process may have been killed" in page) == (status in ("starting", "running"))
     assert f'<span class="badge {status}">{status}</span>' in page
 
 

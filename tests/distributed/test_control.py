@@ -49,6 +49,16 @@ def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
     assert not (run_dir / STOP_FILE).exists()
 
 
+def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
+    exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
+    exchange.mkdir()
+    (run_dir / STOP_FILE).mkdir(parents=True)
+    control = Control(exchange, run_dir)
+    control.approach(StopPoint(1))
+    assert control.agreed(StopPoint(1)) is None
+    assert (run_dir / STOP_FILE).is_dir()
+
+
 def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -24,7 +24,7 @@ from tests.faults.runs import (
     settings,
 )
 from tests.faults.scene import Scene, says
-from tests.helpers.checkpoints import Malicious, origin, reseal, trained
+from tests.helpers.checkpoints import Malicious, position, reseal, trained
 
 STEPS = {
     "while the network is written": ("fsync", "*.pt.tmp", 3, "cut"),
@@ -58,7 +58,7 @@ def killed_in_a_save(scene: Scene) -> None:
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, none of which may be damaged."""
     told: list[str] = []
-    manifest = checkpoint.sound(run_dir, told.append)
+    manifest = checkpoint.newest_intact_manifest(run_dir, told.append)
     assert not told, told
     return manifest.step if manifest else -1
 
@@ -70,7 +70,7 @@ def damaged_checkpoints(scene: Scene) -> None:
     """In process: thousands of damaged checkpoints, of which none may be loaded; the one before is, each time."""
     run_dir = scene.folder / "run"
     for step in (10, 20):
-        checkpoint.save(run_dir, trained(step), origin(step), keep=2)
+        checkpoint.save(run_dir, trained(step), position(step), keep=2)
     network = run_dir / CHECKPOINTS / "step-00000020.pt"
     manifest = network.with_suffix(".json")
     total = min(scene.suite.damages, 300) if scene.suite.repeat == 1 else scene.suite.damages
@@ -95,11 +95,11 @@ def try_damages(run_dir: Path, path: Path, damages: Iterator[bytes]) -> tuple[in
     for content in damages:
         path.write_bytes(content)
         told: list[str] = []
-        found = checkpoint.sound(run_dir, told.append)
+        found = checkpoint.newest_intact_manifest(run_dir, told.append)
         count += 1
         wrong += found is None or found.step != 10 or len(told) != 1 or path.stem not in told[0]
     path.write_bytes(whole)
-    found = checkpoint.sound(run_dir, lambda _: None)
+    found = checkpoint.newest_intact_manifest(run_dir, lambda _: None)
     assert found is not None
     assert found.step == 20, "the undamaged one is not taken any more"
     return count, wrong
@@ -191,13 +191,13 @@ def checkpoints_exchanged(scene: Scene) -> None:
     """One step's content under another's name, with its own manifest's hash: neither is believed."""
     run_dir = scene.folder / "run"
     for step in (10, 20, 30):
-        checkpoint.save(run_dir, trained(step), origin(step), keep=3)
+        checkpoint.save(run_dir, trained(step), position(step), keep=3)
     names = [run_dir / CHECKPOINTS / f"step-000000{step}.pt" for step in (20, 30)]
     contents = [path.read_bytes() for path in names]
     for path, content in zip(names, reversed(contents), strict=True):
         path.write_bytes(content)
     told: list[str] = []
-    found = checkpoint.sound(run_dir, told.append)
+    found = checkpoint.newest_intact_manifest(run_dir, told.append)
     assert found is not None
     assert (found.step, len(told)) == (10, 2)
     scene.handled("checkpoints that were exchanged", "the one before is used")
@@ -209,7 +209,7 @@ def malicious_pickle(scene: Scene) -> None:
     run_dir, marker = scene.folder / "run", scene.folder / "executed"
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked
-    checkpoint.save(run_dir, trained(), origin(10), keep=2)
+    checkpoint.save(run_dir, trained(), position(10), keep=2)
     path = run_dir / CHECKPOINTS / "step-00000010.pt"
     torch.save(dict(vars(trained())) | {"classes": Malicious(marker)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -222,10 +222,10 @@ def malicious_pickle(scene: Scene) -> None:
 @case("a manifest that names a file elsewhere")
 def manifest_points_elsewhere(scene: Scene) -> None:
     run_dir = scene.folder / "run"
-    checkpoint.save(run_dir, trained(), origin(10), keep=2)
+    checkpoint.save(run_dir, trained(), position(10), keep=2)
     outside = scene.folder / "outside.pt"
     shutil.copy(run_dir / CHECKPOINTS / "step-00000010.pt", outside)
     reseal(run_dir / CHECKPOINTS / "step-00000010.json", file="../../outside.pt")
     with pytest.raises(StorageError, match="damaged"):
-        checkpoint.sound(run_dir, lambda _: None)
+        checkpoint.newest_intact_manifest(run_dir, lambda _: None)
     scene.handled("a manifest that names a file elsewhere", "the same")

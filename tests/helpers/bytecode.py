@@ -1,4 +1,4 @@
-"""Compiled modules for the hundreds of processes that tests start, also where nobody has left any.
+"""Cache bytecode for the many test processes when the environment has none.
 
 Where ``PYTHONDONTWRITEBYTECODE`` is set and the installed packages come without bytecode (as ``uv sync`` leaves them),
 each process compiles what it imports: torch, torchvision, MLflow and Hydra take 14 seconds in place of 6. Then the
@@ -14,7 +14,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "bytecode"
 
 
 def keep_bytecode() -> None:
-    """For this process and for those that it starts."""
+    """Enable the bytecode cache for this process and its children."""
     found = importlib.util.find_spec("torch")
     if not sys.dont_write_bytecode or (found and found.cached and Path(found.cached).exists()):
         return

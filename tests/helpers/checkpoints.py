@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cifar_exp.models.networks import convnet
-from cifar_exp.records.checkpoint import Checkpoint, Origin, sealed
+from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition, sealed
 
 
 def trained(seed: int = 0) -> Checkpoint:
@@ -29,8 +29,10 @@ def trained(seed: int = 0) -> Checkpoint:
     )
 
 
-def origin(step: int) -> Origin:
-    return Origin(step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5)
+def position(step: int) -> CheckpointPosition:
+    return CheckpointPosition(
+        step // 10, step, 64, world_size=2, data_hash="ab" * 32, config_hash="cd" * 32, seconds=1.5
+    )
 
 
 def silent(line: str) -> None:
@@ -38,7 +40,7 @@ def silent(line: str) -> None:
 
 
 def reseal(path: Path, **changes: Any) -> None:
-    """Write a manifest again with other fields, as only who means to can: its own hash holds."""
+    """Rewrite a manifest with changed fields and a valid seal, as an attacker could."""
     fields = json.loads(path.read_text())
     del fields["seal"]
     path.write_bytes(sealed(fields | changes))

@@ -1,8 +1,9 @@
-"""The package's commands, forked from a process that has imported what they need: that costs each more than its work.
+"""Commands for tests, forked from a process that has already imported PyTorch, MLflow and Hydra.
 
-A forked command is a process as a user's is: its own folder, environment, arguments, streams and end; it has no thread
-and no state of another's, since the process that forks has only imported. Commands whose birth a test is about (what
-they import, how they answer signals while they start) are started as users' are, by ``subprocess``.
+Importing costs a command more time than its work. A forked command has its own process, folder, environment, arguments
+and streams. It shares no thread and no state with other commands: the process that forks has only imported modules.
+
+Tests of start-up (imports, early signals) start a new interpreter with ``subprocess``.
 """
 
 import atexit
@@ -35,10 +36,9 @@ def environment() -> dict[str, str]:
 
 
 def ready_to_fork() -> None:
-    """Have the process that commands are forked from, once for all that this one forks.
+    """Start the shared fork server, once per process.
 
-    Whoever else forks here (ranks of a group, without a command) calls it first: there is one such process, and what it
-    has imported is what the first one to need it asked for.
+    Call it before any other fork: the first caller sets the preloaded modules.
     """
     FORKS.set_forkserver_preload(["tests.helpers.command_modules", __name__])
     # Not in the folder of the test that happens to be the first: that one may count who is in it.
@@ -105,7 +105,7 @@ def _command(
     """``module``'s ``main`` as the whole of this process, as if it had been typed in ``folder``."""
     for path, number in ((output, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    # Not multiprocessing's, which are not at the beginning of a line and take no notice of a file
+    # Replace multiprocessing's stdout and stderr: they are not line-buffered into the capture files.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.clear()
@@ -122,7 +122,7 @@ def _command(
 
 
 def _forked_or(spawn: Callable[..., int]) -> Callable[..., int]:
-    """What Python starts helpers with; a fork server comes from this process, as a new interpreter would be."""
+    """Replacement for ``spawnv_passfds``: starts a fork server by forking this process, other helpers as usual."""
 
     def start(path: str, arguments: list[str], descriptors: list[int]) -> int:
         code = arguments[-1]

@@ -48,6 +48,6 @@ def wait_for(condition: Callable[[], object], process: ForkedCommand, seconds: f
 
 
 def assert_nothing_is_left(processes: list[psutil.Process]) -> None:
-    """Gone, or dead and waiting for the init process to notice."""
+    """Every process has exited, or is a zombie."""
     _, alive = psutil.wait_procs(processes, timeout=2)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

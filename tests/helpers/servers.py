@@ -35,7 +35,7 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def turn(self, mode: Mode) -> None:
-        """Behave like that from now on, on open connections too."""
+        """Switch the mode; every mode but ``hang`` closes open connections."""
         self.mode = mode
         if mode != "hang":
             for connection in self._open:

@@ -22,7 +22,7 @@ LR = 0.1
 
 
 def tiny_model() -> nn.Module:
-    """Batch-norm statistics away from their initial values, the same wherever it is made."""
+    """A seeded tiny convnet whose running batch-norm statistics differ from their initial values."""
     model = seeded(partial(convnet, width=4, depth=1), 10, seed=1)
     model(NORMALIZATION(images(24, seed=99).images))
     return model
@@ -72,7 +72,7 @@ def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[
 def train_batches(
     world: World, normalization: Normalization = NORMALIZATION, accumulate: int = 1, batch: int = 16
 ) -> TrainBatches:
-    """Steps of global batch 16, of three of them two images left out."""
+    """Three steps of global batch 16 over 50 images; two images are dropped."""
     share = batch // world.size // accumulate
     position = (world.rank, world.size, share)
     return TrainBatches(images(50, seed=7), Crop(), normalization, 3, *position, accumulate=accumulate)

@@ -28,10 +28,9 @@ def world_of_one(folder: Path) -> Iterator[World]:
 
 
 def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) -> list[Any]:
-    """What ``function``, of a module's top level, returns on each of ``size`` ranks of one thread.
+    """Results of a picklable ``function`` from each of ``size`` single-threaded ranks.
 
-    They are forked as a run's are, which end without Python's finalisation: that would abort a thread of gloo's which
-    is still at a callback of Python's.
+    Forked ranks skip interpreter finalisation, which could abort a gloo thread inside a Python callback.
     """
     ready_to_fork()
     forkserver.warm_up()

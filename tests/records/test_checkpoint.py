@@ -15,10 +15,18 @@ import torch
 
 from cifar_exp.errors import StorageError
 from cifar_exp.records import checkpoint
-from cifar_exp.records.checkpoint import Checkpoint, Origin, load, newest, save, sealed, sound
+from cifar_exp.records.checkpoint import (
+    Checkpoint,
+    CheckpointPosition,
+    load,
+    newest,
+    newest_intact_manifest,
+    save,
+    sealed,
+)
 from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.run_folder import CHECKPOINTS
-from tests.helpers.checkpoints import Malicious, origin, reseal, silent, trained
+from tests.helpers.checkpoints import Malicious, position, reseal, silent, trained
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -52,8 +60,8 @@ def files(run_dir: Path) -> list[str]:
 
 def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -> None:
     saved = trained()
-    save(tmp_path, saved, origin(70), keep=2)
-    manifest = sound(tmp_path, silent)
+    save(tmp_path, saved, position(70), keep=2)
+    manifest = newest_intact_manifest(tmp_path, silent)
     assert manifest is not None
     assert (manifest.epoch, manifest.step, manifest.global_batch_size, manifest.world_size) == (7, 70, 64, 2)
     assert manifest.data_hash == "ab" * 32
@@ -63,13 +71,13 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -
 
 def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 100):
-        save(tmp_path, trained(step), origin(step), keep=2)
+        save(tmp_path, trained(step), position(step), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 100) for kind in ("json", "pt")]
     assert_equal(newest(tmp_path, silent), trained(100))
 
 
-def best_at(step: int, best_step: int) -> Origin:
-    return replace(origin(step), best_step=best_step, best_value=best_step / 1000)
+def best_at(step: int, best_step: int) -> CheckpointPosition:
+    return replace(position(step), best_step=best_step, best_value=best_step / 1000)
 
 
 def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
@@ -104,7 +112,7 @@ def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -
 
 def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path, silent) is None
-    save(tmp_path, trained(10), origin(10), keep=1)
+    save(tmp_path, trained(10), position(10), keep=1)
     assert checkpoint.best(tmp_path, silent) is None
     for step, best_step in ((20, 20), (30, 20)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=1)
@@ -120,7 +128,7 @@ def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_pa
 def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
     saved, expected = trained(), trained()
     with CheckpointSaver(tmp_path, keep=2) as saver:
-        saver.save(saved, origin(10))
+        saver.save(saved, position(10))
         for value in saved.model.values():
             value.fill_(0)
         saved.training["rates"].append(99.0)
@@ -130,7 +138,7 @@ def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
 def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, trained(0), origin(10), keep=2)
+    save(tmp_path, trained(0), position(10), keep=2)
 
     def refuse(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -141,7 +149,7 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
             StorageError, match=r"step-00000020\.pt: the checkpoint could not be saved: .*No space left"
         )
         with refusal, CheckpointSaver(tmp_path, keep=1) as saver:
-            saver.save(trained(1), origin(20))
+            saver.save(trained(1), position(20))
     assert files(tmp_path) == ["step-00000010.json", "step-00000010.pt"]
     assert_equal(newest(tmp_path, silent), trained(0))
 
@@ -151,7 +159,7 @@ def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """A run that was stopped in an evaluation saves there, and again after the evaluation that it goes on with."""
-    save(tmp_path, trained(0), origin(10), keep=1)
+    save(tmp_path, trained(0), position(10), keep=1)
     replace_file = Path.replace
 
     def refuse(path: Path, target: Path) -> Path:
@@ -162,35 +170,35 @@ def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
         with pytest.raises(StorageError, match="No space left"):
-            save(tmp_path, trained(1), origin(10), keep=1)
+            save(tmp_path, trained(1), position(10), keep=1)
     assert_equal(newest(tmp_path, silent), trained(0))
     for seed in (2, 3):
-        save(tmp_path, trained(seed), origin(10), keep=1)
+        save(tmp_path, trained(seed), position(10), keep=1)
         assert_equal(newest(tmp_path, silent), trained(seed))
         assert len(files(tmp_path)) == 2
-    save(tmp_path, trained(4), origin(20), keep=1)
+    save(tmp_path, trained(4), position(20), keep=1)
     assert files(tmp_path) == ["step-00000020.json", "step-00000020.pt"]
 
 
 def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(tmp_path: Path) -> None:
-    save(tmp_path, trained(0), replace(origin(10), run_id="ab12"), keep=1)
-    manifest = sound(tmp_path, silent)
+    save(tmp_path, trained(0), replace(position(10), run_id="ab12"), keep=1)
+    manifest = newest_intact_manifest(tmp_path, silent)
     assert manifest is not None
     assert (manifest.run_id, manifest.python, manifest.cifar_exp) == ("ab12", platform.python_version(), "0.1.0")
     path = tmp_path / CHECKPOINTS / "step-00000010.json"
     fields = json.loads(path.read_text())
     path.write_bytes(sealed({name: fields[name] for name in fields if name not in ("run_id", "python", "seal")}))
-    manifest = sound(tmp_path, silent)
+    manifest = newest_intact_manifest(tmp_path, silent)
     assert manifest is not None
     assert (manifest.run_id, manifest.python, manifest.cifar_exp) == (None, "", "0.1.0")
 
 
 def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
-    save(tmp_path, trained(0), origin(10), keep=2)
+    save(tmp_path, trained(0), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
     (tmp_path / CHECKPOINTS / "step-00000020.json.tmp").write_text("{")
     assert_equal(newest(tmp_path, silent), trained(0))
-    save(tmp_path, trained(2), origin(20), keep=2)
+    save(tmp_path, trained(2), position(20), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (10, 20) for kind in ("json", "pt")]
 
 
@@ -199,20 +207,20 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("not a folder")
     with pytest.raises(StorageError) as refusal:
-        save(tmp_path / "run", trained(), origin(10), keep=2)
+        save(tmp_path / "run", trained(), position(10), keep=2)
     assert str(tmp_path / "run" / CHECKPOINTS) in str(refusal.value)
     assert (tmp_path / blocked).read_text() == "not a folder"
 
 
 def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    assert sound(tmp_path, silent) is None
+    assert newest_intact_manifest(tmp_path, silent) is None
     with pytest.raises(StorageError, match=r"checkpoints: there is no checkpoint. Choose a run"):
         newest(tmp_path, silent)
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     for step in (10, 20):
-        save(tmp_path, trained(step), origin(step), keep=2)
+        save(tmp_path, trained(step), position(step), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000020.pt"
     whole = path.read_bytes()
     draw = random.Random(0)
@@ -224,7 +232,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
     for content in damaged:
         path.write_bytes(content)
         told: list[str] = []
-        manifest = sound(tmp_path, told.append)
+        manifest = newest_intact_manifest(tmp_path, told.append)
         assert manifest is not None
         assert manifest.step == 10
         assert told == [f"{path}: the checkpoint is damaged and is skipped"]
@@ -233,22 +241,22 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"file": "step-00000010.pt"}'])
 def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Path, content: str) -> None:
-    save(tmp_path, trained(), origin(10), keep=2)
+    save(tmp_path, trained(), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000010.json").write_text(content)
     told: list[str] = []
     with pytest.raises(StorageError, match=r"all 1 checkpoint\(s\) are damaged") as refusal:
-        sound(tmp_path, told.append)
+        newest_intact_manifest(tmp_path, told.append)
     assert "step-00000010.json" in told[0]
     assert refusal.value.exit_code == 8
 
 
 def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
     for step in (10, 20):
-        save(tmp_path, trained(step), origin(step), keep=2)
+        save(tmp_path, trained(step), position(step), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000020.json"
     path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
     told: list[str] = []
-    manifest = sound(tmp_path, told.append)
+    manifest = newest_intact_manifest(tmp_path, told.append)
     assert manifest is not None
     assert manifest.step == 10
     assert told == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
@@ -259,7 +267,7 @@ def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path
     marker = tmp_path / "executed"
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked
-    save(tmp_path, trained(), origin(10), keep=2)
+    save(tmp_path, trained(), position(10), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000010.pt"
     content = dict(vars(trained())) | {"classes": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)

@@ -14,7 +14,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.records.model_export import publish
 from cifar_exp.runs.classifier import Classifier
 from tests.conftest import TINY, Command
-from tests.helpers.checkpoints import origin, silent, trained
+from tests.helpers.checkpoints import position, silent, trained
 from tests.helpers.readme import NETWORKS, folders
 
 
@@ -64,7 +64,7 @@ def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Pa
     weights = {name: value for name, value in saved.model.items() if value.ndim == 4}
     name, kernel = next(iter(weights.items()))
     model = dict(saved.model) | {name: kernel.to(memory_format=torch.channels_last), "tied": kernel}
-    checkpoint.save(tmp_path, checkpoint.Checkpoint(**{**vars(saved), "model": model}), origin(10), keep=1)
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(**{**vars(saved), "model": model}), position(10), keep=1)
     settings = {"_target_": "cifar_exp.models.networks.convnet", "width": 4, "list": [1, None, "żaba"]}
     with safe_open(publish(tmp_path, settings, silent), "pt") as file:
         about = {key: json.loads(text) for key, text in file.metadata().items()}
@@ -78,7 +78,7 @@ def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Pa
 
 
 def test_a_network_that_cannot_be_published_is_a_storage_error(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, trained(), origin(10), keep=1)
+    checkpoint.save(tmp_path, trained(), position(10), keep=1)
     (tmp_path / "model.safetensors" / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"model\.safetensors cannot be written: .*Free space"):
         publish(tmp_path, {"_target_": "x"}, silent)

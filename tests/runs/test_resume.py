@@ -57,6 +57,36 @@ def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, wo
         assert sorted(points) == [(step, value) for step, metric, value in curve(entries) if metric == name]
 
 
+def test_a_stop_file_that_no_rank_saw_before_the_kill_does_not_end_the_resumed_run(
+    cifar_exp: Command, started: Start, workplace: Path
+) -> None:
+    run, cut = [*REPEATABLE, "tracking=none"], workplace / "cut"
+    killed_after(started, cut, 2, *run)
+    (cut / "stop").touch()
+    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert "cut/stop: removed. It was there before this start" in again.stderr
+    assert "training ended early" not in again.stdout
+    assert not (cut / "stop").exists()
+    assert journal.read(cut)[-1].epoch == 16
+
+
+def test_a_new_run_writes_its_configuration_atomically_and_removes_a_stop_file_of_another(
+    cifar_exp: Command, workplace: Path
+) -> None:
+    folder = workplace / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("old")
+    os.link(folder / "config.yaml", workplace / "same-file")
+    (folder / "stop").touch()
+    done = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert "run/stop: removed" in done.stderr
+    assert "training ended early" not in done.stdout
+    assert (folder / "config.yaml").read_text().startswith("data:")
+    assert (workplace / "same-file").read_text() == "old", "the new content was written into the old file"
+
+
 def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
     cifar_exp: Command, started: Start, workplace: Path
 ) -> None:

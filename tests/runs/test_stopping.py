@@ -28,7 +28,7 @@ STEPS = [*REPEATABLE, "train.batch_size=8", "train.log_every=7", "train.epochs=6
 
 
 def manifest(run_dir: Path) -> checkpoint.Manifest:
-    found = checkpoint.sound(run_dir, pytest.fail)
+    found = checkpoint.newest_intact_manifest(run_dir, pytest.fail)
     assert found
     return found
 

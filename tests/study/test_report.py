@@ -96,9 +96,9 @@ def test_where_the_time_went_adds_up_and_names_the_rank_that_others_wait_for() -
     assert sum(breakdown.shares.values()) == pytest.approx(1)
     # Means over the ranks, whichever of them is the slow one.
     assert breakdown.shares["computing"] == pytest.approx(0.73)
-    assert breakdown.shares["averaging gradients"] == pytest.approx(0.02)
-    assert breakdown.shares["waiting for the slowest"] == pytest.approx(0.03)
-    assert breakdown.shares["start and rest"] == pytest.approx(0.06)
+    assert breakdown.shares["exposed all-reduce"] == pytest.approx(0.02)
+    assert breakdown.shares["waiting for the slowest rank"] == pytest.approx(0.03)
+    assert breakdown.shares["start-up and other"] == pytest.approx(0.06)
     assert breakdown.notes == [
         "warning: on 2 devices: straggler: rank 1 came last in 90% of the steps; the others waited 7.5% of their "
         "training time for it",
@@ -118,7 +118,7 @@ def test_the_page_says_where_the_time_went_by_rank(tmp_path: Path) -> None:
     for part in (
         "Where the time went, by rank",
         f"<tr>{cells}</tr>",
-        "<td>time: waiting for the slowest</td><td></td><td>3.0%</td>",
+        "<td>time: waiting for the slowest rank</td><td></td><td>3.0%</td>",
         '<li class="warning">warning: on 2 devices: straggler: rank 1',
     ):
         assert part in page, part
@@ -165,7 +165,7 @@ def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: 
         *(finished(2, seed, rate, 0.79 + 0.01 * seed) for seed, rate in enumerate((191, 186, 193))),
     ]
     comparison = Comparison.of(("A: old", "B: new"), RUNS, faster)
-    found = {(item.devices, item.figure): item for item in comparison.differences}
+    found = {(item.devices, item.quantity): item for item in comparison.differences}
     one = found[1, "images_per_second"]
     assert (one.first, one.second, one.change) == (100, 110, pytest.approx(1.1))
     assert one.interval is not None
@@ -191,7 +191,7 @@ def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: 
 
 def test_sweeps_without_repeats_or_anything_in_common() -> None:
     same = Comparison.of(("A", "B"), RUNS[::3], RUNS[::3])
-    assert {item.verdict for item in same.differences if item.figure == "test_accuracy"} == {"noise unknown"}
+    assert {item.verdict for item in same.differences if item.quantity == "test_accuracy"} == {"noise unknown"}
     assert any("one run a device count" in note for note in same.notes)
     with pytest.raises(ConfigError, match="no finished runs of the same group and device count"):
         Comparison.of(("A", "B"), RUNS, [finished(8, 0, 700.0)])
@@ -214,9 +214,11 @@ def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
         metrics |= {f"rank_time/{rank}/{name}": value for name, value in (("compute", 7.5), ("data", 0.5))}
     breakdown = Breakdown.of(2, [metrics], steps=10)
     assert breakdown is not None
-    assert breakdown.shares == pytest.approx({"computing": 0.75, "data": 0.05, "evaluation": 0, "start and rest": 0.2})
+    assert breakdown.shares == pytest.approx(
+        {"computing": 0.75, "data": 0.05, "evaluation": 0, "start-up and other": 0.2}
+    )
     assert breakdown.notes == [
-        "on 2 devices: averaging gradients and waiting for the slowest were not measured and are part of computing"
+        "on 2 devices: exposed all-reduce and waiting for the slowest rank were not measured and are part of computing"
     ]
     assert rank_table([breakdown])[1] == ["2", "0", "7.50", "", "", "", "0.50", "", ""]
 

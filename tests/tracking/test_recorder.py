@@ -153,6 +153,23 @@ def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monk
     assert not is_undelivered(tmp_path)
 
 
+def test_the_note_of_what_a_store_is_owed_is_written_atomically(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty note, as a kill in the middle of a write would leave, is settled by any store."""
+
+    def interrupted(_self: Path, _target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mark_undelivered(tmp_path, "a server")
+    assert list(tmp_path.iterdir()) == []
+    mark_undelivered(tmp_path, "a server")
+    assert mark_delivered(tmp_path, "another") == "a server"
+
+
 def test_what_a_store_is_owed_only_that_store_settles(tmp_path: Path) -> None:
     mark_undelivered(tmp_path, "a server")
     mark_undelivered(tmp_path, "another")  # the run goes on with another one; the first is still owed its part

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cifar_exp.distributed.process_group import World
-from cifar_exp.records.checkpoint import Checkpoint, Origin
+from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition
 from cifar_exp.worker.assembly import Assembly
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
 from tests.helpers.tiny_training import train_batches, trainer, validation
@@ -19,14 +19,14 @@ class Disk:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.saved: list[tuple[Checkpoint, Origin]] = []
+        self.saved: list[tuple[Checkpoint, CheckpointPosition]] = []
 
     def sync(self) -> None:
         self.calls.append("sync")
 
-    def save(self, checkpoint: Checkpoint, origin: Origin) -> None:
+    def save(self, checkpoint: Checkpoint, position: CheckpointPosition) -> None:
         self.calls.append("save")
-        self.saved.append((checkpoint, origin))
+        self.saved.append((checkpoint, position))
 
     def wait(self) -> None:
         self.calls.append("wait")
@@ -81,9 +81,9 @@ def test_a_checkpoint_says_what_it_is_of(only_rank: World, tmp_path: Path) -> No
     made = policy(only_rank, tmp_path, disk, every=1)
     after(made, epoch=4, best_epoch=3)
     made.save(must=False)
-    ((checkpoint, origin),) = disk.saved
-    assert (origin.epoch, origin.step, origin.best_step, origin.best_value) == (4, 12, 9, 0.5)
-    assert (origin.global_batch_size, origin.world_size, origin.data_hash, origin.config_hash) == (
+    ((checkpoint, position),) = disk.saved
+    assert (position.epoch, position.step, position.best_step, position.best_value) == (4, 12, 9, 0.5)
+    assert (position.global_batch_size, position.world_size, position.data_hash, position.config_hash) == (
         16,
         1,
         "data",
