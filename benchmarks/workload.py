@@ -20,7 +20,8 @@ from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatche
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World, joined_world
-from cifar_exp.models.networks import ModelFactory, convnet, seeded
+from cifar_exp.models.build import ModelFactory, seeded
+from cifar_exp.models.networks import convnet
 from cifar_exp.system.accelerator import resolve_precision
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.training.cuda_graph import cuda_graph

@@ -94,7 +94,7 @@ class TrainBatches:
     scales: tuple[float, ...] = ()
     accumulate: int = 1
 
-    def noise_seed(self, epoch: int) -> int:
+    def dropout_seed(self, epoch: int) -> int:
         """Seed of the network's own random numbers in an epoch, such as dropout; each rank has its own."""
         return keyed_generator(self.seed, "rank", self.rank, epoch).initial_seed()
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_exp.distributed.collectives import sum_over_ranks
 from cifar_exp.distributed.process_group import World
 
 
@@ -62,24 +60,6 @@ class Communication:
         exposed, averaging = self.exposed, self.averaging
         self.exposed, self.averaging = [], 0.0
         return exposed, max(0.0, averaging - sum(exposed))
-
-
-def sent_bytes(size: int, ranks: int) -> float:
-    """Bytes that each rank sends in a ring all-reduce of ``size`` bytes: 2 (n - 1) / n (Patarasuk and Yuan 2009)."""
-    return 2 * (ranks - 1) / ranks * size
-
-
-def link_bytes_per_second(size: int, device: torch.device) -> float:
-    """Bytes a second that each rank sends while ranks all-reduce ``size`` bytes and do nothing else: median of five."""
-    values, seconds = torch.zeros(max(1, size // 4), device=device), []
-    for _ in range(6):
-        dist.barrier()
-        begin = time.perf_counter()
-        sum_over_ranks(values)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return sent_bytes(size, dist.get_world_size()) / median(seconds[1:])
 
 
 def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:

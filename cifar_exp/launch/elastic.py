@@ -18,9 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cifar_exp.distributed.heartbeat import LEAVE_FILE, Request, ended_by
+from cifar_exp.distributed.stop_requests import LEAVE_FILE, Request, ended_by
 from cifar_exp.errors import CifarExpError, Stopped, WorkerError
-from cifar_exp.launch import forkserver
+from cifar_exp.launch import rank_processes
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
 from cifar_exp.system.signals import answer_once, raise_swallowed, signals_to_answer
@@ -97,7 +97,7 @@ class ElasticLauncher:
             _log_to_the_runs_file()
             watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with watchdog, forkserver.starting_ranks(), _stopping_in_order(exchange, stopped):
+                with watchdog, rank_processes.starting_ranks(), _stopping_in_order(exchange, stopped):
                     elastic_launch(self._config(job.plan.world_size, exchange), function)(job, exchange)
             except ChildFailedError as error:
                 failure = _first_failure(error, exchange, watchdog, self.max_restarts)
@@ -113,7 +113,7 @@ class ElasticLauncher:
                     raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
             except Stopped as error:
-                forkserver.end_forked()
+                rank_processes.kill_ranks()
                 raise (stopped[0] if stopped else error) from None
             finally:
                 _end_ranks()
@@ -170,7 +170,7 @@ def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         restore()
-        forkserver.end_forked()
+        rank_processes.kill_ranks()
         raise received[0]
 
     before = {number: signal.signal(number, ask) for number in signals_to_answer()}

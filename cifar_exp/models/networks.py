@@ -1,29 +1,13 @@
 """Networks with width and depth, as functions of ``num_classes``. They take images (N, 3, H, W) float."""
 
 from collections import OrderedDict
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated
 
-import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Count = Annotated[int, Ge(1)]
-
-
-class ModelFactory(Protocol):
-    """A `_target_` of ``conf/model`` with its settings bound."""
-
-    def __call__(self, *, num_classes: int) -> nn.Module: ...
-
-
-@runtime_checkable
-class InitializedFromImages(Protocol):
-    """A layer that computes its initial values from training images, once before training."""
-
-    def initialize_from(self, images: Tensor) -> None:
-        """``images``: (N, 3, H, W) float32, the network's input."""
-        ...
 
 
 def convnet(*, num_classes: int, width: Count = 32, depth: Count = 4) -> nn.Sequential:
@@ -101,22 +85,3 @@ class ResidualBlock(nn.Module):
         hidden = F.relu(self.norm1(self.conv1(inputs)))
         outputs: Tensor = F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
         return outputs
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def seeded(factory: ModelFactory, num_classes: int, seed: int) -> nn.Module:
-    """``factory(num_classes=...)`` with initial values that depend on ``seed`` only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return factory(num_classes=num_classes)
-
-
-def initialize_from_images(model: nn.Module, images: Tensor) -> None:
-    """Initialize the layers that are :class:`InitializedFromImages`. ``images``: (N, 3, H, W) float32."""
-    for module in model.modules():
-        if isinstance(module, InitializedFromImages):
-            module.initialize_from(images)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cifar_exp.data.batches import TrainBatches
 from cifar_exp.data.sources import Source, fetch, opened
 from cifar_exp.data.validation_split import split_source
-from cifar_exp.distributed.heartbeat import STOP_FILE, Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
+from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import MetricValues
@@ -98,7 +99,7 @@ def measure_ranks(job: Job, exchange: Path) -> None:
     live(job, exchange, partial(_measure_to, file=None, reference_file=REFERENCE_FILE))
 
 
-def _measure_to(job: Job, world: World, control: Control, file: str | None, reference_file: str | None) -> None:
+def _measure_to(job: Job, world: World, control: RankControl, file: str | None, reference_file: str | None) -> None:
     reference = Measurement.load(job.run_dir / reference_file) if reference_file else None
     with opened(job.data, world.device, job.threads) as (train_images, test_images):
         training, _ = split_source(train_images, job.data)
@@ -107,7 +108,12 @@ def _measure_to(job: Job, world: World, control: Control, file: str | None, refe
 
 
 def measure(
-    job: Job, world: World, control: Control, train_images: Source, test_images: Source, reference: Measurement | None
+    job: Job,
+    world: World,
+    control: RankControl,
+    train_images: Source,
+    test_images: Source,
+    reference: Measurement | None,
 ) -> Measurement:
     """Hash one epoch's batches, train ``STEPS`` steps, evaluate.
 
@@ -202,7 +208,7 @@ class HashingSource:
         return images, labels
 
 
-def _one_epoch(batches: TrainBatches, control: Control) -> tuple[Tensor, Tensor]:
+def _one_epoch(batches: TrainBatches, control: RankControl) -> tuple[Tensor, Tensor]:
     """Digests of the first epoch's images as the network gets them, and before augmentation."""
     hashing = HashingSource(batches.source)
     inputs = []
@@ -228,7 +234,7 @@ class _Steps:
         parts.trainer.train_step.optimizer.register_step_pre_hook(self._before_update)
         parts.trainer.after_step = self._after_step
 
-    def take(self, steps: int, stop: Path | None, control: Control) -> None:
+    def take(self, steps: int, stop: Path | None, control: RankControl) -> None:
         """Train ``steps`` steps. ``stop``: the file that ends training early; None on ranks that do not create it."""
         self._steps, self._stop = steps, stop
         trainer, epoch = self._parts.trainer, 0
@@ -260,7 +266,7 @@ class _Steps:
             self._stop.touch()
 
 
-def _evaluated(parts: Assembly, control: Control) -> tuple[MetricValues, Tensor]:
+def _evaluated(parts: Assembly, control: RankControl) -> tuple[MetricValues, Tensor]:
     """Loss and accuracy on the test set over all ranks, and digests of this rank's images."""
     hashing = HashingSource(parts.test.source)
     batches = replace(parts.test, source=hashing)
@@ -273,7 +279,7 @@ def _evaluated(parts: Assembly, control: Control) -> tuple[MetricValues, Tensor]
     return evaluate(trainer.evaluated, batches, trainer.precision, beat), _joined(hashing.taken)
 
 
-def _whole(source: Source, control: Control) -> Tensor:
+def _whole(source: Source, control: RankControl) -> Tensor:
     """The digests of a whole set in order."""
     found = []
     for start in range(0, len(source), _READ_AT_ONCE):
@@ -282,7 +288,7 @@ def _whole(source: Source, control: Control) -> Tensor:
     return _joined(found)
 
 
-def _beat_or_exit(control: Control) -> None:
+def _beat_or_exit(control: RankControl) -> None:
     """Send a heartbeat; exit if the launcher has asked for it."""
     control.beat()
     if control.is_leaving():

@@ -14,7 +14,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.validation_split import hold_out
 from cifar_exp.launch.devices import DeviceSet, find_devices
-from cifar_exp.models.networks import parameter_count
+from cifar_exp.models.build import parameter_count
 from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
 from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
 from cifar_exp.parity.report import ParityReport, ParityResult, listed

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cifar_exp.data.augment import Augmentation
     from cifar_exp.data.dataset_files import DatasetFiles
     from cifar_exp.launch.elastic import Launcher
-    from cifar_exp.models.networks import ModelFactory
+    from cifar_exp.models.build import ModelFactory
     from cifar_exp.tracking.tracker import Tracker
     from cifar_exp.training.optimizers import OptimizerFactory
     from cifar_exp.training.schedules import Schedule

@@ -7,7 +7,7 @@ from torch import nn
 from cifar_exp.config.schema import Config
 from cifar_exp.data.batches import scaled_size
 from cifar_exp.errors import ConfigError
-from cifar_exp.models.networks import seeded
+from cifar_exp.models.build import seeded
 from cifar_exp.runs.components import Parts
 from cifar_exp.training.plan import Plan
 

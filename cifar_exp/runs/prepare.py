@@ -15,7 +15,7 @@ from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
 from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import RunFacts
-from cifar_exp.distributed.heartbeat import STOP_FILE
+from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import journal, model_export

@@ -12,7 +12,7 @@ from cifar_exp.data.batches import EVALUATION_BATCH, scaled_size, shard
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.distributed.rank_times import by_rank, straggler
 from cifar_exp.launch.devices import DeviceSet
-from cifar_exp.models.networks import parameter_count
+from cifar_exp.models.build import parameter_count
 from cifar_exp.runs.model_check import layer_shapes
 from cifar_exp.system import load_watch
 from cifar_exp.training.plan import Plan

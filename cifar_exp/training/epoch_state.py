@@ -87,7 +87,7 @@ class EpochState:
         if same_world_size:
             set_random_state(saved[batches.rank], recent_sums.device)
         else:
-            torch.manual_seed(batches.noise_seed(epoch))
+            torch.manual_seed(batches.dropout_seed(epoch))
         if not saved:
             return
         taken = saved[batches.rank : batches.rank + 1] if same_world_size else saved

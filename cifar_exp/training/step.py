@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from cifar_exp.data.batches import Draw, TrainBatches
 from cifar_exp.distributed.data_parallel import Communication
-from cifar_exp.distributed.heartbeat import Control
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.training.cuda_graph import Capture, CapturedStep, capture_problem, is_capturable, rolled_back
 from cifar_exp.training.evaluation import autocast
 from cifar_exp.training.metrics import MetricSums
@@ -41,7 +41,7 @@ class TrainStep:
     precision: torch.dtype
     label_smoothing: float
     communication: Communication
-    control: Control = field(default_factory=Control)
+    control: RankControl = field(default_factory=RankControl)
     ema_decay: float = 0.0
     metric_sums: MetricSums = field(init=False)
 

@@ -13,8 +13,9 @@ from cifar_exp.config.schema import BatchNorm
 from cifar_exp.data.batches import EvaluationBatches, TrainBatches
 from cifar_exp.distributed import batch_norm
 from cifar_exp.distributed.collectives import sum_over_ranks
-from cifar_exp.distributed.heartbeat import Control, Request, StopPoint
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.distributed.rank_times import RankTimes
+from cifar_exp.distributed.stop_requests import Request, StopPoint
 from cifar_exp.errors import DivergenceError
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.epoch_state import EpochState
@@ -70,7 +71,7 @@ class Trainer:
         return self.train_step.device
 
     @property
-    def control(self) -> Control:
+    def control(self) -> RankControl:
         """Says whether training ends before its last step."""
         return self.train_step.control
 

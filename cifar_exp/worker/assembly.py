@@ -13,10 +13,10 @@ from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatche
 from cifar_exp.data.sources import Source, fetch
 from cifar_exp.distributed import data_parallel
 from cifar_exp.distributed.batch_norm import synchronize_layers
-from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import ConfigError
-from cifar_exp.models.networks import InitializedFromImages, initialize_from_images, seeded
+from cifar_exp.models.build import InitializedFromImages, initialize_from_images, seeded
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.system.accelerator import layout, resolve_precision
 from cifar_exp.training.early_stopping import EarlyStopping
@@ -45,7 +45,7 @@ class Assembly:
 def assemble(
     job: Job,
     world: World,
-    control: Control,
+    control: RankControl,
     report: ReportMetrics,
     train_images: Source,
     test_images: Source,
@@ -83,7 +83,7 @@ def assemble(
 
 
 def _build_trainer(
-    job: Job, world: World, control: Control, report: ReportMetrics, model: nn.Module, precision: torch.dtype
+    job: Job, world: World, control: RankControl, report: ReportMetrics, model: nn.Module, precision: torch.dtype
 ) -> Trainer:
     parallel, communication = data_parallel.data_parallel(model, world)
     step = TrainStep(

@@ -7,9 +7,9 @@ from statistics import median
 from torch import nn
 
 from cifar_exp.data.batches import EvaluationBatches
-from cifar_exp.distributed import collectives, data_parallel
-from cifar_exp.distributed.heartbeat import Control
+from cifar_exp.distributed import collectives, data_parallel, link_speed
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.records import checkpoint
 from cifar_exp.training.evaluation import Mirrored, evaluate
 from cifar_exp.training.metrics import MetricValues
@@ -18,7 +18,7 @@ from cifar_exp.worker.job import Job
 
 
 def test_metrics(
-    trainer: Trainer, test: EvaluationBatches, validated: MetricValues, job: Job, control: Control
+    trainer: Trainer, test: EvaluationBatches, validated: MetricValues, job: Job, control: RankControl
 ) -> dict[str, float]:
     """The last network on the test set. With a validation split, the best epoch's network, too.
 
@@ -86,6 +86,6 @@ def communication_metrics(trainer: Trainer, model: nn.Module, world: World) -> d
         return {}
     size = data_parallel.gradient_bytes(model)
     return trainer.rank_times.metrics() | {
-        "communication/bytes_per_step": data_parallel.sent_bytes(size, world.size),
-        "communication/link_bytes_per_second": data_parallel.link_bytes_per_second(size, world.device),
+        "communication/bytes_per_step": link_speed.sent_bytes(size, world.size),
+        "communication/link_bytes_per_second": link_speed.link_bytes_per_second(size, world.device),
     }

@@ -19,7 +19,7 @@ def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: W
     ``choice``: the value of ``train.compile``.
     """
     compiled = choice == "always"
-    torch.manual_seed(batches.noise_seed(0))  # for what the network draws before its first epoch
+    torch.manual_seed(batches.dropout_seed(0))  # for what the network draws before its first epoch
     with trainer.stopwatch.span("compile" if compiled else "startup"):
         if compiled or world.size > 1:
             # Compiled code is specialized to one shape. DDP only needs gradients, which two images give quickly.

@@ -6,7 +6,7 @@ from pathlib import Path
 from cifar_exp.config.schema import CheckpointSettings, EarlyStoppingSettings, Train
 from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.dataset_files import DatasetFiles
-from cifar_exp.models.networks import ModelFactory
+from cifar_exp.models.build import ModelFactory
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.training.optimizers import OptimizerFactory
 from cifar_exp.training.plan import Plan

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from cifar_exp.distributed import process_group
-from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records import checkpoint
 from cifar_exp.system import host
@@ -26,7 +26,7 @@ from cifar_exp.worker.job import Job
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
 
-def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) -> None:
+def live(job: Job, exchange: Path, work: Callable[[Job, World, RankControl], None]) -> None:
     """The whole life of a rank's process.
 
     Args:
@@ -40,7 +40,7 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, Control], None]) 
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
-        control = Control(exchange, job.run_dir, rank, steps_between_waits, _seconds_left(job))
+        control = RankControl(exchange, job.run_dir, rank, steps_between_waits, _seconds_left(job))
         if attempt:
             job = _restarted(job, exchange, rank, attempt)
         _prepare_process(job)

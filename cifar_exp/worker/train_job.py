@@ -9,8 +9,8 @@ import torch
 
 from cifar_exp.data.sources import Source, opened
 from cifar_exp.data.validation_split import split_source
-from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ def run_rank(job: Job, exchange: Path) -> None:
     live(job, exchange, _train)
 
 
-def _train(job: Job, world: World, control: Control) -> None:
+def _train(job: Job, world: World, control: RankControl) -> None:
     """Train on this rank's device, and write journal and checkpoints on rank 0."""
     with (
         opened(job.data, world.device, job.threads) as (images, test_images),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool
 from cifar_exp.cpu_kernels.replace import fuse_layers
-from cifar_exp.models.networks import convnet, resnet, seeded
+from cifar_exp.models.build import seeded
+from cifar_exp.models.networks import convnet, resnet
 from cifar_exp.models.speednet import speednet
 from tests.conftest import TINY, environment
 

@@ -13,7 +13,8 @@ from tests.conftest import environment
 STEP = """
 import torch
 from torch.nn import functional as F
-from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.models.networks import convnet
+from cifar_exp.models.build import seeded
 from cifar_exp.training.evaluation import autocast
 
 torch.set_num_threads(1)

@@ -14,7 +14,8 @@ from cifar_exp.cpu_kernels import winograd
 from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import WinogradConvolution
 from cifar_exp.cpu_kernels.replace import fuse_layers
-from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.models.build import seeded
+from cifar_exp.models.networks import convnet
 from tests.conftest import environment
 
 pytestmark = pytest.mark.usefixtures("two_threads")

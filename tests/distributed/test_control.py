@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cifar_exp.distributed.heartbeat import LEAVE_FILE, STOP_FILE, Control, Request, StopPoint, ended_by
+from cifar_exp.distributed.rank_control import RankControl
+from cifar_exp.distributed.stop_requests import LEAVE_FILE, STOP_FILE, Request, StopPoint, ended_by
 from cifar_exp.launch.watchdog import Watchdog
 
 
 def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
-    first, second = (Control(tmp_path, tmp_path, rank) for rank in (0, 1))
+    first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
     (tmp_path / LEAVE_FILE).touch()
     second.approach(StopPoint(1))  # only the first one looks
     assert second.agreed(StopPoint(1)) is None
@@ -27,7 +28,7 @@ def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp
 
 
 def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_path: Path) -> None:
-    first, second = (Control(tmp_path, tmp_path, rank) for rank in (0, 1))
+    first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
     (tmp_path / LEAVE_FILE).touch()
     first.approach(StopPoint(5, in_evaluation=True))
     assert second.agreed(StopPoint(5)) is None
@@ -40,7 +41,7 @@ def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
     exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
     exchange.mkdir()
     run_dir.mkdir()
-    control = Control(exchange, run_dir)
+    control = RankControl(exchange, run_dir)
     control.approach(StopPoint(1))
     assert control.agreed(StopPoint(1)) is None
     (run_dir / STOP_FILE).touch()
@@ -53,7 +54,7 @@ def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
     exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
     exchange.mkdir()
     (run_dir / STOP_FILE).mkdir(parents=True)
-    control = Control(exchange, run_dir)
+    control = RankControl(exchange, run_dir)
     control.approach(StopPoint(1))
     assert control.agreed(StopPoint(1)) is None
     assert (run_dir / STOP_FILE).is_dir()
@@ -62,7 +63,7 @@ def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
 def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    over, endless = Control(tmp_path / "a", seconds=0.0), Control(tmp_path / "b", seconds=86400.0)
+    over, endless = RankControl(tmp_path / "a", seconds=0.0), RankControl(tmp_path / "b", seconds=86400.0)
     for control in (over, endless):
         control.approach(StopPoint(1))
     assert over.agreed(StopPoint(1)) == Request("finish", "train.max_seconds")
@@ -75,8 +76,8 @@ EVALUATE = "control.approach(StopPoint(9, in_evaluation=True))"
 def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
     """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
-        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import Control, StopPoint\n"
-        f"control = Control(Path({str(exchange)!r}), rank={rank})\n"
+        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import RankControl, StopPoint\n"
+        f"control = RankControl(Path({str(exchange)!r}), rank={rank})\n"
         f"for step in range({steps} + 1): control.approach(StopPoint(step + 1))\n"
         f"{then}\n"
         "time.sleep(600)\n"

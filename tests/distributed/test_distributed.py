@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from cifar_exp.data.batches import EvaluationBatches, Normalization
 from cifar_exp.distributed.collectives import average_buffers, sum_over_ranks
-from cifar_exp.distributed.data_parallel import Communication, data_parallel, link_bytes_per_second
+from cifar_exp.distributed.data_parallel import Communication, data_parallel
+from cifar_exp.distributed.link_speed import link_bytes_per_second
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_times import RankTimes
 from cifar_exp.errors import DivergenceError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cifar_exp.distributed.data_parallel import Communication, sent_bytes
+from cifar_exp.distributed.data_parallel import Communication
+from cifar_exp.distributed.link_speed import sent_bytes
 from cifar_exp.distributed.rank_times import NAMES, RankTimes, by_rank, straggler
 
 # compute, data, evaluation, hidden communication; then what each of four steps waited for gradients

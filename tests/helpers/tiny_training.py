@@ -12,7 +12,8 @@ from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatche
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
 from cifar_exp.distributed.process_group import World
-from cifar_exp.models.networks import convnet, seeded
+from cifar_exp.models.build import seeded
+from cifar_exp.models.networks import convnet
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer

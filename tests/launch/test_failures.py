@@ -289,7 +289,7 @@ def test_a_signal_of_which_a_jobs_import_makes_an_error_is_that_signal(
 
 FORGOTTEN = """
 import multiprocessing, signal, time
-from cifar_exp.launch import forkserver
+from cifar_exp.launch import forkserver, rank_processes
 from cifar_exp.system import host
 
 forkserver.warm_up()
@@ -297,7 +297,7 @@ process = multiprocessing.get_context(host.start_method()).Process(target=time.s
 process.start()
 multiprocessing.process._children.discard(process)
 assert multiprocessing.active_children() == []
-forkserver.end_forked()
+rank_processes.kill_ranks()
 process.join(60)
 assert process.exitcode == -signal.SIGKILL, process.exitcode
 """

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_exp.models.networks import convnet, parameter_count, resnet, seeded
+from cifar_exp.models.build import parameter_count, seeded
+from cifar_exp.models.networks import convnet, resnet
 
 
 def convnet_count(width: int, depth: int, num_classes: int) -> int:

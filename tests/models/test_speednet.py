@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_exp.models.networks import initialize_from_images, parameter_count, seeded
+from cifar_exp.models.build import initialize_from_images, parameter_count, seeded
 from cifar_exp.models.speednet import GlobalMaxPool, Whitening, patches_of, speednet
 
 

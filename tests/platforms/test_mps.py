@@ -28,8 +28,8 @@ from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
 from cifar_exp.distributed import data_parallel
 from cifar_exp.distributed.collectives import average_buffers, rows, share_first_ranks_buffers, sum_over_ranks
-from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import MachineError
 from cifar_exp.launch.devices import DeviceSet, device_counts, find_devices
 from cifar_exp.runs.components import build
@@ -184,7 +184,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = assemble(job, World(0, 1, GPU), Control(folder, folder, 0, 1, None), lambda *_: None, split, split)
+    rank = assemble(job, World(0, 1, GPU), RankControl(folder, folder, 0, 1, None), lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
         for parameter in rank.model.parameters():

@@ -11,7 +11,8 @@ import torch
 
 from cifar_exp.data.batches import resized
 from cifar_exp.distributed.rank_times import by_rank, training_seconds
-from cifar_exp.models.networks import convnet, parameter_count
+from cifar_exp.models.build import parameter_count
+from cifar_exp.models.networks import convnet
 from cifar_exp.models.speednet import patches_of
 from cifar_exp.records import journal
 from cifar_exp.runs.classifier import Classifier

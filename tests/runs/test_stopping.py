@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cifar_exp.data.batches import EvaluationBatches
-from cifar_exp.distributed.heartbeat import LEAVE_FILE, Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
+from cifar_exp.distributed.stop_requests import LEAVE_FILE
 from cifar_exp.errors import DivergenceError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import MetricValues
@@ -151,7 +152,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
 
 def test_a_network_that_has_diverged_since_the_loss_was_read_is_not_saved(tmp_path: Path, only_rank: World) -> None:
     left, model, _ = trainer(only_rank, log_every=100)
-    left.train_step.control = Control(tmp_path, every=2)
+    left.train_step.control = RankControl(tmp_path, every=2)
     (tmp_path / LEAVE_FILE).touch()
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
@@ -166,7 +167,7 @@ def test_a_network_that_its_last_update_has_broken_is_not_saved(
 ) -> None:
     """Its losses were finite, and are those from before the update."""
     left, model, _ = trainer(only_rank, log_every=100)
-    left.train_step.control = Control(tmp_path, every=2)
+    left.train_step.control = RankControl(tmp_path, every=2)
     (tmp_path / LEAVE_FILE).touch()
     step, taken = left.train_step.optimizer.step, count(1)
 
@@ -189,9 +190,9 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
     whole, model, expected = trainer(only_rank)
     whole.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     cut, half_trained, reported = trainer(only_rank)
-    cut.train_step.control = Control(tmp_path)
+    cut.train_step.control = RankControl(tmp_path)
     (tmp_path / LEAVE_FILE).touch()
-    monkeypatch.setattr(Control, "agreed", lambda _self, _point: None)  # it is noticed in the evaluation alone
+    monkeypatch.setattr(RankControl, "agreed", lambda _self, _point: None)  # it is noticed in the evaluation alone
     saved: list[bool] = []
     assert cut.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append) is None
     assert saved == [True]
@@ -214,7 +215,7 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
 def test_the_final_test_gives_a_heartbeat_for_each_batch(tmp_path: Path, only_rank: World) -> None:
     """Three passes over a test set may take longer than ``launcher.timeout``, after which a silent rank is ended."""
     tested, _, _ = trainer(only_rank)
-    control = Control(tmp_path)
+    control = RankControl(tmp_path)
     signs: list[bytes] = []
 
     class Watched(EvaluationBatches):

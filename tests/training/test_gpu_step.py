@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from cifar_exp.config.reading import read_config
 from cifar_exp.data.batches import constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
-from cifar_exp.distributed.heartbeat import Control
 from cifar_exp.distributed.process_group import World
+from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.runs.components import build
 from cifar_exp.runs.job_setup import new_job
@@ -99,7 +99,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
-    control = Control(folder, folder, 0, 1, None)
+    control = RankControl(folder, folder, 0, 1, None)
     rank = assemble(job, World(0, 1, GPU), control, lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:

@@ -1,0 +1,87 @@
+"""One rank's side of the folder that it shares with the launcher: heartbeats to the launcher, stop requests from it."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cifar_exp.distributed.heartbeat import Beat, beat_file
+from cifar_exp.distributed.stop_requests import LEAVE_FILE, STOP_FILE, Request, StopPoint, agree, agreement
+
+
+@dataclass
+class RankControl:
+    """Sends the heartbeats of one rank, and looks for stop requests.
+
+    Attributes:
+        exchange: the folder that ranks and launcher share; None for a single rank without a launcher.
+        run_dir: the run folder.
+        rank: this rank.
+        every: steps between two stop points. 1 on CPUs, where DDP makes the ranks wait in each step. On GPUs, where the
+            host runs ahead, the steps between two reads of the loss.
+        seconds: training finishes after so many seconds from now; None: no limit.
+    """
+
+    exchange: Path | None = None
+    run_dir: Path = Path()
+    rank: int = 0
+    every: int = 1
+    seconds: float | None = None
+    _point: StopPoint = field(default_factory=lambda: StopPoint(0))
+    _stage: int = 0
+    _beats: int = 0
+    _file: int | None = None
+    _began: float = field(default_factory=time.monotonic)  # the wall clock may be set meanwhile
+
+    def __post_init__(self) -> None:
+        if self.exchange:
+            self._file = os.open(beat_file(self.exchange, self.rank), os.O_WRONLY | os.O_CREAT, 0o600)
+            self.beat()
+
+    def beat(self) -> None:
+        """Give a heartbeat, with the progress of this rank."""
+        if self._file is not None:
+            self._beats += 1
+            beat = Beat(os.getpid(), self._point, self._stage, self._beats)
+            os.pwrite(self._file, beat.packed(), 0)
+
+    def next_stage(self) -> None:
+        """Call before this rank may wait for others on its way to a stop point. All ranks have the same stages.
+
+        When ranks wait for each other, the hung rank is the one at the lowest stage.
+        """
+        self._stage += 1
+        self.beat()
+
+    def approach(self, point: StopPoint) -> None:
+        """Call before all ranks wait for each other at ``point``. Rank 0 looks for a request to stop there."""
+        if point != self._point:
+            self._point, self._stage = point, 0
+        self.beat()
+        if self.rank == 0 and self.exchange and (request := self._look_for_request()):
+            agree(self.exchange, point, request)
+
+    def agreed(self, point: StopPoint) -> Request | None:
+        """Call after all ranks have waited for each other at ``point``. The same request on every rank, or None."""
+        found = agreement(self.exchange) if self.exchange else None
+        return found[1] if found and point >= found[0] else None
+
+    def done(self) -> None:
+        """Note that this rank has done its work: from now on its process may end."""
+        if self.exchange:
+            (self.exchange / f"done-{os.getpid()}").touch()
+
+    def is_leaving(self) -> bool:
+        """Whether the launcher waits for the ranks to exit. Training steps still count, other work is wasted."""
+        return self.exchange is not None and (self.exchange / LEAVE_FILE).exists()
+
+    def _look_for_request(self) -> Request | None:
+        if self.is_leaving():
+            return Request("leave", "a signal")
+        stop = self.run_dir / STOP_FILE
+        if stop.is_file():  # a folder of that name cannot be removed by a rank, and is no request
+            stop.unlink(missing_ok=True)  # remove the file, or it would stop the resumed run as well
+            return Request("finish", f"the file {stop.name} in the run's folder")
+        if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
+            return Request("finish", "train.max_seconds")
+        return None

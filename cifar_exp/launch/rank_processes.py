@@ -1,0 +1,85 @@
+"""Start and end the processes of ranks: forked from the fork server, or spawned where forking is not safe."""
+
+import multiprocessing.util
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from cifar_exp.launch.forkserver import BLOCKED
+from cifar_exp.system import host
+
+
+@contextmanager
+def spawning_with_signals_blocked() -> Iterator[None]:
+    """Inside this context multiprocessing spawns processes with ``BLOCKED`` signals blocked, as the fork server does.
+
+    A rank unblocks SIGINT itself.
+    """
+    util: Any = multiprocessing.util
+    spawn = util.spawnv_passfds
+
+    def spawned(*arguments: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+        try:
+            return spawn(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    util.spawnv_passfds = spawned
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = spawn
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Processes that multiprocessing starts in the block do not import the program's main module.
+
+    It may be a user's script without ``if __name__ == "__main__"``, which would train again in each rank. A job names
+    nothing of that module.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+@contextmanager
+def starting_ranks() -> Iterator[None]:
+    """Start ranks in the block: with the parent's signals blocked, and without the program's main module."""
+    with spawning_with_signals_blocked(), without_main_module():
+        yield
+
+
+def kill_ranks() -> None:
+    """Kill all ranks, including those that elastic has not registered yet."""
+    with suppress(psutil.NoSuchProcess):
+        ranks = _ranks()
+        for process in ranks:
+            process.kill()
+        psutil.wait_procs(ranks, timeout=5)
+
+
+def _ranks() -> list[psutil.Process]:
+    if host.start_method() == "spawn":
+        children = psutil.Process().children()
+        return [child for child in children if "multiprocessing.spawn" in " ".join(_command_line(child))]
+    import multiprocessing.forkserver as forkserver
+
+    pid: int | None = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    return psutil.Process(pid).children() if pid is not None else []
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
