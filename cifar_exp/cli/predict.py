@@ -10,6 +10,7 @@ import click
 
 from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import ConfigError, DataError
+from cifar_exp.system.printable import printable
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help does not wait for it
     from torch import Tensor
@@ -45,10 +46,12 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     if not paths:
         raise ConfigError("predict: it takes at least one image. Add the path of an image or a folder")
     run_dir = find_run(run, with_checkpoint=True)
-    print(f"network of {run_dir}", file=sys.stderr)
+    print(f"network of {printable(run_dir)}", file=sys.stderr)
     trusted = settings.get("trusted_modules", "").strip("[]")
     classifier = Classifier.of_run(run_dir, which, trusted.split(",") if trusted else ())
-    files = images_in(paths)
+    files, left_out = images_in(paths)
+    if left_out:
+        print(f"left out: {left_out}", file=sys.stderr)
     broken: list[str] = []
     for start in range(0, len(files), 500):
         broken += _classify(classifier, files[start : start + 500], as_json)
@@ -71,5 +74,5 @@ def _classify(classifier: "Classifier", files: Sequence[Path], as_json: bool) ->
         if as_json:
             print(json.dumps({"image": str(path), "label": label, "probability": round(probability, 4)}))
         else:
-            print(f"{path}  {label}  {probability:.1%}")
+            print(f"{printable(path)}  {printable(label)}  {probability:.1%}")
     return broken

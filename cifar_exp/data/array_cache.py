@@ -12,12 +12,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_exp.data.cache_files import read_meta, write_meta
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, array_names
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished, write_json
 from cifar_exp.system.locks import locked
 
-_FORMAT = 2  # version of the files; those of another version are written again
+_FORMAT = 3  # version of the files; those of another version are written again
+_NAMES = [name for split in SPLITS for name in array_names(split)]
 
 
 def prepare(
@@ -78,11 +80,11 @@ def _read_index(cache: Path) -> dict[str, str]:
 
 
 def _open_dataset(folder: Path) -> DatasetFiles | None:
-    """The dataset in ``folder``; None where it is missing or incomplete."""
+    """The dataset in ``folder``; None where it is missing, incomplete or altered."""
+    meta = read_meta(folder, _FORMAT, _NAMES)
+    if meta is None:
+        return None
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["format"] != _FORMAT or meta["file_bytes"] != _file_bytes(folder):
-            return None
         return DatasetFiles(
             folder=folder,
             classes=tuple(meta["classes"]),
@@ -93,7 +95,7 @@ def _open_dataset(folder: Path) -> DatasetFiles | None:
             std=(meta["std"][0], meta["std"][1], meta["std"][2]),
             content_hash=meta["content_hash"],
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError):
         return None
 
 
@@ -109,26 +111,20 @@ def _write_dataset(folder: Path, classes: tuple[str, ...], arrays: Arrays) -> Da
         for start in range(0, len(train_images), 1024):  # in chunks, since bincount copies its input to int64
             counts += value_counts(train_images[start : start + 1024])
         mean, std = channel_statistics(counts)
-        meta = {
-            "format": _FORMAT,
-            "file_bytes": _file_bytes(unfinished),
+        fields = {
             "classes": classes,
             "train_count": len(train_images),
             "test_count": len(arrays["test"][0]),
-            "image_size": train_images.shape[2:],
+            "image_size": list(train_images.shape[2:]),
             "mean": mean,
             "std": std,
             "content_hash": folder.name,
         }
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        write_meta(unfinished, _FORMAT, _NAMES, fields)
     files = _open_dataset(folder)
     if files is None:
         raise OSError(f"{folder} was damaged after it was written")
     return files
-
-
-def _file_bytes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for split in SPLITS for name in array_names(split)}
 
 
 def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:

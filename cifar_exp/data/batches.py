@@ -140,10 +140,13 @@ class TrainBatches:
 
 def resized(images: Tensor, scale: float) -> Tensor:
     """(B, 3, H, W) float32 -> (B, 3, *scaled_size), bilinear with antialiasing."""
-    if scale == 1:
-        return images
     height, width = images.shape[2:]
-    return F.interpolate(images, scaled_size((height, width), scale), mode="bilinear", antialias=True)
+    return images if scale == 1 else resized_to(images, scaled_size((height, width), scale))
+
+
+def resized_to(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) float32 -> (B, 3, *size), bilinear with antialiasing; as they are where that is their size."""
+    return images if images.shape[2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

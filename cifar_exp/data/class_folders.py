@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -19,8 +20,11 @@ from numpy.typing import NDArray
 
 from cifar_exp.data.array_cache import dataset_cache, expanded, prepare
 from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency, SplitName
-from cifar_exp.data.image_files import IMAGE_SUFFIXES, Listing, decode_image, prepare_files
+from cifar_exp.data.image_files import Listing, prepare_files
+from cifar_exp.data.image_reader import Preprocessing, decode_image, read_image
+from cifar_exp.data.image_tree import HIDDEN, IMAGE_SUFFIXES, STRAY, LeftOut, images_below, is_image_name
 from cifar_exp.errors import ConfigError, DataError
+from cifar_exp.system.printable import printable
 from cifar_exp.system.progress_line import Progress
 
 _MAX_PATHS_SHOWN = 5  # in a message
@@ -40,22 +44,23 @@ def folders(
 ) -> DatasetFiles:
     """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``; labels by sorted class name.
 
-    Gray, palette and CMYK images become RGB; transparency is dropped. Hidden files and files that are no images are
-    ignored. All images must have one size, unless ``residency`` is ``loader``.
+    Images in sub-folders of a class belong to it. Hidden files and files that are no images are left out and counted.
+    How a file becomes pixels is told in ``image_reader.py``. With ``image_size`` all images are resized and cropped to
+    it, wherever they lie; without it they must have one size.
 
-    ``loader`` reads images while training: the shorter side is resized to ``image_size``, then the centre is cropped.
-    Mean and standard deviation come from a sample of at most 5,000 training images. The content hash covers paths,
-    sizes and times of the files and ``image_size``. So touching a file changes it.
+    ``loader`` reads images while training. Mean and standard deviation come from a sample of at most 5,000 training
+    images. The content hash covers paths, sizes and times of the files and ``image_size``. So touching a file changes
+    it.
 
     Args:
         root: folder that holds ``train`` and ``test``.
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
         residency: where the images lie while ranks train, as in ``DatasetFiles``.
-        image_size: height and width in pixels; None keeps the images' own size.
+        image_size: height and width in pixels that images are resized to; None keeps their own size.
         workers: for ``loader``: processes a rank that read images; 0 reads them in the rank itself.
 
     Raises:
-        ConfigError: ``loader`` has no ``image_size``, or another residency would have to resize images.
+        ConfigError: ``loader`` has no ``image_size``.
         DataError: folders or images are missing, broken or of several sizes.
         StorageError: the cache cannot be written.
     """
@@ -70,29 +75,29 @@ def folders(
         assert image_size is not None
         return prepare_files(dataset_cache(root, cache), _listing(root, tree, image_size), image_size, workers)
 
-    files = _decoded_files(root, tree, dataset_cache(root, cache))
-    if image_size is not None and files.image_size != (image_size, image_size):
-        height, width = files.image_size
-        raise ConfigError(
-            f"data.image_size={image_size}: the images have {width} x {height} pixels, and data.residency={residency} "
-            f"resizes none. Set data.image_size=null, or data.residency=loader data.image_size={image_size}"
-        )
-    return replace(files, residency=residency)
+    files = _decoded_files(root, tree, dataset_cache(root, cache), image_size)
+    return replace(files, residency=residency, left_out=tree.left_out)
 
 
-def _decoded_files(root: Path, tree: "_Tree", cache: Path) -> DatasetFiles:
+def _decoded_files(root: Path, tree: "_Tree", cache: Path, image_size: int | None) -> DatasetFiles:
     """The tree's images in the array cache."""
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
-        arrays = _decode_images(root, tree)
+        arrays = _decode_images(root, tree, image_size)
         if _scan(root) != tree:
             raise DataError(f"data.root={root} changed while its images were read. Start again once it stays as it is.")
         return tree.classes, arrays
 
+    resized = "" if image_size is None else f" {image_size}"
+
+    def content_hash() -> str:
+        content = _hash_files(root, tree.files)
+        return hashlib.sha256(f"{content}{resized}".encode()).hexdigest() if resized else content
+
     return prepare(
         cache,
-        _fingerprint(root, tree.files),
-        lambda: _hash_files(root, tree.files),
+        f"{_fingerprint(root, tree.files)}{resized}",
+        content_hash,
         decode,
         "data.cache",
         too_large=f"Or {_USE_LOADER} data.image_size=<n>",
@@ -102,7 +107,7 @@ def _decoded_files(root: Path, tree: "_Tree", cache: Path) -> DatasetFiles:
 def _listing(root: Path, tree: "_Tree", image_size: int) -> Listing:
     paths, labels = [file.path for file in tree.files], [file.label for file in tree.files]
     digest = _hash_listing(f"loader {image_size}".encode(), tree.files)
-    return Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest)
+    return Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest, tree.left_out)
 
 
 class _ImageFile(NamedTuple):
@@ -116,6 +121,7 @@ class _Tree(NamedTuple):
     classes: tuple[str, ...]  # sorted
     files: list[_ImageFile]  # the training images, then the test images, each sorted by class and name
     train_count: int
+    left_out: str
 
 
 def _scan(root: Path) -> _Tree:
@@ -131,22 +137,32 @@ def _scan(root: Path) -> _Tree:
                 "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
                 "or set experiment=quickstart, which needs no images."
             )
+    left_out = LeftOut()
     try:
-        names = {split: _visible_folders(root / split) for split in SPLITS}
+        names = {split: _class_names(root / split, left_out) for split in SPLITS}
         _check_classes(root, names)
         classes = tuple(names["train"])
         train, test = (
-            [file for label, name in enumerate(classes) for file in _list_class(root, f"{split}/{name}", label)]
+            [file for label, name in enumerate(classes) for file in _class_files(root, split, name, label, left_out)]
             for split in SPLITS
         )
     except OSError as error:
-        raise DataError(f"data.root={root}: {error.filename} cannot be read: {error.strerror}") from error
-    return _Tree(classes, train + test, len(train))
+        where = printable(os.fsdecode(error.filename))
+        raise DataError(f"data.root={root}: {where} cannot be read: {error.strerror}") from error
+    return _Tree(classes, train + test, len(train), left_out.line())
 
 
-def _visible_folders(folder: Path) -> list[str]:
+def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
+    names: list[str] = []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out[HIDDEN] += 1
+            elif entry.is_dir():
+                names.append(entry.name)
+            elif is_image_name(entry.name):
+                left_out[STRAY] += 1
+    return sorted(names)
 
 
 def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
@@ -161,23 +177,20 @@ def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
             )
 
 
-def _list_class(root: Path, folder: str, label: int) -> list[_ImageFile]:
-    with os.scandir(root / folder) as entries:
-        images = [
-            entry for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(IMAGE_SUFFIXES)
-        ]
-        stats = [(entry.name, entry.stat()) for entry in images if entry.is_file()]
-    if not stats:
+def _class_files(root: Path, split: SplitName, name: str, label: int, left_out: LeftOut) -> list[_ImageFile]:
+    folder = f"{split}/{name}"
+    images = images_below(root / folder, left_out)
+    if not images:
         raise DataError(
-            f"data.root={root}: the class folder {root / folder} has no images ({', '.join(IMAGE_SUFFIXES)}).\n"
-            "Add some, or remove the class from both train and test."
+            f"data.root={root}: the class folder {printable(root / folder)} has no images "
+            f"({', '.join(IMAGE_SUFFIXES)}).\nAdd some, or remove the class from both train and test."
         )
-    return sorted(_ImageFile(f"{folder}/{name}", label, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return [_ImageFile(f"{folder}/{path}", label, size, mtime_ns) for path, size, mtime_ns in images]
 
 
 def _shown(lines: list[str]) -> str:
     more = f"\n  and {len(lines) - _MAX_PATHS_SHOWN:,} more" if len(lines) > _MAX_PATHS_SHOWN else ""
-    return "\n".join(f"  {line}" for line in lines[:_MAX_PATHS_SHOWN]) + more
+    return "\n".join(f"  {printable(line)}" for line in lines[:_MAX_PATHS_SHOWN]) + more
 
 
 def _fingerprint(root: Path, files: list[_ImageFile]) -> str:
@@ -205,30 +218,37 @@ def _hash_files(root: Path, files: list[_ImageFile]) -> str:
             try:
                 content = (root / file.path).read_bytes()
             except OSError as error:
-                raise DataError(f"data.root={root}: {root / file.path} cannot be read: {error.strerror}") from error
+                where = printable(root / file.path)
+                raise DataError(f"data.root={root}: {where} cannot be read: {error.strerror}") from error
             digest.update(os.fsencode(f"{file.path}\0{len(content)}\0"))
             digest.update(content)
             progress.add(1)
     return digest.hexdigest()
 
 
-def _decode_images(root: Path, tree: _Tree) -> Arrays:
+def _decode_images(root: Path, tree: _Tree, image_size: int | None) -> Arrays:
     """All images of both splits.
 
     Raises:
         DataError: images are broken, or not all of one size.
     """
+    read = decode_image if image_size is None else partial(_resized, size=image_size)
     paths = [root / file.path for file in tree.files]
     chunks = [paths[start : start + 256] for start in range(0, len(paths), 256)]
     decoded: list[NDArray[np.uint8] | str] = []
     with ThreadPoolExecutor() as pool, Progress("Reading images", len(paths), "files") as progress:
-        for part in pool.map(lambda chunk: [decode_image(path) for path in chunk], chunks):
+        for part in pool.map(lambda chunk: [read(path) for path in chunk], chunks):
             decoded += part
             progress.add(len(part))
     images = _stack(root, dict(zip(paths, decoded, strict=True)))
     labels = np.array([file.label for file in tree.files], dtype=np.int64)
     count = tree.train_count
     return {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
+
+
+def _resized(path: Path, size: int) -> NDArray[np.uint8] | str:
+    image = read_image(path, Preprocessing((size, size)))
+    return image.removeprefix(f"{printable(path)}: ") if isinstance(image, str) else image.numpy()
 
 
 def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[np.uint8]:
@@ -247,7 +267,7 @@ def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[
     if odd:
         raise DataError(
             f"data.root={root}: all images must have one size. Most have {usual} pixels, but not these "
-            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them, or {_USE_LOADER} "
-            f"data.image_size={side}"
+            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nDelete them, or set data.image_size={side} to resize "
+            f"all; for a set larger than memory {_USE_LOADER} data.image_size={side}"
         )
     return np.stack(list(images.values()))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cifar_exp.data.image_reader import Preprocessing
 from cifar_exp.errors import StorageError
 
 SplitName = Literal["train", "test"]
@@ -77,6 +78,7 @@ class DatasetFiles:
         residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
             chooses between the two by the device's free memory. ``loader`` reads files and needs ``ImageFiles``.
         validation_count: training images that are held out as the validation split (``validation_split.py``).
+        left_out: what of the source is not used, in one line; empty if all of it is.
     """
 
     folder: Path
@@ -89,6 +91,12 @@ class DatasetFiles:
     content_hash: str
     residency: Residency = "auto"
     validation_count: int = 0
+    left_out: str = ""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a file is read so that it is like the images of this dataset."""
+        return Preprocessing(self.image_size)
 
     def load(self, split: SplitName) -> Split:
         """One split, memory-mapped: processes that load it share the page cache.

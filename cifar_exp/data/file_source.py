@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cifar_exp.data.image_files import ImageFiles, checked_image, read_image
+from cifar_exp.data.image_files import ImageFiles, checked_image
+from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.errors import MachineError
 from cifar_exp.system.accelerator import takes_copies_meanwhile
 from cifar_exp.system.host import end_with_parent, worker_start_method
@@ -24,13 +25,13 @@ MAX_AUTO_WORKERS = 8  # a rank, with data.workers=auto
 class _Images(Dataset[Tensor | str]):
     """The files of both splits by index: training images first."""
 
-    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], size: tuple[int, int]) -> None:
-        self._root, self._paths, self._size = root, paths, size
+    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], rule: Preprocessing) -> None:
+        self._root, self._paths, self._rule = root, paths, rule
 
     def __getitem__(self, place: int) -> Tensor | str:
         train, test = self._paths
         name = train[place] if place < len(train) else test[place - len(train)]
-        return read_image(self._root / os.fsdecode(name), self._size)
+        return read_image(self._root / os.fsdecode(name), self._rule)
 
 
 class _Requests(Sampler[list[int]]):
@@ -105,7 +106,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     (train, train_labels), (test, test_labels) = files.listed("train"), files.listed("test")
     workers = min(MAX_AUTO_WORKERS, threads) if files.workers == "auto" else files.workers
     reader = DataLoader(
-        _Images(files.root, (train, test), files.image_size),
+        _Images(files.root, (train, test), files.preprocessing),
         batch_sampler=_Requests(),
         num_workers=workers,
         collate_fn=_collate,

@@ -1,25 +1,25 @@
-"""Image files: how one is read, and a dataset of files that are read while training.
+"""A dataset of image files that are read while training.
 
-Such a dataset suits sets larger than memory and images of several sizes. The cache holds the list of files, the labels,
+It suits sets larger than memory and images of several sizes. The cache holds the list of files, the labels,
 and the channel statistics of a sample.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cifar_exp.data.array_cache import channel_statistics, value_counts
+from cifar_exp.data.cache_files import read_meta, write_meta
 from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, Split, SplitName
+from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.errors import DataError, storage_errors
 from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
@@ -27,52 +27,7 @@ from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
 SAMPLE = 5000  # images for the channel statistics
-_FORMAT = 1  # version of the files; those of another version are written again
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
-_MAX_PIXELS = 4096 * 4096  # a small file can claim gigabytes of pixels
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # convert("RGB") would clip them to white
-
-
-def decode_image(path: Path) -> NDArray[np.uint8] | str:
-    """The image (3, H, W) uint8, or what is wrong with the file."""
-    try:
-        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
-            if image.width * image.height > _MAX_PIXELS:
-                return f"claims {image.width} x {image.height} pixels, more than {_MAX_PIXELS:,} in all"
-            if image.mode in _DEEP_MODES:
-                return f"has more than 8 bits a channel (mode {image.mode})"
-            # A palette may have transparency; Pillow warns if it is converted to RGB directly.
-            opaque = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-            return np.ascontiguousarray(np.asarray(opaque).transpose(2, 0, 1))
-    except (ImportError, NameError):  # no file raises these
-        raise
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        if path.exists() and path.stat().st_size == 0:
-            return "is empty"
-        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def read_image(path: Path, size: tuple[int, int]) -> Tensor | str:
-    """The image (3, *size) uint8, or what is wrong with the file, its path first.
-
-    Training from files, evaluation and prediction all read images by this function. The image is resized with
-    antialiasing until it just covers ``size`` (height, width), then the centre is cropped. An image of that size stays
-    unchanged.
-    """
-    from torchvision.transforms.v2 import functional  # imported here: it takes 1.5 s, and only this needs it
-
-    decoded = decode_image(path)
-    if isinstance(decoded, str):
-        return f"{path}: {decoded}"
-    (height, width), (own_height, own_width) = size, decoded.shape[1:]
-    if height * own_width >= width * own_height:  # wider than the target
-        covering = [height, int(height * own_width / own_height)]
-    else:
-        covering = [int(width * own_height / own_width), width]
-    resized = functional.resize(torch.from_numpy(decoded), covering, antialias=True)
-    cropped: Tensor = functional.center_crop(resized, list(size))
-    return cropped
+_FORMAT = 2  # version of the files; those of another version are written again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +52,7 @@ class ImageFiles(DatasetFiles):
         """
         paths, labels = self.listed(split)
         images = torch.stack(
-            [checked_image(read_image(self.root / os.fsdecode(path), self.image_size)) for path in paths]
+            [checked_image(read_image(self.root / os.fsdecode(path), self.preprocessing)) for path in paths]
         )
         return Split(images.contiguous(memory_format=torch.channels_last), labels)
 
@@ -125,6 +80,7 @@ class Listing:
         labels: one for each path.
         train_count: training images.
         digest: hash of the listing and of the files' sizes and times, in hex.
+        left_out: what of the tree is not used, in one line.
     """
 
     root: Path
@@ -133,6 +89,7 @@ class Listing:
     labels: Sequence[int]
     train_count: int
     digest: str
+    left_out: str = ""
 
 
 def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int | Literal["auto"]) -> ImageFiles:
@@ -170,28 +127,26 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
         std=(std[0], std[1], std[2]),
         content_hash=listing.digest,
         residency="loader",
+        left_out=listing.left_out,
         root=listing.root,
         workers=workers,
     )
 
 
 def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of the dataset in ``folder``; None where it is missing or incomplete."""
-    try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        whole = meta["format"] == _FORMAT and meta["file_bytes"] == _file_bytes(folder)
-        return (list(meta["mean"]), list(meta["std"])) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Mean and standard deviation of the dataset in ``folder``; None where it is missing, incomplete or altered."""
+    meta = read_meta(folder, _FORMAT, [name for split in SPLITS for name in _list_names(split)])
+    return None if meta is None else (list(meta["mean"]), list(meta["std"]))
 
 
 def _sample_statistics(listing: Listing, size: tuple[int, int]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, 0 to 255, over at most ``SAMPLE`` resized training images."""
     order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
     paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]
+    rule = Preprocessing(size)
 
     def histogram(path: Path) -> NDArray[np.int64]:
-        return value_counts(checked_image(read_image(path, size)).numpy()[None])
+        return value_counts(checked_image(read_image(path, rule)).numpy()[None])
 
     counts = np.zeros((3, 256), dtype=np.int64)
     with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(paths), "files") as progress:
@@ -211,16 +166,12 @@ def _write_lists(folder: Path, listing: Listing, statistics: tuple[list[float], 
             labels = np.array(listing.labels[parts[split]], dtype=np.int64)
             for name, array in zip(_list_names(split), (paths, labels), strict=True):
                 np.save(unfinished / name, array, allow_pickle=False)
-        meta = {"format": _FORMAT, "file_bytes": _file_bytes(unfinished), "mean": statistics[0], "std": statistics[1]}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        names = [name for split in SPLITS for name in _list_names(split)]
+        write_meta(unfinished, _FORMAT, names, {"mean": statistics[0], "std": statistics[1]})
 
 
 def _list_names(split: SplitName) -> tuple[str, str]:
     return f"{split}_files.npy", f"{split}_labels.npy"
-
-
-def _file_bytes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for split in SPLITS for name in _list_names(split)}
 
 
 def checked_image(image: Tensor | str) -> Tensor:

@@ -33,7 +33,8 @@ class Checkpoint:
         classes: class names in the order of their labels.
         shift: subtracted from each channel, 0..255.
         scale: multiplied to each channel after that.
-        image_size: height and width of the training images.
+        image_size: height and width of the images that the network was evaluated on.
+        preprocessing: how an image file is read for it, as ``Preprocessing`` stores it; None before version 0.2.
     """
 
     model: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Checkpoint:
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     image_size: tuple[int, int]
+    preprocessing: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
     """Write the network of a run's best epoch if there is one, else that of the last epoch.
 
     Each entry of the file's metadata is JSON: ``classes``, ``shift`` and ``scale`` (of each channel, 0 to 255: the
-    network takes ``(pixel - shift) * scale``), ``image_size`` (height and width), ``epoch``, and ``model``.
+    network takes ``(pixel - shift) * scale``), ``image_size`` (height and width that it takes), ``preprocessing`` (how
+    an image file is read), ``epoch``, and ``model``.
 
     Args:
         run_dir: the run's folder, in which the file is written atomically.
@@ -44,6 +45,7 @@ def _content(saved: Checkpoint, model: Mapping[str, Any]) -> bytes:
         "shift": saved.shift,
         "scale": saved.scale,
         "image_size": saved.image_size,
+        "preprocessing": saved.preprocessing,
         "epoch": saved.training["epoch"],
         "model": dict(model),
     }

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from cifar_exp.config.stored import stored_config
-from cifar_exp.data.batches import Normalization
-from cifar_exp.data.image_files import IMAGE_SUFFIXES, read_image
+from cifar_exp.data.batches import Normalization, resized_to
+from cifar_exp.data.image_reader import Preprocessing, read_image
+from cifar_exp.data.image_tree import LeftOut, images_below
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.runs.components import model_factory
 from cifar_exp.runs.config_changes import UNREADABLE
+from cifar_exp.system.printable import printable
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Classifier:
     model: nn.Module
     classes: Sequence[str]
     normalization: Normalization
-    image_size: tuple[int, int]
+    preprocessing: Preprocessing
+    image_size: tuple[int, int]  # of the network's input
 
     @classmethod
     def of_run(cls, run_dir: Path, which: str = "", trusted: Sequence[str] = ()) -> "Classifier":
@@ -54,12 +57,13 @@ class Classifier:
         section = _model_section(run_dir / CONFIG_FILE)
         model = model_factory(section, trusted)(num_classes=len(saved.classes))
         model.load_state_dict(saved.model)
-        return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), saved.image_size)
+        rule = Preprocessing.of(saved.preprocessing, saved.image_size)
+        return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), rule, saved.image_size)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """``images``: (N, 3, H, W) uint8 -> (N, classes) float32, each row adding up to 1."""
         with torch.inference_mode():
-            logits: Tensor = self.model(self.normalization(images))
+            logits: Tensor = self.model(resized_to(self.normalization(images), self.image_size))
             return logits.float().softmax(1)
 
     def label(self, images: Sequence[Tensor]) -> list[tuple[str, float]]:
@@ -69,14 +73,15 @@ class Classifier:
         return list(zip(names, best.values.tolist(), strict=True))
 
     def read(self, path: Path) -> Tensor:
-        """An image file as (3, H, W) uint8 of the training images' size.
+        """An image file as (3, H, W) uint8, read as the training images were.
 
         Raises:
             DataError: where it is no readable image.
         """
-        image = read_image(path, self.image_size)
+        image = read_image(path, self.preprocessing)
         if isinstance(image, str):
-            raise DataError(f"{path}: the image cannot be read: {image.removeprefix(f'{path}: ')}")
+            where = printable(path)
+            raise DataError(f"{where}: the image cannot be read: {image.removeprefix(f'{where}: ')}")
         return image
 
 
@@ -92,16 +97,22 @@ def _model_section(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
 
 
-def images_in(paths: Sequence[str]) -> list[Path]:
-    """The image files among ``paths`` and in the folders among them.
+def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
+    """The files among ``paths`` and the image files in the folders among them; what those folders hold besides.
 
     Raises:
         DataError: where a path does not exist or a folder holds no image.
     """
     files: list[Path] = []
+    left_out = LeftOut()
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: there is no image here. Give the path of an image or of a folder of images")
+        try:
+            found = [path / image.path for image in images_below(path, left_out)] if path.is_dir() else [path]
+        except OSError as error:
+            raise DataError(f"{printable(path)}: the folder cannot be read: {error.strerror}") from error
+        if not found or not (path.is_dir() or path.is_file()):
+            raise DataError(
+                f"{printable(path)}: there is no image here. Give the path of an image or of a folder of images"
+            )
         files += found
-    return files
+    return files, left_out.line()

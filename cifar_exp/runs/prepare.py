@@ -128,6 +128,8 @@ def plan_job(
     """
     devices, resumed, folder = beginning.devices, beginning.resumed, beginning.folder
     data = hold_out(parts.dataset(), config.validation)
+    if data.left_out:
+        say(console, [f"left out of the images: {data.left_out}"])
     kept_batch = resumed.kept_batch if resumed else None
     plan = make_plan(config, devices.count, data.train_count, parts.schedule, kept_batch)
     for line in doubts(config, plan):

@@ -65,6 +65,7 @@ class CheckpointPolicy:
                 shift=normalization.shift,
                 scale=normalization.scale,
                 image_size=scaled_size(self.job.data.image_size, self.validation.scale),
+                preprocessing=self.job.data.preprocessing.stored(),
             )
             position = self._position()
             self.files.journal.sync()  # a checkpoint on disk implies the journal lines of its steps

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from cifar_exp.data import cifar10, class_folders, download, image_files
+from cifar_exp.data import cifar10, class_folders, download, image_reader
 from cifar_exp.data import synthetic as generator
 from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles
@@ -57,7 +58,7 @@ def tree(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, as they are."""
     names: list[str] = []
-    original = image_files.decode_image
+    original = image_reader.decode_image
 
     def count(path: Path) -> Any:
         names.append(path.name)
@@ -118,14 +119,41 @@ def test_other_kinds_of_images_become_rgb(tree: Path, mode: str, recwarn: pytest
     assert [str(warning.message) for warning in recwarn if "torch" not in warning.filename] == []
 
 
-def test_hidden_files_and_other_files_are_ignored(tree: Path) -> None:
+def test_what_is_left_out_is_counted_and_sub_folders_are_not(tree: Path) -> None:
     before = folders(tree)
+    assert before.left_out == ""
     (tree / "train" / "ant" / ".hidden.png").write_bytes(b"not an image")
     (tree / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tree / "train" / "ant" / "a\x1b[31m.\x1b[1m").touch()
+    (tree / "train" / "ant" / "gone.png").symlink_to("nowhere")
     (tree / "train" / "ant" / "folder.png").mkdir()
+    (tree / "train" / "ant" / "folder.png" / "round").symlink_to("..")
     (tree / "train" / ".hidden").mkdir()
     (tree / "train" / "README.md").touch()
-    assert folders(tree) == before
+    save(tree / "test" / "stray.png", pixels(0))
+    after = folders(tree)
+    assert replace(after, left_out="") == before
+    assert after.left_out == (
+        "1 folder linked to twice, 2 hidden, 1 image outside the class folders, 1 that is no file (a broken link, a "
+        r"socket), 2 of other kinds (.\x1b[1m, .txt)"
+    )
+    save(tree / "train" / "bee" / "2024" / "june" / "0.png", pixels(8))
+    train = folders(tree).load("train")
+    np.testing.assert_array_equal(train.images.numpy(), chw(0, 1, 2, 8))
+    assert train.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".jfif", "JPEG"), (".JPE", "JPEG"), (".pgm", "PPM"), (".ppm", "PPM"), (".webp", "WEBP"),
+                         (".bmp", "BMP"), (".tif", "TIFF"), (".TIFF", "TIFF"), (".gif", "GIF")]
+)  # fmt: skip
+def test_images_of_every_kind_are_taken(tree: Path, suffix: str, kind: str) -> None:
+    image = Image.fromarray(pixels(9)).convert("L" if suffix == ".pgm" else "RGB")
+    image.save(tree / "train" / "ant" / f"3{suffix}", format=kind)
+    files = folders(tree)
+    assert (files.train_count, files.left_out) == (4, "")
+    shown = np.asarray(Image.open(tree / "train" / "ant" / f"3{suffix}").convert("RGB"))
+    np.testing.assert_array_equal(files.load("train").images[2].permute(1, 2, 0).numpy(), shown)
 
 
 def test_the_second_start_decodes_nothing(tree: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +193,10 @@ def test_the_content_hash_does_not_depend_on_the_place(tree: Path, tmp_path: Pat
     assert folders(tmp_path / "copy").content_hash != folders(tree).content_hash
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "index", "format"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncate", "remove", "meta", "index", "format", "a bit of an image", "a bit of a label", "the mean"],
+)
 def test_a_damaged_cache_is_made_anew(tree: Path, decoded: list[str], damage: str) -> None:
     first = folders(tree)
     array = first.folder / "train_images.npy"
@@ -177,7 +208,15 @@ def test_a_damaged_cache_is_made_anew(tree: Path, decoded: list[str], damage: st
         (first.folder / "meta.json").write_text('{"format": 1')
     elif damage == "format":
         meta = first.folder / "meta.json"
-        meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
+        meta.write_text(meta.read_text().replace('"format": 3', '"format": 2'))
+    elif damage in ("a bit of an image", "a bit of a label"):
+        path = array if damage == "a bit of an image" else first.folder / "test_labels.npy"
+        content = bytearray(path.read_bytes())
+        content[-8] ^= 1
+        path.write_bytes(content)
+    elif damage == "the mean":
+        meta = first.folder / "meta.json"
+        meta.write_text(meta.read_text().replace(str(first.mean[0]), str(first.mean[0] + 1)))
     else:
         (tree / ".cache" / "index.json").write_text("[1, 2")
     assert folders(tree) == first
@@ -310,14 +349,30 @@ def test_other_sizes_are_named_even_if_the_odd_one_comes_first(tree: Path) -> No
     assert "train/ant/1.png" not in text
 
 
-def test_images_of_16_bits_are_refused_and_not_clipped(tree: Path) -> None:
-    save(tree / "train" / "ant" / "1.png", Image.fromarray(np.full(SHAPE, 3000, np.uint16)))
-    assert "more than 8 bits a channel (mode I;16)" in message(tree)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_of_16_bits_the_upper_8_are_kept(tree: Path, suffix: str) -> None:
+    deep = np.arange(35, dtype=np.uint16).reshape(SHAPE) * 1800
+    save(tree / "train" / "ant" / f"0{suffix}", Image.fromarray(deep))
+    first = folders(tree).load("train").images[0].numpy()
+    np.testing.assert_array_equal(first, np.stack([deep >> 8] * 3))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(np.float32, "floating-point numbers"), (np.int32, "32-bit integers")])
+def test_pixels_of_an_unknown_range_are_refused_and_not_clipped(tree: Path, kind: Any, said: str) -> None:
+    save(tree / "train" / "ant" / "1.tif", Image.fromarray(np.full(SHAPE, 3000, kind)))
+    assert f"{tree}/train/ant/1.tif: has {said} as pixels" in message(tree)
+
+
+def test_the_names_of_broken_images_cannot_move_the_cursor_or_forge_lines(tree: Path) -> None:
+    (tree / "train" / "ant" / "\x1b[2J\ncifar-exp: all is well\u202e.png").write_bytes(b"")
+    text = message(tree)
+    assert r"train/ant/\x1b[2J\ncifar-exp: all is well\u202e.png: is empty" in text
+    assert "\x1b" not in text
 
 
 def test_a_small_file_that_claims_to_be_huge_is_refused(tree: Path) -> None:
-    save(tree / "train" / "ant" / "1.png", Image.new("1", (20_000, 1000)))
-    assert "claims 20000 x 1000 pixels, more than 16,777,216" in message(tree)
+    save(tree / "train" / "ant" / "1.png", Image.new("1", (20_000, 4000)))
+    assert "claims 20000 x 4000 pixels, more than 67,108,864" in message(tree)
 
 
 def test_images_that_change_while_they_are_read_are_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.data import file_source, image_files
+from cifar_exp.data import file_source, image_files, image_reader
 from cifar_exp.data.augment import Shift
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, epoch_order
 from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_files import ImageFiles
+from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.data.prefetch import prefetched
 from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
 from cifar_exp.data.synthetic import synthetic
@@ -264,7 +265,7 @@ def test_statistics_are_computed_once_and_the_hash_follows_files_and_size(
     assert (first.train_count, first.test_count, first.image_size) == (26, 11, (SIDE, SIDE))
     assert first.classes == ("ant", "bee")
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "decode_image", lambda _path: pytest.fail("a file was read again"))
+        patch.setattr(image_reader, "decode_image", lambda *_: pytest.fail("a file was read again"))
         assert folders(tmp_path, residency="loader", image_size=SIDE) == first
     assert folders(tmp_path, residency="loader", image_size=SIDE + 1).content_hash != first.content_hash
     os.utime(tmp_path / "test" / "bee" / "01.png", ns=(1, 1))
@@ -308,8 +309,6 @@ def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal:
             source(tmp_path, residency="loader")
     with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Set data\.image_size=<"):
         folders(equal, residency="loader")
-    with pytest.raises(ConfigError, match=r"data\.image_size=20: .* 12 x 12 .* data\.residency=host .*=loader"):
-        folders(equal, residency="host", image_size=20)
     assert folders(equal, residency="host", image_size=SIDE).residency == "host"
     assert not list(tmp_path.iterdir())
 
@@ -481,7 +480,7 @@ def test_workers_end_with_a_rank_that_is_killed(started: Callable[..., ForkedCom
 
 def test_prediction_reads_an_image_as_training_does(mixed: Path) -> None:
     files = folders(mixed, residency="loader", image_size=SIDE, workers=0)
-    classifier = Classifier(torch.nn.Identity(), files.classes, Normalization(), files.image_size)
+    classifier = Classifier(torch.nn.Identity(), files.classes, Normalization(), files.preprocessing, files.image_size)
     paths = sorted((mixed / "test" / "ant").iterdir())
     predicted = torch.stack([classifier.read(path) for path in paths])
     assert torch.equal(predicted, files.load("test").images[: len(paths)])
@@ -494,7 +493,7 @@ def test_a_read_image_covers_the_size_and_keeps_its_centre(
     pixels = np.zeros((*shape, 3), np.uint8)
     pixels[shape[0] // 2 - 2 : shape[0] // 2 + 2, shape[1] // 2 - 2 : shape[1] // 2 + 2] = 255
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    image = image_files.read_image(tmp_path / "x.png", size)
+    image = read_image(tmp_path / "x.png", Preprocessing(size))
     assert isinstance(image, torch.Tensor)
     assert image.shape == (3, *size)
     assert image[:, size[0] // 2, size[1] // 2].min() > 128

@@ -16,8 +16,10 @@ from cifar_exp.config.reading import read_config
 from cifar_exp.config.result_settings import bears_on_result
 from cifar_exp.config.stored import stored_config, stored_params
 from cifar_exp.config.targets import FIRST_NAMES, RENAMED
+from cifar_exp.data.image_reader import Preprocessing
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.runs import resume
+from cifar_exp.runs.classifier import Classifier
 from cifar_exp.system.machine import description
 from tests.conftest import Command
 from tests.helpers.configs import composed
@@ -77,6 +79,7 @@ def test_its_network_labels_images(cifar_exp: Command, runs: Path) -> None:
     assert done.returncode == 0, done.stderr
     saved = checkpoint.newest(runs / "whole", pytest.fail)
     assert json.loads(done.stdout)["label"] in saved.classes
+    assert Classifier.of_run(runs / "whole").preprocessing == Preprocessing((32, 32), turned=False)
 
 
 def test_its_sweep_is_reported_as_it_was(cifar_exp: Command, runs: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from cifar_exp.errors import StorageError
@@ -53,10 +56,21 @@ def test_the_lines_of_the_docs_give_the_logits_of_the_trained_network(
         torch.testing.assert_close(plain["logits"], classifier.model(classifier.normalization(images)))
     assert plain["logits"].std() > 0.001
     assert not list((workplace / "run").glob("*.tmp"))
+    assert_files_are_read_alike(plain["read"], classifier, workplace)
 
     best = checkpoint.best(workplace / "run", pytest.fail)
     assert best is not None
     assert about["epoch"] == best.training["epoch"]
+
+
+def assert_files_are_read_alike(read: Callable[[Path], torch.Tensor], classifier: Classifier, folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, (mode, size) in enumerate([("RGB", (32, 32)), ("L", (70, 33)), ("RGBA", (20, 90)), ("CMYK", (64, 48))]):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        path = folder / f"{mode}.tif" if mode == "CMYK" else folder / f"{mode}.png"
+        Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+        assert torch.equal(read(path), classifier.read(path)), mode
 
 
 def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""How an image file becomes pixels: one reader and one resize rule for training, evaluation and prediction.
+
+The rule is stored with every network (:class:`Preprocessing`), so that whoever uses it reads images as training did.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cifar_exp.errors import StorageError
+from cifar_exp.system.printable import printable
+
+_DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
+MAX_PIXELS = 2**26  # cameras make 50 million; a small file can claim gigabytes of pixels
+_RULE = "cover, crop"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are read, as it is stored with a network.
+
+    An image is turned as its EXIF data says, converted to RGB with 8 bits a channel, resized with antialiasing until it
+    just covers ``image_size``, and cropped at its centre.
+
+    Attributes:
+        image_size: height and width in pixels after the crop.
+        turned: whether the EXIF orientation is applied; networks without a stored rule were trained without it.
+    """
+
+    image_size: tuple[int, int]
+    turned: bool = True
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON and a checkpoint hold it."""
+        return {
+            "image_size": list(self.image_size),
+            "resize": _RULE,
+            "orientation": "exif" if self.turned else "ignored",
+        }
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any] | None, image_size: tuple[int, int]) -> "Preprocessing":
+        """The rule from :meth:`stored`. None, as in checkpoints of version 0.1: ``image_size``, EXIF ignored.
+
+        Raises:
+            StorageError: it is none that this version knows.
+        """
+        if stored is None:
+            return cls(image_size, turned=False)
+        try:
+            height, width = map(int, stored["image_size"])
+            turned = {"exif": True, "ignored": False}[stored["orientation"]]
+            if stored["resize"] != _RULE or not (height > 0 < width and height * width <= MAX_PIXELS):
+                raise ValueError
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"the checkpoint's preprocessing {printable(str(dict(stored)))[:200]} is unknown to this version. "
+                f"Update cifar-exp to the version that trained it"
+            ) from error
+        return cls((height, width), turned)
+
+
+def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
+    """The image (3, H, W) uint8, or what is wrong with the file.
+
+    ``turned``: apply the EXIF orientation.
+    """
+    try:
+        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
+            if image.width * image.height > MAX_PIXELS:
+                return f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
+            shallow = _eight_bits(_turned(image) if turned else image, image.format)
+            if isinstance(shallow, str):
+                return shallow
+            return np.ascontiguousarray(np.asarray(_rgb(shallow)).transpose(2, 0, 1))
+    except (ImportError, NameError):  # no file raises these
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        if path.exists() and path.stat().st_size == 0:
+            return "is empty"
+        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else printable(str(error))
+
+
+def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image | str:
+    """The image with 8 bits a channel, or why there is no rule for it.
+
+    Of 16 bits the upper 8 are kept, as Pillow does for colours; Pillow's own conversion would clip grey to white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return (
+            f"has {'32-bit integers' if image.mode == 'I' else 'floating-point numbers'} as pixels (mode {image.mode}) "
+            f"whose range is unknown; convert it to 8 or 16 bits"
+        )
+    return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says; as it is where its EXIF data are damaged."""
+    image.load()  # TIFF files are turned by Pillow as they are loaded
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # there are as many ways to damage EXIF data as parsers
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # A palette may have transparency; Pillow warns if it is converted to RGB directly.
+    return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+
+
+def read_image(path: Path, rule: Preprocessing) -> Tensor | str:
+    """The image (3, *rule.image_size) uint8, or what is wrong with the file, its path first.
+
+    Training, evaluation and prediction all read images of a set size by this function. An image of that size stays
+    unchanged.
+    """
+    from torchvision.transforms.v2 import functional  # imported here: it takes 1.5 s, and only this needs it
+
+    decoded = decode_image(path, rule.turned)
+    if isinstance(decoded, str):
+        return f"{printable(path)}: {decoded}"
+    (height, width), (own_height, own_width) = rule.image_size, decoded.shape[1:]
+    if height * own_width >= width * own_height:  # wider than the target
+        covering = [height, int(height * own_width / own_height)]
+    else:
+        covering = [int(width * own_height / own_width), width]
+    if covering[0] * covering[1] > MAX_PIXELS:
+        return f"{printable(path)}: has {own_width} x {own_height} pixels, too long and narrow to be resized"
+    resized = functional.resize(torch.from_numpy(decoded), covering, antialias=True)
+    cropped: Tensor = functional.center_crop(resized, list(rule.image_size))
+    return cropped

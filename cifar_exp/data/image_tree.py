@@ -1,0 +1,93 @@
+"""Which files below a folder are images, and what is left out."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from cifar_exp.system.printable import printable
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+_MAX_SUFFIXES_SHOWN = 5
+HIDDEN, STRAY = "hidden", "image{s} outside the class folders"
+_UNUSABLE = "that {are} no file (a broken link, a socket)"
+_REPEATED = "folder{s} linked to twice"
+
+
+class Found(NamedTuple):
+    """An image file.
+
+    Attributes:
+        path: relative to the folder that was searched, with ``/``.
+        size: in bytes.
+        mtime_ns: when it was changed.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class LeftOut(Counter[str]):
+    """Entries of folders that are not used, counted by kind: a suffix of a file's name, or one of the kinds above."""
+
+    def line(self) -> str:
+        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty where nothing is left out."""
+        suffixes = {kind: count for kind, count in self.items() if kind.startswith(".") or not kind}
+        named = sorted(suffixes, key=lambda kind: (-suffixes[kind], kind))
+        shown = [printable(kind)[:20] or "no suffix" for kind in named[:_MAX_SUFFIXES_SHOWN]]
+        more = ["..."] if len(named) > _MAX_SUFFIXES_SHOWN else []
+        others = f"{sum(suffixes.values()):,} of other kinds ({', '.join([*shown, *more])})"
+        parts = [
+            f"{count:,} {kind.format(s='s'[: count != 1], are='are' if count != 1 else 'is')}"
+            for kind, count in sorted(self.items())
+            if kind not in suffixes and count
+        ]
+        return ", ".join([*parts, *([others] if suffixes else [])])
+
+
+def images_below(folder: Path, left_out: LeftOut) -> list[Found]:
+    """The image files in ``folder`` and in its sub-folders, sorted by path; links are followed.
+
+    Hidden files and folders, and files whose names do not end as images' do, are counted in ``left_out``.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found: list[Found] = []
+    seen = {_identity(folder.stat())}
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                path = f"{below}{entry.name}"
+                if entry.name.startswith("."):
+                    left_out[HIDDEN] += 1
+                elif entry.is_dir():
+                    identity = _identity(entry.stat())
+                    if identity in seen:  # links may lead in a circle
+                        left_out[_REPEATED] += 1
+                    else:
+                        seen.add(identity)
+                        waiting.append(f"{path}/")
+                elif not entry.is_file():
+                    left_out[_UNUSABLE] += 1
+                elif not is_image_name(entry.name):
+                    left_out[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122 - a name, not a path
+                else:
+                    stat = entry.stat()
+                    found.append(Found(path, stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
