@@ -21,6 +21,7 @@ from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import user_error
 from cifar_exp.system.host import process_age
+from cifar_exp.system.printable import tell
 from cifar_exp.system.process import allow_open_files, outlive_terminal
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
@@ -69,7 +70,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
         failures.append((None if begun else explained(error, sys.argv[1:])) or user_error(error))
     for failure in failures:
         if str(failure):
-            print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
+            tell(masked_text(str(failure)))
     return failures[0].exit_code if failures else 0
 
 

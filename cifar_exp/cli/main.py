@@ -97,10 +97,11 @@ def answer(words: Sequence[str]) -> int:
             command = where.command_path if where else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
         from cifar_exp.system.bugs import user_error
+        from cifar_exp.system.printable import tell
         from cifar_exp.system.redaction import masked_text
 
         problem = user_error(error)
-        print(f"cifar-exp: {masked_text(str(problem))}", file=sys.stderr)
+        tell(masked_text(str(problem)))
         return problem.exit_code
 
 

@@ -27,10 +27,9 @@ def command(words: tuple[str, ...], to: Path) -> None:
     report.target_accuracy=0.85      what it took to reach this validation accuracy
     report.price_per_hour=2.5        of one device: what that cost
     """
-    from rich.console import Console
-
     from cifar_exp.study.sweep_report import compared_sweeps, sweep_report
     from cifar_exp.system.surroundings import settle
+    from cifar_exp.system.terminal import Terminal
 
     settle()
     typed, sweeps = settings_in(words, SETTINGS)
@@ -40,7 +39,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
         raise ConfigError(f"report: it takes one sweep, or two to compare. {len(sweeps)} were given")
     uri = typed.get("tracking.uri")
     made = compared_sweeps(sweeps, uri) if len(sweeps) == 2 else sweep_report(sweeps[0], uri, target, price)
-    made.print(Console())
+    made.print(Terminal())
     with storage_errors(to, "Set --to to another folder"):
         to.mkdir(parents=True, exist_ok=True)
     print("\n".join(str(path) for path in made.write(to)))

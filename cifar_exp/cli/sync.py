@@ -1,7 +1,5 @@
 """`cifar-exp sync`: deliver to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
 
-import sys
-
 import click
 
 from cifar_exp.cli.words import settings_in
@@ -23,6 +21,7 @@ def command(words: tuple[str, ...]) -> int:
                                 not keep
     tracking.experiment=<name>  another experiment
     """
+    from cifar_exp.system.printable import tell
     from cifar_exp.system.redaction import masked_text
     from cifar_exp.system.surroundings import settle
     from cifar_exp.tracking.deliveries import deliver_all, folder_of
@@ -37,5 +36,5 @@ def command(words: tuple[str, ...]) -> int:
     except CifarExpError as error:
         failures.append(error)
     for failure in failures:
-        print(f"cifar-exp: {masked_text(str(failure))}", file=sys.stderr)
+        tell(masked_text(str(failure)))
     return failures[0].exit_code if failures else 0

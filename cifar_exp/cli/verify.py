@@ -66,13 +66,12 @@ def verify(words: Sequence[str]) -> bool:
     warm_up()
     parts = [build(config) for config in configs]
 
-    from rich.console import Console
-
     from cifar_exp.parity.run import check, prepared
+    from cifar_exp.system.terminal import Terminal
 
     cases = prepared(configs, parts)
     _open(folder)
-    console = Console(quiet=configs[0].progress == "quiet", soft_wrap=True)
+    console = Terminal(quiet=configs[0].progress == "quiet", soft_wrap=True)
     report = check(cases, shlex.join(["cifar-exp", "verify", *masked(list(words))]), console)
     report.print(console)
     print(f"{report.verdict}: {report.write(folder)}")

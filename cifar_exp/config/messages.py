@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cifar_exp.config.defaults import conf_dir, default_settings
+from cifar_exp.system.printable import printable
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -55,7 +56,7 @@ def unknown_setting(setting: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as it is written on the command line."""
-    return json.dumps(value) if isinstance(value, bool | None) else str(value)
+    return json.dumps(value) if isinstance(value, bool | None) else printable(value)
 
 
 def _rule(problem: Mapping[str, Any]) -> str:

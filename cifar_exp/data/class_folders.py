@@ -267,7 +267,7 @@ def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[
     if odd:
         raise DataError(
             f"data.root={root}: all images must have one size. Most have {usual} pixels, but not these "
-            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nDelete them, or set data.image_size={side} to resize "
-            f"all; for a set larger than memory {_USE_LOADER} data.image_size={side}"
+            f"{len(odd):,} of {len(sizes):,}:\n{_shown(odd)}\nResize or delete them, or set data.image_size={side} "
+            f"to resize all; for a set larger than memory {_USE_LOADER} data.image_size={side}"
         )
     return np.stack(list(images.values()))

@@ -4,6 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.system.printable import printable_text
+
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
@@ -26,9 +28,14 @@ def _environment(folder: Path) -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_printable,
     )
     environment.globals["asset"] = _asset
     return environment
+
+
+def _printable(value: object) -> object:
+    return printable_text(value) if type(value) is str else value  # others are numbers and what is HTML already
 
 
 @cache

@@ -23,6 +23,7 @@ from cifar_exp.errors import CifarExpError, Stopped, WorkerError
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
+from cifar_exp.system.printable import tell
 from cifar_exp.system.signals import answer_once, raise_swallowed, signals_to_answer
 from cifar_exp.system.temp_folder import private_folder
 from cifar_exp.worker.failure import RankFailure
@@ -104,7 +105,7 @@ class ElasticLauncher:
                 if not stopped:
                     raise failure from None
                 if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
-                    print(f"cifar-exp: {failure}", file=sys.stderr, flush=True)
+                    tell(failure)
                 raise stopped[0] from None
             except SignalException as error:
                 if stopped:

@@ -1,10 +1,11 @@
 """Print lines for the user and write them to the run's log."""
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+
+from cifar_exp.system.printable import tell
 
 
 def say(console: Console, lines: Sequence[str]) -> None:
@@ -16,5 +17,5 @@ def say(console: Console, lines: Sequence[str]) -> None:
 
 def warn(line: str) -> None:
     """Print a warning on stderr and log it."""
-    print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
+    tell(line)
     logging.getLogger(__name__).warning(line)

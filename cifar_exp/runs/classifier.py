@@ -1,6 +1,5 @@
 """A trained network that labels image files."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.runs.components import model_factory
 from cifar_exp.runs.config_changes import UNREADABLE
-from cifar_exp.system.printable import printable
+from cifar_exp.system.printable import printable, tell
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,12 @@ class Classifier:
             ConfigError: the best one is wanted and none is kept.
             StorageError: where it holds no readable checkpoint.
         """
-
-        def warn(line: str) -> None:
-            print(f"cifar-exp: {line}", file=sys.stderr)
-
-        saved = None if which == "last" else checkpoint.best(run_dir, warn)
+        saved = None if which == "last" else checkpoint.best(run_dir, tell)
         if saved is None and which == "best":
             raise ConfigError(
                 f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Set checkpoint=last"
             )
-        saved = saved or checkpoint.newest(run_dir, warn)
+        saved = saved or checkpoint.newest(run_dir, tell)
         section = _model_section(run_dir / CONFIG_FILE)
         model = model_factory(section, trusted)(num_classes=len(saved.classes))
         model.load_state_dict(saved.model)

@@ -7,6 +7,7 @@ from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.runs import config_changes
 from cifar_exp.runs.components import Parts
+from cifar_exp.system.printable import printable
 from cifar_exp.training.plan import Plan
 from cifar_exp.worker.job import Job
 
@@ -53,4 +54,4 @@ def title(config: Config) -> str:
     data = config.data["_target_"].rpartition(".")[2]
     if data == "folders":  # the root's name is the better name of the data set
         data = Path(config.data["root"]).resolve().name
-    return f"{model} {size} on {data}".replace("  ", " ")
+    return printable(f"{model} {size} on {data}".replace("  ", " "))

@@ -1,6 +1,5 @@
 """The parent run of a sweep in MLflow."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from cifar_exp.errors import FREE_SPACE, Stopped, StorageError, TrackingError, s
 from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.runs.components import build_tracker
+from cifar_exp.system.printable import tell
 
 if TYPE_CHECKING:
     from cifar_exp.records.run_folder import Status
@@ -105,4 +105,4 @@ class ParentRun:
             message = f"tracking.uri: of the sweep's parent run {undelivered}"
             if error is None:
                 raise TrackingError(message)
-            print(f"cifar-exp: {message}", file=sys.stderr, flush=True)
+            tell(message)

@@ -30,6 +30,7 @@ from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine
 from cifar_exp.system.accelerator import check_precision
 from cifar_exp.system.atomic_files import write_atomically
+from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked
 from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
 from cifar_exp.worker.job import Job
@@ -183,7 +184,7 @@ def _run_info(
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags |= machine.description(devices.accelerator, devices.count)
     overrides = masked([override for override in context.overrides if not override.startswith("resume=")])
-    tags["overrides"] = " ".join(overrides)
+    tags["overrides"] = printable(" ".join(overrides))
     if resumed and not resumed.in_place:
         tags["resumed_from"] = journal.run_id(resumed.run_dir) or resumed.run_dir.as_posix()
     if context.sweep_dir:

@@ -17,6 +17,7 @@ from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.prepare import Beginning, begin, claimed, plan_job
 from cifar_exp.system import load_watch
 from cifar_exp.system.process import uv_prefix
+from cifar_exp.system.terminal import Terminal
 from cifar_exp.tracking.recorder import Recording
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.train_job import run_rank
@@ -37,7 +38,7 @@ def run(config: Config, parts: Parts, context: RunContext) -> Result:
         CifarExpError: the run failed; ``exit_code`` says why.
         Stopped: a signal stopped the run.
     """
-    console = Console(quiet=config.progress == "quiet", soft_wrap=True)
+    console = Terminal(quiet=config.progress == "quiet", soft_wrap=True)
     beginning = begin(config, context)
     if beginning.resumed and beginning.resumed.finished:
         return _finished_before(beginning.resumed.run_dir, parts, console)

@@ -1,7 +1,6 @@
 """Hydra's sweeper for studies. It adds a parent run, a table of jobs and a report; a failed job does not end it."""
 
 import gc
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from cifar_exp.runs.parent_run import ParentRun
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.bugs import user_error
+from cifar_exp.system.printable import printable, tell
 from cifar_exp.system.redaction import masked, masked_text
 
 POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to the devices of this machine
@@ -103,7 +103,7 @@ class StudySweeper(BasicSweeper):
             escaped = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{escaped}'")
         if self.config.progress != "quiet":
-            print(f"{sweep_dir}: the sweep continues", flush=True)
+            print(f"{printable(sweep_dir)}: the sweep continues", flush=True)
         return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
@@ -152,15 +152,15 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
 
     hydra = HydraConfig.get()
     if composed.progress != "quiet":
-        print(f"\n== job {hydra.job.num}: {' '.join(masked(list(hydra.overrides.task)))}", flush=True)
+        print(f"\n== job {hydra.job.num}: {printable(' '.join(masked(list(hydra.overrides.task))))}", flush=True)
     try:
         return task_function(composed)
     except CifarExpError as error:
-        print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {error}"), file=sys.stderr, flush=True)
+        tell(masked_text(f"job {hydra.job.num} failed: {error}"))
         raise
     except Exception as error:
         problem = user_error(error)
-        print(masked_text(f"cifar-exp: job {hydra.job.num} failed: {problem}"), file=sys.stderr, flush=True)
+        tell(masked_text(f"job {hydra.job.num} failed: {problem}"))
         raise problem from error
 
 

@@ -55,11 +55,10 @@ def print_summary(
     Returns:
         The parent run's metrics as (name, value, step), and the files of the report.
     """
-    from rich.console import Console
-
     from cifar_exp.study.report import Study
+    from cifar_exp.system.terminal import Terminal
 
-    console = Console(quiet=quiet)
+    console = Terminal(quiet=quiet)
     _print_jobs(console, rows, finished)
     unfinished = [f"{' '.join(row.overrides)}: {_reason(row)}" for row in rows if not row.is_finished]
     study = Study.of(list(finished.values()), settings, unfinished)

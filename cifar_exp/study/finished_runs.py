@@ -15,6 +15,7 @@ from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
 from cifar_exp.system import load_watch, machine
+from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.mlflow_store import store_errors
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
@@ -62,7 +63,7 @@ class FinishedRun:
 def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
     """The results of the finished runs by group. Oversubscribed runs are left out: they never count as speedup."""
     counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
-    names = grouped([OVERRIDE_START.split(run.tags.get("overrides", "")) for run in counted])
+    names = grouped([OVERRIDE_START.split(printable(run.tags.get("overrides", ""))) for run in counted])
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
     for run, name in zip(counted, names, strict=True):
         groups[name].append(RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics)))

@@ -4,6 +4,7 @@ A control character in such a name could move the cursor, recolour the terminal 
 """
 
 import re
+import sys
 
 # Control characters, lone surrogates (bytes of a name that is no UTF-8), line separators, and marks that reorder text.
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
@@ -19,6 +20,11 @@ def printable(name: object) -> str:
 def printable_text(text: str) -> str:
     """A message or a whole log record: as :func:`printable`, but it keeps its lines and tabs."""
     return _IN_TEXTS.sub(_escaped, text)
+
+
+def tell(message: object) -> None:
+    """Print a message of this program on stderr."""
+    print(f"cifar-exp: {printable_text(str(message))}", file=sys.stderr, flush=True)
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cifar_exp.system.printable import printable_text
+
 MASK = "***"
 _NAME = (
     r"(?:token|passw(?:or)?ds?|passphrase|pwd|secrets?|credentials?|(?:api|access|private|secret)[_-]?key"
@@ -55,7 +57,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 class MaskingFormatter(logging.Formatter):
-    """Formats log records with :func:`masked_text`, tracebacks included."""
+    """Formats log records with :func:`masked_text` and without control characters, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return masked_text(super().format(record))
+        return printable_text(masked_text(super().format(record)))

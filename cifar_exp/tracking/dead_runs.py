@@ -1,6 +1,5 @@
 """Close runs that MLflow still shows as running although their process has died."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import Outcome, is_undelivered, sync_command
 from cifar_exp.system.locks import Owner
+from cifar_exp.system.printable import tell
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +46,7 @@ def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
             folder = Path(run.data.tags.get(FOLDER_TAG, ""))
             if outcome and outcome.status == "FINISHED" and is_undelivered(folder):
                 message = f"{folder}: its process died before MLflow had everything. Run {sync_command(folder)}"
-                print(f"cifar-exp: {message}", file=sys.stderr, flush=True)
+                tell(message)
 
 
 def _owner(tags: Mapping[str, str]) -> Owner | None:

@@ -12,6 +12,7 @@ from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
+from cifar_exp.system.printable import printable_text
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
 
@@ -25,7 +26,7 @@ def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarE
     failures: list[CifarExpError] = []
     for run_dir in runs_in(folder):
         try:
-            print(tracker_of(run_dir, settings).deliver(run_dir), flush=True)
+            print(printable_text(tracker_of(run_dir, settings).deliver(run_dir)), flush=True)
         except CifarExpError as error:
             failures.append(error)
     return failures

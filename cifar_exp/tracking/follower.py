@@ -1,7 +1,6 @@
 """Follow the journal of a run and deliver its lines to one sink, with retries after an outage."""
 
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
 from cifar_exp.records.run_folder import Status, sync_command
 from cifar_exp.system.bugs import bug_text, described, is_bug
+from cifar_exp.system.printable import tell
 from cifar_exp.system.redaction import masked_text
 
 BATCH = 500  # entries that are read, and held in memory, at a time
@@ -200,7 +200,7 @@ class Follower(threading.Thread):
 
     def _print(self, line: str) -> None:
         if not self._is_abandoned:  # else the user has been told what to do
-            print(f"cifar-exp: {line}", file=sys.stderr, flush=True)
+            tell(line)
 
     def _fail(self, error: Exception) -> None:
         """After a final error the sink is only told how the run ended, which it may still accept."""

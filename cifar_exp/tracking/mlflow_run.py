@@ -8,6 +8,7 @@ from pathlib import Path
 from cifar_exp.errors import TrackingError
 from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import Outcome, RunInfo, Status
+from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked
 from cifar_exp.tracking.dead_runs import close_dead_runs
 from cifar_exp.tracking.mlflow_store import FINAL_ERRORS, PARENT_TAG, MLflowStore
@@ -35,7 +36,7 @@ class MLflowRun:
         self._began = stored.info.start_time
         # A resumed run has its params already, and MLflow allows no change.
         new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
-        params = [Param(name, str(value)) for name, value in new.items()]
+        params = [Param(name, printable(value)) for name, value in new.items()]
         for start in range(0, len(params), 100):  # MLflow's limit a batch
             self._client.log_batch(self.run_id, params=params[start : start + 100])
         close_dead_runs(self._client, self._store.experiment_id(self._client))

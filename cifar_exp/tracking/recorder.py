@@ -17,6 +17,7 @@ from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, T
 from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_undelivered
 from cifar_exp.system.bugs import BugError, described, is_bug
+from cifar_exp.system.printable import tell
 from cifar_exp.tracking import follower
 from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, shortened, undelivered_message
 
@@ -92,7 +93,7 @@ class Recording:
             if self._stopped and isinstance(error, CifarExpError):
                 problems.append(error)
             for problem in problems:  # beside the worse error, which is raised
-                print(f"cifar-exp: {problem}", file=sys.stderr, flush=True)
+                tell(problem)
             if self._stopped:
                 raise self._stopped
 

@@ -19,6 +19,7 @@ from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records import checkpoint
 from cifar_exp.system import host
+from cifar_exp.system.printable import printable_text
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
@@ -98,7 +99,7 @@ def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
 
     def report(line: str) -> None:
         if rank == 0:
-            print(line, file=sys.stderr, flush=True)
+            print(printable_text(line), file=sys.stderr, flush=True)
 
     manifest = checkpoint.newest_intact_manifest(job.run_dir, report)
     start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"

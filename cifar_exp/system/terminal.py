@@ -1,0 +1,19 @@
+"""Output on the terminal of texts that hold names which other people chose."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from cifar_exp.system.printable import printable_text
+
+
+class Terminal(Console):
+    """rich's console for plain texts: control characters are escaped, and ``[...]`` and ``:...:`` mean themselves."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """All texts come by here, those in the cells of tables, too."""
+        return super().render_str(printable_text(text), **settings)
