@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -165,7 +164,7 @@ def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None
         answer_once(number)
         (exchange / LEAVE_FILE).touch()
         message = "the ranks finish their step and save; a second signal ends them at once"
-        print(f"cifar-exp: {message}", file=sys.stderr, flush=True)
+        tell(message)
         signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
 

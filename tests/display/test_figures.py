@@ -35,6 +35,7 @@ from cifar_exp.study.figures import comparison_figure, draw_speedup, speedup_fig
 from cifar_exp.study.group import Group
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.run_result import RunResult
+from cifar_exp.system.printable import printable_text
 
 FACTS = RunFacts(
     title="convnet 32x4 on CIFAR-10",
@@ -158,7 +159,9 @@ def test_texts_are_escaped() -> None:
     facts = replace(FACTS, title=evil, details={evil: evil})
     page = page_html([*ENTRIES, Entry(400, 4, 1.0, {f"time_split/{evil}": 1.0})], facts, 1.0)
     assert page.count("<script>") == 1  # the page's own
-    assert page.count(str(escape(evil))) == 6  # title, heading, the detail's name and text, the bar's tooltip and row
+    assert (
+        page.count(str(escape(printable_text(evil)))) == 6
+    )  # title, heading, the detail's name and text, the bar's tooltip and row
 
 
 def test_markup_is_well_formed() -> None:
