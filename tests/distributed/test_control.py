@@ -76,7 +76,7 @@ EVALUATE = "control.approach(StopPoint(9, in_evaluation=True))"
 def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
     """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
-        "import time; from pathlib import Path; from cifar_exp.distributed.heartbeat import RankControl, StopPoint\n"
+        "import time; from pathlib import Path; from cifar_exp.distributed.rank_control import RankControl, StopPoint\n"
         f"control = RankControl(Path({str(exchange)!r}), rank={rank})\n"
         f"for step in range({steps} + 1): control.approach(StopPoint(step + 1))\n"
         f"{then}\n"
