@@ -53,7 +53,7 @@ def graphed_epoch(model: nn.Module, optimizer: Optimizer, batches: TrainBatches)
         step()
 
     def epoch() -> None:
-        for next_draw in batches.draws(1):
+        for next_draw in batches.micro_batches(1):
             for buffer, part in zip(draw, next_draw, strict=True):
                 buffer.copy_(part)
             graph.replay()

@@ -1,6 +1,6 @@
 """The errors a user can meet, each with the exit code that scripts rely on.
 
-An error of these classes is shown as its message alone; anything else is a fault of ours and keeps its traceback.
+An error of these classes is shown as its message alone. Any other error is a bug, and its traceback is kept.
 """
 
 import errno
@@ -12,13 +12,13 @@ from typing import ClassVar
 
 
 class CifarExpError(Exception):
-    """A failure whose message names the setting, its value, the rule and what to type."""
+    """A failure whose message names the setting, its value, the rule and the remedy."""
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(CifarExpError):
-    """The configuration is wrong; nothing was started."""
+    """A setting is wrong. No training step was done."""
 
     exit_code = 2
 
@@ -69,7 +69,7 @@ class Stopped(KeyboardInterrupt):
         self.received = time.monotonic() if received is None else received
 
     @classmethod
-    def behind(cls, error: BaseException | None) -> "Stopped | None":
+    def cause_of(cls, error: BaseException | None) -> "Stopped | None":
         """The signal that ``error`` comes from: Python 3.11 wraps what is raised while it makes a class, in imports."""
         while error is not None and not isinstance(error, cls):
             error = error.__cause__

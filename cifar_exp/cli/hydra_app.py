@@ -22,7 +22,7 @@ from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import user_error
 from cifar_exp.system.host import process_age
 from cifar_exp.system.printable import tell
-from cifar_exp.system.process import allow_open_files, outlive_terminal
+from cifar_exp.system.process import allow_open_files, ignore_broken_output
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
@@ -41,7 +41,7 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
     Returns:
         The exit code. An error that the user can fix is printed as one message.
     """
-    outlive_terminal()
+    ignore_broken_output()
     sys.argv[1:] = options_first(words)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()

@@ -10,7 +10,7 @@ import click
 
 from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.system.process import end_process
-from cifar_exp.system.signals import answer_signals, ignore_signals, swallowed
+from cifar_exp.system.signals import ignore_signals, install_signal_handlers, swallowed
 
 # A subcommand is `command` in the module of the same name. The module is imported on use, so that --help is fast.
 COMMANDS = {
@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: the words after ``cifar-exp``; None for those of ``sys.argv``.
     """
-    answer_signals()
+    install_signal_handlers()
     code = answer(sys.argv[1:] if words is None else list(words))
     ignore_signals()
     end_process(code)
@@ -89,7 +89,7 @@ def answer(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Stopped, Exception) as error:
-        if stopped := Stopped.behind(error) or swallowed():
+        if stopped := Stopped.cause_of(error) or swallowed():
             print(f"cifar-exp: {stopped}", file=sys.stderr)
             return stopped.exit_code
         if isinstance(error, click.ClickException):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
-from cifar_exp.system.process import allow_open_files, outlive_terminal
+from cifar_exp.system.process import allow_open_files, ignore_broken_output
 from cifar_exp.system.surroundings import settle
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
@@ -59,7 +59,7 @@ def verify(words: Sequence[str]) -> bool:
     from cifar_exp.runs.components import build
     from cifar_exp.system.redaction import masked
 
-    outlive_terminal()
+    ignore_broken_output()
     allow_open_files()
     configs, folder = configurations(words)
     settle()

@@ -16,7 +16,8 @@ from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.data.sources import Source
 
-Draw = tuple[Tensor, ...]  # what a source fetched, then augmentation parameters (B, K) float32, on the training device
+# What a source fetched, then augmentation parameters (B, K) float32, on the training device: the inputs of `make`.
+MicroBatch = tuple[Tensor, ...]
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
 
 
@@ -103,16 +104,16 @@ class TrainBatches:
         """Steps in an epoch; the last partial global batch is dropped."""
         return len(self.source) // (self.batch_size * self.world_size * self.accumulate)
 
-    def draws(self, epoch: int, done: int = 0) -> Iterator[Draw]:
-        """The draw of each micro-batch of an epoch (counted from 1), without the first ``done`` steps."""
-        return self._draws(epoch, range(done, self.steps))
+    def micro_batches(self, epoch: int, done: int = 0) -> Iterator[MicroBatch]:
+        """The micro-batches of an epoch (counted from 1), without those of the first ``done`` steps."""
+        return self._micro_batches(epoch, range(done, self.steps))
 
-    def example(self) -> Draw:
-        """The first draw; no other is prefetched, since CUDA graph capture forbids copies."""
-        (draw,) = self._draws(1, range(1))
-        return draw
+    def example(self) -> MicroBatch:
+        """The first micro-batch; no other is prefetched, since CUDA graph capture forbids copies."""
+        (micro_batch,) = self._micro_batches(1, range(1))
+        return micro_batch
 
-    def _draws(self, epoch: int, steps: range) -> Iterator[Draw]:
+    def _micro_batches(self, epoch: int, steps: range) -> Iterator[MicroBatch]:
         order = epoch_order(len(self.source), self.seed, epoch)
         # One copy an epoch: a copy a step would synchronize with the device.
         parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
@@ -127,15 +128,15 @@ class TrainBatches:
         """Height and width of the images in an epoch, as a share of the full size."""
         return self.scales[epoch - 1] if self.scales else 1.0
 
-    def make(self, *draw: Tensor, scale: float = 1.0) -> Batch:
-        """The batch of a draw: gathered, augmented, normalised and resized on the training device."""
-        *drawn, parameters = draw
+    def make(self, *micro_batch: Tensor, scale: float = 1.0) -> Batch:
+        """Images and labels: gathered, augmented, normalised and resized on the training device."""
+        *drawn, parameters = micro_batch
         images, labels = self.source.pick(tuple(drawn))
         return resized(self.normalization(self.augmentation(images, parameters)), scale), labels
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
-        return (self.make(*draw, scale=self.scale(epoch)) for draw in self.draws(epoch))
+        return (self.make(*micro_batch, scale=self.scale(epoch)) for micro_batch in self.micro_batches(epoch))
 
 
 def resized(images: Tensor, scale: float) -> Tensor:

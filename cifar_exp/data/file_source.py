@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cifar_exp.data.image_files import ImageFiles, checked_image
 from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.errors import MachineError
-from cifar_exp.system.accelerator import takes_copies_meanwhile
+from cifar_exp.system.accelerator import supports_async_copies
 from cifar_exp.system.host import end_with_parent, worker_start_method
 
 MAX_AUTO_WORKERS = 8  # a rank, with data.workers=auto
@@ -82,7 +82,7 @@ class FileSource:
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.labels[order].to(self.device)
-        requests, meanwhile = self.reader.batch_sampler, takes_copies_meanwhile(self.device)
+        requests, meanwhile = self.reader.batch_sampler, supports_async_copies(self.device)
         assert isinstance(requests, _Requests)
         requests.places = ((order[part] + self.first).tolist() for part in parts)
         for part, images in zip(parts, self.reader, strict=True):
@@ -110,7 +110,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
         batch_sampler=_Requests(),
         num_workers=workers,
         collate_fn=_collate,
-        pin_memory=takes_copies_meanwhile(device),
+        pin_memory=supports_async_copies(device),
         worker_init_fn=_begin_worker if workers else None,
         persistent_workers=workers > 0,
         # A fork server would import torch again for each rank. Forking is safe here: workers start before the rank has

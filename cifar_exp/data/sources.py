@@ -17,7 +17,7 @@ from cifar_exp.data.dataset_files import DatasetFiles, Residency, Split
 from cifar_exp.data.file_source import opened_files
 from cifar_exp.data.image_files import ImageFiles
 from cifar_exp.data.prefetch import prefetched
-from cifar_exp.system.accelerator import free_bytes, takes_copies_meanwhile
+from cifar_exp.system.accelerator import free_bytes, supports_async_copies
 
 PREFETCHED_STEPS = 3  # enough to hide a slow one
 MAX_DEVICE_SHARE = 0.5  # of a device's free memory for images; activations need the rest
@@ -114,7 +114,7 @@ class HostSource:
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.split.labels[order].to(self.device)
-        places, meanwhile = order.numpy(), takes_copies_meanwhile(self.device)
+        places, meanwhile = order.numpy(), supports_async_copies(self.device)
         rows = prefetched((self._gathered(places[part]) for part in parts), PREFETCHED_STEPS, self._enter_thread)
         for part, images in zip(parts, rows, strict=True):
             yield images.to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
@@ -127,7 +127,7 @@ class HostSource:
         """(B, H, W, 3) uint8 on the host, pinned if a GPU copies it."""
         images = self.split.images.permute(0, 2, 3, 1).numpy()
         rows = torch.empty(
-            len(places), *images.shape[1:], dtype=torch.uint8, pin_memory=takes_copies_meanwhile(self.device)
+            len(places), *images.shape[1:], dtype=torch.uint8, pin_memory=supports_async_copies(self.device)
         )
         # numpy copies with one thread; torch would compete with the step for all threads of the rank. Without `clip`
         # numpy copies twice.

@@ -1,1 +1,1 @@
-"""Ranks: process group, collectives, gradient averaging, batch norm over ranks, heartbeats."""
+"""Communication between ranks: process group, collectives, gradient averaging, batch norm over ranks, heartbeats."""

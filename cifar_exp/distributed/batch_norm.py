@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar_exp.config.schema import BatchNorm
 from cifar_exp.distributed.collectives import (
     average_buffers,
+    broadcast_buffers,
     differentiable_rows,
     mean_over_ranks,
-    share_first_ranks_buffers,
     sum_over_ranks,
 )
 from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
@@ -34,7 +34,7 @@ def combine_over_ranks(model: nn.Module, choice: BatchNorm) -> None:
       part. Ranks have batches of equal size. Bessel's correction is neglected: 1 / images of the variance.
     """
     if choice == "local":
-        share_first_ranks_buffers(model)
+        broadcast_buffers(model)
         return
     layers = batch_norms(model)
     own = [_statistics(layer)[0] for layer in layers]
@@ -98,7 +98,11 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _measuring(model: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[dict[nn.Module, int]]:
-    """Make the running statistics those of the last batch alone; yields how many values per channel each layer got."""
+    """Set momentum to 1, so that running statistics are the last batch's.
+
+    Yields:
+        The number of values per channel that each layer got.
+    """
     was_training, momenta = model.training, [layer.momentum for layer in layers]
     counters = [(layer.num_batches_tracked, int(layer.num_batches_tracked or 0)) for layer in layers]
     counts: dict[nn.Module, int] = {}

@@ -19,14 +19,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values if carried is values else values.copy_(carried)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """All-gather of picklable values: each rank's value, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def rows(values: Sequence[float], device: torch.device) -> Tensor:
+def all_gather_numbers(values: Sequence[float], device: torch.device) -> Tensor:
     """All-gather of numbers: (ranks, len(values)) float64, in the order of ranks."""
     mine = torch.tensor(values, dtype=torch.float64, device=exact_device(device))
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -76,7 +76,7 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.to(buffer.dtype))
 
 
-def share_first_ranks_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Replace floating-point buffers by those of rank 0, in one collective."""
     buffers = _floating_buffers(model)
     if not buffers:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from cifar_exp.distributed.stop_requests import StopPoint
 
-_BEAT = struct.Struct("5q")  # the fields of Beat
+_BEAT = struct.Struct("5q")  # the fields of Heartbeat
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """A rank's newest heartbeat.
 
     Attributes:
@@ -39,15 +39,15 @@ class Beat(NamedTuple):
         return _BEAT.pack(self.process, *self.point, self.stage, self.beats)
 
 
-def beat_file(exchange: Path, rank: int) -> Path:
+def heartbeat_file(ipc_dir: Path, rank: int) -> Path:
     """The file of a rank's heartbeats in the folder that ranks and launcher share."""
-    return exchange / f"beat-{rank}"
+    return ipc_dir / f"beat-{rank}"
 
 
-def read_beat(exchange: Path, rank: int) -> Beat | None:
+def read_heartbeat(ipc_dir: Path, rank: int) -> Heartbeat | None:
     """The newest heartbeat of a rank; None before its first one."""
     try:
-        process, step, in_evaluation, stage, beats = _BEAT.unpack(beat_file(exchange, rank).read_bytes())
+        process, step, in_evaluation, stage, beats = _BEAT.unpack(heartbeat_file(ipc_dir, rank).read_bytes())
     except (FileNotFoundError, struct.error):
         return None
-    return Beat(process, StopPoint(step, bool(in_evaluation)), stage, beats)
+    return Heartbeat(process, StopPoint(step, bool(in_evaluation)), stage, beats)

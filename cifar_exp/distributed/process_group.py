@@ -16,7 +16,7 @@ from cifar_exp.system.accelerator import device_of
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all that train together.
+    """Rank, world size and device of this process.
 
     Attributes:
         rank: 0 to ``size`` - 1.
@@ -41,21 +41,21 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     Ranks find each other through a file in ``rendezvous_dir``. A TCP store would listen on all interfaces.
 
     Args:
-        accelerator: ``cpu`` (gloo), ``gpu`` (NCCL, one GPU a rank) or ``mps`` (gloo, one rank).
+        accelerator: ``cpu`` (gloo), ``gpu`` (NCCL, one GPU per rank) or ``mps`` (gloo, one rank).
         rendezvous_dir: a private folder of this job.
-        timeout: seconds a collective operation may take.
+        timeout: seconds that a collective may take.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = device_of(accelerator, int(os.environ["LOCAL_RANK"]))
     if accelerator == "gpu":
         torch.cuda.set_device(device)
-    # All ranks are on this machine: loopback is enough, whatever interface a cluster's environment names.
+    # All ranks are on this machine, so the loopback interface is enough. A cluster's environment may name another one.
     os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = host.loopback()
-    # NCCL's watchdog queries collectives, which fails while a CUDA graph is captured. The launcher notices dead ranks.
+    # NCCL's watchdog breaks CUDA graph capture, so it is off. The launcher's watchdog detects dead ranks instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # On a rank's only core, gloo's reading thread is woken while another one writes, cannot take the lock that the
-    # writer holds, and spins until the next tick: averaging 2.7 MB took 3.8 ms in place of 0.9.
+    # On one core, gloo's reader thread preempts the writer and spins on its lock. SCHED_BATCH threads do not preempt.
+    # Figures: benchmarks/README.md.
     with host.threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",

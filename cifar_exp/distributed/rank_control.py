@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cifar_exp.distributed.heartbeat import Beat, beat_file
-from cifar_exp.distributed.stop_requests import LEAVE_FILE, STOP_FILE, Request, StopPoint, agree, agreement
+from cifar_exp.distributed.heartbeat import Heartbeat, heartbeat_file
+from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, STOP_FILE, Request, StopPoint, agree, agreement
 
 
 @dataclass
@@ -14,7 +14,7 @@ class RankControl:
     """Sends the heartbeats of one rank, and looks for stop requests.
 
     Attributes:
-        exchange: the folder that ranks and launcher share; None for a single rank without a launcher.
+        ipc_dir: the folder that ranks and launcher share; None for a single rank without a launcher.
         run_dir: the run folder.
         rank: this rank.
         every: steps between two stop points. 1 on CPUs, where DDP makes the ranks wait in each step. On GPUs, where the
@@ -22,7 +22,7 @@ class RankControl:
         seconds: training finishes after so many seconds from now; None: no limit.
     """
 
-    exchange: Path | None = None
+    ipc_dir: Path | None = None
     run_dir: Path = Path()
     rank: int = 0
     every: int = 1
@@ -34,15 +34,15 @@ class RankControl:
     _began: float = field(default_factory=time.monotonic)  # the wall clock may be set meanwhile
 
     def __post_init__(self) -> None:
-        if self.exchange:
-            self._file = os.open(beat_file(self.exchange, self.rank), os.O_WRONLY | os.O_CREAT, 0o600)
+        if self.ipc_dir:
+            self._file = os.open(heartbeat_file(self.ipc_dir, self.rank), os.O_WRONLY | os.O_CREAT, 0o600)
             self.beat()
 
     def beat(self) -> None:
         """Give a heartbeat, with the progress of this rank."""
         if self._file is not None:
             self._beats += 1
-            beat = Beat(os.getpid(), self._point, self._stage, self._beats)
+            beat = Heartbeat(os.getpid(), self._point, self._stage, self._beats)
             os.pwrite(self._file, beat.packed(), 0)
 
     def next_stage(self) -> None:
@@ -58,30 +58,33 @@ class RankControl:
         if point != self._point:
             self._point, self._stage = point, 0
         self.beat()
-        if self.rank == 0 and self.exchange and (request := self._look_for_request()):
-            agree(self.exchange, point, request)
+        if self.rank == 0 and self.ipc_dir and (request := self._look_for_request()):
+            agree(self.ipc_dir, point, request)
 
     def agreed(self, point: StopPoint) -> Request | None:
         """Call after all ranks have waited for each other at ``point``. The same request on every rank, or None."""
-        found = agreement(self.exchange) if self.exchange else None
+        found = agreement(self.ipc_dir) if self.ipc_dir else None
         return found[1] if found and point >= found[0] else None
 
     def done(self) -> None:
         """Note that this rank has done its work: from now on its process may end."""
-        if self.exchange:
-            (self.exchange / f"done-{os.getpid()}").touch()
+        if self.ipc_dir:
+            (self.ipc_dir / f"done-{os.getpid()}").touch()
 
-    def is_leaving(self) -> bool:
-        """Whether the launcher waits for the ranks to exit. Training steps still count, other work is wasted."""
-        return self.exchange is not None and (self.exchange / LEAVE_FILE).exists()
+    def is_interrupted(self) -> bool:
+        """Whether the launcher has asked the ranks to save and exit.
+
+        The running step is finished; evaluation is cut short.
+        """
+        return self.ipc_dir is not None and (self.ipc_dir / INTERRUPT_FILE).exists()
 
     def _look_for_request(self) -> Request | None:
-        if self.is_leaving():
-            return Request("leave", "a signal")
+        if self.is_interrupted():
+            return Request("interrupt", "a signal")
         stop = self.run_dir / STOP_FILE
         if stop.is_file():  # a folder of that name cannot be removed by a rank, and is no request
             stop.unlink(missing_ok=True)  # remove the file, or it would stop the resumed run as well
-            return Request("finish", f"the file {stop.name} in the run's folder")
+            return Request("stop", f"the file {stop.name} in the run's folder")
         if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
-            return Request("finish", "train.max_seconds")
+            return Request("stop", "train.max_seconds")
         return None

@@ -1,7 +1,7 @@
 """Where each rank's time went, and which rank the others waited for. Pure arithmetic.
 
-Ranks share no clock. In each step all of them wait until gradients are averaged. The slowest rank arrives last, so it
-only waits for the averaging itself. What another rank waits longer than that is its wait for the slowest rank.
+Ranks share no clock. In each step all ranks wait until gradients are averaged. The slowest rank, the straggler, comes
+last, so its all-reduce time is the shortest. A rank's waiting time is its all-reduce time minus the straggler's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,19 +31,20 @@ class RankTimes:
             - ``compute``: steps without data, communication and waiting; synchronized batch norms are in it.
             - ``data``: making batches.
             - ``evaluation``: validation, with the wait for other ranks' shares.
-            - ``hidden_communication``: gradient averaging that overlaps a backward pass; part of ``compute``.
+            - ``hidden_communication``: overlapped communication: gradient averaging during a backward pass; part of
+              ``compute``.
             - ``communication``: exposed gradient averaging.
             - ``waiting``: for the slowest rank.
 
             The last three are 0 where the host cannot measure them, as on GPUs; ``compute`` then contains them.
-        last: for each rank, the steps in which it was the slowest.
+        last: per rank, the number of steps in which it was the straggler.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     last: list[int] = field(default_factory=list)
 
     def add(self, rows: Sequence[Sequence[float]]) -> None:
-        """Add one row per rank: its seconds by ``MEASURED``, then each step's wait for averaged gradients."""
+        """Add one row per rank: its seconds by ``MEASURED``, then its exposed all-reduce time in each step."""
         waits = list(zip(*(row[len(MEASURED) :] for row in rows), strict=True))  # (steps, ranks)
         averaging = sum(min(step) for step in waits)
         new = {name: [row[place] for row in rows] for place, name in enumerate(MEASURED)}

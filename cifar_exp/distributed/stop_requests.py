@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from cifar_exp.system.atomic_files import write_atomically
 
 STOP_FILE = "stop"  # in the run folder: a file made by a user who wants training to end here
-LEAVE_FILE = "leave"  # in the exchange folder: made by the launcher after a signal
+INTERRUPT_FILE = "interrupt"  # in ipc_dir: made by the launcher after a signal
 _AGREED_FILE = "agreed"
 
 
@@ -30,33 +30,33 @@ class Request(NamedTuple):
     """Why training ends before its last step.
 
     Attributes:
-        kind: ``leave``: save at once and exit, to be resumed later; ``finish``: training ends here for good.
+        kind: ``interrupt``: save and exit, to be resumed; ``stop``: end training here.
         reason: in words.
     """
 
-    kind: Literal["leave", "finish"]
+    kind: Literal["interrupt", "stop"]
     reason: str
 
 
-def agree(exchange: Path, point: StopPoint, request: Request) -> None:
+def agree(ipc_dir: Path, point: StopPoint, request: Request) -> None:
     """Let all ranks stop at ``point``, unless they already stop somewhere."""
-    agreed = exchange / _AGREED_FILE
+    agreed = ipc_dir / _AGREED_FILE
     if not agreed.exists():
         text = f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}"
         write_atomically(agreed, text, durable=False)
 
 
-def ended_by(exchange: Path) -> Request | None:
+def ended_by(ipc_dir: Path) -> Request | None:
     """The request that ended training before its last step; None where there was none."""
-    found = agreement(exchange)
+    found = agreement(ipc_dir)
     return found[1] if found else None
 
 
-def agreement(exchange: Path) -> tuple[StopPoint, Request] | None:
+def agreement(ipc_dir: Path) -> tuple[StopPoint, Request] | None:
     """Where and why all ranks stop; None where they do not."""
     try:
-        step, in_evaluation, kind, reason = (exchange / _AGREED_FILE).read_text().split(" ", 3)
+        step, in_evaluation, kind, reason = (ipc_dir / _AGREED_FILE).read_text().split(" ", 3)
     except FileNotFoundError:
         return None
-    request = Request("leave" if kind == "leave" else "finish", reason)
+    request = Request("interrupt" if kind == "interrupt" else "stop", reason)
     return StopPoint(int(step), in_evaluation == "1"), request

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cifar_exp.distributed.stop_requests import LEAVE_FILE, Request, ended_by
+from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, Request, ended_by
 from cifar_exp.errors import CifarExpError, Stopped, WorkerError
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.watchdog import Watchdog
@@ -29,16 +29,17 @@ from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
 AFTER_A_DEATH = (
-    "Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to let new runs do so themselves"
+    "Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to restart automatically in "
+    "later runs"
 )
-STOP_PATIENCE = 7.0  # seconds after a signal in which ranks may finish their step and save
+GRACE_SECONDS = 7.0  # seconds after a signal in which ranks may finish their step and save
 
 
 class Launcher(Protocol):
     """The interface of a `_target_` in ``conf/launcher``.
 
     Attributes:
-        timeout: seconds without a heartbeat after which a rank counts as hung.
+        timeout: seconds in which no rank sends a heartbeat; then the hung rank is killed.
     """
 
     timeout: float
@@ -61,8 +62,8 @@ class ElasticLauncher:
     """Starts the ranks as processes of this machine with torch elastic.
 
     Attributes:
-        timeout: seconds without a heartbeat after which a rank counts as hung. Each training step and each evaluated
-            batch sends a heartbeat.
+        timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
+            killed.
         max_restarts: how many times all ranks are restarted after one died or hung. Training then resumes from the last
             checkpoint.
     """
@@ -71,10 +72,10 @@ class ElasticLauncher:
     max_restarts: int
 
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
-        """Run ``function(job, exchange)`` in ``job.plan.world_size`` processes.
+        """Run ``function(job, ipc_dir)`` in ``job.plan.world_size`` processes.
 
         On SIGINT, SIGTERM or SIGHUP the ranks finish their step and save. They are killed at a second signal or after
-        ``STOP_PATIENCE`` seconds.
+        ``GRACE_SECONDS`` seconds.
 
         Args:
             function: called in each rank with the job and the folder that ranks and launcher share.
@@ -92,15 +93,15 @@ class ElasticLauncher:
         raise_swallowed()
         # Ranks find each other through files in a folder of mode 0700. The TCP stores of elastic and torch would listen
         # on all interfaces without authentication.
-        with private_folder() as exchange:
+        with private_folder() as ipc_dir:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
-            watchdog, stopped = Watchdog(exchange, job.plan.world_size, self.timeout), list[Stopped]()
+            watchdog, stopped = Watchdog(ipc_dir, job.plan.world_size, self.timeout), list[Stopped]()
             try:
-                with watchdog, rank_processes.starting_ranks(), _stopping_in_order(exchange, stopped):
-                    elastic_launch(self._config(job.plan.world_size, exchange), function)(job, exchange)
+                with watchdog, rank_processes.starting_ranks(), _stopping_in_order(ipc_dir, stopped):
+                    elastic_launch(self._config(job.plan.world_size, ipc_dir), function)(job, ipc_dir)
             except ChildFailedError as error:
-                failure = _first_failure(error, exchange, watchdog, self.max_restarts)
+                failure = _first_failure(error, ipc_dir, watchdog, self.max_restarts)
                 if not stopped:
                     raise failure from None
                 if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
@@ -117,37 +118,37 @@ class ElasticLauncher:
                 raise (stopped[0] if stopped else error) from None
             finally:
                 _end_ranks()
-            return ended_by(exchange)
+            return ended_by(ipc_dir)
 
-    def _config(self, world_size: int, exchange: Path) -> LaunchConfig:
-        """How torch elastic starts ``world_size`` ranks that meet in the folder ``exchange``."""
+    def _config(self, world_size: int, ipc_dir: Path) -> LaunchConfig:
+        """How torch elastic starts ``world_size`` ranks that meet in the folder ``ipc_dir``."""
         return LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=world_size,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
-            rdzv_endpoint=str(exchange / "rendezvous"),
+            rdzv_endpoint=str(ipc_dir / "rendezvous"),
             rdzv_configs={"store_type": "file"},
             max_restarts=self.max_restarts,
             local_addr="127.0.0.1",
             start_method=host.start_method(),
-            logs_specs=DefaultLogsSpecs(log_dir=str(exchange / "logs")),
-            # This launcher handles the other signals itself. Elastic raises an exception for a signal, which parts
-            # of it swallow, and would end a run under nohup.
+            logs_specs=DefaultLogsSpecs(log_dir=str(ipc_dir / "logs")),
+            # This launcher handles SIGINT, SIGTERM and SIGHUP. Elastic's handlers raise an exception, and parts of
+            # elastic catch it. They also end a run under nohup.
             signals_to_handle="SIGQUIT",
         )
 
 
 @contextmanager
-def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None]:
-    """Stop the ranks in order on SIGINT, SIGTERM or SIGHUP while the context is open.
+def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]:
+    """Stop the ranks gracefully on SIGINT, SIGTERM or SIGHUP while the context is open.
 
-    At the first signal the ranks are asked to finish their step and save. They are killed after ``STOP_PATIENCE``
+    At the first signal the ranks are asked to finish their step and save. They are killed after ``GRACE_SECONDS``
     seconds (elastic would wait half a minute for a suspended rank) or at the second signal.
 
     Args:
-        exchange: the folder that ranks and launcher share.
+        ipc_dir: the folder that ranks and launcher share.
         received: the first signal is appended.
 
     Raises:
@@ -162,11 +163,11 @@ def _stopping_in_order(exchange: Path, received: list[Stopped]) -> Iterator[None
         for signal_number in signals_to_answer():
             signal.signal(signal_number, end)
         answer_once(number)
-        (exchange / LEAVE_FILE).touch()
+        (ipc_dir / INTERRUPT_FILE).touch()
         message = "the ranks finish their step and save; a second signal ends them at once"
         tell(message)
         signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         restore()
@@ -210,13 +211,13 @@ def _vanished(watchdog: Watchdog) -> WorkerError:
     return WorkerError(f"{message}; the other ranks were ended. {AFTER_A_DEATH}")
 
 
-def _first_failure(error: ChildFailedError, exchange: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
+def _first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
     """The cause of a failed run.
 
     A killed rank leaves no failure file, and its peers fail because of it. So a rank without a file is the cause; if
     there is none, the rank that failed first is.
     """
-    records = RankFailure.of_attempt(exchange, max_restarts)
+    records = RankFailure.of_attempt(ipc_dir, max_restarts)
     recorded = {record.rank for record in records}
     for rank, failure in error.failures.items():
         if rank not in recorded:

@@ -22,7 +22,8 @@ def warm_up() -> None:
     """Start the fork server if this platform uses one and it does not run yet. It ends with its parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
-        # A killed resource tracker would lose its counts. It starts first because starting it unblocks SIGINT.
+        # Start the resource tracker here, with the signals blocked, so that Ctrl-C does not kill it. Its start
+        # unblocks SIGINT, so they are blocked again below.
         resource_tracker.ensure_running()
         if host.start_method() == "forkserver":
             import multiprocessing.forkserver as forkserver

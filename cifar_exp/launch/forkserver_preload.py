@@ -1,4 +1,7 @@
-"""The module that the fork server imports before it forks ranks. It has side effects since only its import is run."""
+"""The module that the fork server imports before it forks ranks.
+
+The fork server only imports it, so the set-up is at module level.
+"""
 
 import gc
 import pickle

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from cifar_exp.distributed.heartbeat import Beat, read_beat
+from cifar_exp.distributed.heartbeat import Heartbeat, read_heartbeat
 
 ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
 
@@ -17,18 +17,18 @@ ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
 class Watchdog:
     """A thread in the launcher that kills hung ranks and detects ranks whose process ended without an error.
 
-    The ranks hang if none has sent a heartbeat for ``timeout`` seconds: one hung rank makes all others wait. The hung
-    ranks are those whose process is suspended. If there is none, they are the ranks at the lowest stage. The number of
-    heartbeats is no measure: a rank with a larger share of the evaluation sends more of them.
+    If no rank sends a heartbeat for ``timeout`` seconds, some rank is hung and the others wait for it. Ranks whose
+    process is suspended are hung. If there is none, the ranks with the lowest progress are. The number of heartbeats
+    says nothing: a rank with a larger share of the evaluation sends more of them.
 
     Attributes:
-        exchange: the folder that ranks and launcher share.
+        ipc_dir: the folder that ranks and launcher share.
         ranks: the number of ranks.
-        timeout: seconds without a heartbeat after which the ranks hang.
+        timeout: seconds in which no rank sends a heartbeat; then the hung ranks are killed.
         vanished: rank -> message, for ranks whose process ended without an error.
     """
 
-    exchange: Path
+    ipc_dir: Path
     ranks: int
     timeout: float
     vanished: dict[int, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Watchdog:
             now = self._beats()
             # Time is counted in intervals, not read from the clock: launcher and ranks may be suspended together.
             quiet = quiet + interval if now == before and now else 0.0
-            absent = absent + interval if self._is_nobody_there(now) and now == before else 0.0
+            absent = absent + interval if self._find_dead_ranks(now) and now == before else 0.0
             before = now
             if absent >= ABSENCE:
                 os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait forever
@@ -65,16 +65,16 @@ class Watchdog:
                 self._end(now)
                 quiet = 0.0
 
-    def _beats(self) -> dict[int, Beat]:
+    def _beats(self) -> dict[int, Heartbeat]:
         """The newest heartbeat of each rank that has sent one."""
-        beats = {rank: read_beat(self.exchange, rank) for rank in range(self.ranks)}
+        beats = {rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.ranks)}
         return {rank: beat for rank, beat in beats.items() if beat}
 
-    def _is_nobody_there(self, beats: dict[int, Beat]) -> bool:
+    def _find_dead_ranks(self, beats: dict[int, Heartbeat]) -> bool:
         """Update ``vanished`` with ranks that ended before their work was done.
 
-        Elastic treats exit code 0 as success. It would blame the peers, which fail as a consequence. A rank without
-        peers would make it wait forever.
+        Elastic treats exit code 0 as success. It would report the peers, which fail as a consequence. With one rank it
+        would wait forever.
 
         Returns:
             Whether no rank is left.
@@ -82,15 +82,15 @@ class Watchdog:
         missing = {
             rank: beat.steps_trained
             for rank, beat in beats.items()
-            if not _is_alive(beat.process) and not (self.exchange / f"done-{beat.process}").exists()
+            if not _is_alive(beat.process) and not (self.ipc_dir / f"done-{beat.process}").exists()
         }
-        if any(list(self.exchange.glob(f"failure-*-{rank}.json")) for rank in missing):
+        if any(list(self.ipc_dir.glob(f"failure-*-{rank}.json")) for rank in missing):
             return False  # elastic has noticed the failure and is ending the other ranks
         message = "rank {} ended without an error after step {}, as os._exit(0) does"
         self.vanished = {rank: message.format(rank, step) for rank, step in missing.items()}
         return bool(missing) and len(missing) == len(beats)
 
-    def _end(self, beats: dict[int, Beat]) -> None:
+    def _end(self, beats: dict[int, Heartbeat]) -> None:
         stopped = [rank for rank, beat in beats.items() if _is_stopped(beat.process)]
         lowest = min(beat.progress for beat in beats.values())
         ranks = stopped or [rank for rank, beat in beats.items() if beat.progress == lowest]

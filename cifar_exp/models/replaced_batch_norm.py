@@ -21,7 +21,7 @@ class ReplacedBatchNorm(_BatchNorm):
         """Accept the inputs of ``BatchNorm1d``, ``2d`` and ``3d``."""
 
     def count_batch(self) -> float:
-        """Count a training batch. Returns its weight in the running statistics, 0 to 1."""
+        """Increment ``num_batches_tracked``. Returns the momentum of this update of the running statistics."""
         if self.num_batches_tracked is None:
             return self.momentum or 0.0  # PyTorch does the same
         self.num_batches_tracked += 1

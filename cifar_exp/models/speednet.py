@@ -14,14 +14,15 @@ from cifar_exp.models.networks import Count
 from cifar_exp.system.accelerator import exact
 
 PATCH_SIDE = 2  # pixels: kernel size of the first layer
-SMALLEST_VARIANCE = 5e-4  # added to each variance, as a share of their mean, so that noise is not amplified (airbench)
+# Times the mean variance, added to each variance: keeps directions of tiny variance from being amplified (airbench).
+SMALLEST_VARIANCE = 5e-4
 
 
 class Whitening(nn.Conv2d):
     """Decorrelates patches: outputs are the principal components of a patch at unit variance, and their negatives.
 
-    The weights are computed from training images and not trained. Learning them would take a good part of a short
-    training (Page 2019, "How to Train Your ResNet", part 8).
+    The weights are computed from training images and not trained. Learning them would use up many of the few steps
+    (Page 2019, "How to Train Your ResNet", part 8).
     """
 
     def __init__(self, side: int = PATCH_SIDE) -> None:
@@ -75,7 +76,7 @@ def speednet(
     Args:
         num_classes: number of labels.
         widths: channels of the three blocks.
-        depth: convolutions a block.
+        depth: convolutions per block.
         whitening: whether the first layer whitens; otherwise it is trained like the others.
         batch_norm_momentum: weight of a batch in the running statistics; 0.1 is too slow for 200 steps.
         logit_scale: standard deviation of the classifier's initial weights.

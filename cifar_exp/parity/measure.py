@@ -1,6 +1,6 @@
 """Measure on each rank the images, gradients, losses and parameters of a few steps, and the evaluation.
 
-The measurement uses the components of a real run (``worker/assembly.py``): network, batches, gradient averaging,
+The measurement uses the components of a real run (``worker/training_setup.py``): network, batches, gradient averaging,
 optimizer, training loop and evaluation.
 """
 
@@ -24,10 +24,10 @@ from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import MetricValues
-from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.first_steps import prepare_steps
 from cifar_exp.worker.job import Job
-from cifar_exp.worker.rank_process import live
+from cifar_exp.worker.rank_process import run_in_rank_process
+from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 
 STEPS = 3  # training steps, fewer if the run is shorter
 REFERENCE_FILE = "reference.pt"
@@ -89,14 +89,14 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank}.pt"
 
 
-def measure_reference(job: Job, exchange: Path) -> None:
+def measure_reference(job: Job, ipc_dir: Path) -> None:
     """Entry point of the single rank: measure and write ``REFERENCE_FILE`` to the job's folder."""
-    live(job, exchange, partial(_measure_to, file=REFERENCE_FILE, reference_file=None))
+    run_in_rank_process(job, ipc_dir, partial(_measure_to, file=REFERENCE_FILE, reference_file=None))
 
 
-def measure_ranks(job: Job, exchange: Path) -> None:
+def measure_ranks(job: Job, ipc_dir: Path) -> None:
     """Entry point of each of several ranks: measure, and evaluate the network in ``REFERENCE_FILE``."""
-    live(job, exchange, partial(_measure_to, file=None, reference_file=REFERENCE_FILE))
+    run_in_rank_process(job, ipc_dir, partial(_measure_to, file=None, reference_file=REFERENCE_FILE))
 
 
 def _measure_to(job: Job, world: World, control: RankControl, file: str | None, reference_file: str | None) -> None:
@@ -128,7 +128,7 @@ def measure(
         reference: None on the reference itself.
     """
     losses: list[float] = []
-    parts = assemble(
+    parts = build_training_setup(
         *(job, world, control),
         lambda _step, _epoch, metrics: losses.append(metrics["step/loss"]),
         *(train_images, test_images),
@@ -227,7 +227,7 @@ class _Steps:
     in the second step and 6e-3 in the third.
     """
 
-    def __init__(self, parts: Assembly, reference: Measurement | None) -> None:
+    def __init__(self, parts: TrainingSetup, reference: Measurement | None) -> None:
         self.gradients: dict[int, Parameters] = {}
         self.parameters = {0: _copied(parts.model)}
         self._parts, self._reference = parts, reference
@@ -266,7 +266,7 @@ class _Steps:
             self._stop.touch()
 
 
-def _evaluated(parts: Assembly, control: RankControl) -> tuple[MetricValues, Tensor]:
+def _evaluated(parts: TrainingSetup, control: RankControl) -> tuple[MetricValues, Tensor]:
     """Loss and accuracy on the test set over all ranks, and digests of this rank's images."""
     hashing = HashingSource(parts.test.source)
     batches = replace(parts.test, source=hashing)
@@ -291,7 +291,7 @@ def _whole(source: Source, control: RankControl) -> Tensor:
 def _beat_or_exit(control: RankControl) -> None:
     """Send a heartbeat; exit if the launcher has asked for it."""
     control.beat()
-    if control.is_leaving():
+    if control.is_interrupted():
         sys.exit(1)
 
 

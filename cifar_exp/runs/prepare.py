@@ -32,7 +32,7 @@ from cifar_exp.system.accelerator import check_precision
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked
-from cifar_exp.training.plan import Plan, check_scaling, doubts, make_plan
+from cifar_exp.training.plan import Plan, check_scaling, make_plan, warnings
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.train_job import TRACE_FILE
 
@@ -133,7 +133,7 @@ def plan_job(
         say(console, [f"left out of the images: {data.left_out}"])
     kept_batch = resumed.kept_batch if resumed else None
     plan = make_plan(config, devices.count, data.train_count, parts.schedule, kept_batch)
-    for line in doubts(config, plan):
+    for line in warnings(config, plan):
         warn(line)
     if resumed:
         resumed.check_images(data.content_hash)

@@ -42,7 +42,7 @@ def exact(values: Tensor) -> Tensor:
     return values.to(exact_device(values.device)).double()
 
 
-def takes_copies_meanwhile(device: torch.device) -> bool:
+def supports_async_copies(device: torch.device) -> bool:
     """Whether copies from host to device may be asynchronous.
 
     On MPS host memory is not pinned, so it could be overwritten before the copy has read it.

@@ -127,6 +127,6 @@ def _cpu_sample() -> dict[str, float]:
 
 
 def _counters() -> dict[str, float]:
-    """What only grows: seconds that a container's quota stopped it, and how often heat slowed the processor."""
+    """Monotonic counters: seconds of CPU-quota throttling, number of thermal throttling events."""
     counters = {"throttled_seconds": host.throttled_seconds(), "thermal_events": host.thermal_events()}
     return {name: value for name, value in counters.items() if value is not None}

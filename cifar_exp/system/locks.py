@@ -67,7 +67,7 @@ class HeldError(Exception):
 
 @contextmanager
 def held(path: Path, timeout: float | None) -> Iterator[None]:
-    """:func:`hold` for as long as the block lasts."""
+    """Hold the lock ``path`` inside the block. Wait up to ``timeout`` seconds for it; None: without a limit."""
     lock = hold(path, timeout)
     try:
         yield
@@ -77,7 +77,7 @@ def held(path: Path, timeout: float | None) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, advice: str) -> Iterator[None]:
-    """Wait for the lock file ``path`` and hold it for the block; its folder is created where it is missing.
+    """Create the folder of ``path``, wait for the lock ``path``, and hold it inside the block.
 
     Raises:
         StorageError: the folder cannot be written; the message ends with ``advice``.

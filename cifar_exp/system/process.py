@@ -64,10 +64,10 @@ def uv_prefix() -> str:
     return "uv run " if "UV" in os.environ else ""
 
 
-def outlive_terminal() -> None:
-    """Drop output that cannot be printed: a run must not fail because nobody reads it.
+def ignore_broken_output() -> None:
+    """Drop output that cannot be written, so that a run does not fail because of it.
 
-    That happens with ``| head``, in a closed terminal, and on a full disk, where the log ends, too.
+    Causes: ``| head``, a closed terminal, a full disk.
     """
     print_anywhere()
     logging.raiseExceptions = False  # else it would print a traceback for each line

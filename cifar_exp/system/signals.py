@@ -12,7 +12,7 @@ from cifar_exp.errors import Stopped
 Handler = Callable[[int, FrameType | None], None]
 
 
-def answer_signals() -> None:
+def install_signal_handlers() -> None:
     """Install the handlers: the first signal raises ``Stopped``, the second prints a note, the third exits at once."""
     sys.unraisablehook = _but_signals
     _answer(_stop)
@@ -66,7 +66,10 @@ def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # n
 
 
 def _but_signals(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Show what was raised where nothing can be, as in ``__del__``; a signal is raised again, and told, elsewhere."""
+    """Print exceptions that Python cannot propagate, as from ``__del__``.
+
+    ``Stopped`` is not printed: it is raised again elsewhere.
+    """
     if not isinstance(unraisable.exc_value, Stopped):
         sys.__unraisablehook__(unraisable)
 

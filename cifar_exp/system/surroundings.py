@@ -84,7 +84,7 @@ def cache_folder() -> Path:
 
 
 def print_anywhere() -> None:
-    """Print characters that the output's encoding lacks as question marks, as in an ASCII locale."""
+    """Print ``?`` for characters that the encoding of stdout or stderr cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -76,7 +76,7 @@ class Recording:
         """
         if not self._followers:  # the run failed before training; that is delivered, too
             self._start_tracker()
-        error = Stopped.behind(error) or error
+        error = Stopped.cause_of(error) or error
         status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
         if status == "KILLED":
             self._hurry(error.received if isinstance(error, Stopped) else time.monotonic())

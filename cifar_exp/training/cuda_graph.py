@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_exp.data.batches import Draw
+from cifar_exp.data.batches import MicroBatch
 from cifar_exp.training.optimizers import Muon
 
 Function = Callable[[], None]
@@ -45,15 +45,15 @@ def capture_problem(error: BaseException) -> str:
 
 
 class CapturedStep:
-    """A captured step of fixed shape. A call copies its draw into the captured buffers and replays the step."""
+    """A captured step of fixed shape. A call copies its micro-batch into the captured buffers and replays the step."""
 
-    def __init__(self, compute: Callable[..., None], draw: Draw, capture: Capture) -> None:
-        """Capture ``compute(*draw)``. Later draws must have the same shapes as ``draw``."""
-        self._buffers = tuple(part.clone() for part in draw)
+    def __init__(self, compute: Callable[..., None], micro_batch: MicroBatch, capture: Capture) -> None:
+        """Capture ``compute(*micro_batch)``. Later micro-batches must have the same shapes."""
+        self._buffers = tuple(part.clone() for part in micro_batch)
         self._replay = capture(lambda: compute(*self._buffers))
 
-    def __call__(self, *draw: Tensor) -> None:
-        for buffer, part in zip(self._buffers, draw, strict=True):
+    def __call__(self, *micro_batch: Tensor) -> None:
+        for buffer, part in zip(self._buffers, micro_batch, strict=True):
             buffer.copy_(part, non_blocking=True)
         self._replay()
 
@@ -62,7 +62,8 @@ class CapturedStep:
 def rolled_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Undo the training steps of the block: weights, buffers and optimizer state are restored in place.
 
-    Optimizer state that the block created becomes zero. Every optimizer that may be captured starts there.
+    Optimizer state that the block created becomes zero: ``is_capturable`` accepts only optimizers whose state starts at
+    zero.
     """
     tensors = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in tensors]

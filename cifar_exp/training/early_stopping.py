@@ -10,15 +10,15 @@ from cifar_exp.training.metrics import MetricValues
 
 @dataclass
 class EarlyStopping:
-    """Follows the validation of each epoch. All ranks hold the same averages, so all of them decide alike.
+    """Follows the validation of each epoch. Metrics are all-reduced, so all ranks take the same decision.
 
     Attributes:
         settings: what counts as better, and the patience.
         best: the best value so far.
         best_epoch: the first epoch with that value; 0 before any.
         best_step: the last step of that epoch.
-        reference: the next value must be better than this one by more than ``min_delta``.
-        waited: epochs in a row that were not.
+        reference: the value to improve on by more than ``min_delta``.
+        waited: consecutive epochs without such an improvement.
     """
 
     settings: EarlyStoppingSettings

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cifar_exp.config.schema import BatchNorm
 from cifar_exp.data.batches import TrainBatches
 from cifar_exp.distributed import batch_norm
-from cifar_exp.distributed.collectives import gathered
+from cifar_exp.distributed.collectives import all_gather_objects
 from cifar_exp.system.accelerator import exact_device, random_state, set_random_state
 from cifar_exp.training.metrics import completed, no_sums
 from cifar_exp.training.stopwatch import Stopwatch
@@ -65,10 +65,10 @@ class EpochState:
             "steps": self.steps,
             "seconds": self.watch.seconds,
             "block_seconds": self.block_seconds,
-            "ranks": gathered(own),
+            "ranks": all_gather_objects(own),
         }
 
-    def restore_rank(
+    def seed_or_restore_rank(
         self, epoch: int, batches: TrainBatches, networks: nn.Module, recent_sums: Tensor, statistics: BatchNorm
     ) -> None:
         """Restore this rank's RNG, buffers and sums. If the world size changed, rank 0 takes the sums.

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a network on a data set, over all ranks."""
+"""Loss and accuracy of a network on a dataset, over all ranks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,14 +19,14 @@ def evaluate(
     may_continue: Callable[[], bool] = lambda: True,
     before_waiting: Callable[[], None] = lambda: None,
 ) -> MetricValues:
-    """Loss and accuracy over the whole set: every rank evaluates its shard, then sums and counts are all-reduced.
+    """Loss and accuracy over the whole set: every rank evaluates its shard, then the metric sums are all-reduced.
 
     Args:
         model: the network.
         batches: this rank's shard.
         precision: dtype of convolutions and matrix products.
         may_continue: called before each batch; where it returns False, this rank skips the rest of its shard.
-        before_waiting: called after the shard, before this rank waits for the others.
+        before_waiting: called after the shard, before the all-reduce; training sends a heartbeat here.
     """
     model.eval()
     metric_sums = MetricSums(batches.source.device)

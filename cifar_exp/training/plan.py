@@ -1,4 +1,4 @@
-"""The plan of a run: batches, steps, dropped images, learning rates. Pure arithmetic, before anything starts."""
+"""Batch sizes, steps, dropped images and learning rates of a run, computed before the ranks start."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class Plan:
 
     Attributes:
         world_size: number of ranks.
-        per_device_batch_size: images a rank and micro-batch.
-        accumulate: micro-batches a rank and step.
-        global_batch_size: images a step over all ranks.
+        per_device_batch_size: images per rank and micro-batch.
+        accumulate: micro-batches per rank and step.
+        global_batch_size: images per step over all ranks.
         epochs: passes over the training set.
         steps_per_epoch: whole global batches in the training set.
         dropped_images: training images that an epoch leaves out, the last partial batch.
@@ -90,8 +90,8 @@ def make_plan(
     """Plan a run.
 
     Under weak scaling, ``train.batch_size`` is a device's batch; under strong scaling it is the global batch. With
-    ``train.accumulate``, a device takes the place of so many devices. The learning rate follows the global batch by
-    ``train.lr_scaling``; see :func:`scaled_rates`.
+    gradient accumulation, a device processes ``train.accumulate`` micro-batches per step, in place of that many
+    devices. The learning rate follows the global batch by ``train.lr_scaling``; see :func:`scaled_rates`.
 
     Args:
         config: the settings.
@@ -110,7 +110,7 @@ def make_plan(
     steps_per_epoch = train_count // global_batch
     if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
         raise ConfigError(
-            f"train.epochs={config.train.epochs}: they are {steps:,} steps, and a run has {MOST_STEPS:,} at most. Set "
+            f"train.epochs={config.train.epochs}: these are {steps:,} steps, and a run has at most {MOST_STEPS:,}. Set "
             f"train.epochs={MOST_STEPS // steps_per_epoch} or less"
         )
     rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
@@ -128,7 +128,7 @@ def make_plan(
 
 
 def _global_batch(config: Config, world_size: int, resumed_batch: int | None) -> int:
-    """Images a step over all ranks."""
+    """Images per step over all ranks."""
     parts = world_size * config.train.accumulate
     if resumed_batch is None:
         check_scaling(config, world_size)
@@ -158,14 +158,13 @@ def _check_batch_fits(config: Config, world_size: int, train_count: int, global_
     )
 
 
-def doubts(config: Config, plan: Plan) -> list[str]:
-    """Warnings about settings that work but are hardly meant, a sentence each."""
+def warnings(config: Config, plan: Plan) -> list[str]:
+    """Warnings about settings that are valid but probably not intended."""
     found = []
     if config.early_stopping.patience and not config.validation:
         found.append(
             f"early_stopping.patience={config.early_stopping.patience}: there is no validation split, so the test set "
-            f"decides when training ends. Its accuracy is then selected and reads higher than that of new images. Set "
-            f"data.validation=0.1"
+            f"decides when training ends. The test accuracy is then optimistically biased. Set data.validation=0.1"
         )
     warms_up = config.train.lr_scaling == "linear_warmup" and plan.global_batch_size > REFERENCE_BATCH
     if warms_up and plan.epochs <= WARMUP_EPOCHS:
@@ -188,7 +187,7 @@ def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per
     Args:
         rule: the rule.
         rates: one for each step, for a global batch of 256 images.
-        global_batch: images a step over all ranks.
+        global_batch: images per step over all ranks.
         steps_per_epoch: sets the length of the warm-up.
     """
     ratio = global_batch / REFERENCE_BATCH

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from cifar_exp.data.batches import Draw, TrainBatches
+from cifar_exp.data.batches import MicroBatch, TrainBatches
 from cifar_exp.distributed.data_parallel import Communication
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.training.cuda_graph import Capture, CapturedStep, capture_problem, is_capturable, rolled_back
@@ -96,13 +96,18 @@ class TrainStep:
             self._ema.load_state_dict(state["averaged"])
 
     def run(
-        self, batches: TrainBatches, micro_batches: Sequence[Draw], image_scale: float, lr: float, watch: Stopwatch
+        self,
+        batches: TrainBatches,
+        micro_batches: Sequence[MicroBatch],
+        image_scale: float,
+        lr: float,
+        watch: Stopwatch,
     ) -> None:
         """Train one step.
 
         Args:
-            batches: makes the images of a draw.
-            micro_batches: the draw of each micro-batch.
+            batches: makes images from micro-batches.
+            micro_batches: those of this step.
             image_scale: side of the images, as a share of their own.
             lr: learning rate of the update.
             watch: counts the time as ``step`` and ``data``.
@@ -110,8 +115,8 @@ class TrainStep:
         with watch.span("step"):
             self._set_lr(lr)
             if self._captured:
-                (draw,) = micro_batches
-                self._replay(draw, image_scale)
+                (micro_batch,) = micro_batches
+                self._replay(micro_batch, image_scale)
             else:
                 self._run_eagerly(batches, micro_batches, image_scale, watch)
             if self._ema:
@@ -121,8 +126,8 @@ class TrainStep:
     def dry_run(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward without an update, before the first step: compiles, and lets DDP choose its buckets.
 
-        DDP orders its buckets by the first backward pass. With more than two ranks, the last bits of a sum depend on
-        that order. The dry run gives a resumed run the same order as the run before.
+        DDP orders its buckets by the first backward pass. With more than two ranks, the rounding of the all-reduce
+        depends on that order. The dry run makes the order the same after a resume.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.model.train()
@@ -150,13 +155,13 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
         self.model.train()
-        draw = batches.example()
+        micro_batch = batches.example()
         try:
             with rolled_back(self.model, self.optimizer):
                 for scale in sorted({*batches.scales, batches.scale(1)}):  # one graph per shape
                     compute = partial(self._compute, batches, scale, with_update)
-                    self._captured[scale] = CapturedStep(compute, draw, capture)
-                    if not with_update:  # each graph writes gradients of its own; the update needs to find them
+                    self._captured[scale] = CapturedStep(compute, micro_batch, capture)
+                    if not with_update:  # each graph writes gradients of its own, which the update reads
                         self._captured_gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
         except Exception as error:  # torch has no common class for what cannot be captured
             self.release()
@@ -172,9 +177,9 @@ class TrainStep:
             group["lr"] = 0.0  # a number again; each step sets its own
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _compute(self, batches: TrainBatches, scale: float, with_update: bool, *draw: Tensor) -> None:
+    def _compute(self, batches: TrainBatches, scale: float, with_update: bool, *micro_batch: Tensor) -> None:
         """The captured part of a step."""
-        images, labels = batches.make(*draw, scale=scale)
+        images, labels = batches.make(*micro_batch, scale=scale)
         self.optimizer.zero_grad(set_to_none=True)
         loss, logits = self._loss(images, labels)
         loss.backward()
@@ -182,8 +187,8 @@ class TrainStep:
             self._update()
         self.metric_sums.add(loss.detach(), logits.detach(), labels)
 
-    def _replay(self, draw: Draw, image_scale: float) -> None:
-        self._captured[image_scale](*draw)
+    def _replay(self, micro_batch: MicroBatch, image_scale: float) -> None:
+        self._captured[image_scale](*micro_batch)
         if image_scale in self._captured_gradients:
             gradients = self._captured_gradients[image_scale]
             for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
@@ -191,11 +196,11 @@ class TrainStep:
             self._update()
 
     def _run_eagerly(
-        self, batches: TrainBatches, micro_batches: Sequence[Draw], image_scale: float, watch: Stopwatch
+        self, batches: TrainBatches, micro_batches: Sequence[MicroBatch], image_scale: float, watch: Stopwatch
     ) -> None:
-        for number, draw in enumerate(micro_batches, 1):
+        for number, micro_batch in enumerate(micro_batches, 1):
             with watch.span("data"):
-                images, labels = batches.make(*draw, scale=image_scale)
+                images, labels = batches.make(*micro_batch, scale=image_scale)
             self._accumulate_gradients(images, labels, len(micro_batches), is_last=number == len(micro_batches))
         self._update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from cifar_exp.distributed.collectives import rows
+from cifar_exp.distributed.collectives import all_gather_numbers
 from cifar_exp.distributed.data_parallel import Communication
 from cifar_exp.distributed.rank_times import MEASURED
 
@@ -53,7 +53,7 @@ class Stopwatch:
 
 
 def timed(items: Iterable[T], watch: Stopwatch, name: str) -> Iterator[T]:
-    """The same items. The time that each takes to be made is counted under ``name``."""
+    """The same items. Count the time to produce each item under ``name``."""
     source = iter(items)
     nothing = object()
     while True:
@@ -66,27 +66,30 @@ def timed(items: Iterable[T], watch: Stopwatch, name: str) -> Iterator[T]:
 
 @dataclass
 class OwnTimes:
-    """The times of this rank since ranks last exchanged theirs.
+    """The times of this rank since the last all-gather of times.
 
     Attributes:
         seconds: by the names in ``rank_times.MEASURED``.
-        exposed: seconds that each step waited for averaged gradients.
+        exposed: seconds of exposed gradient averaging, one value per step.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0.0))
     exposed: list[float] = field(default_factory=list)
 
     def add_steps(self, watch: Stopwatch, before: Mapping[str, float], communication: Communication) -> None:
-        """Add what ``watch`` counted since it stood at ``before``; the exposed communication leaves ``step``."""
-        exposed, hidden = communication.take()
+        """Add the time of ``watch`` since ``before``.
+
+        Exposed (not overlapped) gradient averaging moves from ``step`` to ``communication``.
+        """
+        exposed, overlapped = communication.take()
         watch.move(sum(exposed), "step", "communication")
         self.exposed += exposed
-        self.seconds["hidden_communication"] += hidden
+        self.seconds["hidden_communication"] += overlapped
         for name, span in (("compute", "step"), ("data", "data")):
             self.seconds[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
 
-    def exchange(self, device: torch.device) -> list[list[float]]:
+    def all_gather(self, device: torch.device) -> list[list[float]]:
         """Every rank's times as a row, the input of ``RankTimes.add``. Counting starts again at zero."""
-        everyone: list[list[float]] = rows([*self.seconds.values(), *self.exposed], device).tolist()
+        everyone: list[list[float]] = all_gather_numbers([*self.seconds.values(), *self.exposed], device).tolist()
         self.seconds, self.exposed = dict.fromkeys(MEASURED, 0.0), []
         return everyone

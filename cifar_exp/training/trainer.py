@@ -1,4 +1,4 @@
-"""The training loop of one rank: fit, train_one_epoch, evaluate. Pure torch: no configuration system, no tracker."""
+"""The training loop of one rank: fit, train one epoch, validate. Plain PyTorch: no Hydra, no MLflow."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.stopwatch import OwnTimes, Stopwatch, timed
 
-ADVICE = "Set a smaller optimizer.lr, or train.precision=fp32"
+ADVICE = "Set optimizer.lr=<smaller>, or train.precision=fp32"
 ReportMetrics = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
 Save = Callable[[bool], None]  # called with whether the checkpoint must be saved
 
@@ -37,7 +37,7 @@ class Trainer:
         train_step: computes one step.
         learning_rates: one for each step of the run.
         log_every: steps between two reads of the loss.
-        report: gets metrics as they come; called on every rank.
+        report: called on every rank after each ``log_every`` steps and after each epoch. Rank 0 writes the journal.
         batch_norm: the choice of ``train.batch_norm``: which statistics evaluation uses.
         early_stopping: gets each epoch's validation and may end training.
         after_step: called after each step, for a profiler.
@@ -103,8 +103,8 @@ class Trainer:
                 break
             trained = self.train_one_epoch(epoch, batches)
             request = self.control.agreed(StopPoint(self.step))
-            is_leaving = request is not None and request.kind == "leave"
-            averages = None if is_leaving else self._validate(validation, epoch, batches)
+            is_interrupted = request is not None and request.kind == "interrupt"
+            averages = None if is_interrupted else self._validate(validation, epoch, batches)
             if averages is None:
                 save(True)
                 return None
@@ -115,7 +115,7 @@ class Trainer:
             with self.stopwatch.span("checkpoint"):
                 save(request is not None or epoch == epochs or self.early_stopping.is_over)
             if request:
-                return averages if request.kind == "finish" else None
+                return averages if request.kind == "stop" else None
         return averages or self._validate(validation, self.epoch, batches)  # resumed after its last epoch
 
     def train_one_epoch(self, epoch: int, batches: TrainBatches) -> dict[str, float]:
@@ -127,19 +127,19 @@ class Trainer:
         state = self._begin_epoch(epoch, batches)
         watch, before = state.watch, dict(state.watch.seconds)
         last = self.step + batches.steps - state.steps
-        micro_batches = timed(batches.draws(epoch, state.steps), watch, "data")
-        while draws := tuple(islice(micro_batches, batches.accumulate)):
+        micro_batches = timed(batches.micro_batches(epoch, state.steps), watch, "data")
+        while step_batches := tuple(islice(micro_batches, batches.accumulate)):
             lr = self.learning_rates[self.step]
             if (self.step + 1) % self.control.every == 0 or self.step + 1 == last:
                 self.control.approach(StopPoint(self.step + 1))
-            self.train_step.run(batches, draws, batches.scale(epoch), lr, watch)
+            self.train_step.run(batches, step_batches, batches.scale(epoch), lr, watch)
             averages = self._count_step(state, epoch)
             self.after_step()
             if averages:
-                # The epoch reports the lr of its last step: nothing is reported twice for one step.
+                # The last step's lr is among the epoch's metrics, so it is left out here.
                 self._report_block(state, epoch, averages, {} if self.step == last else {"lr": lr})
             if request := self._stop_request():
-                if request.kind == "leave":
+                if request.kind == "interrupt":
                     self._check_unread_steps(epoch)
                     self._own_times.add_steps(watch, before, self.train_step.communication)
                     return {}
@@ -162,13 +162,13 @@ class Trainer:
         assert self._running
         self.stopwatch.add(self._running.watch)
         self._running.restart_clock()
-        self._exchange_times()
+        self._gather_times()
         if self._running.steps == batches.steps:
             self.epoch, self._running = epoch, None
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to resume here, without the model. A collective."""
-        self._exchange_times()
+        """The state for :meth:`load_state_dict`, without the model. Call it on every rank: it all-gathers."""
+        self._gather_times()
         running, step = self._running, self.train_step
         return step.state_dict() | {
             "epoch": self.epoch,
@@ -185,7 +185,8 @@ class Trainer:
 
         Args:
             state: what :meth:`state_dict` returned.
-            same_run: whether the same run continues; then its times and early stopping do, too.
+            same_run: True to resume a run in its run folder, with its times and early-stopping state. False for a new
+                run that starts from the checkpoint.
 
         Raises:
             ValueError: the state belongs to another optimizer or network.
@@ -215,11 +216,11 @@ class Trainer:
         step.model.train()
         if self._running is None:
             self._running = EpochState.start(self.device)
-        self._running.restore_rank(epoch, batches, step.networks, step.metric_sums.sums, self.batch_norm)
+        self._running.seed_or_restore_rank(epoch, batches, step.networks, step.metric_sums.sums, self.batch_norm)
         return self._running
 
     def _count_step(self, state: EpochState, epoch: int) -> MetricValues | None:
-        """Count one step. Every ``log_every`` steps: the averages of this block over all ranks."""
+        """Count one step. Every ``log_every`` steps: the metrics of these steps, all-reduced."""
         with state.watch.span("step"):
             self.step += 1
             state.steps += 1
@@ -247,14 +248,18 @@ class Trainer:
 
         def may_continue() -> bool:
             self.control.approach(StopPoint(self.step, in_evaluation=True))
-            return not self.control.is_leaving()
+            return not self.control.is_interrupted()
 
         before = self.stopwatch.seconds.get("evaluation", 0.0)
         with self.stopwatch.span("evaluation"):
-            for network in self.train_step.networks:  # a checkpoint must hold what every rank continues with
+            # All ranks need equal buffers: they are evaluated, saved and trained further.
+            for network in self.train_step.networks:
                 batch_norm.combine_over_ranks(network, self.batch_norm)
             if self.batch_norm == "population":
-                again = (batches.make(*draw, scale=validation.scale)[0] for draw in batches.draws(epoch))
+                again = (
+                    batches.make(*micro_batch, scale=validation.scale)[0]
+                    for micro_batch in batches.micro_batches(epoch)
+                )
                 with autocast(self.device, self.precision):
                     batch_norm.recompute(self.evaluated, takewhile(lambda _images: may_continue(), again))
             averages = evaluate(self.evaluated, validation, self.precision, may_continue, self.control.next_stage)
@@ -265,7 +270,7 @@ class Trainer:
         return averages
 
     def _check_loss(self, averages: MetricValues, epoch: int) -> None:
-        """Raise where the loss is not finite. All ranks hold the same sums, so all of them raise."""
+        """Raise if the loss is not finite. Metrics are all-reduced, so all ranks raise."""
         if not math.isfinite(averages.loss):
             raise DivergenceError(
                 f"the loss is {averages.loss} by step {self.step} (epoch {epoch}): training has diverged. {ADVICE}"
@@ -276,11 +281,12 @@ class Trainer:
         averages = MetricValues.of(sum_over_ranks(self.train_step.metric_sums.read()))
         if averages.count:
             self._check_loss(averages, epoch)
-        # The last update came after the last loss. All ranks hold the same weights, so all of them raise.
+        # The losses do not cover the last update, so the weights are checked, too. They are equal on all ranks, so all
+        # ranks raise.
         if not all(bool(parameter.isfinite().all()) for parameter in self.train_step.model.parameters()):
             raise DivergenceError(
                 f"weights are not finite after step {self.step} (epoch {epoch}): training has diverged. {ADVICE}"
             )
 
-    def _exchange_times(self) -> None:
-        self.rank_times.add(self._own_times.exchange(self.device))
+    def _gather_times(self) -> None:
+        self.rank_times.add(self._own_times.all_gather(self.device))

@@ -9,7 +9,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class WeightEma(AveragedModel):
     """EMA of the weights and of the floating-point buffers; other buffers are copied from the network.
 
-    torch's own update copies a number to the device and walks both networks at each step, so the host waits for a GPU.
+    torch's own update copies its step counter to the GPU at each step, so the host waits. It also iterates over the
+    tensors of both networks.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -32,6 +33,6 @@ class WeightEma(AveragedModel):
 
 
 def _split_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point parameters and buffers, and all others. Training changes them in place."""
+    """Floating-point tensors, and all others. Training changes them in place, so the lists stay valid."""
     tensors = [*model.parameters(), *model.buffers()]
     return [it for it in tensors if it.is_floating_point()], [it for it in tensors if not it.is_floating_point()]

@@ -8,13 +8,13 @@ from cifar_exp.distributed.process_group import World
 from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition
 from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import JournalWriter, run_id
-from cifar_exp.worker.assembly import Assembly
 from cifar_exp.worker.job import Job
+from cifar_exp.worker.training_setup import TrainingSetup
 
 
 @dataclass
 class RankZeroFiles:
-    """What rank 0 writes to."""
+    """The journal and the checkpoints, which rank 0 writes."""
 
     journal: JournalWriter
     saver: CheckpointSaver
@@ -27,15 +27,15 @@ class CheckpointPolicy:
     Attributes:
         job: the run.
         world: this rank among the others.
-        assembly: what is saved.
-        validation: what each epoch is validated on.
-        has_validation_split: False where ``validation`` is the test set, which must not choose a best checkpoint.
+        setup: what is saved.
+        validation: the images that each epoch is validated on.
+        has_validation_split: whether ``validation`` is a validation split. On the test set no best checkpoint is kept.
         files: what rank 0 writes to; None on the other ranks.
     """
 
     job: Job
     world: World
-    assembly: Assembly
+    setup: TrainingSetup
     validation: EvaluationBatches
     has_validation_split: bool
     files: RankZeroFiles | None
@@ -48,15 +48,15 @@ class CheckpointPolicy:
         Raises:
             StorageError: an earlier checkpoint could not be written.
         """
-        trainer = self.assembly.trainer
+        trainer = self.setup.trainer
         is_best = self._best()[0] == trainer.step
         if not (must or trainer.epoch % self.job.checkpoint.every == 0 or is_best):
             self.wait()  # reports a failed save at the next epoch, not when the next checkpoint is due
             return
         training = trainer.state_dict()  # a collective
         if self.files:
-            network = self.assembly.model.state_dict()
-            normalization = self.assembly.batches.normalization
+            network = self.setup.model.state_dict()
+            normalization = self.setup.batches.normalization
             checkpoint = Checkpoint(
                 model=trainer.evaluated.state_dict(),
                 trained=network,
@@ -82,11 +82,11 @@ class CheckpointPolicy:
 
     def _best(self) -> tuple[int | None, float | None]:
         """Step and value of the best epoch so far; None without a validation split."""
-        progress = self.assembly.trainer.early_stopping
+        progress = self.setup.trainer.early_stopping
         return (progress.best_step, progress.best) if self.has_validation_split else (None, None)
 
     def _position(self) -> CheckpointPosition:
-        trainer = self.assembly.trainer
+        trainer = self.setup.trainer
         best_step, best_value = self._best()
         return CheckpointPosition(
             epoch=trainer.epoch,

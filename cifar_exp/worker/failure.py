@@ -1,4 +1,4 @@
-"""How a rank reports to the launcher why it failed."""
+"""A rank's report to the launcher: why it failed."""
 
 import json
 from dataclasses import dataclass
@@ -26,23 +26,23 @@ class RankFailure:
     message: str
     traceback: str
 
-    def save(self, exchange: Path, attempt: int) -> None:
+    def save(self, ipc_dir: Path, attempt: int) -> None:
         """Write the report in an atomic write: the launcher may read it at any moment.
 
         Args:
-            exchange: the folder that ranks and launcher share.
+            ipc_dir: the folder that ranks and launcher share.
             attempt: which start of the ranks failed, counted from 0.
         """
-        path = exchange / f"failure-{attempt}-{self.rank}.json"
+        path = ipc_dir / f"failure-{attempt}-{self.rank}.json"
         write_atomically(path, json.dumps(vars(self)), durable=False)
 
     @classmethod
-    def of_attempt(cls, exchange: Path, attempt: int) -> "list[RankFailure]":
+    def of_attempt(cls, ipc_dir: Path, attempt: int) -> "list[RankFailure]":
         """The reports of one attempt. A rank that was killed has left none."""
-        return [cls(**json.loads(path.read_text())) for path in exchange.glob(f"failure-{attempt}-*.json")]
+        return [cls(**json.loads(path.read_text())) for path in ipc_dir.glob(f"failure-{attempt}-*.json")]
 
     def raise_if_lasting(self) -> None:
-        """Raise the error again if a restart would meet it again: one that the user has to correct."""
+        """Raise the error if a restart cannot fix it."""
         for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
             if self.exit_code == kind.exit_code:
                 raise kind(self.message.partition(": ")[2])

@@ -20,7 +20,8 @@ from cifar_exp.worker.job import Job
 def test_metrics(
     trainer: Trainer, test: EvaluationBatches, validated: MetricValues, job: Job, control: RankControl
 ) -> dict[str, float]:
-    """The last network on the test set. With a validation split, the best epoch's network, too.
+    """``test/<metric>`` of the last epoch's network. With a validation split, also ``test/<metric>_best`` of the best
+    epoch's.
 
     Args:
         trainer: after its last step. With a validation split, its network becomes the best epoch's.

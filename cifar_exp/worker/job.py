@@ -18,11 +18,11 @@ class Job:
 
     Attributes:
         run_dir: the run folder, where rank 0 writes.
-        started: when the run began, on the monotonic clock; the time between its sessions is left out.
+        started: start on the monotonic clock; interruptions are left out.
         elapsed: seconds that the run took in earlier sessions; 0 in a new run.
         config_hash: hash of the settings that affect the result.
         resume_from: run folder and checkpoint to resume from; None starts from initial values.
-        seed: seed of initial values, order and augmentation.
+        seed: seed of initial weights, image order, augmentation and dropout.
         plan: batches, steps and learning rates.
         train: settings of the training loop.
         checkpoint: how often a checkpoint is saved, and how many are kept.
@@ -33,7 +33,8 @@ class Job:
         make_optimizer: called with the parameters and ``lr``.
         accelerator: ``cpu``, ``gpu`` or ``mps``.
         threads: CPU threads per rank.
-        timeout: seconds without a heartbeat after which a rank counts as hung.
+        timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
+            killed.
     """
 
     run_dir: Path

@@ -27,13 +27,13 @@ from cifar_exp.worker.job import Job
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
 
-def live(job: Job, exchange: Path, work: Callable[[Job, World, RankControl], None]) -> None:
-    """The whole life of a rank's process.
+def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, RankControl], None]) -> None:
+    """Set up a rank's process, join the process group, do the rank's work, and report a failure to the launcher.
 
     Args:
         job: the run.
-        exchange: a private folder that ranks and launcher share: rendezvous, heartbeats, failures, stop requests.
-        work: called once this rank has its device and has joined the process group.
+        ipc_dir: a private folder that ranks and launcher share: rendezvous, heartbeats, failures, stop requests.
+        work: called after this rank has its device and has joined the process group.
     """
     begin_rank()
     gc.freeze()  # the garbage collector skips what the fork server has imported
@@ -41,25 +41,25 @@ def live(job: Job, exchange: Path, work: Callable[[Job, World, RankControl], Non
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
-        control = RankControl(exchange, job.run_dir, rank, steps_between_waits, _seconds_left(job))
+        control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job))
         if attempt:
-            job = _restarted(job, exchange, rank, attempt)
+            job = _restarted(job, ipc_dir, rank, attempt)
         _prepare_process(job)
         # Longer than launcher.timeout: the launcher ends hung ranks first, since it can name them.
-        with process_group.joined_world(job.accelerator, exchange, 2 * job.timeout + 60) as world:
+        with process_group.joined_world(job.accelerator, ipc_dir, 2 * job.timeout + 60) as world:
             work(job, world, control)
         control.done()
         end_rank()
     except Exception as error:
-        if not exchange.exists():  # the launcher was stopped before it knew of this rank: nobody reads a report
+        if not ipc_dir.exists():  # the launcher was stopped before it registered this rank: nobody reads a report
             os._exit(1)
-        _report_failure_and_exit(error, exchange, rank, attempt)
+        _report_failure_and_exit(error, ipc_dir, rank, attempt)
 
 
-def _report_failure_and_exit(error: Exception, exchange: Path, rank: int, attempt: int) -> None:
+def _report_failure_and_exit(error: Exception, ipc_dir: Path, rank: int, attempt: int) -> None:
     code = error.exit_code if isinstance(error, CifarExpError) else None
     failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
-    failure.save(exchange, attempt)
+    failure.save(ipc_dir, attempt)
     if code is None and int(os.environ["WORLD_SIZE"]) > 1:
         # The cause may be a peer that was killed and left no report. Wait, so that the launcher sees that one first.
         # Then it ends this rank.
@@ -68,18 +68,18 @@ def _report_failure_and_exit(error: Exception, exchange: Path, rank: int, attemp
 
 
 def begin_rank() -> None:
-    """End with the parent, and leave Ctrl-C, which reaches every process of the terminal, to it."""
+    """Exit when the parent exits. Ignore Ctrl-C: the terminal sends it to all processes, and the parent handles it."""
     host.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_rank() -> None:
-    """End without Python's finalisation, as a forked process does.
+    """Skip interpreter shutdown in a spawned rank; forked ranks skip it anyway.
 
-    Finalisation would abort a thread of gloo's that is still in a Python callback.
+    Shutdown aborts if a gloo thread is in a Python callback.
     """
-    if host.start_method() == "spawn":  # forked processes call nothing at their exit
+    if host.start_method() == "spawn":
         atexit.register(os._exit, 0)
 
 
@@ -88,13 +88,13 @@ def _seconds_left(job: Job) -> float | None:
     return None if limit is None else limit - (time.monotonic() - job.started)
 
 
-def _restarted(job: Job, exchange: Path, rank: int, attempt: int) -> Job:
+def _restarted(job: Job, ipc_dir: Path, rank: int, attempt: int) -> Job:
     """The job after a rank died: it resumes from the newest valid checkpoint.
 
     Raises:
         CifarExpError: the error that ended the attempt before, if it would come again.
     """
-    for failure in RankFailure.of_attempt(exchange, attempt - 1):
+    for failure in RankFailure.of_attempt(ipc_dir, attempt - 1):
         failure.raise_if_lasting()
 
     def report(line: str) -> None:

@@ -1,4 +1,4 @@
-"""What one rank does in a run: build, resume, train, test, report. It never enters Hydra and never imports mlflow."""
+"""One rank's run: build, resume, train, test. Rank 0 writes the journal. No Hydra, no MLflow."""
 
 import time
 from contextlib import ExitStack, nullcontext
@@ -18,19 +18,19 @@ from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import Entry, JournalWriter
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.trainer import ReportMetrics, Trainer
-from cifar_exp.worker.assembly import Assembly, assemble
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
 from cifar_exp.worker.final_metrics import communication_metrics, epoch_metrics, test_metrics, time_metrics
 from cifar_exp.worker.first_steps import capture_steps, prepare_steps
 from cifar_exp.worker.job import Job
-from cifar_exp.worker.rank_process import live
+from cifar_exp.worker.rank_process import run_in_rank_process
+from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 
 TRACE_FILE = "trace.json.gz"
 
 
-def run_rank(job: Job, exchange: Path) -> None:
-    """The entry point of each training process; see :func:`live`."""
-    live(job, exchange, _train)
+def run_rank(job: Job, ipc_dir: Path) -> None:
+    """The entry point of each training process; see :func:`run_in_rank_process`."""
+    run_in_rank_process(job, ipc_dir, _train)
 
 
 def _train(job: Job, world: World, control: RankControl) -> None:
@@ -46,31 +46,35 @@ def _train(job: Job, world: World, control: RankControl) -> None:
                 journal.write(Entry(step, epoch, time.monotonic() - job.started, metrics))
 
         saved = checkpoint.load(*job.resume_from) if job.resume_from else None
-        assembly = assemble(job, world, control, report, train_images, test_images, saved)
-        trainer = assembly.trainer
+        setup = build_training_setup(job, world, control, report, train_images, test_images, saved)
+        trainer = setup.trainer
         if saved:
             _resume(trainer, saved, job)
-        validated = _fit(job, world, assembly, held_out, journal)
+        validated = _fit(job, world, setup, held_out, journal)
         if validated is None:
             return
         with trainer.stopwatch.span("evaluation"):
-            tested = test_metrics(trainer, assembly.test, validated, job, control)
-        _report_end(job, world, assembly, report, tested)
+            tested = test_metrics(trainer, setup.test, validated, job, control)
+        _report_end(job, world, setup, report, tested)
 
 
 def _fit(
-    job: Job, world: World, assembly: Assembly, held_out: Source | None, journal: JournalWriter | None
+    job: Job, world: World, setup: TrainingSetup, held_out: Source | None, journal: JournalWriter | None
 ) -> MetricValues | None:
-    """Train with checkpoints and, where asked for, a profile. Returns what ``Trainer.fit`` does."""
-    trainer, batches = assembly.trainer, assembly.batches
-    validation = assembly.test if held_out is None else replace(assembly.test, source=held_out)
+    """Train with checkpoints and, with ``train.profile``, a profiler trace.
+
+    Returns:
+        The last validation, or None if interrupted.
+    """
+    trainer, batches = setup.trainer, setup.batches
+    validation = setup.test if held_out is None else replace(setup.test, source=held_out)
     with ExitStack() as closing:
         if job.train.profile and world.is_first:
             trainer.after_step = closing.enter_context(profiler(job.run_dir / TRACE_FILE)).step
         files = None
         if journal:
             files = RankZeroFiles(journal, closing.enter_context(CheckpointSaver(job.run_dir, job.checkpoint.keep)))
-        policy = CheckpointPolicy(job, world, assembly, validation, held_out is not None, files)
+        policy = CheckpointPolicy(job, world, setup, validation, held_out is not None, files)
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
         prepare_steps(trainer, batches, job.train.compile, world)
@@ -82,10 +86,10 @@ def _fit(
     return validated
 
 
-def _report_end(job: Job, world: World, assembly: Assembly, report: ReportMetrics, tested: dict[str, float]) -> None:
-    trainer = assembly.trainer
+def _report_end(job: Job, world: World, setup: TrainingSetup, report: ReportMetrics, tested: dict[str, float]) -> None:
+    trainer = setup.trainer
     counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    times = time_metrics(trainer, job.plan.global_batch_size) | communication_metrics(trainer, assembly.model, world)
+    times = time_metrics(trainer, job.plan.global_batch_size) | communication_metrics(trainer, setup.model, world)
     report(trainer.step, trainer.epoch, tested | counts | epoch_metrics(trainer, job) | times)
 
 
@@ -109,5 +113,8 @@ def _resume(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
     try:
         trainer.load_state_dict(saved.training, same_run=folder == job.run_dir)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"optimizer: the checkpoint's state belongs to another one: {error}") from error
+        raise ConfigError(
+            f"optimizer: the checkpoint's state belongs to another one: {error}. Set optimizer=<that one>, or "
+            f"resume=never"
+        ) from error
     trainer.rescale_progress(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)

@@ -1,4 +1,4 @@
-"""Build what one rank trains with: model, optimizer, trainer, batches."""
+"""Build one rank's model, optimizer, trainer and batches."""
 
 import inspect
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from cifar_exp.worker.job import Job
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """What one rank trains with.
+class TrainingSetup:
+    """One rank's model, trainer and batches.
 
     Attributes:
         model: the network itself, without DDP.
@@ -42,7 +42,7 @@ class Assembly:
     test: EvaluationBatches
 
 
-def assemble(
+def build_training_setup(
     job: Job,
     world: World,
     control: RankControl,
@@ -50,14 +50,14 @@ def assemble(
     train_images: Source,
     test_images: Source,
     saved: Checkpoint | None = None,
-) -> Assembly:
+) -> TrainingSetup:
     """Build everything on this rank's device.
 
     Args:
         job: the run.
         world: this rank among the others.
         control: gets heartbeats and stop points.
-        report: gets metrics as they come.
+        report: gets the metrics during training.
         train_images: the training split.
         test_images: the test set.
         saved: the network starts from this checkpoint; None: from initial values.
@@ -79,7 +79,7 @@ def assemble(
         job.plan.accumulate,
     )
     test = EvaluationBatches(test_images, normalization, world.rank, world.size, scale=job.plan.image_scales[-1])
-    return Assembly(model, trainer, batches, test)
+    return TrainingSetup(model, trainer, batches, test)
 
 
 def _build_trainer(
@@ -124,7 +124,9 @@ def _load_weights(model: nn.Module, saved: Checkpoint) -> None:
     try:
         model.load_state_dict(saved.trained)
     except RuntimeError as error:
-        raise ConfigError(f"model: the checkpoint is another network's: {error}") from error
+        raise ConfigError(
+            f"model: the checkpoint is another network's: {error}. Set model=<that network>, or resume=never"
+        ) from error
 
 
 def _compile_or_fuse(model: nn.Module, job: Job, world: World, precision: torch.dtype) -> None:
@@ -163,7 +165,9 @@ def _build_optimizer(job: Job, model: nn.Module) -> Optimizer:
     try:
         return make(model.parameters(), lr=job.plan.learning_rates[0], **settings)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: its settings do not go together: {error}") from error
+        raise ConfigError(
+            f"optimizer: its settings do not go together: {error}. Set optimizer.<setting>=<another value>"
+        ) from error
 
 
 def _sample(source: Source) -> Tensor:

@@ -170,7 +170,7 @@ def test_an_epoch_that_is_left_early_does_not_bear_on_the_next(
     memory = batches(folders(equal).load("train"), 0, 1)
     for choice, workers in WAYS:
         ours = batches(sources(choice, workers)[0], 0, 1)
-        draws = ours.draws(1)
+        draws = ours.micro_batches(1)
         first = next(draws)
         draws.close()  # type: ignore[attr-defined]
         for made in (ours.make(*first), ours.make(*ours.example())):
@@ -244,7 +244,7 @@ def test_a_file_that_breaks_later_is_a_data_error_with_its_path(tmp_path: Path, 
     (tmp_path / "test" / "ant" / "02.png").unlink()
     with opened(files, CPU, threads=1) as (train, test):
         with pytest.raises(DataError, match=r"train/bee/03\.png: is no image of a known format\. Replace"):
-            list(batches(train, 0, 1, batch_size=13).draws(1))
+            list(batches(train, 0, 1, batch_size=13).micro_batches(1))
         with pytest.raises(DataError, match=r"test/ant/02\.png: .*No such file"):
             fetch(test, torch.arange(11))
         assert fetch(test, torch.arange(2))[1].tolist() == [0, 0]
@@ -368,12 +368,12 @@ def prefetching() -> list[threading.Thread]:
 def test_the_thread_ends_when_an_epoch_is_left_early(sources: Callable[..., tuple[Source, Source]]) -> None:
     source, _ = sources("host")
     assert isinstance(source, HostSource)
-    draws = batches(source, 0, 1, batch_size=1).draws(1)
+    draws = batches(source, 0, 1, batch_size=1).micro_batches(1)
     next(draws)
     assert len(prefetching()) == 1
     draws.close()  # type: ignore[attr-defined]
     assert prefetching() == []
-    list(batches(source, 0, 1).draws(1))
+    list(batches(source, 0, 1).micro_batches(1))
     assert prefetching() == []
 
 
@@ -423,7 +423,7 @@ def test_a_graph_takes_the_draws_of_every_source(sources: Callable[..., tuple[So
             seen.append(ours.make(*draw)[0])
 
         step = CapturedStep(compute, ours.example(), lambda function: function)
-        for draw in ours.draws(2):
+        for draw in ours.micro_batches(2):
             step(*draw)
         for images, (expected, _) in zip(seen, ours.epoch(2), strict=True):
             assert torch.equal(images, expected)

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from cifar_exp.distributed.rank_control import RankControl
-from cifar_exp.distributed.stop_requests import LEAVE_FILE, STOP_FILE, Request, StopPoint, ended_by
+from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, STOP_FILE, Request, StopPoint, ended_by
 from cifar_exp.launch.watchdog import Watchdog
 
 
 def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
     first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
-    (tmp_path / LEAVE_FILE).touch()
+    (tmp_path / INTERRUPT_FILE).touch()
     second.approach(StopPoint(1))  # only the first one looks
     assert second.agreed(StopPoint(1)) is None
     first.approach(StopPoint(2))
     assert [rank.agreed(StopPoint(1, in_evaluation=True)) for rank in (first, second)] == [None, None]
-    request = Request("leave", "a signal")
+    request = Request("interrupt", "a signal")
     assert [rank.agreed(StopPoint(2)) for rank in (first, second)] == [request, request]
     first.approach(StopPoint(3))  # what was agreed stays
     assert second.agreed(StopPoint(2, in_evaluation=True)) == ended_by(tmp_path) == request
@@ -29,7 +29,7 @@ def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp
 
 def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_path: Path) -> None:
     first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
-    (tmp_path / LEAVE_FILE).touch()
+    (tmp_path / INTERRUPT_FILE).touch()
     first.approach(StopPoint(5, in_evaluation=True))
     assert second.agreed(StopPoint(5)) is None
     assert second.agreed(StopPoint(5, in_evaluation=True)) == second.agreed(StopPoint(6)) == ended_by(tmp_path)
@@ -38,23 +38,23 @@ def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_pa
 
 
 def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
-    exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
-    exchange.mkdir()
+    ipc_dir, run_dir = tmp_path / "ipc_dir", tmp_path / "run"
+    ipc_dir.mkdir()
     run_dir.mkdir()
-    control = RankControl(exchange, run_dir)
+    control = RankControl(ipc_dir, run_dir)
     control.approach(StopPoint(1))
     assert control.agreed(StopPoint(1)) is None
     (run_dir / STOP_FILE).touch()
     control.approach(StopPoint(2))
-    assert control.agreed(StopPoint(2)) == Request("finish", "the file stop in the run's folder")
+    assert control.agreed(StopPoint(2)) == Request("stop", "the file stop in the run's folder")
     assert not (run_dir / STOP_FILE).exists()
 
 
 def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
-    exchange, run_dir = tmp_path / "exchange", tmp_path / "run"
-    exchange.mkdir()
+    ipc_dir, run_dir = tmp_path / "ipc_dir", tmp_path / "run"
+    ipc_dir.mkdir()
     (run_dir / STOP_FILE).mkdir(parents=True)
-    control = RankControl(exchange, run_dir)
+    control = RankControl(ipc_dir, run_dir)
     control.approach(StopPoint(1))
     assert control.agreed(StopPoint(1)) is None
     assert (run_dir / STOP_FILE).is_dir()
@@ -66,18 +66,18 @@ def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
     over, endless = RankControl(tmp_path / "a", seconds=0.0), RankControl(tmp_path / "b", seconds=86400.0)
     for control in (over, endless):
         control.approach(StopPoint(1))
-    assert over.agreed(StopPoint(1)) == Request("finish", "train.max_seconds")
+    assert over.agreed(StopPoint(1)) == Request("stop", "train.max_seconds")
     assert endless.agreed(StopPoint(1)) is None
 
 
 EVALUATE = "control.approach(StopPoint(9, in_evaluation=True))"
 
 
-def rank_process(exchange: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
+def rank_process(ipc_dir: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
     """A rank that trains ``steps`` steps, begins another one and waits for ever."""
     code = (
         "import time; from pathlib import Path; from cifar_exp.distributed.rank_control import RankControl, StopPoint\n"
-        f"control = RankControl(Path({str(exchange)!r}), rank={rank})\n"
+        f"control = RankControl(Path({str(ipc_dir)!r}), rank={rank})\n"
         f"for step in range({steps} + 1): control.approach(StopPoint(step + 1))\n"
         f"{then}\n"
         "time.sleep(600)\n"

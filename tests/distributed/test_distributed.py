@@ -128,7 +128,7 @@ def slowed_down(world: World) -> RankTimes:
             made.after_step = listen
     batches = train_batches(world)
     # Else DDP has ranks agree on buckets before the second step.
-    made.train_step.dry_run(*batches.make(*next(batches.draws(1))))
+    made.train_step.dry_run(*batches.make(*next(batches.micro_batches(1))))
     made.fit(batches, validation(world), epochs=1)
     return made.rank_times
 
@@ -155,7 +155,7 @@ def accumulated_after_warming_up(world: World) -> dict[str, list[float]]:
     """Seconds of the ranks where DDP has chosen its buckets before, and steps have two micro-batches."""
     made, _, _ = trainer(world)
     batches = train_batches(world, accumulate=2)
-    made.train_step.dry_run(*batches.make(*next(batches.draws(1))))
+    made.train_step.dry_run(*batches.make(*next(batches.micro_batches(1))))
     time.sleep(1.0)
     made.fit(batches, validation(world), epochs=1)
     assert sum(made.rank_times.last) == 3
@@ -388,7 +388,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(
     for rank in (*pair, alone):
         message = rank["diverged"][log_every]
         assert f"the loss is nan by step {step} (epoch 1)" in message
-        assert "smaller optimizer.lr" in message
+        assert "optimizer.lr=<smaller>" in message
 
 
 def test_one_rank_trains_the_network_itself(pair: list[Results], alone: Results) -> None:

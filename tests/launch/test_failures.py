@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cifar_exp.errors import Stopped
-from cifar_exp.system.signals import answer_signals, raise_swallowed, signals_to_answer
+from cifar_exp.system.signals import install_signal_handlers, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.processes import (
@@ -202,16 +202,16 @@ def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
 
     with pytest.raises((Stopped, RuntimeError)) as raised:
         type("Made", (), {"field": Field()})
-    stopped = Stopped.behind(raised.value)
+    stopped = Stopped.cause_of(raised.value)
     assert stopped
     assert stopped.exit_code == 130
-    assert Stopped.behind(ValueError()) is None
+    assert Stopped.cause_of(ValueError()) is None
 
 
 def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_started() -> None:
     before = {number: signal.getsignal(number) for number in signals_to_answer()}
     try:
-        answer_signals()
+        install_signal_handlers()
         raise_swallowed()  # there was none
         with suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
@@ -226,13 +226,13 @@ def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_starte
 DELETED = """
 import signal
 from cifar_exp.errors import Stopped
-from cifar_exp.system.signals import answer_signals, raise_swallowed
+from cifar_exp.system.signals import install_signal_handlers, raise_swallowed
 
 class Deleted:
     def __init__(self, action): self.action = action
     def __del__(self): self.action()
 
-answer_signals()
+install_signal_handlers()
 Deleted(lambda: signal.raise_signal(signal.SIGINT))
 Deleted(lambda: 1 / 0)
 try:

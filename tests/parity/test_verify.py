@@ -138,12 +138,13 @@ FAULTS = {
     ),
     "ranks train each by itself": (
         "from cifar_exp.distributed.data_parallel import Communication\n"
-        "from cifar_exp.worker import assembly\n"
-        "assembly.data_parallel.data_parallel = lambda model, world: (model, Communication())\n",
+        "from cifar_exp.worker import training_setup\n"
+        "training_setup.data_parallel.data_parallel = lambda model, world: (model, Communication())\n",
         {"gradient of step 1", "parameters after steps 1 to 3", "ranks with other parameters"},
     ),
     "statistics stay each rank's own": (
-        "from cifar_exp.worker import assembly\nassembly.synchronize_layers = lambda model, device: model\n",
+        "from cifar_exp.worker import training_setup\n"
+        "training_setup.synchronize_layers = lambda model, device: model\n",
         {"loss of steps 1 to 3"},
     ),
     "shards that are evaluated are filled up": (

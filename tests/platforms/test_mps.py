@@ -27,7 +27,7 @@ from cifar_exp.data.batches import constant_images
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
 from cifar_exp.distributed import data_parallel
-from cifar_exp.distributed.collectives import average_buffers, rows, share_first_ranks_buffers, sum_over_ranks
+from cifar_exp.distributed.collectives import all_gather_numbers, average_buffers, broadcast_buffers, sum_over_ranks
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import MachineError
@@ -39,7 +39,7 @@ from cifar_exp.system.machine import description
 from cifar_exp.training.metrics import MetricSums, MetricValues
 from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
-from cifar_exp.worker.assembly import Assembly, assemble
+from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 from tests.conftest import TINY, Command
 from tests.helpers.configs import composed, default_config
 from tests.training.test_gpu_step import MEAN, STD, _moved
@@ -105,7 +105,7 @@ def test_images_stay_on_the_host_where_they_would_fill_its_memory(monkeypatch: p
     assert residency_on(MPS, "auto", 400) == "device"
     assert residency_on(MPS, "auto", 401) == "host"
     assert residency_on(CPU, "auto", 10**15) == "device"
-    assert not accelerator.takes_copies_meanwhile(MPS)
+    assert not accelerator.supports_async_copies(MPS)
 
 
 def test_random_numbers_of_the_device_are_saved_and_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def only_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     constant_images.cache_clear()
 
 
-def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> Assembly:
+def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> TrainingSetup:
     """The only one there can be, with its network and images."""
     config = read_config(composed("data=synthetic", "devices=mps", *overrides))
     parts = build(config)
@@ -184,7 +184,9 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = assemble(job, World(0, 1, GPU), RankControl(folder, folder, 0, 1, None), lambda *_: None, split, split)
+    rank = build_training_setup(
+        job, World(0, 1, GPU), RankControl(folder, folder, 0, 1, None), lambda *_: None, split, split
+    )
 
     def backward(_loss: Tensor) -> None:  # which needs a real device
         for parameter in rank.model.parameters():
@@ -262,7 +264,7 @@ def test_one_ranks_sums_and_buffers_are_as_they_were(only_rank: World) -> None:
     model = nn.BatchNorm2d(3)
     model.running_mean = torch.tensor([1.0, 2.0, 3.0])
     average_buffers(model)
-    share_first_ranks_buffers(model)
+    broadcast_buffers(model)
     assert model.running_mean.tolist() == [1, 2, 3]
     assert sum_over_ranks(torch.tensor([1.5])).tolist() == [1.5]
-    assert rows([1.0, 2.0], only_rank.device).tolist() == [[1, 2]]
+    assert all_gather_numbers([1.0, 2.0], only_rank.device).tolist() == [[1, 2]]

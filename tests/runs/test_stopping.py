@@ -12,7 +12,7 @@ import torch
 from cifar_exp.data.batches import EvaluationBatches
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
-from cifar_exp.distributed.stop_requests import LEAVE_FILE
+from cifar_exp.distributed.stop_requests import INTERRUPT_FILE
 from cifar_exp.errors import DivergenceError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import MetricValues
@@ -153,7 +153,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Pat
 def test_a_network_that_has_diverged_since_the_loss_was_read_is_not_saved(tmp_path: Path, only_rank: World) -> None:
     left, model, _ = trainer(only_rank, log_every=100)
     left.train_step.control = RankControl(tmp_path, every=2)
-    (tmp_path / LEAVE_FILE).touch()
+    (tmp_path / INTERRUPT_FILE).touch()
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     saved: list[bool] = []
@@ -168,7 +168,7 @@ def test_a_network_that_its_last_update_has_broken_is_not_saved(
     """Its losses were finite, and are those from before the update."""
     left, model, _ = trainer(only_rank, log_every=100)
     left.train_step.control = RankControl(tmp_path, every=2)
-    (tmp_path / LEAVE_FILE).touch()
+    (tmp_path / INTERRUPT_FILE).touch()
     step, taken = left.train_step.optimizer.step, count(1)
 
     def overshooting() -> None:
@@ -191,7 +191,7 @@ def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each
     whole.fit(train_batches(only_rank), validation(only_rank), epochs=1)
     cut, half_trained, reported = trainer(only_rank)
     cut.train_step.control = RankControl(tmp_path)
-    (tmp_path / LEAVE_FILE).touch()
+    (tmp_path / INTERRUPT_FILE).touch()
     monkeypatch.setattr(RankControl, "agreed", lambda _self, _point: None)  # it is noticed in the evaluation alone
     saved: list[bool] = []
     assert cut.fit(train_batches(only_rank), validation(only_rank), epochs=1, save=saved.append) is None

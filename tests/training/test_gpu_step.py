@@ -34,7 +34,7 @@ from cifar_exp.training import trainer
 from cifar_exp.training.cuda_graph import Function
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.plan import make_plan
-from cifar_exp.worker.assembly import Assembly, assemble
+from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 from tests.helpers.configs import composed
 
 GPU = torch.device("cuda", 0)
@@ -91,7 +91,7 @@ def _moved(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return model
 
 
-def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, images: int = 5000) -> Assembly:
+def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, images: int = 5000) -> TrainingSetup:
     """The only one, with its network and images."""
     config = read_config(composed("data=synthetic", "devices=gpu", *overrides))
     parts = build(config)
@@ -100,7 +100,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     plan = make_plan(config, 1, images, parts.schedule)
     job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
     control = RankControl(folder, folder, 0, 1, None)
-    rank = assemble(job, World(0, 1, GPU), control, lambda *_: None, split, split)
+    rank = build_training_setup(job, World(0, 1, GPU), control, lambda *_: None, split, split)
 
     def backward(_loss: Tensor) -> None:
         for parameter in rank.model.parameters():

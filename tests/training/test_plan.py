@@ -8,7 +8,7 @@ import pytest
 
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
-from cifar_exp.training.plan import Plan, doubts, make_plan
+from cifar_exp.training.plan import Plan, make_plan, warnings
 from cifar_exp.training.schedules import cosine, piecewise
 from tests.helpers.configs import default_config
 
@@ -107,12 +107,12 @@ def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
 def test_what_is_hardly_meant_is_said() -> None:
     """A warm-up that the run does not outlast; a test set that decides when training ends."""
     config = configured(lr_scaling="linear_warmup")
-    (told,) = doubts(config, plan(2, epochs=5))
+    (told,) = warnings(config, plan(2, epochs=5))
     assert "train.epochs=5 ends before" in told
-    assert doubts(config, plan(1, epochs=5)) == doubts(config, plan(2, epochs=6)) == []
-    (told,) = doubts(configured(patience=2), plan(1))
+    assert warnings(config, plan(1, epochs=5)) == warnings(config, plan(2, epochs=6)) == []
+    (told,) = warnings(configured(patience=2), plan(1))
     assert "early_stopping.patience=2: there is no validation split" in told
-    assert doubts(configured(patience=2, apart=0.1), plan(1)) == []
+    assert warnings(configured(patience=2, apart=0.1), plan(1)) == []
 
 
 def test_nothing_is_dropped_where_the_batch_divides_the_set() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition
-from cifar_exp.worker.assembly import Assembly
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
+from cifar_exp.worker.training_setup import TrainingSetup
 from tests.helpers.tiny_training import train_batches, trainer, validation
 
 
@@ -45,12 +45,12 @@ def policy(world: World, folder: Path, disk: Disk | None, *, every: int = 2, spl
     )
     files: Any = RankZeroFiles(disk, disk) if disk else None  # type: ignore[arg-type]
     test = validation(world)
-    return CheckpointPolicy(job, world, Assembly(model, made, train_batches(world), test), test, split, files)
+    return CheckpointPolicy(job, world, TrainingSetup(model, made, train_batches(world), test), test, split, files)
 
 
 def after(made: CheckpointPolicy, epoch: int, best_epoch: int) -> None:
     """As if training were at the end of ``epoch``, three steps each."""
-    progress = made.assembly.trainer
+    progress = made.setup.trainer
     progress.epoch, progress.step = epoch, 3 * epoch
     progress.early_stopping.best_step, progress.early_stopping.best = 3 * best_epoch, 0.5
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_says_what_it_is_of(only_rank: World, tmp_path: Path) -> No
         "config",
     )
     assert (checkpoint.classes, checkpoint.image_size, checkpoint.shift) == (("cat", "dog"), (32, 32), (128, 127, 126))
-    for name, value in made.assembly.model.state_dict().items():
+    for name, value in made.setup.model.state_dict().items():
         assert torch.equal(checkpoint.model[name], value)
         assert torch.equal(checkpoint.trained[name], value)
     assert (checkpoint.training["epoch"], checkpoint.training["step"]) == (4, 12)
