@@ -3,10 +3,8 @@
 These are plain classes, and every module may import them. ``reading.py`` converts composed YAML to these classes
 and reports wrong settings.
 
-The sections ``train``, ``devices``, ``checkpoint``, ``early_stopping`` and ``report`` are closed: they have exactly
-these keys. The other sections are open: the signature of their ``_target_`` defines their keys. ``COMMON`` has the
-settings that the package's own choices of an open section share, so that a wrong value is reported before a heavy
-import. ``KEPT`` has the settings of open sections that the framework uses itself and does not pass to the target.
+Fixed keys: ``train``, ``devices``, ``checkpoint``, ``early_stopping``, ``report``. The signature of the ``_target_``
+gives the keys of the other sections. ``COMMON``: keys that are checked before that import.
 """
 
 import math
@@ -219,5 +217,3 @@ COMMON: dict[str, Any] = {
     "launcher": _Launcher,
     "tracking": _Tracking,
 }
-
-KEPT: dict[str, set[str]] = {"data": {"validation"}}

@@ -15,23 +15,23 @@ class DeviceSet:
 
     Attributes:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
-        count: number of ranks.
+        world_size: number of ranks.
         threads: CPU threads per rank.
         found: number of GPUs or cores that this process may use.
         oversubscribed: whether ranks share a core.
     """
 
     accelerator: str
-    count: int
+    world_size: int
     threads: int
     found: int
     oversubscribed: bool
 
     def __str__(self) -> str:
         unit = "core" if self.accelerator == "cpu" else "GPU"
-        used = f"{self.count} rank{'s'[: self.count > 1]} x {self.threads} thread{'s'[: self.threads > 1]}"
+        used = f"{self.world_size} rank{'s'[: self.world_size > 1]} x {self.threads} thread{'s'[: self.threads > 1]}"
         if self.accelerator != "cpu":
-            used = f"{self.count} GPU{'s'[: self.count > 1]}"
+            used = f"{self.world_size} GPU{'s'[: self.world_size > 1]}"
         shared = ", oversubscribed" if self.oversubscribed else ""
         return f"{used} (found {self.found} {unit}{'s'[: self.found > 1]}{shared})"
 

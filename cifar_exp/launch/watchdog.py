@@ -23,13 +23,13 @@ class Watchdog:
 
     Attributes:
         ipc_dir: the folder that ranks and launcher share.
-        ranks: the number of ranks.
+        world_size: number of ranks.
         timeout: seconds in which no rank sends a heartbeat; then the hung ranks are killed.
         vanished: rank -> message, for ranks whose process ended without an error.
     """
 
     ipc_dir: Path
-    ranks: int
+    world_size: int
     timeout: float
     vanished: dict[int, str] = field(default_factory=dict)
     _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # killed rank -> process id, message
@@ -67,7 +67,7 @@ class Watchdog:
 
     def _beats(self) -> dict[int, Heartbeat]:
         """The newest heartbeat of each rank that has sent one."""
-        beats = {rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.ranks)}
+        beats = {rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.world_size)}
         return {rank: beat for rank, beat in beats.items() if beat}
 
     def _find_dead_ranks(self, beats: dict[int, Heartbeat]) -> bool:

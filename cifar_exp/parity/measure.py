@@ -24,7 +24,7 @@ from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import MetricValues
-from cifar_exp.worker.first_steps import prepare_steps
+from cifar_exp.worker.first_step import compile_or_dry_run
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.rank_process import run_in_rank_process
 from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
@@ -134,7 +134,7 @@ def measure(
         *(train_images, test_images),
     )
     inputs, before_augmentation = _one_epoch(parts.batches, control)
-    prepare_steps(parts.trainer, parts.batches, job.train.compile, world)
+    compile_or_dry_run(parts.trainer, parts.batches, job.train.compile, world)
     steps = _Steps(parts, reference)
     steps.take(min(STEPS, job.plan.steps), job.run_dir / STOP_FILE if world.is_first else None, control)
     if reference:

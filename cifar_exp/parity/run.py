@@ -20,6 +20,7 @@ from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure
 from cifar_exp.parity.report import ParityReport, ParityResult, listed
 from cifar_exp.runs import model_check
 from cifar_exp.runs.components import Parts
+from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.runs.job_setup import new_job, title
 from cifar_exp.runs.model_check import check_scales, checked_model
 from cifar_exp.system import machine
@@ -45,22 +46,22 @@ class Case:
 
     def plan(self, data: DatasetFiles) -> Plan:
         """The plan of a whole run on these ranks."""
-        return make_plan(self.config, self.devices.count, data.train_count, self.parts.schedule)
+        return make_plan(self.config, self.devices.world_size, data.train_count, self.parts.schedule)
 
     def on_one_rank(self) -> "Case":
         """One rank that accumulates the gradients of all ranks' micro-batches, with batch norm over each of them.
 
         With synchronized batch norm it trains on one batch of that size instead.
         """
-        ranks, train = self.devices.count, self.config.train
+        ranks, train = self.devices.world_size, self.config.train
         in_turn = replace(train, accumulate=ranks * train.accumulate)
         at_once = replace(train, batch_size=train.batch_size * (ranks if train.scaling == "weak" else 1))
         train = at_once if train.batch_norm == "synchronized" else in_turn
-        return Case(replace(self.config, train=train), self.parts, replace(self.devices, count=1))
+        return Case(replace(self.config, train=train), self.parts, replace(self.devices, world_size=1))
 
     def allowed(self, precision: str) -> Tolerances:
         """The allowed differences by rounding in ``precision``."""
-        return tolerances(precision, self.devices.count, self.config.train.batch_norm == "synchronized")
+        return tolerances(precision, self.devices.world_size, self.config.train.batch_norm == "synchronized")
 
 
 def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
@@ -72,7 +73,7 @@ def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
     """
     cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, parts, strict=True)]
     for case in cases:
-        check_scaling(case.config, case.devices.count)
+        check_scaling(case.config, case.devices.world_size)
     return cases
 
 
@@ -90,13 +91,13 @@ def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport
     first = cases[0]
     data = hold_out(first.parts.dataset(), first.config.validation)
     with private_folder() as work:
-        results = [_result(case, data, work / str(case.devices.count), console) for case in cases]
+        results = [_result(case, data, work / str(case.devices.world_size), console) for case in cases]
     precision = results[0].figures["precision"]
     return ParityReport(
         title=title(first.config),
         command=command,
         precision=precision,
-        rounding=_rounding({case.devices.count: case.allowed(precision).why for case in cases}),
+        rounding=_rounding({case.devices.world_size: case.allowed(precision).why for case in cases}),
         about=_about(cases, data),
         settings=masked(asdict(first.config)),
         results=results,
@@ -105,7 +106,7 @@ def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport
 
 def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> ParityResult:
     """Measure one case. ``folder``: a new folder for the measurements."""
-    plan, count = case.plan(data), case.devices.count
+    plan, count = case.plan(data), case.devices.world_size
     _check_network(case, plan, data)
     folder.mkdir()
     one = case.on_one_rank()
@@ -119,7 +120,8 @@ def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> P
 
 
 def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
-    return new_job(case.config, case.parts, case.devices, case.plan(data), data, folder, time.monotonic())
+    hashed = config_hash(case.config)
+    return new_job(case.config, hashed, case.parts, case.devices, case.plan(data), data, folder, time.monotonic())
 
 
 def _check_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
@@ -165,7 +167,7 @@ def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
     devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))
     backend = "NCCL" if first.devices.accelerator == "gpu" else "gloo"
-    described = machine.description(first.devices.accelerator, max(case.devices.count for case in cases))
+    described = machine.description(first.devices.accelerator, max(case.devices.world_size for case in cases))
     return {
         "data": f"{data.train_count:,} training and {data.test_count:,} test images in {len(data.classes)} classes, "
         f"{data.image_size[0]} x {data.image_size[1]} pixels; sha256 {data.content_hash}",

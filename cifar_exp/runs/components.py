@@ -19,7 +19,7 @@ from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation,
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.messages import invalid_value, nearest, shown
 from cifar_exp.config.reading import SECTIONS
-from cifar_exp.config.schema import KEPT, Config
+from cifar_exp.config.schema import Config
 from cifar_exp.config.targets import ALLOWED, RENAMED, allowed, check_targets, matches, with_names
 from cifar_exp.errors import ConfigError
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from cifar_exp.training.schedules import Schedule
 
 OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
+# Settings that are not arguments of the `_target_`: the framework uses them itself.
+NOT_PASSED = {"data": {"validation"}}
 # Arguments that the framework passes itself. A configuration must not set them.
 PASSED = {"model": {"num_classes"}, "optimizer": {"params"}, "schedule": {"step", "steps_per_epoch", "epochs"}}
 
@@ -146,7 +148,7 @@ def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "par
     if trusted and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's modules are in the current folder
     check_targets(name, section, trusted)
-    settings = {key: value for key, value in section.items() if key not in KEPT.get(name, ())}
+    settings = {key: value for key, value in section.items() if key not in NOT_PASSED.get(name, ())}
     _check_kinds(name, settings, trusted)
     _check_settings(name, settings, _imported(settings["_target_"], f"{name}._target_"))
     try:

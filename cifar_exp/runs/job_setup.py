@@ -1,11 +1,10 @@
-"""The ranks' job for a new run, and the run's title."""
+"""Build the ``Job`` for the ranks, and the run's title."""
 
 from pathlib import Path
 
 from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.launch.devices import DeviceSet
-from cifar_exp.runs import config_changes
 from cifar_exp.runs.components import Parts
 from cifar_exp.system.printable import printable
 from cifar_exp.training.plan import Plan
@@ -13,24 +12,32 @@ from cifar_exp.worker.job import Job
 
 
 def new_job(
-    config: Config, parts: Parts, devices: DeviceSet, plan: Plan, data: DatasetFiles, run_dir: Path, started: float
+    config: Config,
+    config_hash: str,
+    parts: Parts,
+    devices: DeviceSet,
+    plan: Plan,
+    data: DatasetFiles,
+    run_dir: Path,
+    started: float,
 ) -> Job:
     """Build the job of a new run.
 
     Args:
         config: the run's configuration.
+        config_hash: hash of its settings that affect the result.
         parts: its components.
         devices: the devices that it trains on.
         plan: steps, batch sizes and learning rates.
-        data: the data set, split into training, validation and test images.
+        data: the dataset, split into training, validation and test images.
         run_dir: the run folder.
-        started: when the run began, in seconds on the monotonic clock.
+        started: start of the run on the monotonic clock.
     """
     return Job(
         run_dir=run_dir,
         started=started,
         elapsed=0.0,
-        config_hash=config_changes.config_hash(config),
+        config_hash=config_hash,
         resume_from=None,
         seed=config.seed,
         plan=plan,
@@ -48,10 +55,10 @@ def new_job(
 
 
 def title(config: Config) -> str:
-    """The network and the data set, such as ``convnet 32x4 on cifar10``."""
+    """The network and the dataset, such as ``convnet 32x4 on cifar10``."""
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
     data = config.data["_target_"].rpartition(".")[2]
-    if data == "folders":  # the root's name is the better name of the data set
+    if data == "folders":  # the root's name is the better name of the dataset
         data = Path(config.data["root"]).resolve().name
     return printable(f"{model} {size} on {data}".replace("  ", " "))

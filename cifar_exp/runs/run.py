@@ -10,11 +10,13 @@ from cifar_exp.display.display import Display
 from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
 from cifar_exp.records.run_folder import is_undelivered
-from cifar_exp.runs import summary
+from cifar_exp.runs import result_summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Parts
 from cifar_exp.runs.context import Result, RunContext
-from cifar_exp.runs.prepare import Beginning, begin, claimed, plan_job
+from cifar_exp.runs.locked_folder import locked_run_folder
+from cifar_exp.runs.plan_job import plan_job
+from cifar_exp.runs.start import RunStart, begin
 from cifar_exp.system import load_watch
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.terminal import Terminal
@@ -39,19 +41,19 @@ def run(config: Config, parts: Parts, context: RunContext) -> Result:
         Stopped: a signal stopped the run.
     """
     console = Terminal(quiet=config.progress == "quiet", soft_wrap=True)
-    beginning = begin(config, context)
-    if beginning.resumed and beginning.resumed.finished:
-        return _finished_before(beginning.resumed.run_dir, parts, console)
+    start = begin(config, context)
+    if start.resumed and start.resumed.finished:
+        return _finished_before(start.resumed.run_dir, parts, console)
     sink = parts.tracker.sink
     with (
-        claimed(beginning, config) as info,
-        Recording(beginning.folder, beginning.started, sink(info), parts.tracker.store()) as recording,
+        locked_run_folder(start, config) as info,
+        Recording(start.folder, start.started, sink(info), parts.tracker.store()) as recording,
     ):
-        job, facts = plan_job(config, parts, context, beginning, console)
-        recording.start(Display(beginning.folder, facts, config.progress, console, beginning.started))
-        recording.closing |= _execute(parts, job, context, beginning, console)
-        model_export.publish(beginning.folder, config.model, warn)
-    return _conclude(config, parts, context, beginning, console)
+        job, facts = plan_job(config, parts, context, start, console)
+        recording.start(Display(start.folder, facts, config.progress, console, start.started))
+        recording.closing |= _execute(parts, job, context, start, console)
+        model_export.publish(start.folder, config.model, warn)
+    return _conclude(config, parts, context, start, console)
 
 
 def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
@@ -63,29 +65,29 @@ def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
     return result
 
 
-def _execute(parts: Parts, job: Job, context: RunContext, beginning: Beginning, console: Console) -> dict[str, float]:
+def _execute(parts: Parts, job: Job, context: RunContext, start: RunStart, console: Console) -> dict[str, float]:
     """Run the ranks until they end. Returns metrics of the machine's load during training."""
-    devices = beginning.devices
-    with load_watch.LoadWatch(devices.accelerator, devices.count) as watch:
+    devices = start.devices
+    with load_watch.LoadWatch(devices.accelerator, devices.world_size) as watch:
         try:
             ended = parts.launcher.launch(run_rank, job)
         except Stopped:
-            _say_what_was_saved(console, beginning.folder, context.sweep_dir or beginning.folder)
+            _say_what_was_saved(console, start.folder, context.sweep_dir or start.folder)
             raise
     if ended:
         say(console, [f"training ended early: {ended.reason}"])
     return watch.metrics()
 
 
-def _conclude(config: Config, parts: Parts, context: RunContext, beginning: Beginning, console: Console) -> Result:
+def _conclude(config: Config, parts: Parts, context: RunContext, start: RunStart, console: Console) -> Result:
     """Print the results and the next commands."""
-    devices = beginning.devices
-    result = Result(beginning.folder, journal.last_values(beginning.folder))
-    simulated = devices.accelerator == "cpu" and devices.count > 1
-    summary.print_outcome(console, dict(result.metrics), simulated=simulated)
-    say(console, summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
+    devices = start.devices
+    result = Result(start.folder, journal.last_values(start.folder))
+    simulated = devices.accelerator == "cpu" and devices.world_size > 1
+    result_summary.print_outcome(console, dict(result.metrics), simulated=simulated)
+    say(console, result_summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
     if context.is_single:
-        _print_next_steps(console, beginning.folder, parts.tracker.hint())
+        _print_next_steps(console, start.folder, parts.tracker.hint())
     return result
 
 

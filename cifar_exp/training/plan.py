@@ -87,7 +87,7 @@ def _sharers(config: Config, world_size: int) -> str:
 def make_plan(
     config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
 ) -> Plan:
-    """Plan a run.
+    """Plan a run. :func:`check_scaling` has accepted its batch size, or it resumes with the checkpoint's.
 
     Under weak scaling, ``train.batch_size`` is a device's batch; under strong scaling it is the global batch. With
     gradient accumulation, a device processes ``train.accumulate`` micro-batches per step, in place of that many
@@ -101,11 +101,12 @@ def make_plan(
         resumed_batch: the global batch of the checkpoint that the run resumes from; it is kept.
 
     Raises:
-        ConfigError: the batch is larger than the training split or not divisible by the ranks, or there are too many
-            steps.
+        ConfigError: the batch is larger than the training split, the checkpoint's batch is not divisible by the ranks,
+            or there are too many steps.
     """
     parts = world_size * config.train.accumulate
     global_batch = _global_batch(config, world_size, resumed_batch)
+    assert global_batch % parts == 0
     _check_batch_fits(config, world_size, train_count, global_batch)
     steps_per_epoch = train_count // global_batch
     if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
@@ -131,7 +132,6 @@ def _global_batch(config: Config, world_size: int, resumed_batch: int | None) ->
     """Images per step over all ranks."""
     parts = world_size * config.train.accumulate
     if resumed_batch is None:
-        check_scaling(config, world_size)
         return config.train.batch_size * (parts if config.train.scaling == "weak" else 1)
     if resumed_batch % parts:
         raise ConfigError(

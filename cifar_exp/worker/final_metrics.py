@@ -13,8 +13,24 @@ from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.records import checkpoint
 from cifar_exp.training.evaluation import Mirrored, evaluate
 from cifar_exp.training.metrics import MetricValues
-from cifar_exp.training.trainer import Trainer
+from cifar_exp.training.trainer import ReportMetrics, Trainer
 from cifar_exp.worker.job import Job
+from cifar_exp.worker.training_setup import TrainingSetup
+
+
+def report_end(
+    job: Job, world: World, setup: TrainingSetup, control: RankControl, report: ReportMetrics, validated: MetricValues
+) -> None:
+    """Report the metrics of a run that has trained to its end. Call it on every rank: it evaluates and all-gathers.
+
+    ``validated``: the last validation.
+    """
+    trainer = setup.trainer
+    with trainer.stopwatch.span("evaluation"):
+        tested = test_metrics(trainer, setup.test, validated, job, control)
+    counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
+    times = _time_metrics(trainer, job.plan.global_batch_size) | _communication_metrics(trainer, setup.model, world)
+    report(trainer.step, trainer.epoch, tested | counts | _epoch_metrics(trainer, job) | times)
 
 
 def test_metrics(
@@ -55,7 +71,7 @@ def test_metrics(
     return figures
 
 
-def epoch_metrics(trainer: Trainer, job: Job) -> dict[str, float]:
+def _epoch_metrics(trainer: Trainer, job: Job) -> dict[str, float]:
     """The best epoch if validation chose one, and the last epoch if early stopping ended training before the plan's."""
     progress = trainer.early_stopping
     epochs: dict[str, float] = {}
@@ -66,7 +82,7 @@ def epoch_metrics(trainer: Trainer, job: Job) -> dict[str, float]:
     return epochs
 
 
-def time_metrics(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
+def _time_metrics(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
     """Training time, steady-state throughput, and where the time of the run went."""
     seconds = {"compile": 0.0, "communication": 0.0} | trainer.stopwatch.seconds
     train_seconds = sum(seconds[name] for name in ("data", "step", "communication"))
@@ -78,7 +94,7 @@ def time_metrics(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
     }
 
 
-def communication_metrics(trainer: Trainer, model: nn.Module, world: World) -> dict[str, float]:
+def _communication_metrics(trainer: Trainer, model: nn.Module, world: World) -> dict[str, float]:
     """Where each rank's time went, the bytes that it sends, and the bytes that the link can carry. A collective.
 
     A single rank has none of these metrics.

@@ -38,6 +38,7 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     begin_rank()
     gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
+    assert int(os.environ["WORLD_SIZE"]) == job.plan.world_size
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
@@ -53,14 +54,14 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     except Exception as error:
         if not ipc_dir.exists():  # the launcher was stopped before it registered this rank: nobody reads a report
             os._exit(1)
-        _report_failure_and_exit(error, ipc_dir, rank, attempt)
+        _report_failure_and_exit(error, job, ipc_dir, rank, attempt)
 
 
-def _report_failure_and_exit(error: Exception, ipc_dir: Path, rank: int, attempt: int) -> None:
+def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: int, attempt: int) -> None:
     code = error.exit_code if isinstance(error, CifarExpError) else None
     failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
     failure.save(ipc_dir, attempt)
-    if code is None and int(os.environ["WORLD_SIZE"]) > 1:
+    if code is None and job.plan.world_size > 1:
         # The cause may be a peer that was killed and left no report. Wait, so that the launcher sees that one first.
         # Then it ends this rank.
         time.sleep(DEAD_PEER_PATIENCE)

@@ -17,10 +17,10 @@ from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.records.checkpoint_saver import CheckpointSaver
 from cifar_exp.records.journal import Entry, JournalWriter
 from cifar_exp.training.metrics import MetricValues
-from cifar_exp.training.trainer import ReportMetrics, Trainer
+from cifar_exp.training.trainer import Trainer
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
-from cifar_exp.worker.final_metrics import communication_metrics, epoch_metrics, test_metrics, time_metrics
-from cifar_exp.worker.first_steps import capture_steps, prepare_steps
+from cifar_exp.worker.final_metrics import report_end
+from cifar_exp.worker.first_step import prepare_first_step
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.rank_process import run_in_rank_process
 from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
@@ -53,9 +53,7 @@ def _train(job: Job, world: World, control: RankControl) -> None:
         validated = _fit(job, world, setup, held_out, journal)
         if validated is None:
             return
-        with trainer.stopwatch.span("evaluation"):
-            tested = test_metrics(trainer, setup.test, validated, job, control)
-        _report_end(job, world, setup, report, tested)
+        report_end(job, world, setup, control, report, validated)
 
 
 def _fit(
@@ -77,20 +75,11 @@ def _fit(
         policy = CheckpointPolicy(job, world, setup, validation, held_out is not None, files)
         seconds = trainer.stopwatch.seconds
         seconds["startup"] = seconds.get("startup", 0.0) + time.monotonic() - job.started - job.elapsed
-        prepare_steps(trainer, batches, job.train.compile, world)
-        if world.device.type == "cuda" and job.train.compile != "never":
-            capture_steps(trainer, batches, job.train.compile, world)
+        prepare_first_step(trainer, batches, job.train.compile, world)
         validated = trainer.fit(batches, validation, job.plan.epochs, policy.save)
         with trainer.stopwatch.span("checkpoint"):
             policy.wait()
     return validated
-
-
-def _report_end(job: Job, world: World, setup: TrainingSetup, report: ReportMetrics, tested: dict[str, float]) -> None:
-    trainer = setup.trainer
-    counts = {"devices": world.size, "global_batch_size": job.plan.global_batch_size}
-    times = time_metrics(trainer, job.plan.global_batch_size) | communication_metrics(trainer, setup.model, world)
-    report(trainer.step, trainer.epoch, tested | counts | epoch_metrics(trainer, job) | times)
 
 
 def profiler(path: Path) -> torch.profiler.profile:

@@ -256,7 +256,7 @@ def test_a_run_never_trains_on_what_it_is_validated_on_whatever_its_ranks_and_af
     one = cifar_exp(*SPIED, "train.batch_size=32", "hydra.run.dir=one", "seed=1")
     look("one", one, 4)
     plan = " ".join(one.stdout.split())
-    assert "64 in 10 classes (32 more held out)" in plan
+    assert "64 in 10 classes (32 in the validation split)" in plan
     assert "2 (0 images dropped)" in plan
     assert "32 training images after each epoch" in plan
     assert "33 images at the end" in plan

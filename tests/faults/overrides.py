@@ -96,8 +96,8 @@ def outcome(typed: Sequence[str]) -> CifarExpError | None:
         parts = build(config)
         with suppress(MachineError):
             devices = find_devices(config.devices)
-            check_scaling(config, devices.count)
-            make_plan(config, devices.count, TRAIN_COUNT, parts.schedule)
+            check_scaling(config, devices.world_size)
+            make_plan(config, devices.world_size, TRAIN_COUNT, parts.schedule)
     except CifarExpError as error:
         return error
     return None

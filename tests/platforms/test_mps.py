@@ -182,7 +182,7 @@ def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
     split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)).to(GPU)
     data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
     plan = make_plan(config, 1, images, parts.schedule)
-    job = new_job(config, parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
+    job = new_job(config, "", parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
     rank = build_training_setup(
         job, World(0, 1, GPU), RankControl(folder, folder, 0, 1, None), lambda *_: None, split, split

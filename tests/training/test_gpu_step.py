@@ -98,7 +98,7 @@ def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str
     split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)).to(GPU)
     data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
     plan = make_plan(config, 1, images, parts.schedule)
-    job = new_job(config, parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
+    job = new_job(config, "", parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
     control = RankControl(folder, folder, 0, 1, None)
     rank = build_training_setup(job, World(0, 1, GPU), control, lambda *_: None, split, split)
 

@@ -8,7 +8,7 @@ import pytest
 
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
-from cifar_exp.training.plan import Plan, make_plan, warnings
+from cifar_exp.training.plan import Plan, check_scaling, make_plan, warnings
 from cifar_exp.training.schedules import cosine, piecewise
 from tests.helpers.configs import default_config
 
@@ -18,7 +18,9 @@ REFERENCE = partial(piecewise, drop_factor=0.1, drop_period=50)
 def plan(
     devices: int, count: int = 50_000, *, lr: float = 0.1, schedule: Any = REFERENCE, apart: float = 0.0, **train: Any
 ) -> Plan:
-    return make_plan(configured(lr=lr, apart=apart, **train), devices, count, schedule)
+    config = configured(lr=lr, apart=apart, **train)
+    check_scaling(config, devices)
+    return make_plan(config, devices, count, schedule)
 
 
 def configured(*, lr: float = 0.1, apart: float = 0.0, patience: int = 0, **train: Any) -> Config:

@@ -1,4 +1,4 @@
-"""Print a run's plan and results in the terminal."""
+"""Print a run's plan and its network in the terminal."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,9 @@ from torch import nn
 from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.data.batches import EVALUATION_BATCH, scaled_size, shard
 from cifar_exp.data.dataset_files import DatasetFiles
-from cifar_exp.distributed.rank_times import by_rank, straggler
 from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.models.build import parameter_count
 from cifar_exp.runs.model_check import layer_shapes
-from cifar_exp.system import load_watch
 from cifar_exp.training.plan import Plan
 
 
@@ -29,9 +27,9 @@ def describe_plan(
     each = f"{plan.accumulate} micro-batches of " if plan.accumulate > 1 else ""
     return {
         "devices": str(devices),
-        "batch": f"{each}{plan.per_device_batch_size} a device, {plan.global_batch_size} in all",
+        "batch": f"{each}{plan.per_device_batch_size} per device, {plan.global_batch_size} in all",
         "training images": f"{data.train_count:,} in {len(data.classes)} classes{_held_out(data)}",
-        "steps an epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
+        "steps per epoch": f"{plan.steps_per_epoch} ({plan.dropped_images} images dropped)",
         "epochs": f"{plan.epochs} ({plan.steps:,} steps)",
         "learning rate": rates,
         **_image_sizes(plan, data),
@@ -64,54 +62,6 @@ def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]
     console.print(layers)
 
 
-def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
-    """Print accuracy, throughput and the split of the time, then a straggler and disturbances if there were any.
-
-    Args:
-        console: the terminal.
-        metrics: the last value of each metric.
-        simulated: whether several CPU ranks stand in for devices.
-    """
-    split = {
-        name.removeprefix("time_split/"): value for name, value in metrics.items() if name.startswith("time_split/")
-    }
-    label = " (CPU-simulated devices)" if simulated else ""
-    console.print(
-        f"test accuracy {metrics['test/accuracy']:.4f} on {metrics['test/count']:,.0f} images, "
-        f"trained at a steady {metrics['steady_images_per_second']:,.0f} images/s{label}, "
-        f"{metrics['time/train_seconds']:.1f} s of training, {metrics['time/total_seconds']:.1f} s in all",
-        highlight=False,
-    )
-    console.print(
-        "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in split.items() if value >= 0.05),
-        highlight=False,
-    )
-    if late := straggler(by_rank(metrics)):
-        console.print(late, highlight=False)
-    for text, share in load_watch.disturbances(metrics).items():
-        console.print(f"DISTURBED: {text.format(share)}", highlight=False)
-
-
-def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStoppingSettings) -> list[str]:
-    """Lines about early stopping and the best epoch; empty if neither was configured.
-
-    Args:
-        metrics: the last value of each metric.
-        epochs: the planned number of epochs.
-        settings: patience and the metric that selects the best epoch.
-    """
-    lines = []
-    if "stopped_epoch" in metrics:
-        ended = f"after epoch {metrics['stopped_epoch']:.0f} of {epochs}"
-        lines.append(f"early stopping: training ended {ended}: {_no_better(settings)}")
-    if "test/accuracy_best" in metrics:
-        lines.append(
-            f"best {settings.metric} after epoch {metrics['best_epoch']:.0f}: test accuracy "
-            f"{metrics['test/accuracy_best']:.4f} with that epoch's network, saved in model.safetensors"
-        )
-    return lines
-
-
 def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
     """The row for progressive resizing; none if all epochs use the full size."""
     if set(plan.image_scales) == {1.0}:
@@ -122,7 +72,7 @@ def _image_sizes(plan: Plan, data: DatasetFiles) -> dict[str, str]:
 
 
 def _held_out(data: DatasetFiles) -> str:
-    return f" ({data.validation_count:,} more held out)" if data.validation_count else ""
+    return f" ({data.validation_count:,} in the validation split)" if data.validation_count else ""
 
 
 def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
@@ -136,10 +86,10 @@ def _validation(plan: Plan, data: DatasetFiles) -> dict[str, str]:
 
 
 def _early_stopping(settings: EarlyStoppingSettings) -> dict[str, str]:
-    return {"early stopping": f"after {_no_better(settings)}"} if settings.patience else {}
+    return {"early stopping": f"after {no_better(settings)}"} if settings.patience else {}
 
 
-def _no_better(settings: EarlyStoppingSettings) -> str:
+def no_better(settings: EarlyStoppingSettings) -> str:
     """Such as ``3 epochs in a row without a lower val/loss``."""
     epochs = f"{settings.patience} epoch{'s'[: settings.patience != 1]} in a row"
     better = "lower" if settings.metric == "val/loss" else "higher"
@@ -149,7 +99,7 @@ def _no_better(settings: EarlyStoppingSettings) -> str:
 
 def _steps(count: int, plan: Plan) -> str:
     steps = math.ceil(len(shard(count, plan.world_size - 1, plan.world_size)) / EVALUATION_BATCH)
-    return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} a rank"
+    return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} per rank"
 
 
 def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:

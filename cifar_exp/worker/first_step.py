@@ -1,4 +1,4 @@
-"""What comes before the first step: compilation, DDP's buckets, CUDA graph capture."""
+"""Prepare the first training step: compilation, DDP's buckets, CUDA graph capture."""
 
 import torch
 
@@ -13,13 +13,23 @@ from cifar_exp.training.trainer import Trainer
 COMPILER = ("torch._dynamo", "torch._inductor")  # compared as names: importing them takes seconds
 
 
-def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Compile the network and let DDP choose its buckets. One eager rank needs neither.
+def prepare_first_step(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Compile the network, let DDP choose its buckets, and capture the step as a CUDA graph where that is possible.
+
+    ``choice``: the value of ``train.compile``.
+    """
+    compile_or_dry_run(trainer, batches, choice, world)
+    if world.device.type == "cuda" and choice != "never":
+        _capture(trainer, batches, choice, world)
+
+
+def compile_or_dry_run(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Compile the network and let DDP choose its buckets. A single rank without torch.compile needs neither.
 
     ``choice``: the value of ``train.compile``.
     """
     compiled = choice == "always"
-    torch.manual_seed(batches.dropout_seed(0))  # for what the network draws before its first epoch
+    torch.manual_seed(batches.dropout_seed(0))  # for the network's random numbers before its first epoch
     with trainer.stopwatch.span("compile" if compiled else "startup"):
         if compiled or world.size > 1:
             # Compiled code is specialized to one shape. DDP only needs gradients, which two images give quickly.
@@ -33,13 +43,11 @@ def prepare_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: W
                 raise
 
 
-def capture_steps(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
-    """Capture each step as a CUDA graph where that is possible; ``benchmarks/compiled.py`` compares.
+def _capture(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
+    """Capture the step as a CUDA graph; ``benchmarks/compiled.py`` compares.
 
-    All ranks agree: if one of them cannot capture, all run eagerly. A rank may fail earlier, in the warm-up steps,
-    where ranks wait for each other; the launcher notices that.
-
-    ``choice``: the value of ``train.compile``.
+    If one rank cannot capture it, all ranks run eagerly. A rank that fails in the warm-up steps of the capture leaves
+    the others waiting in an all-reduce. The watchdog then kills the ranks that hang.
     """
     with trainer.stopwatch.span("compile"):
         problem = ""

@@ -1,0 +1,51 @@
+"""Lock the folder of a run, and write its configuration there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from cifar_exp.config.schema import Config
+from cifar_exp.distributed.stop_requests import STOP_FILE
+from cifar_exp.errors import ConfigError, storage_errors
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
+from cifar_exp.runs.announce import warn
+from cifar_exp.runs.start import RunStart
+from cifar_exp.system.atomic_files import write_atomically
+from cifar_exp.system.redaction import masked
+
+
+@contextmanager
+def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
+    """Lock the run folder inside the context. For a new run, write its tags and resolved configuration there.
+
+    A stop file that an earlier start has left there is removed: it would end this run at its first step.
+
+    Raises:
+        ConfigError: the folder has another run, or another process uses it.
+    """
+    new = start.info
+    with lock_run_folder(new.run_dir):
+        if not start.is_new:
+            _remove_stop_file(new.run_dir)
+            yield RunInfo.load(new.run_dir)
+            return
+        if (new.run_dir / RUN_FILE).exists():
+            raise ConfigError(
+                f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
+                f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
+            )
+        _remove_stop_file(new.run_dir)
+        write_atomically(new.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config)))))
+        new.save(start.config_hash)  # last, so that a run that can be found has its configuration
+        yield new
+
+
+def _remove_stop_file(run_dir: Path) -> None:
+    stop = run_dir / STOP_FILE
+    if stop.is_file():
+        with storage_errors(stop, f"Remove {stop}"):
+            stop.unlink()
+        warn(f"{stop}: removed. It was there before this start; create it while the run trains to end training")
