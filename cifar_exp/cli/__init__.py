@@ -1,1 +1,1 @@
-"""The command line: one file a subcommand, and Hydra behind `train`."""
+"""The command line: one file per subcommand, and Hydra behind `train`."""

@@ -1,6 +1,6 @@
 """The settings that affect a run's result. Resuming, sweeps and studies use this one list."""
 
-# Sections that do not affect the trained weights. Devices do not: any number of them shares the same batches.
+# Sections that may change on resume. `devices` may: a resumed run keeps its global batch on any number of ranks.
 NO_EFFECT_SECTIONS = (
     "resume",
     "progress",
@@ -19,7 +19,7 @@ NO_PART_OF_A_SWEEP = ("resume", "progress")  # how a sweep is started and displa
 
 
 def bears_on_result(setting: str) -> bool:
-    """Whether another value of this dotted setting changes the trained weights."""
+    """Whether a run may not be resumed with another value of this dotted setting."""
     return setting.partition(".")[0] not in NO_EFFECT_SECTIONS and setting not in NO_EFFECT_SETTINGS
 
 

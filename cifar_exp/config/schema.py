@@ -36,11 +36,11 @@ class Train:
     epochs: Count
     """Passes over the training images."""
     batch_size: Count
-    """Images a step: of each device with weak scaling, of all devices together with strong scaling."""
+    """Images per step: of each device with weak scaling, of all devices together with strong scaling."""
     scaling: Literal["weak", "strong"]
     """Whether the global batch grows with the number of devices (weak) or stays the same (strong)."""
     accumulate: Count
-    """Micro-batches a device and step, whose gradients are added up."""
+    """Micro-batches per device and step, whose gradients are accumulated."""
     lr_scaling: Literal["linear", "sqrt", "none", "linear_warmup"]
     """How the learning rate follows the global batch relative to 256 images; linear_warmup reaches it in 5 epochs."""
     precision: Literal["auto", "fp32", "bf16", "fp16"]
@@ -58,7 +58,7 @@ class Train:
     image_scales: tuple[Share, ...]
     """Sides of the training images over the epochs, as shares of the full side in (0, 1]; empty means full size."""
     weight_averaging: BelowOne
-    """Decay a step, in [0, 1), of the moving average of the weights that is evaluated; 0 means no average."""
+    """Decay per step, in [0, 1), of the EMA of the weights, which is then evaluated; 0 means no EMA."""
     mirrored_evaluation: bool
     """Whether a second test accuracy is reported, from the mean logits of each image and its mirror image."""
     log_every: Count
@@ -77,9 +77,9 @@ class Devices:
     accelerator: Literal["auto", "cpu", "gpu", "mps"]
     """Kind of device; auto takes NVIDIA GPUs before Apple's before the CPU."""
     count: Count | Auto
-    """Number of ranks; auto means all visible GPUs, or one CPU rank on all cores."""
+    """Number of ranks (processes); auto means one per visible GPU, else one."""
     threads: Count | Auto
-    """CPU threads a rank; auto shares the cores of this machine."""
+    """CPU threads per rank; auto: on GPUs cores / ranks; on CPUs all cores if count=auto, else 1."""
     oversubscribe: bool
     """Whether there may be more ranks than devices; such runs are left out of speedup reports."""
 
@@ -149,7 +149,7 @@ class Config:
     report: ReportSettings
     """Extra results of a sweep."""
     seed: Annotated[int, Ge(0), Le(2**63 - 1)]
-    """Start of all random numbers of training, below 2**63."""
+    """Seed of initial weights, image order, augmentation and dropout, below 2**63."""
     resume: Name
     """Which run continues: never, auto, or the folder or MLflow id of a run or sweep."""
     progress: Literal["auto", "bar", "live", "lines", "quiet"]
@@ -174,7 +174,7 @@ class _Model(TypedDict, total=False):
     width: Count | None
     """Channels of the first block."""
     depth: Count | None
-    """Convolutions or residual blocks a stage."""
+    """Convolutions or residual blocks per stage."""
 
 
 class _Optimizer(TypedDict, total=False):
@@ -197,7 +197,7 @@ class _Schedule(TypedDict, total=False):
 
 class _Launcher(TypedDict, total=False):
     timeout: PositiveFloat | None
-    """Seconds without a heartbeat after which a rank counts as hung."""
+    """Seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is killed."""
     max_restarts: NonNegativeCount | None
     """Number of restarts after a rank died or hung."""
 

@@ -77,8 +77,8 @@ class Alternating:
     """Flips in every other epoch, and random translation by whole pixels with reflected borders.
 
     Half of the images, drawn once for the run, are flipped in odd epochs, the other half in even ones. So two
-    consecutive epochs show both sides of every image. Random flips would show half of the images the same side twice
-    (Jordan 2024, arXiv:2404.00498, section 3.6).
+    consecutive epochs contain each image flipped and not flipped. With random flips half of the images repeat one
+    orientation (Jordan 2024, arXiv:2404.00498, section 3.6).
 
     Attributes:
         max_pixels: shifts on each axis are drawn from -max_pixels ... max_pixels.
@@ -113,7 +113,8 @@ def _reflected(places: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Shift:
-    """The reference recipe's: random flip, then bilinear translation by real-valued distances, filled with black.
+    """The augmentation of the reference recipe: random horizontal flip, then sub-pixel (bilinear) translation with zero
+    padding.
 
     It follows MATLAB's imageDataAugmenter with RandXReflection, RandXTranslation and RandYTranslation: distances are
     drawn uniformly and continuously (documentation of imageDataAugmenter).
@@ -134,7 +135,7 @@ class Shift:
         """Output pixel (y, x) is the input at (y - dy, x - dx), columns mirrored where the flip is 1."""
         flip, dx, dy = parameters.unbind(1)
         margin = math.ceil(self.max_pixels)
-        # Each output pixel interpolates two neighbours an axis, with the same weights all over the image.
+        # Each output pixel interpolates two neighbours per axis, with the same weights all over the image.
         top, left = (-dy).floor(), (-dx).floor()
         down, right = (-dy - top).view(-1, 1, 1, 1), (-dx - left).view(-1, 1, 1, 1)
         padded = _padded(_mirrored(images, flip.long()), margin, more=1)

@@ -1,7 +1,8 @@
 """The batches of one rank: shuffled, augmented and normalised on the training device.
 
 The order of an epoch is a permutation keyed by (seed, epoch). Step s trains on positions [s * global batch, (s + 1) *
-global batch), and rank r takes the r-th slice of them. So the images of a step do not depend on the number of ranks.
+global batch), and rank r takes the r-th slice of them. For a given global batch, the images of a step do not depend on
+the number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.keyed_rng import keyed_generator
 from cifar_exp.data.sources import Source
 
-# What a source fetched, then augmentation parameters (B, K) float32, on the training device: the inputs of `make`.
+# The inputs of `make`: what the source fetched, then augmentation parameters (B, K) float32.
 MicroBatch = tuple[Tensor, ...]
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) float32 channels-last and normalised, labels (B,) int64
 
@@ -35,7 +36,7 @@ def shard(count: int, rank: int, world_size: int) -> range:
 class Normalization:
     """``(pixel - shift) * scale`` per channel; pixels and ``shift`` in 0..255.
 
-    It comes after the augmentation: pixels that a translation uncovers are black before it.
+    Applied after the augmentation. So the border that a translation leaves empty is black (0) before normalization.
     """
 
     shift: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -52,8 +53,8 @@ class Normalization:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255, any type -> float32, channels-last."""
-        # In place, with a full image of the mean: broadcasting three channels is not vectorized, and a new tensor costs
-        # as much as the arithmetic. 0.4 us an image instead of 5.
+        # In place: a new tensor costs as much as the arithmetic. With a full mean image: broadcasting three channels is
+        # not vectorized. 0.4 us per image instead of 5.
         images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
         images -= constant_images(self.shift, images.shape[2:], images.device)
         if set(self.scale) != {1.0}:
@@ -63,7 +64,7 @@ class Normalization:
 
 @lru_cache(maxsize=32)
 def constant_images(values: tuple[float, ...], size: Sequence[int], device: torch.device) -> Tensor:
-    """(1, 3, H, W) with one value a channel; cached, since CUDA graph capture forbids copies from the host."""
+    """(1, 3, H, W) with one value per channel; cached, since CUDA graph capture forbids copies from the host."""
     with torch.inference_mode(mode=False):
         channels = torch.tensor(values, device=device).view(1, -1, 1, 1)
         return channels.expand(1, len(values), *size).contiguous(memory_format=torch.channels_last)
@@ -77,12 +78,13 @@ class TrainBatches:
         source: the training images; it delivers them on the training device.
         augmentation: applied to whole batches on that device.
         normalization: applied after the augmentation.
-        seed: of order and augmentation.
+        seed: seed of image order, augmentation and dropout.
         rank: this rank.
         world_size: number of ranks.
         batch_size: images of a micro-batch on this rank.
         scales: height and width of the images in each epoch, as a share of the full size; empty means full size.
-        accumulate: micro-batches that this rank accumulates a step. They are the batches that as many ranks would have.
+        accumulate: micro-batches per step on this rank. They are the batches that accumulate x world_size ranks would
+            get without gradient accumulation.
     """
 
     source: Source
@@ -115,7 +117,7 @@ class TrainBatches:
 
     def _micro_batches(self, epoch: int, steps: range) -> Iterator[MicroBatch]:
         order = epoch_order(len(self.source), self.seed, epoch)
-        # One copy an epoch: a copy a step would synchronize with the device.
+        # One copy per epoch: a copy in each step would synchronize with the device.
         parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
         ranks = self.world_size * self.accumulate  # that would share a step without gradient accumulation
         places = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)

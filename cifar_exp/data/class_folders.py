@@ -1,8 +1,7 @@
 """A tree of class folders as a dataset, decoded into the array cache or read from its files while training.
 
 The parent process calls one dataset function: ``folders``, ``cifar10`` or ``synthetic``. It returns a small
-``DatasetFiles``; every rank memory-maps the arrays, so the machine holds one copy. A dataset of your own is one more
-such function and one YAML file.
+``DatasetFiles``. All ranks memory-map the same arrays. To add a dataset, write such a function and a YAML file.
 """
 
 import hashlib
@@ -167,7 +166,9 @@ def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
 
 def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
     if not names["train"] and not names["test"]:
-        raise DataError(f"data.root={root}: there are no class folders in {root / 'train'}.\n{_EXPECTED}")
+        raise DataError(
+            f"data.root={root}: there are no class folders in {root / 'train'}.\n{_EXPECTED}\nSet data.root=<folder>"
+        )
     for split, other in (SPLITS, SPLITS[::-1]):
         missing = [f"{split}/{name}" for name in names[other] if name not in names[split]]
         if missing:

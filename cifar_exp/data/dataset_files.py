@@ -1,4 +1,4 @@
-"""A dataset on disk as the rest of the package sees it: splits, classes, statistics."""
+"""The interface of a dataset on disk: splits, classes, channel statistics."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
 Residency = Literal["auto", "device", "host", "loader"]
-"""Where training images lie: on the training device, in host memory, or in their files; see ``sources.py``."""
+"""Where training images are stored: in device memory, in host memory, or in their files; see ``sources.py``."""
 
 
 @dataclass(frozen=True)

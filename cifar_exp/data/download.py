@@ -56,7 +56,8 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None,
     address = mirror or ADDRESS
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"data.mirror={address} must begin with http:// or https://; a local file is data.archive=<file>"
+            f"data.mirror={address} must begin with http:// or https://. Set data.mirror=https://..., or "
+            f"data.archive=<file> for a local file"
         )
     target = root / ARCHIVE_FILE
     advice = "Set data.root=<folder> to another folder, or free space in this one."

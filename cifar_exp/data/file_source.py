@@ -127,7 +127,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
             raise
         what = str(error).rstrip(". ")
         raise MachineError(
-            f"data.workers={files.workers}: {what}. Set data.workers to fewer, or data.workers=0"
+            f"data.workers={files.workers}: {what}. Set data.workers=<fewer>, or data.workers=0"
         ) from error
     finally:
         if workers:

@@ -1,4 +1,4 @@
-"""Write a data set as a tree of class folders with PNG images."""
+"""Write a dataset as a tree of class folders with PNG images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def export(files: DatasetFiles, folder: Path) -> Counts:
         StorageError: the folder cannot be written.
     """
     counts: Counts = Counter()
-    advice = "Make room, or choose another folder: --to <folder>"
+    advice = "Free space there, or set --to=<another folder>"
     with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be under way
         for split in SPLITS:
             counts += _export_split(files, split, folder)

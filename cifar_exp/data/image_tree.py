@@ -1,4 +1,4 @@
-"""Which files below a folder are images, and what is left out."""
+"""The image files of a folder and its sub-folders, and a count of what is left out. No image is read."""
 
 import os
 from collections import Counter

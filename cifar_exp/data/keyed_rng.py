@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, never on earlier draws."""
+"""Random generators seeded by a key. Draws from one never affect another."""
 
 import hashlib
 

@@ -1,6 +1,6 @@
-"""Where images lie while a rank trains, and how they reach the training device.
+"""Where images are stored during training, and how they are copied to the training device.
 
-They lie on the device (``Split``), in host memory (:class:`HostSource`) or in their files (``FileSource``). The same
+They are in device memory (``Split``), in host memory (:class:`HostSource`) or in their files (``FileSource``). The same
 order gives the same images and labels from each.
 """
 
@@ -66,7 +66,7 @@ def opened(files: DatasetFiles, device: torch.device, threads: int) -> Iterator[
     """Training and test images for ``device``.
 
     Args:
-        files: the dataset; its ``residency`` says where the images lie while training.
+        files: the dataset; its ``residency`` says where the images are stored during training.
         device: the training device.
         threads: CPU threads of this rank, the limit of ``workers=auto``.
     """
@@ -114,10 +114,10 @@ class HostSource:
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self.split.labels[order].to(self.device)
-        places, meanwhile = order.numpy(), supports_async_copies(self.device)
+        places, is_async = order.numpy(), supports_async_copies(self.device)
         rows = prefetched((self._gathered(places[part]) for part in parts), PREFETCHED_STEPS, self._enter_thread)
         for part, images in zip(parts, rows, strict=True):
-            yield images.to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
+            yield images.to(self.device, non_blocking=is_async).permute(0, 3, 1, 2), labels[part]
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = draw

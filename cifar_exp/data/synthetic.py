@@ -140,7 +140,10 @@ def synthetic(
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"data.{name}={value} must be a whole number from {low:,} to {high:,}")
+        valid = min(max(value, low), high) if isinstance(value, int) else low
+        raise ConfigError(
+            f"data.{name}={value} must be a whole number from {low:,} to {high:,}. Set data.{name}={valid}"
+        )
 
 
 def _content_hash(arrays: Arrays) -> str:

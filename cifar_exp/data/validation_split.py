@@ -47,7 +47,7 @@ def split_indices(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     shuffled = torch.randperm(len(labels), generator=keyed_generator("validation"))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    # Every len/count-th image of the list sorted by class, in whole numbers: exactly `count` in all.
+    # Take every (N / count)-th image of the class-sorted list. Integer arithmetic gives exactly `count` images.
     reached = torch.arange(len(labels) + 1) * count // len(labels)
     held_out = reached[1:] > reached[:-1]
     return by_class[~held_out].sort().values, by_class[held_out].sort().values

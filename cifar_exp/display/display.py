@@ -22,7 +22,7 @@ PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 
 
 class Display:
-    """Shows progress in the terminal or notebook, as a line an epoch, or not at all, and always draws the page."""
+    """Shows progress in the terminal or notebook, as a line per epoch, or not at all, and always draws the page."""
 
     def __init__(self, run_dir: Path, facts: RunFacts, mode: Mode, console: Console, started: float) -> None:
         self._run_dir, self._facts, self._console = run_dir, facts, console

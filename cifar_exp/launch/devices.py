@@ -57,7 +57,7 @@ def find_devices(wanted: Devices) -> DeviceSet:
         threads = max(1, cores // count) if wanted.threads == "auto" else wanted.threads
         if count > gpus:
             raise MachineError(
-                f"devices.count={count}: requested {count} GPUs, found {gpus}. NCCL takes one rank a GPU. Set "
+                f"devices.count={count}: requested {count} GPUs, found {gpus}. NCCL takes one rank per GPU. Set "
                 f"devices.count={gpus}, or devices=cpu"
             )
         return DeviceSet("gpu", count, threads, gpus, oversubscribed=False)

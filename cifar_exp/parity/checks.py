@@ -38,7 +38,7 @@ class Tolerances:
     why: str
 
 
-# The measured values below are those of the reference network with 64 images a rank.
+# The measured values below are those of the reference network with 64 images per rank.
 _SAME_ARITHMETIC = (1e-5, 1e-6, 1e-4)  # measured: 3e-8, 0, 3e-6 (AdamW)
 _DIVISION_ROUNDS = {  # measured on 3 ranks: fp32 5e-6, 0, 1e-3 (AdamW); bf16 9e-3, 0, 2e-2; fp16 1e-3, 0, 3e-3
     "fp32": (1e-4, 1e-6, 1e-2),

@@ -54,7 +54,7 @@ class CheckpointPosition:
     Attributes:
         epoch: completed epochs.
         step: completed steps.
-        global_batch_size: images a step over all ranks.
+        global_batch_size: images per step over all ranks.
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
         config_hash: sha256 of the settings that bear on the result, in hex.

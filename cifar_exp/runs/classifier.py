@@ -22,7 +22,7 @@ from cifar_exp.system.printable import printable, tell
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained network with what turns an image into its input and its output into a name."""
+    """A trained network with its normalization, image size and class names."""
 
     model: nn.Module
     classes: Sequence[str]
@@ -35,7 +35,7 @@ class Classifier:
         """The network of the run in ``run_dir``.
 
         Args:
-            run_dir: the run's folder. It may come from anybody: what its configuration trusts is not believed.
+            run_dir: the run's folder. It may be untrusted: ``trusted_modules`` in its config.yaml is ignored.
             which: ``best``, ``last``, or neither for the best one where one is kept.
             trusted: modules beside this package, torch and torchvision whose code may be run.
 

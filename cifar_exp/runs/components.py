@@ -1,4 +1,4 @@
-"""Instantiate the components of a configuration: check each `_target_` and its settings, then bind them."""
+"""Turn each section into a functools.partial: import its ``_target_``, check its settings, bind them."""
 
 import importlib
 import inspect
@@ -44,7 +44,7 @@ class Parts:
     """The components of a run, with their settings bound.
 
     Attributes:
-        dataset: returns the data set's files.
+        dataset: returns the dataset's files.
         augmentation: transforms a batch of training images.
         make_model: builds the network, given ``num_classes``.
         make_optimizer: builds the optimizer, given ``params`` and ``lr``.
@@ -134,7 +134,9 @@ def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
     except _SettingsAcceptedError:
         pass
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: it does not accept these settings together: {error}") from error
+        raise ConfigError(
+            f"optimizer: it does not accept these settings together: {error}. Set optimizer.<setting>=<another value>"
+        ) from error
     keywords = {key: value for key, value in factory.keywords.items() if key != "lr"}
     return partial(factory.func, *factory.args, **keywords)
 
@@ -185,7 +187,10 @@ def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
             home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
             own = matches(home, allowed(name, trusted)[len(ALLOWED[name]) :])
             if not callable(target) or not (own or (matches(home, ALLOWED[name]) and KINDS[name](target))):
-                raise ConfigError(f"{setting}: it names no {NOUNS[name]} from {', '.join(ALLOWED[name])}")
+                raise ConfigError(
+                    f"{setting}: it names no {NOUNS[name]} from {', '.join(ALLOWED[name])}. Set {name}=<choice of the "
+                    f"group>, or {name}._target_ to such an object"
+                )
         for value in content.values():
             _check_kinds(name, value, trusted)
     elif isinstance(content, list | tuple):
@@ -214,7 +219,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "tracking": lambda target: inspect.isclass(target) and hasattr(target, "sink"),
 }
 NOUNS = {
-    "data": "data set",
+    "data": "dataset",
     "augment": "augmentation",
     "model": "network",
     "optimizer": "optimizer",

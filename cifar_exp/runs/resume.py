@@ -74,14 +74,14 @@ class Resumption:
         folder = os.path.relpath(self.run_dir)
         if self.manifest is None:
             return [f"{folder} was stopped before its first checkpoint: it starts again"]
-        verb = "continues" if self.in_place else "is the start of this new run,"
+        how = f"{folder} continues" if self.in_place else f"this new run starts from the checkpoint of {folder}"
         if self.source != self.run_dir:
-            verb = f"starts again from {os.path.relpath(self.source)},"
-        lines = [f"{folder} {verb} after epoch {self.manifest.epoch} (step {self.manifest.step})"]
+            how = f"{folder} starts again from the checkpoint of {os.path.relpath(self.source)}"
+        lines = [f"{how} after epoch {self.manifest.epoch} (step {self.manifest.step})"]
         lines += [f"  {name}: {shown(then)} then, {shown(now)} now" for name, (then, now) in self.changes.items()]
         if self.manifest.world_size != world_size:
             batch = self.kept_batch
-            same = f": {batch} images a step in the same order, {batch // world_size} a device" if batch else ""
+            same = f": {batch} images per step in the same order, {batch // world_size} per device" if batch else ""
             lines.append(f"  {self.manifest.world_size} device(s) then, {world_size} now{same}")
         return lines
 
@@ -173,10 +173,10 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     source, step = started_from
     manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
-        found = f"its newest one is that of step {manifest.step}" if manifest else "it has none"
+        found = f"the newest one there is of step {manifest.step}" if manifest else "there is none now"
         raise StorageError(
-            f"{folder}: the run was stopped before its first checkpoint and began with that of {source} after step "
-            f"{step}; {found}. Restore that, or set resume=never to start again from the beginning"
+            f"{folder}: the run had no checkpoint yet. It started from the checkpoint of {source} at step {step}; "
+            f"{found}. Restore it, or set resume=never"
         )
     return _resumption(source, config, changed_settings(source, config), in_place=False, warn=warn)
 

@@ -1,4 +1,4 @@
-"""One run in the parent process: prepare, execute, conclude."""
+"""One run in the parent process: find devices and checkpoint, lock the folder, plan, run the ranks, print results."""
 
 import os
 from pathlib import Path

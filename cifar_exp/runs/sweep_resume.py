@@ -43,7 +43,9 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
             return
         if wanted != "auto":
             overrides = " ".join(content["arguments"])
-            raise ConfigError(f"resume={wanted}: that sweep's overrides were {overrides}. Use these")
+            raise ConfigError(
+                f"resume={wanted}: that sweep's overrides were {overrides}. Set these, or resume=never for a new sweep"
+            )
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
             f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set resume={sweep_dir} to continue it, "

@@ -21,11 +21,11 @@ class Group:
     """Runs that differ only in their device count and their seed.
 
     Attributes:
-        rows: one a device count, in ascending order.
+        rows: one per device count, in ascending order.
         fits: Amdahl's and Gustafson's law; the one for the group's way of scaling comes first. Empty with less than two
             device counts.
         notes: sentences about the reliability of the figures.
-        breakdowns: time breakdowns, one a device count; counts without time metrics are left out.
+        breakdowns: time breakdowns, one per device count; counts without time metrics are left out.
     """
 
     rows: Sequence[SpeedupRow]

@@ -14,7 +14,7 @@ class RunResult:
 
     Attributes:
         devices: number of ranks that trained.
-        global_batch_size: images a step over all ranks.
+        global_batch_size: images per step over all ranks.
         images_per_second: steady-state throughput over all ranks.
         train_seconds: time spent training, evaluation excluded.
         test_accuracy: 0 to 1.

@@ -21,7 +21,7 @@ class SpeedupRow:
     Attributes:
         devices: number of ranks.
         repeats: number of runs.
-        global_batch_size: images a step over all ranks.
+        global_batch_size: images per step over all ranks.
         images_per_second: median steady-state throughput.
         speedup: throughput / throughput of the smallest count in the group.
         efficiency: speedup / ratio of the device counts.

@@ -106,7 +106,7 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
 def _link_notes(
     devices: int, runs: Sequence[Mapping[str, float]], ranks: Sequence[Mapping[str, float]], steps: int | None
 ) -> list[str]:
-    """Bytes a step sends, the bandwidth of the link, and the measured communication time."""
+    """Bytes sent per step, the bandwidth of the link, and the measured communication time."""
     known = [metrics for metrics in runs if "communication/link_bytes_per_second" in metrics]
     if not known or not known[0]["communication/bytes_per_step"]:
         return []

@@ -25,7 +25,7 @@ REFUSALS = {
 }
 REPORTED = ("cifar-exp", "hydra-core", "omegaconf", "torch", "torchvision", "mlflow", "numpy")
 # Python's own classes for errors of the machine, the network or the content of a file.
-_OF_THE_WORLD = (OSError, MemoryError, UnicodeError)
+_EXTERNAL_ERRORS = (OSError, MemoryError, UnicodeError)
 LONGEST = 300  # characters of an error in a message; the traceback has the rest
 
 
@@ -33,7 +33,7 @@ def is_bug(error: BaseException) -> bool:
     """Whether the error is a bug: its class is Python's own and not about the machine, the network or a file."""
     if isinstance(error, ImportError):  # all required modules are installed with the package
         return True
-    return type(error).__module__ == "builtins" and not isinstance(error, _OF_THE_WORLD)
+    return type(error).__module__ == "builtins" and not isinstance(error, _EXTERNAL_ERRORS)
 
 
 def origin(error: BaseException, *packages: str) -> str:

@@ -135,7 +135,7 @@ def _global_batch(config: Config, world_size: int, resumed_batch: int | None) ->
         return config.train.batch_size * (parts if config.train.scaling == "weak" else 1)
     if resumed_batch % parts:
         raise ConfigError(
-            f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images a step, which "
+            f"devices.count={world_size}: the checkpoint was trained with {resumed_batch} images per step, which "
             f"{_sharers(config, world_size)} cannot share evenly. Set a device count that divides {resumed_batch}"
         )
     return resumed_batch

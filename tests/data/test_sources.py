@@ -204,7 +204,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
                 worker.kill()
             fetch(train, torch.arange(26))
 
-    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Set data\.workers to fewer"):
+    with pytest.raises(MachineError, match=r"data\.workers=1: DataLoader worker .*\. Set data\.workers=<fewer>"):
         killed()
 
 

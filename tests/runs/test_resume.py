@@ -141,10 +141,10 @@ def test_another_number_of_devices_keeps_the_global_batch(cifar_exp: Command, wo
     assert cifar_exp(*run, "devices.count=2", "hydra.run.dir=two").returncode == 0
     refused = cifar_exp(*run, "devices.count=3", "resume=two", "train.epochs=3")
     assert refused.returncode == 2
-    assert "64 images a step, which 3 devices cannot share evenly" in refused.stderr
+    assert "64 images per step, which 3 devices cannot share evenly" in refused.stderr
     one = cifar_exp(*run, "devices.count=1", "resume=two", "train.epochs=3", "optimizer.lr=0.01", "hydra.run.dir=one")
     assert one.returncode == 0, one.stderr
-    assert "2 device(s) then, 1 now: 64 images a step in the same order, 64 a device" in one.stdout
+    assert "2 device(s) then, 1 now: 64 images per step in the same order, 64 per device" in one.stdout
     assert "optimizer.lr: 0.1 then, 0.01 now" in one.stdout
     entries = journal.read(workplace / "one")  # a run of its own
     assert [entry.step for entry in entries if "val/accuracy" in entry.metrics] == [3]
@@ -270,7 +270,7 @@ def test_a_new_run_that_is_stopped_before_its_first_checkpoint_starts_again_from
     (cut / journal.JOURNAL_FILE).write_text(lines[0])
     again = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
     assert again.returncode == 0, again.stderr
-    assert "cut starts again from old, after epoch 2" in again.stdout
+    assert "cut starts again from the checkpoint of old after epoch 2" in again.stdout
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
 
     shutil.rmtree(cut / "checkpoints")
@@ -282,7 +282,7 @@ def test_a_new_run_that_is_stopped_before_its_first_checkpoint_starts_again_from
     shutil.rmtree(workplace / "old" / "checkpoints")
     gone = cifar_exp(*longer, "hydra.run.dir=cut", "resume=auto")
     assert gone.returncode == 8
-    assert "began with that of" in gone.stderr
+    assert "It started from the checkpoint of" in gone.stderr
 
 
 def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_run_that_was_cut_on_four_ranks_goes_on_on_two(cifar_exp: Command, sta
     assert process.returncode == 143
     again = cifar_exp(*run, "devices.count=2", "resume=cut")
     assert again.returncode == 0, again.stderr
-    assert "4 device(s) then, 2 now: 8 images a step in the same order, 4 a device" in again.stdout
+    assert "4 device(s) then, 2 now: 8 images per step in the same order, 4 per device" in again.stdout
     entries = journal.read(workplace / "cut")
     steps = [entry.step for entry in entries if "step/loss" in entry.metrics]
     assert steps == list(range(7, 361, 7))
