@@ -1,18 +1,18 @@
 """`from cifar_exp import train`: train from a script or a notebook."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import open_dict, read_write
 
 from cifar_exp.cli.hydra_app import composed
-from cifar_exp.config.reading import read_config
 from cifar_exp.errors import storage_errors
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import Result, RunContext
+from cifar_exp.runs.train_composed import train_composed
 from cifar_exp.system.redaction import MaskingFormatter
-from cifar_exp.system.surroundings import settle
 
 LOG_FILE = "cifar-exp.log"
 
@@ -34,15 +34,12 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
     run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)
     with read_write(whole), open_dict(whole):
         del whole["hydra"]
-    config = read_config(whole)
-    from cifar_exp.launch.forkserver import warm_up
-    from cifar_exp.runs.components import build
+    return train_composed(whole, RunContext(run_dir, tuple(overrides)), lambda: _folder_with_log(run_dir))
 
-    settle()
-    warm_up()
-    parts = build(config)
-    from cifar_exp.runs.run import run
 
+@contextmanager
+def _folder_with_log(run_dir: Path) -> Iterator[None]:
+    """Create the run folder. Inside this context the package's log is written there, as Hydra does for the command."""
     with storage_errors(run_dir, "Set folder to one that you may write to"):
         run_dir.mkdir(parents=True, exist_ok=True)
         make_private(run_dir)
@@ -51,7 +48,7 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
     log = logging.getLogger("cifar_exp")
     log.addHandler(handler)
     try:
-        return run(config, parts, RunContext(run_dir, tuple(overrides)))
+        yield
     finally:
         log.removeHandler(handler)
         handler.close()

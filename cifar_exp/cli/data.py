@@ -33,12 +33,12 @@ def command(words: tuple[str, ...], to: Path) -> None:
     """
     from cifar_exp.data.cifar10 import cifar10
     from cifar_exp.data.folder_export import export, table
-    from cifar_exp.system.surroundings import settle
+    from cifar_exp.system.surroundings import set_up_environment
 
-    settle()
+    set_up_environment()
     typed, rest = settings_in(words, SETTINGS)
     if rest:
-        raise ConfigError(f"{rest[0]}: it must be one of {', '.join(f'{name}=...' for name in SETTINGS)}")
+        raise ConfigError(f"{rest[0]}: it must be a setting. Set {' or '.join(f'{name}=...' for name in SETTINGS)}")
     root = typed.get("data.root", "data")
     files = cifar10(root, mirror=typed.get("data.mirror"), archive=typed.get("data.archive"))
     try:

@@ -13,10 +13,10 @@ def main() -> None:
 
         run()
     except Exception as error:
-        from cifar_exp.system.bugs import user_error
+        from cifar_exp.system.bugs import as_user_error
         from cifar_exp.system.printable import printable_text
 
-        problem = user_error(error)
+        problem = as_user_error(error)
         sys.stderr.write(f"cifar-exp: {printable_text(str(problem))}\n")
         sys.exit(problem.exit_code)
 

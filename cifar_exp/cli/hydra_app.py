@@ -19,23 +19,26 @@ from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import RunContext
-from cifar_exp.system.bugs import user_error
+from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
 from cifar_exp.system.printable import tell
 from cifar_exp.system.process import allow_open_files, ignore_broken_output
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
-Job = Callable[[DictConfig], Any]
+Job = Callable[[DictConfig, RunContext], Any]
 # Every allowed `_target_`, and the class that conf/config.yaml names for Python's logging.
-CALLED = ("cifar_exp.system.redaction.MaskingFormatter", *(path for paths in ALLOWED.values() for path in paths))
+ALLOWED_TARGETS = (
+    "cifar_exp.system.redaction.MaskingFormatter",
+    *(path for paths in ALLOWED.values() for path in paths),
+)
 
 
 def run_hydra(job: Job, words: Sequence[str]) -> int:
     """Compose the configuration and run ``job`` with it, once or for every job of a sweep.
 
     Args:
-        job: the function to call with the composed configuration.
+        job: called with the composed configuration, and the folder, overrides and sweep of the run.
         words: the words of the command line: overrides and Hydra's options.
 
     Returns:
@@ -48,26 +51,28 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
     failures: list[CifarExpError] = []
     begun: list[bool] = []  # an error before the first job may come from the command line
 
-    def guarded(composed: DictConfig) -> Any:
+    def run_and_collect_failure(composed: DictConfig) -> Any:
+        """Run the job. A single run's error is kept for the message at the end; a sweep's job raises."""
         begun.append(True)
         _keep_private(Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().output_subdir)
         try:
-            return job(composed)
+            return job(composed, _run_context())
         except Exception as error:
-            raise_swallowed()  # a signal may be the cause: numpy cannot be imported again after an interrupted import
+            # The error may come from a signal. An import of numpy that a signal interrupts cannot be repeated.
+            raise_swallowed()
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweeper reports it
-            failures.append(user_error(error))  # not raised: Hydra would print all overrides with it
+            failures.append(as_user_error(error))  # not raised: Hydra would print all overrides with it
 
     try:
         allow_open_files()
-        hydra_versions.run_command(guarded, conf_dir(), CALLED)
+        hydra_versions.run_command(run_and_collect_failure, conf_dir(), ALLOWED_TARGETS)
     except CifarExpError as error:
         raise_swallowed()
         failures.append(error)
     except Exception as error:
         raise_swallowed()
-        failures.append((None if begun else explained(error, sys.argv[1:])) or user_error(error))
+        failures.append((None if begun else explained(error, sys.argv[1:])) or as_user_error(error))
     for failure in failures:
         if str(failure):
             tell(masked_text(str(failure)))
@@ -92,7 +97,7 @@ def options_first(words: Sequence[str]) -> list[str]:
     return [*options, *overrides]
 
 
-def run_context() -> RunContext:
+def _run_context() -> RunContext:
     """The folder, overrides and sweep of Hydra's current job."""
     hydra_config = HydraConfig.get()
     single = hydra_config.mode == RunMode.RUN

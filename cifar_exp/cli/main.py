@@ -64,23 +64,23 @@ def commands() -> None:
     """
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Run a command line and end the process with its exit code.
 
     Args:
-        words: the words after ``cifar-exp``; None for those of ``sys.argv``.
+        args: the arguments after ``cifar-exp``; None for those of ``sys.argv``.
     """
     install_signal_handlers()
-    code = answer(sys.argv[1:] if words is None else list(words))
+    code = run_command(sys.argv[1:] if args is None else list(args))
     ignore_signals()
     end_process(code)
 
 
-def answer(words: Sequence[str]) -> int:
-    """Run a command line and return its exit code. An error is printed as one message."""
+def run_command(args: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit code. An error is printed as one message."""
     try:
         # Not `commands.main`: click would print an empty line for Ctrl-C, and make another error of it.
-        with commands.make_context("cifar-exp", list(words)) as context:
+        with commands.make_context("cifar-exp", list(args)) as context:
             code: object = commands.invoke(context)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:  # of --help and --version
@@ -96,11 +96,11 @@ def answer(words: Sequence[str]) -> int:
             where = getattr(error, "ctx", None)
             command = where.command_path if where else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
-        from cifar_exp.system.bugs import user_error
+        from cifar_exp.system.bugs import as_user_error
         from cifar_exp.system.printable import tell
         from cifar_exp.system.redaction import masked_text
 
-        problem = user_error(error)
+        problem = as_user_error(error)
         tell(masked_text(str(problem)))
         return problem.exit_code
 

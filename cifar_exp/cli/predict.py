@@ -30,15 +30,15 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     RUN is a run folder, an MLflow run id, or `latest`.
 
     \b
-    checkpoint=best|last         the epoch with the best validation, which runs with data.validation keep, or the last
-                                 (default: best where there is one)
-    trusted_modules=[<package>]  whose code may be run, where the network comes from a package of yours
+    checkpoint=best|last         best: the best epoch (runs with data.validation); last: the last epoch
+                                 (default: best if there is one)
+    trusted_modules=[<package>]  packages whose code may run, for your own network
     """
     from cifar_exp.records.find_run import find_run
     from cifar_exp.runs.classifier import Classifier, images_in
-    from cifar_exp.system.surroundings import settle
+    from cifar_exp.system.surroundings import set_up_environment
 
-    settle()
+    set_up_environment()
     settings, paths = settings_in(words, SETTINGS)
     which = settings.get("checkpoint", "")
     if which not in ("", "best", "last"):

@@ -24,19 +24,22 @@ def command(words: tuple[str, ...], to: Path) -> None:
 
     \b
     tracking.uri=<address>           the MLflow store to read (default: the one under outputs/)
-    report.target_accuracy=0.85      what it took to reach this validation accuracy
-    report.price_per_hour=2.5        of one device: what that cost
+    report.target_accuracy=0.85      report the time to this validation accuracy
+    report.price_per_hour=2.5        price per device and hour, to report its cost
     """
     from cifar_exp.study.sweep_report import compared_sweeps, sweep_report
-    from cifar_exp.system.surroundings import settle
+    from cifar_exp.system.surroundings import set_up_environment
     from cifar_exp.system.terminal import Terminal
 
-    settle()
+    set_up_environment()
     typed, sweeps = settings_in(words, SETTINGS)
     target = _number(typed, "report.target_accuracy", highest=1.0)
     price = _number(typed, "report.price_per_hour", highest=math.inf)
     if not 1 <= len(sweeps) <= 2:
-        raise ConfigError(f"report: it takes one sweep, or two to compare. {len(sweeps)} were given")
+        raise ConfigError(
+            f"report: it takes one sweep, or two to compare, and {len(sweeps)} were given. Set one or two, as in "
+            f"cifar-exp report latest"
+        )
     uri = typed.get("tracking.uri")
     made = compared_sweeps(sweeps, uri) if len(sweeps) == 2 else sweep_report(sweeps[0], uri, target, price)
     made.print(Terminal())

@@ -13,20 +13,19 @@ SETTINGS = ("tracking.uri", "tracking.experiment")
 def command(words: tuple[str, ...]) -> int:
     """Deliver to MLflow what runs hold on disk and their store lacks.
 
-    FOLDER is a run's or a sweep's folder, or one that holds several. Delivered are the run itself, params, tags, every
-    point once, files, and how it ended. The exit code is the first failure's; all runs are tried.
+    FOLDER is a run's or a sweep's folder, or one that holds several. Sends the run, params, tags, metrics, files and
+    final status. Each point is sent once. All runs are tried; the exit code is that of the first failure.
 
     \b
-    tracking.uri=<address>      another store than the run's own, or the same with the password that its folder does
-                                not keep
+    tracking.uri=<address>      another MLflow store, or the run's own with its password (run folders never keep it)
     tracking.experiment=<name>  another experiment
     """
     from cifar_exp.system.printable import tell
     from cifar_exp.system.redaction import masked_text
-    from cifar_exp.system.surroundings import settle
+    from cifar_exp.system.surroundings import set_up_environment
     from cifar_exp.tracking.deliveries import deliver_all, folder_of
 
-    settle()
+    set_up_environment()
     typed, folders = settings_in(words, SETTINGS)
     settings = {name.partition(".")[2]: None if value == "null" else value for name, value in typed.items()}
     failures: list[CifarExpError] = []

@@ -11,7 +11,7 @@ from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
 from cifar_exp.system.redaction import masked_text
-from cifar_exp.system.surroundings import settle
+from cifar_exp.system.surroundings import set_up_environment
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
@@ -26,10 +26,10 @@ def command(words: tuple[str, ...], port: int) -> None:
 
     tracking.uri=ADDRESS serves another store than the one under outputs/.
     """
-    settle()
+    set_up_environment()
     typed, rest = settings_in(words, ["tracking.uri"])
     if rest:
-        raise ConfigError(f"{rest[0]}: it must be tracking.uri=<address of the store>")
+        raise ConfigError(f"{rest[0]}: it must be a setting. Set tracking.uri=<address of the store>")
     address = store_address(typed.get("tracking.uri"))
     check_port(port)
     print(f"http://{HOST}:{port} shows {masked_text(address)} in about 20 s; Ctrl-C ends it", flush=True)
@@ -69,7 +69,7 @@ def check_port(port: int) -> None:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--port={port}: it cannot be used: {reason}. Set --port to another one") from error
+            raise ConfigError(f"--port={port}: it cannot be used: {reason}. Set --port=<another one>") from error
 
 
 def server_arguments(port: int) -> list[str]:

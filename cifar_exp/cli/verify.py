@@ -11,7 +11,6 @@ import click
 
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files, ignore_broken_output
-from cifar_exp.system.surroundings import settle
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
@@ -55,21 +54,18 @@ def verify(words: Sequence[str]) -> bool:
     Raises:
         CifarExpError: the check could not be run.
     """
-    from cifar_exp.launch.forkserver import warm_up
-    from cifar_exp.runs.components import build
+    from cifar_exp.runs.train_composed import build_components
     from cifar_exp.system.redaction import masked
 
     ignore_broken_output()
     allow_open_files()
     configs, folder = configurations(words)
-    settle()
-    warm_up()
-    parts = [build(config) for config in configs]
+    components = [build_components(config) for config in configs]
 
     from cifar_exp.parity.run import check, prepared
     from cifar_exp.system.terminal import Terminal
 
-    cases = prepared(configs, parts)
+    cases = prepared(configs, components)
     _open(folder)
     console = Terminal(quiet=configs[0].progress == "quiet", soft_wrap=True)
     report = check(cases, shlex.join(["cifar-exp", "verify", *masked(list(words))]), console)
@@ -114,7 +110,7 @@ def _options(words: Sequence[str]) -> tuple[str | None, list[str]]:
         if option in ("--config-dir", "-cd"):
             config_dir = value or next(rest, "")
             if not Path(config_dir).is_dir():
-                raise ConfigError(f"{option} {config_dir}: there is no such folder")
+                raise ConfigError(f"{option} {config_dir}: there is no such folder. Set {option}=<an existing folder>")
         elif word.startswith("-"):
             raise ConfigError(f"{word}: there is no such option. See cifar-exp verify --help")
         else:
@@ -165,7 +161,7 @@ def _open(folder: Path) -> None:
     with storage_errors(folder, "Set hydra.run.dir=<a folder that you may write to>"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ConfigError(f"hydra.run.dir={folder}: the folder is not empty. Set it to a new one")
+            raise ConfigError(f"hydra.run.dir={folder}: the folder is not empty. Set hydra.run.dir=<a new folder>")
         make_private(folder)
         handler = logging.FileHandler(folder / "cifar-exp-verify.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))

@@ -27,7 +27,7 @@ def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[st
             rest.append(word)
         elif name not in allowed or not value:
             raise ConfigError(
-                f"{word}: it must be a path that exists, or one of {', '.join(f'{a}=...' for a in allowed)}"
+                f"{word}: it must be a path that exists, or a setting. Set {' or '.join(f'{a}=...' for a in allowed)}"
             )
         else:
             settings[name] = value

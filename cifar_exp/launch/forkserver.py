@@ -18,7 +18,7 @@ from cifar_exp.system import host
 BLOCKED = {signal.SIGINT, signal.SIGHUP}
 
 
-def warm_up() -> None:
+def start_fork_server() -> None:
     """Start the fork server if this platform uses one and it does not run yet. It ends with its parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:

@@ -19,7 +19,7 @@ from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, toleranc
 from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
 from cifar_exp.parity.report import ParityReport, ParityResult, listed
 from cifar_exp.runs import model_check
-from cifar_exp.runs.components import Parts
+from cifar_exp.runs.components import Components
 from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.runs.job_setup import new_job, title
 from cifar_exp.runs.model_check import check_scales, checked_model
@@ -36,17 +36,17 @@ class Case:
 
     Attributes:
         config: the configuration of these ranks.
-        parts: its components.
+        components: its components.
         devices: their devices.
     """
 
     config: Config
-    parts: Parts
+    components: Components
     devices: DeviceSet
 
     def plan(self, data: DatasetFiles) -> Plan:
         """The plan of a whole run on these ranks."""
-        return make_plan(self.config, self.devices.world_size, data.train_count, self.parts.schedule)
+        return make_plan(self.config, self.devices.world_size, data.train_count, self.components.schedule)
 
     def on_one_rank(self) -> "Case":
         """One rank that accumulates the gradients of all ranks' micro-batches, with batch norm over each of them.
@@ -57,21 +57,21 @@ class Case:
         in_turn = replace(train, accumulate=ranks * train.accumulate)
         at_once = replace(train, batch_size=train.batch_size * (ranks if train.scaling == "weak" else 1))
         train = at_once if train.batch_norm == "synchronized" else in_turn
-        return Case(replace(self.config, train=train), self.parts, replace(self.devices, world_size=1))
+        return Case(replace(self.config, train=train), self.components, replace(self.devices, world_size=1))
 
     def allowed(self, precision: str) -> Tolerances:
         """The allowed differences by rounding in ``precision``."""
         return tolerances(precision, self.devices.world_size, self.config.train.batch_norm == "synchronized")
 
 
-def prepared(configs: Sequence[Config], parts: Sequence[Parts]) -> list[Case]:
+def prepared(configs: Sequence[Config], components: Sequence[Components]) -> list[Case]:
     """A case for each configuration.
 
     Raises:
         ConfigError: where ranks cannot share the batch, or one rank cannot train on it.
         MachineError: where there are too few devices.
     """
-    cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, parts, strict=True)]
+    cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, components, strict=True)]
     for case in cases:
         check_scaling(case.config, case.devices.world_size)
     return cases
@@ -89,7 +89,7 @@ def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport
         CifarExpError: as in training.
     """
     first = cases[0]
-    data = hold_out(first.parts.dataset(), first.config.validation)
+    data = hold_out(first.components.dataset(), first.config.validation)
     with private_folder() as work:
         results = [_result(case, data, work / str(case.devices.world_size), console) for case in cases]
     precision = results[0].figures["precision"]
@@ -111,8 +111,8 @@ def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> P
     folder.mkdir()
     one = case.on_one_rank()
     console.print(f"measuring {listed([count])}, after one rank ...", highlight=False)
-    one.parts.launcher.launch(measure_reference, _job(one, data, folder))
-    case.parts.launcher.launch(measure_ranks, _job(case, data, folder))
+    one.components.launcher.launch(measure_reference, _job(one, data, folder))
+    case.components.launcher.launch(measure_ranks, _job(case, data, folder))
     reference = Measurement.load(folder / REFERENCE_FILE)
     ranks = [Measurement.load(folder / rank_file(rank)) for rank in range(count)]
     checks = compared(reference, ranks, plan, case.allowed(reference.precision))
@@ -121,12 +121,12 @@ def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> P
 
 def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
     hashed = config_hash(case.config)
-    return new_job(case.config, hashed, case.parts, case.devices, case.plan(data), data, folder, time.monotonic())
+    return new_job(case.config, hashed, case.components, case.devices, case.plan(data), data, folder, time.monotonic())
 
 
 def _check_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
     """Raise a ConfigError where the network cannot be built or fails on the images."""
-    model = checked_model(case.config, case.parts, len(data.classes))
+    model = checked_model(case.config, case.components, len(data.classes))
     model_check.layer_shapes(model, data.image_size)
     check_scales(plan, model, data.image_size)
 
@@ -162,7 +162,7 @@ def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     """Facts about configuration and machine, as names and texts."""
     first = cases[0]
     config, train = first.config, first.config.train
-    model = checked_model(config, first.parts, len(data.classes))
+    model = checked_model(config, first.components, len(data.classes))
     share = "a device" if train.scaling == "weak" else "in all"
     micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
     devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))

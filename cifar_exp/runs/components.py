@@ -40,7 +40,7 @@ PASSED = {"model": {"num_classes"}, "optimizer": {"params"}, "schedule": {"step"
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """The components of a run, with their settings bound.
 
     Attributes:
@@ -62,14 +62,14 @@ class Parts:
     tracker: "Tracker"
 
 
-def build(config: Config) -> Parts:
+def build(config: Config) -> Components:
     """Import the `_target_` of each section and bind its settings.
 
     Raises:
         ConfigError: a `_target_` is not allowed, cannot be imported, or does not accept its settings.
     """
-    bound = {name: _bind(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
-    return Parts(
+    bound = {name: _partial_of_target(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
+    return Components(
         dataset=bound["data"],
         augmentation=bound["augment"](),
         make_model=bound["model"],
@@ -90,7 +90,7 @@ def build_tracker(composed: DictConfig) -> "Tracker":
         ConfigError: the tracker is not allowed or does not accept its settings.
     """
     section: Any = with_names(OmegaConf.to_container(composed.tracking, resolve=True), RENAMED)
-    tracker: Tracker = _bind("tracking", section, composed.trusted_modules)()
+    tracker: Tracker = _partial_of_target("tracking", section, composed.trusted_modules)()
     return tracker
 
 
@@ -107,7 +107,7 @@ def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelF
     Raises:
         ConfigError: the network is not allowed or does not accept its settings.
     """
-    factory: ModelFactory = _bind("model", with_names(section, RENAMED), trusted)
+    factory: ModelFactory = _partial_of_target("model", with_names(section, RENAMED), trusted)
     return factory
 
 
@@ -141,7 +141,7 @@ def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
     return partial(factory.func, *factory.args, **keywords)
 
 
-def _bind(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "partial[Any]":
+def _partial_of_target(name: str, section: Mapping[str, Any], trusted: Sequence[str]) -> "partial[Any]":
     """Bind a section's settings to its `_target_` with ``hydra.utils.instantiate`` and ``_partial_``.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.launch.devices import DeviceSet
-from cifar_exp.runs.components import Parts
+from cifar_exp.runs.components import Components
 from cifar_exp.system.printable import printable
 from cifar_exp.training.plan import Plan
 from cifar_exp.worker.job import Job
@@ -14,7 +14,7 @@ from cifar_exp.worker.job import Job
 def new_job(
     config: Config,
     config_hash: str,
-    parts: Parts,
+    components: Components,
     devices: DeviceSet,
     plan: Plan,
     data: DatasetFiles,
@@ -26,7 +26,7 @@ def new_job(
     Args:
         config: the run's configuration.
         config_hash: hash of its settings that affect the result.
-        parts: its components.
+        components: its components.
         devices: the devices that it trains on.
         plan: steps, batch sizes and learning rates.
         data: the dataset, split into training, validation and test images.
@@ -45,12 +45,12 @@ def new_job(
         checkpoint=config.checkpoint,
         early_stopping=config.early_stopping,
         data=data,
-        augmentation=parts.augmentation,
-        make_model=parts.make_model,
-        make_optimizer=parts.make_optimizer,
+        augmentation=components.augmentation,
+        make_model=components.make_model,
+        make_optimizer=components.make_optimizer,
         accelerator=devices.accelerator,
         threads=devices.threads,
-        timeout=parts.launcher.timeout,
+        timeout=components.launcher.timeout,
     )
 
 

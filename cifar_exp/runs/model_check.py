@@ -8,7 +8,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.data.batches import scaled_size
 from cifar_exp.errors import ConfigError
 from cifar_exp.models.build import seeded
-from cifar_exp.runs.components import Parts
+from cifar_exp.runs.components import Components
 from cifar_exp.training.plan import Plan
 
 
@@ -35,14 +35,14 @@ def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[st
     return [(layer.class_name, tuple(layer.output_size[1:]), layer.num_params) for layer in leaves]
 
 
-def checked_model(config: Config, parts: Parts, num_classes: int) -> nn.Module:
+def checked_model(config: Config, components: Components, num_classes: int) -> nn.Module:
     """Build the network.
 
     Raises:
         ConfigError: the network rejects its settings.
     """
     try:
-        return seeded(parts.make_model, num_classes, config.seed)
+        return seeded(components.make_model, num_classes, config.seed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {config.model['_target_']} cannot be built: {error}") from error
 

@@ -10,7 +10,7 @@ from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import RunFacts
 from cifar_exp.runs import plan_summary
 from cifar_exp.runs.announce import say, warn
-from cifar_exp.runs.components import Parts
+from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.job_setup import new_job
 from cifar_exp.runs.model_check import check_scales, checked_model
@@ -20,7 +20,7 @@ from cifar_exp.worker.job import Job
 
 
 def plan_job(
-    config: Config, parts: Parts, context: RunContext, start: RunStart, console: Console
+    config: Config, components: Components, context: RunContext, start: RunStart, console: Console
 ) -> tuple[Job, RunFacts]:
     """Read the images, make the plan, check the network, and print the plan.
 
@@ -32,17 +32,17 @@ def plan_job(
         DataError: the images cannot be read or are not those of the resumed run.
     """
     devices, resumed = start.devices, start.resumed
-    data = hold_out(parts.dataset(), config.validation)
+    data = hold_out(components.dataset(), config.validation)
     if data.left_out:
         say(console, [f"left out of the images: {data.left_out}"])
     kept_batch = resumed.kept_batch if resumed else None
-    plan = make_plan(config, devices.world_size, data.train_count, parts.schedule, kept_batch)
+    plan = make_plan(config, devices.world_size, data.train_count, components.schedule, kept_batch)
     for line in warnings(config, plan):
         warn(line)
     if resumed:
         resumed.check_images(data.content_hash)
         say(console, resumed.description(plan.world_size))
-    model = checked_model(config, parts, len(data.classes))
+    model = checked_model(config, components, len(data.classes))
     check_scales(plan, model, data.image_size)
     details = plan_summary.describe_plan(plan, devices, data, model, config.early_stopping)
     plan_summary.print_plan(console, details)
@@ -56,7 +56,7 @@ def plan_job(
         lr_drops=_lr_drops(plan),
         details=details | {"folder": os.path.relpath(start.folder)},
     )
-    job = new_job(config, start.config_hash, parts, devices, plan, data, start.folder, start.started)
+    job = new_job(config, start.config_hash, components, devices, plan, data, start.folder, start.started)
     if resumed:
         origin = (resumed.source, resumed.manifest) if resumed.manifest else None
         job = replace(job, elapsed=resumed.elapsed, resume_from=origin)

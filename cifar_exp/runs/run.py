@@ -12,7 +12,7 @@ from cifar_exp.records import checkpoint, journal, model_export
 from cifar_exp.records.run_folder import is_undelivered
 from cifar_exp.runs import result_summary
 from cifar_exp.runs.announce import say, warn
-from cifar_exp.runs.components import Parts
+from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.locked_folder import locked_run_folder
 from cifar_exp.runs.plan_job import plan_job
@@ -25,12 +25,12 @@ from cifar_exp.worker.job import Job
 from cifar_exp.worker.train_job import run_rank
 
 
-def run(config: Config, parts: Parts, context: RunContext) -> Result:
+def run(config: Config, components: Components, context: RunContext) -> Result:
     """Train one run.
 
     Args:
         config: the typed configuration.
-        parts: its components.
+        components: its components.
         context: the run folder, overrides and sweep.
 
     Returns:
@@ -43,34 +43,36 @@ def run(config: Config, parts: Parts, context: RunContext) -> Result:
     console = Terminal(quiet=config.progress == "quiet", soft_wrap=True)
     start = begin(config, context)
     if start.resumed and start.resumed.finished:
-        return _finished_before(start.resumed.run_dir, parts, console)
-    sink = parts.tracker.sink
+        return _finished_before(start.resumed.run_dir, components, console)
+    sink = components.tracker.sink
     with (
         locked_run_folder(start, config) as info,
-        Recording(start.folder, start.started, sink(info), parts.tracker.store()) as recording,
+        Recording(start.folder, start.started, sink(info), components.tracker.store()) as recording,
     ):
-        job, facts = plan_job(config, parts, context, start, console)
+        job, facts = plan_job(config, components, context, start, console)
         recording.start(Display(start.folder, facts, config.progress, console, start.started))
-        recording.closing |= _execute(parts, job, context, start, console)
+        recording.closing |= _execute(components, job, context, start, console)
         model_export.publish(start.folder, config.model, warn)
-    return _conclude(config, parts, context, start, console)
+    return _conclude(config, components, context, start, console)
 
 
-def _finished_before(folder: Path, parts: Parts, console: Console) -> Result:
+def _finished_before(folder: Path, components: Components, console: Console) -> Result:
     """Report a run that is already finished, and deliver it to MLflow if that failed before."""
     result = Result(folder, journal.last_values(folder))
     console.print(f"{folder}: finished before, test accuracy {result.test_accuracy:.4f}", highlight=False)
     if is_undelivered(folder):
-        console.print(parts.tracker.deliver(folder), highlight=False)
+        console.print(components.tracker.deliver(folder), highlight=False)
     return result
 
 
-def _execute(parts: Parts, job: Job, context: RunContext, start: RunStart, console: Console) -> dict[str, float]:
+def _execute(
+    components: Components, job: Job, context: RunContext, start: RunStart, console: Console
+) -> dict[str, float]:
     """Run the ranks until they end. Returns metrics of the machine's load during training."""
     devices = start.devices
     with load_watch.LoadWatch(devices.accelerator, devices.world_size) as watch:
         try:
-            ended = parts.launcher.launch(run_rank, job)
+            ended = components.launcher.launch(run_rank, job)
         except Stopped:
             _say_what_was_saved(console, start.folder, context.sweep_dir or start.folder)
             raise
@@ -79,7 +81,7 @@ def _execute(parts: Parts, job: Job, context: RunContext, start: RunStart, conso
     return watch.metrics()
 
 
-def _conclude(config: Config, parts: Parts, context: RunContext, start: RunStart, console: Console) -> Result:
+def _conclude(config: Config, components: Components, context: RunContext, start: RunStart, console: Console) -> Result:
     """Print the results and the next commands."""
     devices = start.devices
     result = Result(start.folder, journal.last_values(start.folder))
@@ -87,7 +89,7 @@ def _conclude(config: Config, parts: Parts, context: RunContext, start: RunStart
     result_summary.print_outcome(console, dict(result.metrics), simulated=simulated)
     say(console, result_summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
     if context.is_single:
-        _print_next_steps(console, start.folder, parts.tracker.hint())
+        _print_next_steps(console, start.folder, components.tracker.hint())
     return result
 
 

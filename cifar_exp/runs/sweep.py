@@ -20,7 +20,7 @@ from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.parent_run import ParentRun
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
-from cifar_exp.system.bugs import user_error
+from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.printable import printable, tell
 from cifar_exp.system.redaction import masked, masked_text
 
@@ -159,7 +159,7 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
         tell(masked_text(f"job {hydra.job.num} failed: {error}"))
         raise
     except Exception as error:
-        problem = user_error(error)
+        problem = as_user_error(error)
         tell(masked_text(f"job {hydra.job.num} failed: {problem}"))
         raise problem from error
 

@@ -82,7 +82,7 @@ def bug_text(error: BaseException) -> str:
     )
 
 
-def user_error(error: BaseException) -> CifarExpError:
+def as_user_error(error: BaseException) -> CifarExpError:
     """Convert any exception to one for the user: errors of the machine to StorageError, unknown ones to BugError."""
     if isinstance(error, CifarExpError):
         return error

@@ -1,8 +1,8 @@
 """Set up the environment that libraries need: home, user name, cache folders and matplotlib's backend.
 
 Containers and clusters may run programs as a user without a name or a home. Notebooks set a matplotlib backend that
-other programs do not have. Libraries read these when they are imported, so a command calls :func:`settle` first. Child
-processes inherit the environment.
+other programs do not have. Libraries read these when they are imported, so a command calls
+:func:`set_up_environment` first. Child processes inherit the environment.
 """
 
 import getpass
@@ -35,7 +35,7 @@ CACHES = {
 }
 
 
-def settle() -> None:
+def set_up_environment() -> None:
     """Set up the environment of this process and its children.
 
     Raises:

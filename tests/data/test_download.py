@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_exp.cli.main import answer
+from cifar_exp.cli.main import run_command
 from cifar_exp.data import cifar10_archive
 from cifar_exp.data.cifar10 import cifar10
 from cifar_exp.data.class_folders import folders
@@ -296,7 +296,7 @@ def test_the_command_writes_lossless_class_folders_once(
 ) -> None:
     tree = tmp_path / "tree"
     arguments = ["data", f"data.root={tmp_path}", f"data.mirror={server.address}", "--to", str(tree)]
-    assert answer(arguments) == 0
+    assert run_command(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cat", "10", "0", "2", "0"] in lines
     assert ["all", "100", "0", "20", "0"] in lines
@@ -309,7 +309,7 @@ def test_the_command_writes_lossless_class_folders_once(
 
     (tree / "train" / "cat" / "0003.png").unlink()
     (tree / "train" / "cat" / "0004.png").write_bytes(b"mine")
-    assert answer(arguments) == 0
+    assert run_command(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cat", "1", "9", "0", "2"] in lines
     assert ["all", "1", "99", "0", "20"] in lines
@@ -320,14 +320,14 @@ def test_the_command_writes_lossless_class_folders_once(
 def test_the_command_fails_with_a_message_and_the_errors_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert answer(["data", f"data.root={tmp_path}", f"data.archive={tmp_path / 'none.tar.gz'}"]) == 3
+    assert run_command(["data", f"data.root={tmp_path}", f"data.archive={tmp_path / 'none.tar.gz'}"]) == 3
     captured = capsys.readouterr()
     assert "none.tar.gz is no file" in captured.err
     assert "Traceback" not in captured.err
-    assert answer(["data", f"data.root={tmp_path}", "data.mirror=nowhere"]) == 2
+    assert run_command(["data", f"data.root={tmp_path}", "data.mirror=nowhere"]) == 2
     (tmp_path / "file").touch()
     archive = tmp_path / "copy.tar.gz"
     archive.write_bytes(ARCHIVE)
     arguments = ["data", f"data.root={tmp_path}", f"data.archive={archive}", "--to", str(tmp_path / "file")]
-    assert answer(arguments) == 8
+    assert run_command(arguments) == 8
     assert "--to <folder>" in capsys.readouterr().err

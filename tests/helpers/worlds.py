@@ -33,7 +33,7 @@ def results_of_ranks(function: Callable[[World], Any], size: int, folder: Path) 
     Forked ranks skip interpreter finalisation, which could abort a gloo thread inside a Python callback.
     """
     ready_to_fork()
-    forkserver.warm_up()
+    forkserver.start_fork_server()
     start_processes(_run_rank, (function, size, folder), nprocs=size, start_method=host.start_method())
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]
 

@@ -292,7 +292,7 @@ import multiprocessing, signal, time
 from cifar_exp.launch import forkserver, rank_processes
 from cifar_exp.system import host
 
-forkserver.warm_up()
+forkserver.start_fork_server()
 process = multiprocessing.get_context(host.start_method()).Process(target=time.sleep, args=(600,))
 process.start()
 multiprocessing.process._children.discard(process)

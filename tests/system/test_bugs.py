@@ -15,7 +15,7 @@ from cifar_exp.config.reading import register_resolvers
 from cifar_exp.config.refusals import causing_words, explained
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import bugs, supported
-from cifar_exp.system.bugs import BugError, is_bug, user_error
+from cifar_exp.system.bugs import BugError, as_user_error, is_bug
 from cifar_exp.tracking.follower import shortened, undelivered_message
 from tests.conftest import REPO, environment, the_run
 
@@ -200,12 +200,12 @@ def test_a_bug_is_what_python_itself_raises(error: Exception, expected: bool) ->
 
 def test_what_the_system_refuses_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bugs.tempfile, "tempdir", str(tmp_path))
-    refused = user_error(PermissionError(13, "Permission denied", "there"))
+    refused = as_user_error(PermissionError(13, "Permission denied", "there"))
     assert isinstance(refused, StorageError)
     assert str(refused).startswith("there: Permission denied")
-    assert isinstance(user_error(FileNotFoundError(2, "No such file", "there")), BugError)
+    assert isinstance(as_user_error(FileNotFoundError(2, "No such file", "there")), BugError)
     lasting = DataError("x")
-    assert user_error(lasting) is lasting
+    assert as_user_error(lasting) is lasting
 
 
 def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from cifar_exp.errors import StorageError
 from cifar_exp.system import surroundings
-from cifar_exp.system.surroundings import CACHES, VARIABLE, cache_folder, in_notebook, settle
+from cifar_exp.system.surroundings import CACHES, VARIABLE, cache_folder, in_notebook, set_up_environment
 from tests.platforms.environments import ENVIRONMENTS, REPO, left_behind, try_in
 
 ALL = [*CACHES, VARIABLE, "HOME", "XDG_CACHE_HOME", "TMPDIR", "LOGNAME", "MPLBACKEND", "JPY_PARENT_PID"]
@@ -38,7 +38,7 @@ def test_caches_lie_in_one_folder_that_a_variable_moves(home: Path, monkeypatch:
     assert cache_folder() == home / "xdg" / "cifar-exp"
     monkeypatch.setenv(VARIABLE, str(home / "mine"))
     monkeypatch.setenv("NUMBA_CACHE_DIR", "kept")
-    settle()
+    set_up_environment()
     assert os.environ["MPLCONFIGDIR"] == str(home / "mine" / "matplotlib")
     assert os.environ["NUMBA_CACHE_DIR"] == "kept", "what the user has set"
 
@@ -47,7 +47,7 @@ def test_a_folder_for_caches_that_cannot_be_written_is_named(home: Path, monkeyp
     (home / "file").write_text("")
     monkeypatch.setenv(VARIABLE, str(home / "file" / "below"))
     with pytest.raises(StorageError, match=r"file/below: no caches .* Set CIFAR_EXP_CACHE_DIR=<a folder"):
-        settle()
+        set_up_environment()
 
 
 @pytest.mark.parametrize("named", [None, "/nonexistent"])
@@ -61,7 +61,7 @@ def test_who_has_no_home_gets_one_in_a_private_temporary_folder(
         monkeypatch.setenv("HOME", named)
     else:
         monkeypatch.setattr("pathlib.Path.home", classmethod(nothing))
-    settle()
+    set_up_environment()
     place = home.parent / "tmp" / f"cifar-exp-cache-{os.geteuid()}"
     assert Path(os.environ["HOME"]) == place / "home"
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
@@ -88,7 +88,7 @@ def test_who_has_no_name_gets_one(error: Exception, home: Path, monkeypatch: pyt
         raise error
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    settle()
+    set_up_environment()
     assert os.environ["LOGNAME"] == f"uid-{os.geteuid()}"
 
 
@@ -102,7 +102,7 @@ def test_a_notebook_is_known_by_its_server_or_by_its_kernels_variable(
         monkeypatch.setenv(name, value)
         assert in_notebook()
         monkeypatch.delenv(name)
-    settle()
+    set_up_environment()
     assert os.environ["MPLBACKEND"] == "agg"
     assert in_notebook(), "although matplotlib is told otherwise"
     in_notebook.cache_clear()
@@ -134,19 +134,19 @@ def test_a_sweep_works_in(environment: object, tmp_path: Path) -> None:
 
 def test_sockets_lie_where_their_names_are_short_enough(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.process._current_process._config", {})
-    settle()
+    set_up_environment()
     assert "tempdir" not in multiprocessing.current_process()._config  # type: ignore[attr-defined]
     long = home / ("long" * 37)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    settle()
+    set_up_environment()
     folder = multiprocessing.current_process()._config["tempdir"]  # type: ignore[attr-defined]
     assert len(folder) < surroundings.SOCKET_BASE
     Path(folder).rmdir()
     multiprocessing.current_process()._config.clear()  # type: ignore[attr-defined]
     monkeypatch.setattr(surroundings, "SHORT_BASES", ("/nonexistent",))
     with pytest.raises(StorageError, match=r"its name may have 76 characters.* Set TMPDIR=<a folder"):
-        settle()
+        set_up_environment()
 
 
 def test_what_cannot_be_encoded_is_printed_all_the_same() -> None:
