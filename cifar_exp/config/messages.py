@@ -30,7 +30,7 @@ def invalid_setting(error: ValidationError, prefix: str) -> str:
     if problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_setting(setting)
     if problems[0]["type"] == "missing":
-        return f"{setting}: it must be given. Set {setting}={shown(default_settings().get(setting, '<value>'))}"
+        return f"{setting}: it is required. Set {setting}={shown(default_settings().get(setting, '<value>'))}"
     return invalid_value(setting, value, problems)
 
 

@@ -27,7 +27,7 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.system.bugs import REFUSALS, origin
 
 OWN, HYDRA = "cifar_exp", "hydra"
-# The value comes from the command line or from a file of the user, whichever package reads it.
+# These errors are about a value that the user wrote, whichever package raises them.
 OF_THE_VALUE = (InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue)
 PLAIN = "seed=0"  # an override that always composes
 
@@ -51,9 +51,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     if key and any(str(key).partition(".")[0] in word for word in typed):  # else it is of something internal
         return ConfigError(unknown_setting(key))
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"{error.override}: it cannot be read as an override. Write key=value; quote lists and spaces"
-        )
+        return ConfigError(f"{error.override}: it cannot be read as an override. Set key=value; quote lists and spaces")
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return _of_the_disk(error)
     if isinstance(error, YAMLError):

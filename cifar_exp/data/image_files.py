@@ -71,7 +71,7 @@ class ImageFiles(DatasetFiles):
 
 @dataclass(frozen=True)
 class Listing:
-    """A tree of class folders as known without opening its files.
+    """The file list of a tree of class folders: paths and labels, without reading images.
 
     Attributes:
         root: absolute folder.

@@ -1,4 +1,4 @@
-"""Gradient averaging with DDP, and what it costs. A single rank makes the same calls and trains without DDP."""
+"""Gradient averaging with DDP, and its time. A single rank trains the model without DDP."""
 
 import inspect
 import threading
@@ -19,13 +19,12 @@ from cifar_exp.distributed.process_group import World
 
 @dataclass
 class Communication:
-    """The time of gradient averaging. The host's clock measures it, so on CPU ranks only.
+    """Time of the gradient all-reduce, by the host's clock. CPU ranks only: GPU kernels are asynchronous.
 
     Attributes:
-        exposed: exposed communication in seconds, one value a step. It lasts from the moment when the last bucket of
+        exposed: exposed communication in seconds, one value per step. It lasts from the moment when the last bucket of
             gradients is complete to the end of the backward pass. Nothing is computed in this time.
-        averaging: seconds in which at least one bucket was being averaged, overlapped or exposed. This includes waiting
-            for the slowest rank.
+        averaging: seconds with at least one all-reduce in flight, including the wait for the straggler.
     """
 
     exposed: list[float] = field(default_factory=list)

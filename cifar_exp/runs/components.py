@@ -63,10 +63,10 @@ class Components:
 
 
 def build(config: Config) -> Components:
-    """Import the `_target_` of each section and bind its settings.
+    """Import the `_target_` of each section and bind its settings. ``read_config`` has checked that they are allowed.
 
     Raises:
-        ConfigError: a `_target_` is not allowed, cannot be imported, or does not accept its settings.
+        ConfigError: a `_target_` is of another kind, cannot be imported, or does not accept its settings.
     """
     bound = {name: _partial_of_target(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
     return Components(
@@ -90,6 +90,7 @@ def build_tracker(composed: DictConfig) -> "Tracker":
         ConfigError: the tracker is not allowed or does not accept its settings.
     """
     section: Any = with_names(OmegaConf.to_container(composed.tracking, resolve=True), RENAMED)
+    check_targets("tracking", section, composed.trusted_modules)
     tracker: Tracker = _partial_of_target("tracking", section, composed.trusted_modules)()
     return tracker
 
@@ -107,7 +108,9 @@ def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelF
     Raises:
         ConfigError: the network is not allowed or does not accept its settings.
     """
-    factory: ModelFactory = _partial_of_target("model", with_names(section, RENAMED), trusted)
+    section = with_names(section, RENAMED)
+    check_targets("model", section, trusted)
+    factory: ModelFactory = _partial_of_target("model", section, trusted)
     return factory
 
 
@@ -145,11 +148,10 @@ def _partial_of_target(name: str, section: Mapping[str, Any], trusted: Sequence[
     """Bind a section's settings to its `_target_` with ``hydra.utils.instantiate`` and ``_partial_``.
 
     Raises:
-        ConfigError: a `_target_` is not allowed or does not accept its settings.
+        ConfigError: a `_target_` has the wrong kind or does not accept its settings.
     """
     if trusted and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's modules are in the current folder
-    check_targets(name, section, trusted)
     settings = {key: value for key, value in section.items() if key not in NOT_PASSED.get(name, ())}
     _check_kinds(name, settings, trusted)
     _check_settings(name, settings, _imported(settings["_target_"], f"{name}._target_"))

@@ -32,7 +32,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one, which creates the store
 KEY_TAG = "run_key"
 PARENT_TAG = "mlflow.parentRunId"
-# Components of error messages after which a retry cannot succeed.
+# Parts of error messages after which a retry cannot succeed.
 FINAL_ERRORS = (
     "file is not a database",
     "database disk image is malformed",

@@ -19,8 +19,8 @@ class Muon(Optimizer):
     """Orthogonalized momentum updates for convolutions, Nesterov SGD for all other parameters.
 
     torch.optim.Muon takes 2-D parameters only. Here a convolution's weight is seen as a matrix (out, in * k * k). Its
-    update is orthogonalized by five Newton-Schulz steps. The weight is kept at a norm of sqrt(out), so that ``lr``
-    means the same for every layer.
+    update is orthogonalized by five Newton-Schulz steps. The weight is rescaled to norm sqrt(out) before each update.
+    So one ``lr`` suits layers of all sizes.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the coefficients of its
     reference implementation.
@@ -93,7 +93,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
         matrix: (M, N) float32.
         steps: iterations; five bring the singular values to about 0.7 to 1.2, close enough for an update.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # as steep at 0 as the iteration can be without diverging (Jordan et al. 2024)
+    a, b, c = 3.4445, -4.7750, 2.0315  # the steepest slope at 0 with which the iteration still converges (Jordan 2024)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

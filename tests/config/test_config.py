@@ -78,7 +78,7 @@ def test_each_common_setting_of_an_open_section_is_set_in_yaml() -> None:
 @pytest.mark.parametrize("setting", ["train.epochs", "devices.threads", "data.validation", "optimizer.lr", "seed"])
 def test_a_setting_that_yaml_does_not_set_is_named_with_its_default(setting: str) -> None:
     default = default_settings()[setting]
-    with pytest.raises(ConfigError, match=rf"^{setting}: it must be given\. Set {setting}={default}$"):
+    with pytest.raises(ConfigError, match=rf"^{setting}: it is required\. Set {setting}={default}$"):
         read_config(composed(f"~{setting}"))
 
 
@@ -131,7 +131,7 @@ REFUSED = {
     "model._target_=torch.hub.os": ("model._target_=torch.hub.os", "in model it must be from"),
     "model._target_=torch.nn.Linaer": ("model._target_=torch.nn.Linaer", "cannot be imported"),
     "model._target_=torch.nn.Linear": ("model.width=32", "no such setting"),
-    "~model": ("model", "must be given"),
+    "~model": ("model", "is required"),
 }
 
 
