@@ -183,7 +183,7 @@ class _Optimizer(TypedDict, total=False):
     momentum: BelowOne | None
     """Share of the previous update in the next one, in [0, 1)."""
     weight_decay: NonNegativeFloat | None
-    """Share of a weight that is subtracted a step, as a multiple of the learning rate."""
+    """Share of a weight that is subtracted per step, as a multiple of the learning rate."""
 
 
 class _Schedule(TypedDict, total=False):

@@ -144,7 +144,7 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
         ConfigError: where another process is training in it.
     """
     try:
-        return locks.hold(run_dir / ".lock", patience)
+        return locks.acquire(run_dir / ".lock", patience)
     except locks.HeldError as error:
         raise ConfigError(
             f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"

@@ -51,7 +51,7 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
     ):
         job, facts = plan_job(config, components, context, start, console)
         recording.start(Display(start.folder, facts, config.progress, console, start.started))
-        recording.closing |= _execute(components, job, context, start, console)
+        recording.final_metrics |= _execute(components, job, context, start, console)
         model_export.publish(start.folder, config.model, warn)
     return _conclude(config, components, context, start, console)
 

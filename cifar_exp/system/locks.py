@@ -66,9 +66,9 @@ class HeldError(Exception):
 
 
 @contextmanager
-def held(path: Path, timeout: float | None) -> Iterator[None]:
+def acquired(path: Path, timeout: float | None) -> Iterator[None]:
     """Hold the lock ``path`` inside the block. Wait up to ``timeout`` seconds for it; None: without a limit."""
-    lock = hold(path, timeout)
+    lock = acquire(path, timeout)
     try:
         yield
     finally:
@@ -84,12 +84,12 @@ def locked(path: Path, advice: str) -> Iterator[None]:
     """
     with storage_errors(path.parent, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold(path, timeout=None)
+        lock = acquire(path, timeout=None)
     with lock:
         yield
 
 
-def hold(path: Path, timeout: float | None = 0) -> FileLock:
+def acquire(path: Path, timeout: float | None = 0) -> FileLock:
     """Lock ``path`` until the returned lock is released or this process ends, and write the holder into the file.
 
     Args:

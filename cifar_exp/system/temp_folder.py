@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cifar_exp.system.locks import HeldError, held
+from cifar_exp.system.locks import HeldError, acquired
 
 PREFIX = "cifar-exp-"
 _LOCK = ".lock"
@@ -25,7 +25,7 @@ def private_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
     try:
         try:
-            with held(folder / _LOCK, timeout=0):
+            with acquired(folder / _LOCK, timeout=0):
                 folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before another start can see it
                 yield folder
         finally:
@@ -38,5 +38,5 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove a folder that no process has locked: its process was killed."""
     with suppress(OSError, HeldError):
         if (folder / _LOCK).exists() and folder.stat().st_uid == os.geteuid():
-            with held(folder / _LOCK, timeout=0):
+            with acquired(folder / _LOCK, timeout=0):
                 shutil.rmtree(folder)

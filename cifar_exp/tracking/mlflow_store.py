@@ -87,7 +87,7 @@ class MLflowStore:
             make_private(OUTPUTS)
         database = self.address().partition("sqlite:///")[2]
         # No lock for a server: one that hangs must not hold up other runs.
-        with locks.held(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
+        with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
             # Addresses with options and in-memory ones are left to MLflow.
             is_file = bool(database) and not {"?", ":"} & {*database}
             if is_file and not Path(database).exists():
@@ -129,7 +129,7 @@ class MLflowStore:
         """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
         if not (folder / SWEEP_RUN_FILE).exists():
             return None
-        with locks.held(folder / ".mlflow.lock", LOCK_TIMEOUT):
+        with locks.acquired(folder / ".mlflow.lock", LOCK_TIMEOUT):
             run = RunInfo.load(folder)
             identity = self.find_run(client, run)
             is_resumed = Outcome.of(folder) is None  # it may have been closed after an earlier session died

@@ -34,14 +34,14 @@ class Recording:
         started: start of the run on the monotonic clock, moved so that pauses between kill and resume do not count.
         tracker: receives the journal; None without a tracker.
         store: the tracker's store, as text.
-        closing: metrics measured by the parent, for the last entry.
+        final_metrics: metrics measured by the parent, for the last entry.
     """
 
     run_dir: Path
     started: float
     tracker: Sink | None
     store: str = ""
-    closing: dict[str, float] = field(default_factory=dict)
+    final_metrics: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
     _stopped: Stopped | None = None
     _deadline: float = math.inf  # after a signal
@@ -159,7 +159,7 @@ class Recording:
             "time/total_seconds": total,
             "time_split/tracking": tracking,
             "time_split/other": total - tracking - split,
-            **self.closing,
+            **self.final_metrics,
         }
         writer = JournalWriter(self.run_dir)
         writer.write(Entry(last.step, last.epoch, total, metrics))
