@@ -101,9 +101,11 @@ def _run_context() -> RunContext:
     """The folder, overrides and sweep of Hydra's current job."""
     hydra_config = HydraConfig.get()
     single = hydra_config.mode == RunMode.RUN
+    # As typed: an override may refer to a setting that does not exist, which `read_config` reports.
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return RunContext(
         folder=Path(hydra_config.runtime.output_dir),
-        overrides=tuple(hydra_config.overrides.task),
+        overrides=tuple(overrides),
         sweep_dir=None if single else Path(hydra_config.sweep.dir),
         age=process_age() if single else 0.0,
     )

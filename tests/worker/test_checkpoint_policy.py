@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from cifar_exp.data.image_reader import Preprocessing
 from cifar_exp.distributed.process_group import World
 from cifar_exp.records.checkpoint import Checkpoint, CheckpointPosition
 from cifar_exp.worker.checkpoint_policy import CheckpointPolicy, RankZeroFiles
@@ -34,7 +35,8 @@ class Disk:
 
 def policy(world: World, folder: Path, disk: Disk | None, *, every: int = 2, split: bool = True) -> CheckpointPolicy:
     made, model, _ = trainer(world)
-    data = SimpleNamespace(classes=("cat", "dog"), image_size=(32, 32), content_hash="data")
+    rule = Preprocessing((32, 32))
+    data = SimpleNamespace(classes=("cat", "dog"), image_size=(32, 32), content_hash="data", preprocessing=rule)
     job: Any = SimpleNamespace(
         checkpoint=SimpleNamespace(every=every),
         data=data,
