@@ -330,4 +330,4 @@ def test_the_command_fails_with_a_message_and_the_errors_code(
     archive.write_bytes(ARCHIVE)
     arguments = ["data", f"data.root={tmp_path}", f"data.archive={archive}", "--to", str(tmp_path / "file")]
     assert run_command(arguments) == 8
-    assert "--to <folder>" in capsys.readouterr().err
+    assert "--to=<another folder>" in capsys.readouterr().err

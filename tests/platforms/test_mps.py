@@ -62,7 +62,7 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("apple")
 def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_devices(DEVICES)
-    assert (found.accelerator, found.count, found.threads, str(found)) == ("mps", 1, 8, "1 GPU (found 1 GPU)")
+    assert (found.accelerator, found.world_size, found.threads, str(found)) == ("mps", 1, 8, "1 GPU (found 1 GPU)")
     assert device_counts(DEVICES) == [1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_devices(DEVICES).accelerator == "gpu"
@@ -216,7 +216,7 @@ def test_an_epoch_asks_nothing_of_mps_that_it_lacks(
     monkeypatch.setattr(data_parallel.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(data_parallel.dist, "broadcast", _only_on_the_host)
     monkeypatch.setattr(MetricValues, "of", lambda sums: _only_on_the_host(sums) or MetricValues(1.0, 0.5, 1000))
-    monkeypatch.setattr(Trainer, "_exchange_times", lambda _: None)
+    monkeypatch.setattr(Trainer, "_gather_times", lambda _: None)
     rank = rank_on_mps(monkeypatch, tmp_path, *recipe, "train.epochs=1", "train.batch_size=250")
     with OnlyWhatMPSHas() as seen:
         trained = rank.trainer.train_one_epoch(1, rank.batches)
