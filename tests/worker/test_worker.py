@@ -101,6 +101,5 @@ def test_compiling_is_counted_apart_from_the_first_step(cifar_exp: Command, work
     done = cifar_exp(*TINY, "train.compile=always", "hydra.run.dir=run", "tracking=none", timeout=280)
     assert done.returncode == 0, done.stderr
     last = journal.last_values(workplace / "run")
-    assert last["time_split/compile"] > 1.0
     assert last["time/train_seconds"] < last["time_split/compile"]
     assert last["test/count"] == 33
