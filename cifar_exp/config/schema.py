@@ -66,7 +66,7 @@ class Train:
     profile: bool
     """Whether a profiler trace of a few steps is written."""
     max_seconds: PositiveFloat | None
-    """Seconds after which training stops and saves; null means no limit."""
+    """Seconds from the start of the command, start-up included, after which training stops; null means no limit."""
 
 
 @dataclass(frozen=True)

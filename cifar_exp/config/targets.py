@@ -37,6 +37,11 @@ RENAMED = {
     "cifar_exp.tracking.MLflowTracker": "cifar_exp.tracking.mlflow_tracker.MLflowTracker",
     "cifar_exp.tracking.NoTracker": "cifar_exp.tracking.tracker.NoTracker",
 }
+SCHEDULE_CONTRACT = (
+    "it is no schedule: a schedule is a function of (step, steps_per_epoch, epochs) that returns the factor on the "
+    "learning rate. A scheduler of torch.optim takes an optimizer instead. Set schedule=piecewise, cosine or linear, "
+    "or write a function of your own (docs/networks.md)"
+)
 FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 
 
@@ -89,6 +94,8 @@ def check_targets(section: str, content: Any, trusted: Iterable[str]) -> None:
         if isinstance(part, Mapping):
             for key, value in part.items():
                 if key == "_target_" and not matches(str(value), patterns):
+                    if section == "schedule" and str(value).startswith("torch."):
+                        raise ConfigError(f"{setting}._target_={value}: {SCHEDULE_CONTRACT}")
                     module = str(value).rpartition(".")[0] or str(value)
                     raise ConfigError(
                         f"{setting}._target_={value}: in {section} it must be from {', '.join(ALLOWED[section])}. If "

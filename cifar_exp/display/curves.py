@@ -23,6 +23,7 @@ class RunFacts:
         steps_per_epoch: iterations of an epoch.
         lr_drops: (epochs after which the learning rate changes, the new rate).
         details: names and texts of the table beside the plot.
+        ended_early: why training ended before its last step; empty if it did not.
     """
 
     title: str
@@ -31,6 +32,7 @@ class RunFacts:
     steps_per_epoch: int
     lr_drops: Sequence[tuple[int, float]]
     details: Mapping[str, str]
+    ended_early: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Display:
         self._mode = suitable(console) if mode == "auto" else mode
         self._started = started
         self._entries: list[Entry] = []
+        self.ended_early = ""  # why; the page says it at the end
         self._latest: dict[str, float] = {}
         self._next_page = 0.0
         self._bar: Progress | None = None
@@ -77,6 +78,9 @@ class Display:
             done, planned = int(self._latest["stopped_epoch"]), self._facts.epochs
             stopped = {"epochs": f"{done} of {planned}: early stopping"}
             self._facts = replace(self._facts, epochs=done, details={**self._facts.details, **stopped})
+            self.ended_early = "early stopping"
+        if status == "FINISHED":
+            self._facts = replace(self._facts, ended_early=self.ended_early)
         self._draw_page(ended)
         if self._entries:
             training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")

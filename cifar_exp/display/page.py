@@ -64,6 +64,7 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
         Path(__file__).with_name("page.html"),
         title=facts.title,
         status=facts.status,
+        ended_early=facts.ended_early,
         live=live,
         done=f"{done:.0%}",
         width=f"{done:.2%}",

@@ -1,11 +1,13 @@
 """Gradient averaging with DDP, and its time. A single rank trains the model without DDP."""
 
 import inspect
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,11 +63,14 @@ class Communication:
         return exposed, max(0.0, averaging - sum(exposed))
 
 
-def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communication]:
+def data_parallel(model: nn.Module, world: World, has_unused: bool = False) -> tuple[nn.Module, Communication]:
     """The module to train: ``model`` itself on one rank, else ``model`` in DDP, which averages gradients.
 
     DDP does not broadcast buffers at each step: that would be one more collective. ``batch_norm.combine_over_ranks``
     combines them before they are used.
+
+    Where a parameter may get no gradient in a step (``has_unused``, or code of a user's in the network), DDP searches
+    for such parameters in each step. One that no rank used keeps no gradient, as on a single rank.
     """
     communication = Communication()
     if world.size == 1:
@@ -78,11 +83,40 @@ def data_parallel(model: nn.Module, world: World) -> tuple[nn.Module, Communicat
         # One bucket, so no overlap: gloo's threads run on the ranks' own cores, where overlapped averaging delays the
         # backward pass by more than it saves (benchmarks/README.md).
         settings["bucket_cap_mb"] = gradient_bytes(model) // 2**20 + 1
+    if has_unused or not _uses_all(model):
+        settings["find_unused_parameters"] = True
+        _silence_search_warning(world.device)
     with _side_stream(world.device):
         parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **settings)
     if world.device.type == "cpu":
         parallel.register_comm_hook(communication, _average_and_measure)
     return parallel, communication
+
+
+# Modules whose layers pass every parameter in every step. A user's may leave some out, as stochastic depth does.
+STATIC = ("torch.nn.", "torchvision.", "cifar_exp.models.networks", "cifar_exp.models.speednet", "cifar_exp.models.rep")
+FUSED = ("cifar_exp.cpu_kernels.", "cifar_exp.distributed.")
+
+
+def _uses_all(model: nn.Module) -> bool:
+    """Whether the network is of known layers alone, as they were written."""
+    return all(
+        type(module).__module__.startswith((*STATIC, *FUSED)) and "forward" not in vars(module)
+        for module in model.modules()
+    )
+
+
+def _silence_search_warning(device: torch.device) -> None:
+    """Have torch's C++ code say here, unseen, what it says once: that the search may not be needed."""
+    saved = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        layer = DistributedDataParallel(nn.Linear(1, 1, device=device), find_unused_parameters=True)
+        layer(torch.zeros(1, 1, device=device)).sum().backward()
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def gradient_bytes(model: nn.Module) -> int:

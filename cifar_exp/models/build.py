@@ -4,6 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class ModelFactory(Protocol):
@@ -26,11 +27,32 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def seeded(factory: ModelFactory, num_classes: int, seed: int) -> nn.Module:
-    """Build the network with initial weights drawn from ``seed``, without an effect on torch's own generator."""
+def seeded(factory: ModelFactory, num_classes: int, seed: int, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """Build the network with initial weights drawn from ``seed``, without an effect on torch's own generator.
+
+    ``image_size``: height and width, from which lazy layers take their shapes; None: they stay as they are.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return factory(num_classes=num_classes)
+        model = factory(num_classes=num_classes)
+        if image_size and isinstance(model, nn.Module) and _is_lazy(model):
+            was_training = model.training
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, 3, *image_size))
+            model.train(was_training)
+        return model
+
+
+def _is_lazy(model: nn.Module) -> bool:
+    return any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def arrange(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """Lay out the weights of 2-D convolutions. ``Module.to`` would fail on those of 3-D ones."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=memory_format)
+    return model
 
 
 def initialize_from_images(model: nn.Module, images: Tensor) -> None:

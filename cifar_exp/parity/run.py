@@ -18,11 +18,10 @@ from cifar_exp.models.build import parameter_count
 from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
 from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure_ranks, measure_reference, rank_file
 from cifar_exp.parity.report import ParityReport, ParityResult, listed
-from cifar_exp.runs import model_check
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.runs.job_setup import new_job, title
-from cifar_exp.runs.model_check import check_scales, checked_model
+from cifar_exp.runs.model_check import checked_model, try_out
 from cifar_exp.system import machine
 from cifar_exp.system.redaction import masked
 from cifar_exp.system.temp_folder import private_folder
@@ -107,28 +106,23 @@ def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport
 def _result(case: Case, data: DatasetFiles, folder: Path, console: Console) -> ParityResult:
     """Measure one case. ``folder``: a new folder for the measurements."""
     plan, count = case.plan(data), case.devices.world_size
-    _check_network(case, plan, data)
+    has_unused = bool(try_out(case.config, case.components, plan, data, case.devices.accelerator).unused)
     folder.mkdir()
     one = case.on_one_rank()
     console.print(f"measuring {listed([count])}, after one rank ...", highlight=False)
-    one.components.launcher.launch(measure_reference, _job(one, data, folder))
-    case.components.launcher.launch(measure_ranks, _job(case, data, folder))
+    one.components.launcher.launch(measure_reference, _job(one, data, folder, has_unused))
+    case.components.launcher.launch(measure_ranks, _job(case, data, folder, has_unused))
     reference = Measurement.load(folder / REFERENCE_FILE)
     ranks = [Measurement.load(folder / rank_file(rank)) for rank in range(count)]
     checks = compared(reference, ranks, plan, case.allowed(reference.precision))
     return ParityResult(count, str(case.devices), checks, _figures(plan, reference, ranks))
 
 
-def _job(case: Case, data: DatasetFiles, folder: Path) -> Job:
+def _job(case: Case, data: DatasetFiles, folder: Path, has_unused: bool) -> Job:
     hashed = config_hash(case.config)
-    return new_job(case.config, hashed, case.components, case.devices, case.plan(data), data, folder, time.monotonic())
-
-
-def _check_network(case: Case, plan: Plan, data: DatasetFiles) -> None:
-    """Raise a ConfigError where the network cannot be built or fails on the images."""
-    model = checked_model(case.config, case.components, len(data.classes))
-    model_check.layer_shapes(model, data.image_size)
-    check_scales(plan, model, data.image_size)
+    plan, began = case.plan(data), time.monotonic()
+    job = new_job(case.config, hashed, case.components, case.devices, plan, data, folder, began)
+    return replace(job, has_unused=has_unused)
 
 
 def _figures(plan: Plan, reference: Measurement, ranks: Sequence[Measurement]) -> dict[str, Any]:
@@ -162,7 +156,7 @@ def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     """Facts about configuration and machine, as names and texts."""
     first = cases[0]
     config, train = first.config, first.config.train
-    model = checked_model(config, first.components, len(data.classes))
+    model = checked_model(config, first.components, len(data.classes), data.image_size)
     share = "a device" if train.scaling == "weak" else "in all"
     micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
     devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from cifar_exp.errors import FREE_SPACE, storage_errors
@@ -39,7 +40,10 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
 
 def _content(saved: Checkpoint, model: Mapping[str, Any]) -> bytes:
     # Contiguous copies: the format has neither strides nor shared tensors.
-    weights = {name: value.contiguous().clone() for name, value in saved.model.items()}
+    # State that is no tensor (``get_extra_state``) is in checkpoints alone.
+    weights = {
+        name: value.contiguous().clone() for name, value in saved.model.items() if isinstance(value, torch.Tensor)
+    }
     facts = {
         "classes": saved.classes,
         "shift": saved.shift,

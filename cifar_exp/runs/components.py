@@ -20,8 +20,9 @@ from cifar_exp.config import hydra_versions
 from cifar_exp.config.messages import invalid_value, nearest, shown
 from cifar_exp.config.reading import SECTIONS
 from cifar_exp.config.schema import Config
-from cifar_exp.config.targets import ALLOWED, RENAMED, allowed, check_targets, matches, with_names
+from cifar_exp.config.targets import ALLOWED, RENAMED, SCHEDULE_CONTRACT, allowed, check_targets, matches, with_names
 from cifar_exp.errors import ConfigError
+from cifar_exp.runs.user_code import OTHER_OPTIMIZER, check_closure, refusing
 
 if TYPE_CHECKING:
     from cifar_exp.data.augment import Augmentation
@@ -73,7 +74,7 @@ def build(config: Config) -> Components:
         dataset=bound["data"],
         augmentation=bound["augment"](),
         make_model=bound["model"],
-        make_optimizer=_checked_optimizer(bound["optimizer"]),
+        make_optimizer=_checked_optimizer(bound["optimizer"], config.optimizer["_target_"], config.trusted_modules),
         schedule=bound["schedule"],
         launcher=bound["launcher"](),
         tracker=bound["tracking"](),
@@ -114,7 +115,7 @@ def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelF
     return factory
 
 
-class _SettingsAcceptedError(Exception):
+class _SettingsAcceptedError(BaseException):  # a user's optimizer may catch each Exception
     """Raised when an optimizer iterates over its parameters: it has accepted its settings by then."""
 
 
@@ -123,7 +124,7 @@ class _Unreadable:
         raise _SettingsAcceptedError
 
 
-def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
+def _checked_optimizer(factory: "partial[Any]", path: str, trusted: Sequence[str]) -> "partial[Any]":
     """Check the optimizer's settings, then remove ``lr``: the plan scales it and passes the value of each step.
 
     The check builds the optimizer up to the point where it reads its parameters. The rest would import torch's
@@ -132,14 +133,10 @@ def _checked_optimizer(factory: "partial[Any]") -> "partial[Any]":
     Raises:
         ConfigError: the optimizer rejects its settings.
     """
-    try:
+    check_closure(factory.func, path)
+    what = "optimizer: it does not accept these settings together"
+    with suppress(_SettingsAcceptedError), refusing(what, trusted, OTHER_OPTIMIZER):
         factory(_Unreadable())
-    except _SettingsAcceptedError:
-        pass
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"optimizer: it does not accept these settings together: {error}. Set optimizer.<setting>=<another value>"
-        ) from error
     keywords = {key: value for key, value in factory.keywords.items() if key != "lr"}
     return partial(factory.func, *factory.args, **keywords)
 
@@ -188,6 +185,8 @@ def _check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
             target = _imported(path, f"{name}._target_")
             home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
             own = matches(home, allowed(name, trusted)[len(ALLOWED[name]) :])
+            if name == "schedule" and not (callable(target) and KINDS[name](target)):
+                raise ConfigError(f"{setting}: {SCHEDULE_CONTRACT}")
             if not callable(target) or not (own or (matches(home, ALLOWED[name]) and KINDS[name](target))):
                 raise ConfigError(
                     f"{setting}: it names no {NOUNS[name]} from {', '.join(ALLOWED[name])}. Set {name}=<choice of the "
@@ -210,13 +209,26 @@ def _returns(target: Any, kind: str) -> bool:
     return False
 
 
+def _takes_steps(target: Any) -> bool:
+    """Whether a function can be called with the names of a schedule's three arguments."""
+    if inspect.isclass(target):
+        return False
+    with suppress(TypeError, ValueError):  # such as a built-in function
+        parameters = inspect.signature(target).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return True
+        named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.POSITIONAL_ONLY}
+        return PASSED["schedule"] <= named
+    return False
+
+
 # Classes are compared by name: importing them takes seconds, and a wrong setting is reported sooner.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "data": lambda target: _returns(target, "DatasetFiles"),
     "augment": inspect.isclass,
     "model": lambda target: _returns(target, "Module"),
     "optimizer": lambda target: _returns(target, "Optimizer"),
-    "schedule": lambda target: PASSED["schedule"] <= set(inspect.signature(target).parameters),
+    "schedule": lambda target: _takes_steps(target),
     "launcher": lambda target: inspect.isclass(target) and hasattr(target, "launch"),
     "tracking": lambda target: inspect.isclass(target) and hasattr(target, "sink"),
 }
@@ -248,6 +260,8 @@ def _check_settings(name: str, settings: Mapping[str, Any], target: Any) -> None
     given = list(signature.parameters)[: len(settings.get("_args_", ()))]  # by position
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     passed = PASSED.get(name, set())
+    if name == "optimizer":
+        passed = passed | set(list(signature.parameters)[:1])  # passed by position: its name is free
     valid = set(signature.parameters) - passed
     for key, value in keywords.items():
         if key in passed or (key not in signature.parameters and not takes_any):

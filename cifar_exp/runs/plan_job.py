@@ -13,8 +13,9 @@ from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.job_setup import new_job
-from cifar_exp.runs.model_check import check_scales, checked_model
+from cifar_exp.runs.model_check import Tried, try_out
 from cifar_exp.runs.start import RunStart
+from cifar_exp.runs.user_code import refusing
 from cifar_exp.training.plan import Plan, make_plan, warnings
 from cifar_exp.worker.job import Job
 
@@ -36,14 +37,17 @@ def plan_job(
     if data.left_out:
         say(console, [f"left out of the images: {data.left_out}"])
     kept_batch = resumed.kept_batch if resumed else None
-    plan = make_plan(config, devices.world_size, data.train_count, components.schedule, kept_batch)
+    with refusing("schedule: it fails", config.trusted_modules, "Correct it, or set schedule=cosine"):
+        plan = make_plan(config, devices.world_size, data.train_count, components.schedule, kept_batch)
     for line in warnings(config, plan):
         warn(line)
     if resumed:
         resumed.check_images(data.content_hash)
         say(console, resumed.description(plan.world_size))
-    model = checked_model(config, components, len(data.classes))
-    check_scales(plan, model, data.image_size)
+    tried = try_out(config, components, plan, data, devices.accelerator)
+    model = tried.model
+    if tried.unused:
+        warn(_without_gradient(tried))
     details = plan_summary.describe_plan(plan, devices, data, model, config.early_stopping)
     plan_summary.print_plan(console, details)
     if context.is_single:  # not for each job of a sweep
@@ -57,15 +61,21 @@ def plan_job(
         details=details | {"folder": os.path.relpath(start.folder)},
     )
     job = new_job(config, start.config_hash, components, devices, plan, data, start.folder, start.started)
+    job = replace(job, has_unused=bool(tried.unused))
     if resumed:
         origin = (resumed.source, resumed.manifest) if resumed.manifest else None
         job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
     return job, facts
 
 
+def _without_gradient(tried: Tried) -> str:
+    names = ", ".join(tried.unused[:3]) + (", ..." if len(tried.unused) > 3 else "")
+    return f"model: {len(tried.unused)} parameters get no gradient in a trial step and stay as they are then: {names}"
+
+
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:
     """The drops of a piecewise constant schedule as (epoch before, new learning rate); empty for other schedules."""
     ranges = plan.learning_rate_ranges()
-    if any(low != high for _, _, low, high in ranges):
+    if any(len(rates) > 1 for *_, rates in ranges):
         return []
-    return [(first - 1, rate) for first, _, rate, _ in ranges[1:]]
+    return [(first - 1, rates[0]) for first, _, rates in ranges[1:]]

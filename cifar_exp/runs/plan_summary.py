@@ -1,7 +1,7 @@
 """Print a run's plan and its network in the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.models.build import parameter_count
 from cifar_exp.runs.model_check import layer_shapes
+from cifar_exp.system.bugs import described
 from cifar_exp.training.plan import Plan
 
 
@@ -21,8 +22,8 @@ def describe_plan(
 ) -> dict[str, str]:
     """The plan as name -> text, for the terminal and the run's page."""
     rates = ", ".join(
-        f"epoch {first}{f'-{last}' if last > first else ''}: {low:.4g}" + (f" to {high:.4g}" if high > low else "")
-        for first, last, low, high in _shortened(plan.learning_rate_ranges())
+        f"epoch {first}{f'-{last}' if last > first else ''}: {_moving(turns)}"
+        for first, last, turns in _shortened(plan.learning_rate_ranges())
     )
     each = f"{plan.accumulate} micro-batches of " if plan.accumulate > 1 else ""
     return {
@@ -57,7 +58,12 @@ def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]
     """
     layers = Table("layer", "output shape", title="Network", title_justify="left")
     layers.add_column("parameters", justify="right")
-    for name, shape, count in layer_shapes(model, image_size):
+    try:
+        shapes = layer_shapes(model, image_size)
+    except Exception as error:  # the network has passed its trial: it is torchinfo that cannot follow it
+        console.print(f"the layers cannot be listed: {described(error)}", highlight=False)
+        return
+    for name, shape, count in shapes:
         layers.add_row(name, " x ".join(map(str, shape)), f"{count:,}" if count else "")
     console.print(layers)
 
@@ -102,6 +108,12 @@ def _steps(count: int, plan: Plan) -> str:
     return f"{steps} step{'s'[: steps > 1]} of up to {EVALUATION_BATCH} per rank"
 
 
-def _shortened(ranges: list[tuple[int, int, float, float]]) -> list[tuple[int, int, float, float]]:
+def _moving(rates: Sequence[float]) -> str:
+    """Such as ``0.05 to 0.04177``; rates that are written alike stand once."""
+    texts = [f"{rate:.4g}" for rate in rates]
+    return " to ".join(text for place, text in enumerate(texts) if not place or text != texts[place - 1])
+
+
+def _shortened(ranges: list[tuple[int, int, tuple[float, ...]]]) -> list[tuple[int, int, tuple[float, ...]]]:
     """All ranges of a schedule with up to six; else the first, the middle and the last one."""
     return ranges if len(ranges) <= 6 else [ranges[0], ranges[len(ranges) // 2], ranges[-1]]

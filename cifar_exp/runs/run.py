@@ -7,6 +7,7 @@ from rich.console import Console
 
 from cifar_exp.config.schema import Config
 from cifar_exp.display.display import Display
+from cifar_exp.distributed.stop_requests import Request
 from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
 from cifar_exp.records.run_folder import is_undelivered
@@ -50,8 +51,11 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
         Recording(start.folder, start.started, sink(info), components.tracker.store()) as recording,
     ):
         job, facts = plan_job(config, components, context, start, console)
-        recording.start(Display(start.folder, facts, config.progress, console, start.started))
-        recording.final_metrics |= _execute(components, job, context, start, console)
+        display = Display(start.folder, facts, config.progress, console, start.started)
+        recording.start(display)
+        ended, load = _execute(components, job, context, start, console)
+        display.ended_early = ended.reason if ended else ""
+        recording.final_metrics |= load
         model_export.publish(start.folder, config.model, warn)
     return _conclude(config, components, context, start, console)
 
@@ -67,8 +71,12 @@ def _finished_before(folder: Path, components: Components, console: Console) -> 
 
 def _execute(
     components: Components, job: Job, context: RunContext, start: RunStart, console: Console
-) -> dict[str, float]:
-    """Run the ranks until they end. Returns metrics of the machine's load during training."""
+) -> tuple[Request | None, dict[str, float]]:
+    """Run the ranks until they end.
+
+    Returns:
+        Why training ended early, if it did, and metrics of the machine's load.
+    """
     devices = start.devices
     with load_watch.LoadWatch(devices.accelerator, devices.world_size) as watch:
         try:
@@ -78,7 +86,7 @@ def _execute(
             raise
     if ended:
         say(console, [f"training ended early: {ended.reason}"])
-    return watch.metrics()
+    return ended, watch.metrics()
 
 
 def _conclude(config: Config, components: Components, context: RunContext, start: RunStart, console: Console) -> Result:

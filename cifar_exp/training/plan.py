@@ -45,17 +45,28 @@ class Plan:
         """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
-    def learning_rate_ranges(self) -> list[tuple[int, int, float, float]]:
-        """Groups of epochs with equal learning rates: (first epoch, last epoch, lowest, highest), epochs from 1."""
-        ranges: list[tuple[int, int, float, float]] = []
+    def learning_rate_ranges(self) -> list[tuple[int, int, tuple[float, ...]]]:
+        """Groups of epochs with equal learning rates: (first epoch, last epoch, rates), epochs from 1.
+
+        The rates are those of the epoch's first and last step, and between them the lowest and the highest in their
+        order if they lie beyond these; a single one if it never moves.
+        """
+        ranges: list[tuple[int, int, tuple[float, ...]]] = []
         for epoch in range(1, self.epochs + 1):
             rates = self.learning_rates[(epoch - 1) * self.steps_per_epoch : epoch * self.steps_per_epoch]
-            low, high = min(rates), max(rates)
-            if ranges and ranges[-1][2:] == (low, high):
-                ranges[-1] = (ranges[-1][0], epoch, low, high)
+            turns = _turns(rates)
+            if ranges and ranges[-1][2] == turns:
+                ranges[-1] = (ranges[-1][0], epoch, turns)
             else:
-                ranges.append((epoch, epoch, low, high))
+                ranges.append((epoch, epoch, turns))
         return ranges
+
+
+def _turns(rates: Sequence[float]) -> tuple[float, ...]:
+    """The first rate, the extremes in their order, the last rate; equal neighbours once."""
+    places = sorted({0, rates.index(min(rates)), rates.index(max(rates)), len(rates) - 1})
+    values = [rates[place] for place in places]
+    return tuple(value for place, value in enumerate(values) if not place or value != values[place - 1])
 
 
 def check_scaling(config: Config, world_size: int) -> None:

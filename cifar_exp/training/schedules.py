@@ -1,9 +1,13 @@
 """Learning-rate schedules: functions from a step, counted from 0, to the factor on the full learning rate."""
 
 import math
+from contextlib import suppress
+from numbers import Real
 from typing import Annotated, Protocol
 
 from annotated_types import Ge, Gt, Le
+
+from cifar_exp.errors import ConfigError
 
 NonNegative = Annotated[float, Ge(0)]
 
@@ -47,5 +51,26 @@ def _warmup_and_progress(step: int, steps_per_epoch: int, epochs: int, warmup_ep
 
 
 def learning_rates(schedule: Schedule, full_rate: float, steps_per_epoch: int, epochs: int) -> tuple[float, ...]:
-    """The learning rate of every step of the run, in order."""
-    return tuple(full_rate * schedule(step, steps_per_epoch, epochs) for step in range(steps_per_epoch * epochs))
+    """The learning rate of every step of the run, in order.
+
+    Raises:
+        ConfigError: the schedule returns something else than a number of at least 0.
+    """
+    return tuple(
+        full_rate * _factor(schedule(step=step, steps_per_epoch=steps_per_epoch, epochs=epochs), step)
+        for step in range(steps_per_epoch * epochs)
+    )
+
+
+def _factor(value: object, step: int) -> float:
+    """A schedule's value as a number: Python's, NumPy's, or a tensor of one element."""
+    number = math.nan
+    if isinstance(value, Real) or (getattr(value, "ndim", None) == 0 and hasattr(value, "item")):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # such as a complex tensor
+            number = float(value)  # type: ignore[arg-type]
+    if not 0 <= number < math.inf:
+        raise ConfigError(
+            f"schedule: it returns {value!r:.60} at step {step}, counted from 0. It must return a number of at least "
+            f"0, the factor on the learning rate. Correct it, or set schedule=cosine"
+        )
+    return number

@@ -35,6 +35,7 @@ class Job:
         threads: CPU threads per rank.
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
+        has_unused: whether some parameters get no gradient, as a trial of the network has shown.
     """
 
     run_dir: Path
@@ -54,3 +55,4 @@ class Job:
     accelerator: str
     threads: int
     timeout: float
+    has_unused: bool = False

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
+from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, scaled_size
 from cifar_exp.data.sources import Source, fetch
 from cifar_exp.distributed import data_parallel
 from cifar_exp.distributed.batch_norm import synchronize_layers
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import ConfigError
-from cifar_exp.models.build import InitializedFromImages, initialize_from_images, seeded
+from cifar_exp.models.build import InitializedFromImages, arrange, initialize_from_images, seeded
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.system.accelerator import layout, resolve_precision
 from cifar_exp.training.early_stopping import EarlyStopping
@@ -85,7 +85,7 @@ def build_training_setup(
 def _build_trainer(
     job: Job, world: World, control: RankControl, report: ReportMetrics, model: nn.Module, precision: torch.dtype
 ) -> Trainer:
-    parallel, communication = data_parallel.data_parallel(model, world)
+    parallel, communication = data_parallel.data_parallel(model, world, has_unused=job.has_unused)
     step = TrainStep(
         model=parallel,
         optimizer=_build_optimizer(job, model),
@@ -109,8 +109,9 @@ def _build_model(
     job: Job, world: World, normalization: Normalization, train_images: Source, saved: Checkpoint | None
 ) -> nn.Module:
     """The network with the weights of ``saved`` or its initial ones."""
-    model = seeded(job.make_model, len(job.data.classes), job.seed)
-    model = model.to(world.device).to(memory_format=layout(world.device))
+    size = scaled_size(job.data.image_size, job.plan.image_scales[-1])
+    model = seeded(job.make_model, len(job.data.classes), job.seed, size)
+    model = arrange(model.to(world.device), layout(world.device))
     if saved:
         _load_weights(model, saved)
     elif any(isinstance(module, InitializedFromImages) for module in model.modules()):

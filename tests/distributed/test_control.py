@@ -66,7 +66,9 @@ def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
     over, endless = RankControl(tmp_path / "a", seconds=0.0), RankControl(tmp_path / "b", seconds=86400.0)
     for control in (over, endless):
         control.approach(StopPoint(1))
-    assert over.agreed(StopPoint(1)) == Request("stop", "train.max_seconds")
+    assert over.agreed(StopPoint(1)) == Request(
+        "stop", "train.max_seconds is over, which counts from the start of the command"
+    )
     assert endless.agreed(StopPoint(1)) is None
 
 

@@ -175,8 +175,8 @@ def test_weak_scaling_asks_for_no_divisibility() -> None:
 
 def test_learning_rate_ranges_join_the_epochs_of_one_rate() -> None:
     ranges = plan(2).learning_rate_ranges()
-    assert [epochs for *epochs, _, _ in ranges] == [[1, 50], [51, 60]]
-    assert [rates for _, _, *rates in ranges] == [pytest.approx([0.2, 0.2]), pytest.approx([0.02, 0.02])]
+    assert [epochs for *epochs, _ in ranges] == [[1, 50], [51, 60]]
+    assert [rates for *_, rates in ranges] == [pytest.approx((0.2,)), pytest.approx((0.02,))]
 
 
 def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() -> None:
@@ -184,9 +184,17 @@ def test_learning_rate_ranges_of_a_rate_that_moves_are_its_ends_in_each_epoch() 
     first, second = made.learning_rate_ranges()
     rates = made.learning_rates
     assert len(rates) == 8
-    assert first == (1, 1, rates[3], rates[0])
-    assert second == (2, 2, rates[7], rates[4])
+    assert first == (1, 1, (rates[0], rates[3]))  # falling, as in time
+    assert second == (2, 2, (rates[4], rates[7]))
     assert rates[4] == pytest.approx(rates[0] / 2)
+
+
+def test_a_rate_that_rises_and_falls_within_an_epoch_shows_its_peak() -> None:
+    made = plan(1, 80, batch_size=20, epochs=1, schedule=partial(cosine, warmup_epochs=0.5), lr=1.0)
+    (only,) = made.learning_rate_ranges()
+    rates = made.learning_rates
+    assert only == (1, 1, (rates[0], max(rates), rates[3]))
+    assert rates[0] < rates[3] < max(rates)
 
 
 @pytest.mark.parametrize(
