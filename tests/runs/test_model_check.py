@@ -1,4 +1,4 @@
-"""A network, optimizer or schedule that cannot work is refused in the parent, with the setting, the rule and the line."""
+"""A network, optimizer or schedule that cannot work is refused in the parent: setting, rule and line."""
 
 from dataclasses import replace
 from pathlib import Path
