@@ -164,7 +164,7 @@ def _run_context() -> RunContext:
     single = hydra_config.mode == RunMode.RUN
     return RunContext(
         folder=Path(hydra_config.runtime.output_dir),
-        overrides=tuple(hydra_config.overrides.task),
+        overrides=tuple(map(str, OmegaConf.to_container(hydra_config.overrides.task))),  # as they were typed
         sweep_dir=None if single else Path(hydra_config.sweep.dir),
         age=process_age() if single else 0.0,
     )

@@ -244,8 +244,9 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
+    overrides = masked(OmegaConf.to_container(hydra.overrides.task))  # as they were typed
     if OmegaConf.select(composed, "progress") != "quiet":
-        print(f"\n== job {hydra.job.num}: {printable(' '.join(masked(list(hydra.overrides.task))))}", flush=True)
+        print(f"\n== job {hydra.job.num}: {printable(' '.join(overrides))}", flush=True)
     try:
         return task_function(composed)
     except Exception as error:

@@ -12,15 +12,15 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 
 from tests.helpers.commands import ForkedCommand
 
-OURS = "hydra/sweeper=study"
+OURS = ("hydra/sweeper=study", "hydra.job.chdir=true")  # as Hydra 1.1 did, which the suites expect
 
 
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [OURS])])
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [*OURS])])
 class TestOneBatch(LauncherTestSuite):
     """All jobs in one batch."""
 
 
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [OURS, "hydra.sweeper.max_batch_size=2"])])
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [*OURS, "hydra.sweeper.max_batch_size=2"])])
 class TestBatches(BatchedSweeperTestSuite):
     """Two jobs a batch."""
 
