@@ -9,6 +9,7 @@ from omegaconf import open_dict, read_write
 
 from cifar_exp.cli.hydra_app import composed
 from cifar_exp.errors import storage_errors
+from cifar_exp.records.refused import REFUSALS, Before
 from cifar_exp.records.run_folder import make_private
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.train_composed import train_composed
@@ -39,7 +40,11 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
 
 @contextmanager
 def _folder_with_log(run_dir: Path) -> Iterator[None]:
-    """Create the run folder. Inside this context the package's log is written there, as Hydra does for the command."""
+    """Create the run folder, and remove it if the run is refused.
+
+    Inside this context the package's log is written there, as Hydra does for the command.
+    """
+    before = Before.of(run_dir)
     with storage_errors(run_dir, "Set folder to one that you may write to"):
         run_dir.mkdir(parents=True, exist_ok=True)
         make_private(run_dir)
@@ -49,6 +54,9 @@ def _folder_with_log(run_dir: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
+    except REFUSALS:
+        before.restore([LOG_FILE])
+        raise
     finally:
         log.removeHandler(handler)
         handler.close()

@@ -3,21 +3,25 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cifar_exp.cli.options import refuse_unknown_options
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.reading import register_resolvers
 from cifar_exp.config.refusals import explained
 from cifar_exp.config.targets import ALLOWED
-from cifar_exp.errors import CifarExpError
-from cifar_exp.records.run_folder import make_private
+from cifar_exp.errors import CifarExpError, Stopped, storage_errors
+from cifar_exp.records.refused import REFUSALS, Before
+from cifar_exp.records.run_folder import RUN_FILE, make_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
@@ -27,19 +31,86 @@ from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed
 
 Job = Callable[[DictConfig, RunContext], Any]
-# Every allowed `_target_`, and the class that conf/config.yaml names for Python's logging.
+# Every allowed `_target_`, the class that conf/config.yaml names for Python's logging, and Hydra's own callbacks.
 ALLOWED_TARGETS = (
-    "cifar_exp.system.redaction.MaskingFormatter",
+    *("cifar_exp.system.redaction.MaskingFormatter", "hydra.experimental.callbacks.*"),
     *(path for paths in ALLOWED.values() for path in paths),
 )
 
 
-def run_hydra(job: Job, words: Sequence[str]) -> int:
+class StoppedJobError(Exception):
+    """A signal ended the job. ``Stopped`` is the cause. Hydra 1.3 tells callbacks of the end for an Exception alone."""
+
+
+class Jobs:
+    """What Hydra calls: for a single run, and for each job of a sweep, perhaps in another process.
+
+    Attributes:
+        begun: whether a job was called here. An error before the first one may come from the command line.
+        exit_code: of the first job of a sweep that failed; 0 if none did.
+    """
+
+    def __init__(self, job: Job, check: Callable[[DictConfig], None] | None, is_rerun: bool) -> None:
+        """``check``: raises what can be told of a configuration at once."""
+        self._job, self._check, self._is_rerun = job, check, is_rerun
+        self._before: Before | None = None  # Hydra creates the folder of a single run
+        self.begun, self.exit_code = False, 0
+
+    def __call__(self, composed: DictConfig) -> Any:
+        self.begun = True
+        hydra = HydraConfig.get()
+        is_single = hydra.mode == RunMode.RUN or self._is_rerun
+        if self._is_rerun:
+            self._set_new_folder(hydra)
+        folder = Path(hydra.runtime.output_dir)
+        _keep_private(folder, hydra.output_subdir)
+        try:
+            with chdir(hydra.runtime.cwd):  # hydra.job.chdir: settings name files from where the command was started
+                return self._job(composed, _run_context())
+        except Stopped as stopped:
+            raise StoppedJobError from stopped
+        except REFUSALS:
+            if is_single and self._before:
+                self._before.restore(subfolder=hydra.output_subdir)
+            elif not is_single and not (folder / RUN_FILE).exists():  # else a job that was begun before
+                Before(folder, [folder], frozenset()).restore(subfolder=hydra.output_subdir)
+            raise
+        except Exception:
+            raise_swallowed()  # a signal may be the cause: numpy cannot be imported again after an interrupted import
+            raise
+
+    def check(self, composed: DictConfig) -> None:
+        """Raise a ``CifarExpError`` for what is wrong with a job's configuration and can be told at once."""
+        if self._check:
+            self._check(composed)
+
+    def before_folder(self, folder: Path) -> None:
+        """Note what there is before Hydra creates ``folder``."""
+        self._before = Before.of(folder)
+
+    def sweep_failed(self, exit_code: int) -> None:
+        """Some jobs of a sweep failed, and each was reported."""
+        self.exit_code = exit_code
+
+    def _set_new_folder(self, hydra: Any) -> None:
+        """A run that is started again from its pickled configuration gets a folder of its own."""
+        setup_globals()  # the name of the folder has the time in it, and the pickled one is remembered
+        OmegaConf.clear_cache(hydra._get_root())
+        folder = Path(hydra.run.dir).absolute()
+        self.before_folder(folder)
+        with storage_errors(folder, "Set hydra.run.dir to a folder that you may write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with read_write(hydra), open_dict(hydra):
+            hydra.runtime.output_dir, hydra.runtime.cwd, hydra.mode = str(folder), str(Path.cwd()), RunMode.RUN
+
+
+def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None] | None = None) -> int:
     """Compose the configuration and run ``job`` with it, once or for every job of a sweep.
 
     Args:
         job: called with the composed configuration, and the folder, overrides and sweep of the run.
         words: the words of the command line: overrides and Hydra's options.
+        check: raises what can be told of a configuration at once.
 
     Returns:
         The exit code. An error that the user can fix is printed as one message.
@@ -48,35 +119,25 @@ def run_hydra(job: Job, words: Sequence[str]) -> int:
     sys.argv[1:] = options_first(words)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print its own errors and exit with 1
     register_resolvers()
-    failures: list[CifarExpError] = []
-    begun: list[bool] = []  # an error before the first job may come from the command line
-
-    def run_and_collect_failure(composed: DictConfig) -> Any:
-        """Run the job. A single run's error is kept for the message at the end; a sweep's job raises."""
-        begun.append(True)
-        _keep_private(Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().output_subdir)
-        try:
-            return job(composed, _run_context())
-        except Exception as error:
-            # The error may come from a signal. An import of numpy that a signal interrupts cannot be repeated.
-            raise_swallowed()
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the sweeper reports it
-            failures.append(as_user_error(error))  # not raised: Hydra would print all overrides with it
-
+    jobs = Jobs(job, check, is_rerun=any(word.startswith("--experimental-rerun") for word in words))
     try:
         allow_open_files()
-        hydra_versions.run_command(run_and_collect_failure, conf_dir(), ALLOWED_TARGETS)
+        refuse_unknown_options(words, hydra_versions.options())
+        hydra_versions.run_command(jobs, conf_dir(), ALLOWED_TARGETS, jobs.before_folder)
     except CifarExpError as error:
         raise_swallowed()
-        failures.append(error)
+        return _print_failure(error)
     except Exception as error:
+        if stopped := Stopped.cause_of(error):
+            raise stopped from None
         raise_swallowed()
-        failures.append((None if begun else explained(error, sys.argv[1:])) or as_user_error(error))
-    for failure in failures:
-        if str(failure):
-            tell(masked_text(str(failure)))
-    return failures[0].exit_code if failures else 0
+        return _print_failure((None if jobs.begun else explained(error, sys.argv[1:])) or as_user_error(error))
+    return jobs.exit_code
+
+
+def _print_failure(failure: CifarExpError) -> int:
+    tell(masked_text(str(failure)))
+    return failure.exit_code
 
 
 def options_first(words: Sequence[str]) -> list[str]:
@@ -105,7 +166,7 @@ def _run_context() -> RunContext:
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return RunContext(
         folder=Path(hydra_config.runtime.output_dir),
-        overrides=tuple(overrides),
+        overrides=tuple(map(str, overrides)),
         sweep_dir=None if single else Path(hydra_config.sweep.dir),
         age=process_age() if single else 0.0,
     )

@@ -52,6 +52,12 @@ class Commands(click.Group):
         own = {"--help", "--version"}
         if not args or (args[0] not in own and ("=" in args[0] or args[0].startswith("-"))):
             args = ["train", *args]
+        elif args[0] not in COMMANDS and "." in args[0]:
+            from cifar_exp.config.defaults import default_settings
+
+            if args[0] in default_settings():
+                value = args[1] if len(args) > 1 else "<value>"
+                raise ConfigError(f"{args[0]}: a setting is written as key=value. Set {args[0]}={value}")
         return super().parse_args(ctx, args)
 
 

@@ -16,7 +16,23 @@ def command(words: tuple[str, ...]) -> int:
     """Train once as configured; with -m, sweep over lists of values."""
     from cifar_exp.cli.hydra_app import run_hydra
 
-    return run_hydra(run_job, words)
+    return run_hydra(run_job, words, check)
+
+
+def check(composed: "DictConfig") -> None:
+    """Check what can be told of a job of a sweep before the first one starts.
+
+    Raises:
+        CifarExpError: something is wrong.
+    """
+    from cifar_exp.runs.train_composed import check_composed
+    from cifar_exp.system.host import MACOS
+
+    wanted = check_composed(composed).devices
+    if wanted.accelerator == "mps" or (MACOS and wanted.accelerator == "auto"):
+        from cifar_exp.launch.devices import check_apples_gpu  # it imports PyTorch
+
+        check_apples_gpu(wanted)
 
 
 def run_job(composed: "DictConfig", context: "RunContext") -> float:

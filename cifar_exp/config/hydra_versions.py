@@ -5,15 +5,20 @@ The version is detected by its features, not by its number, so release candidate
 
 import argparse
 import inspect
+import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import hydra
 from hydra import initialize_config_dir, utils
+from hydra._internal import hydra as hydras
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 # Hydra 1.4 has its own allow-list of `_target_`s and deprecates `version_base`.
@@ -21,7 +26,9 @@ _LIMITS_TARGETS = "execution_whitelist" in inspect.signature(hydra.main).paramet
 _BASE: dict[str, Any] = {} if _LIMITS_TARGETS else {"version_base": "1.3"}
 
 
-def run_command(job: Callable[[DictConfig], Any], folder: Path, trusted: Iterable[str]) -> None:
+def run_command(
+    job: Callable[[DictConfig], Any], folder: Path, trusted: Iterable[str], before_folder: Callable[[Path], None]
+) -> None:
     """Let Hydra parse ``sys.argv`` and run ``job``, once or for each job of a sweep.
 
     Args:
@@ -29,9 +36,13 @@ def run_command(job: Callable[[DictConfig], Any], folder: Path, trusted: Iterabl
         folder: the folder of ``config.yaml``.
         trusted: the `_target_`s that a configuration may have, including those for Python's logging: dotted paths, or
             modules with ``.*``.
+        before_folder: is called with the folder of a single run before Hydra creates it.
+
+    Raises:
+        Exception: that of ``job``. Hydra's callbacks were told of it before, and Hydra prints nothing.
     """
     limit: dict[str, Any] = {"execution_whitelist": list(trusted)} if _LIMITS_TARGETS else {}
-    with parser_of_old_versions():
+    with parser_of_old_versions(), _calling_before_run(before_folder), _failing_silently():
         hydra.main(config_path=str(folder), config_name="config", **_BASE, **limit)(job)()
 
 
@@ -40,6 +51,17 @@ def options() -> dict[str, argparse.Action]:
     with parser_of_old_versions():
         parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
     return dict(parser._option_string_actions)
+
+
+def given_options(words: Sequence[str]) -> dict[str, Any]:
+    """The values of Hydra's options in a command line by argparse's names, such as ``config_dir``; overrides beside."""
+    with parser_of_old_versions():
+        parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
+    try:
+        with redirect_stderr(io.StringIO()):
+            return vars(parser.parse_known_args(list(words))[0])
+    except SystemExit:  # argparse refuses the words
+        return {}
 
 
 @contextmanager
@@ -61,6 +83,49 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
     if "replace" not in inspect.signature(register).parameters:  # OmegaConf 2.3: this name is a deprecated function
         register = OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
+
+
+@contextmanager
+def ending_sweep(context: HydraContext, config: DictConfig) -> Iterator[None]:
+    """Tell Hydra's callbacks of the end of a sweep that an error ends. Hydra 1.4 does so itself."""
+    try:
+        yield
+    except BaseException:
+        if not _LIMITS_TARGETS:
+            context.callbacks.on_multirun_end(config=config, config_name=config.hydra.job.config_name)
+        raise
+
+
+@contextmanager
+def _calling_before_run(before_folder: Callable[[Path], None]) -> Iterator[None]:
+    """Inside this context a single run calls ``before_folder`` with its folder. Hydra has no hook at that place."""
+    run_job = hydras.run_job  # type: ignore[attr-defined]
+
+    def called(**arguments: Any) -> Any:
+        config, state = arguments["config"], HydraConfig.instance()
+        before = state.cfg
+        state.set_config(config)  # the folder's name may refer to it
+        try:
+            before_folder(Path(str(OmegaConf.select(config, arguments["job_dir_key"]))))
+        finally:
+            state.cfg = before
+        return run_job(**arguments)
+
+    with patch.object(hydras, "run_job", called):
+        yield
+
+
+@contextmanager
+def _failing_silently() -> Iterator[None]:
+    """Inside this context Hydra raises the exception of a failed job without printing the job's overrides before."""
+    value: Any = JobReturn.return_value
+
+    def get(job: JobReturn) -> Any:
+        with redirect_stderr(io.StringIO()):
+            return value.fget(job)
+
+    with patch.object(JobReturn, "return_value", property(get, value.fset)):
+        yield
 
 
 @contextmanager

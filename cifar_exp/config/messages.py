@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cifar_exp.config.arguments import argument
 from cifar_exp.config.defaults import conf_dir, default_settings
 from cifar_exp.system.printable import printable
 
@@ -28,16 +29,31 @@ def invalid_setting(error: ValidationError, prefix: str) -> str:
     problems = [problem for problem in problems if problem["loc"][:2] == location]
     setting, value = prefix + ".".join(map(str, location)), problems[0]["input"]
     if problems[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return unknown_setting(setting)
+        return _without_package(setting, value) or unknown_setting(setting)
     if problems[0]["type"] == "missing":
         return f"{setting}: it is required. Set {setting}={shown(default_settings().get(setting, '<value>'))}"
     return invalid_value(setting, value, problems)
+
+
+def _without_package(group: str, content: Any) -> str | None:
+    """The message about a preset whose settings have become settings of its group; None if it is no preset."""
+    tops = {name.partition(".")[0] for name in default_settings()}
+    own = [str(key) for key in content if str(key) in tops] if isinstance(content, Mapping) else []
+    if not own and not (conf_dir() / group).is_dir():
+        return None
+    wrong = f"its file sets {group}.{own[0]} instead of {own[0]}" if own else "its file is no preset"
+    return (
+        f"{group}: {wrong}. A preset is a mapping of settings that begins with the line '# @package _global_'. Add it "
+        f"as the first line of {group}/<choice>.yaml"
+    )
 
 
 def invalid_value(setting: str, value: Any, problems: Sequence[Mapping[str, Any]]) -> str:
     """The message for an invalid value: setting, value, rule, and the nearest valid value or the default."""
     rule = " or ".join(dict.fromkeys(_rule(problem) for problem in problems))
     examples = [valid for problem in problems if (valid := _valid(problem)) is not None]
+    if problems[0]["type"] == "string_type" and isinstance(value, bool | int | float):
+        return f"{setting}={shown(value)}: it must be {rule}. In a shell, write {argument(setting, shown(value))}"
     example = examples[0] if examples else default_settings().get(setting, "<value>")
     return f"{setting}={shown(value)}: it must be {rule}. Set {setting}={shown(example)}"
 

@@ -5,13 +5,23 @@ Exceptions of Hydra's and OmegaConf's own classes are about the command line. Fo
 with it fails in the same way and composing without it does not.
 """
 
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TypeGuard
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+    SearchPathException,
+)
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationResolutionError,
@@ -20,6 +30,8 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from cifar_exp.config import hydra_versions
+from cifar_exp.config.arguments import argument
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.messages import nearest, unknown_setting
@@ -42,18 +54,30 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     Returns:
         The message; None if the error is a bug.
     """
+    if (file := hydra_versions.given_options(typed).get("experimental_rerun")) is not None:
+        return ConfigError(
+            f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Name a file "
+            f"config.pickle that hydra.experimental.callbacks.PickleJobInfoCallback wrote"
+        )
+    if problem := _of_an_option(error, typed) or _of_a_sweep(error, typed):
+        return problem
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = [str(option) for option in error.options or []]
+        if not any(choice in re.split(r"[=,()\[\]]", word)[1:] for word in typed):  # a value, or one of several
+            where = str(error).partition("\n")[0]
+            return ConfigError(f"{where}: a list of defaults names a file that is not there. Fix that list")
         return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
     cause = error.__cause__
     key = cause.full_key if isinstance(error, ConfigCompositionException) and _is_of_omegaconf(cause) else ""
     if key and any(str(key).partition(".")[0] in word for word in typed):  # else it is of something internal
         return ConfigError(unknown_setting(key))
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: it cannot be read as an override. Set key=value; quote lists and spaces")
+        return ConfigError(_unreadable(str(error.override)))
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return _of_the_disk(error)
+    if isinstance(error, UnicodeDecodeError) and (file := _not_utf8(typed)):
+        return ConfigError(f"{file}: the file is not in UTF-8: {error}. Save it in UTF-8")
     if isinstance(error, YAMLError):
         return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Fix the file")
     text = str(error) or str(cause or type(error).__name__)
@@ -63,6 +87,62 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     if not any(word.lstrip("+~").partition("=")[0] in text for word in typed):
         text = f"{' '.join(words or typed)}: {text}"
     return ConfigError(f"{text}. Write group=choice or key=value, as in model=convnet train.epochs=5; see --help")
+
+
+def _of_an_option(error: Exception, typed: Sequence[str]) -> ConfigError | None:
+    """The message where ``--config-name``, ``--config-path`` or ``--config-dir`` names nothing that exists."""
+    if not isinstance(error, MissingConfigException | SearchPathException):
+        return None
+    given = hydra_versions.given_options(typed)
+    name, path, more = (given.get(option) for option in ("config_name", "config_path", "config_dir"))
+    if more is not None and not Path(more).is_dir():
+        return ConfigError(f"--config-dir={more}: there is no such folder. Set it to a folder with your own choices")
+    if path is not None and not (Path(path) / f"{name or 'config'}.yaml").is_file():
+        lacks = f"it has no {name or 'config'}.yaml" if Path(path).is_dir() else "there is no such folder"
+        return ConfigError(
+            f"--config-path={path}: {lacks}. Leave it out: your own choices are added with --config-dir=<folder>"
+        )
+    if name is not None and getattr(error, "missing_cfg_file", "") in (name, f"{name}.yaml"):
+        return ConfigError(
+            f"--config-name={name}: there is no such file among the configurations. Leave it out for config.yaml, or "
+            f"add --config-dir=<folder with {name}.yaml>"
+        )
+    return None
+
+
+def _of_a_sweep(error: Exception, typed: Sequence[str]) -> ConfigError | None:
+    """The message where an override has several values, but ``-m`` is missing."""
+    if not isinstance(error, HydraException) or hydra_versions.given_options(typed).get("multirun"):
+        return None
+    for word in typed:
+        with suppress(HydraException):
+            if not word.startswith("-") and OverridesParser.create().parse_override(word).is_sweep_override():
+                key, _, values = word.partition("=")
+                told = f"{word}: several values are a sweep. Add -m to sweep, as in cifar-exp -m {shlex.quote(word)}"
+                return ConfigError(told if "(" in values else f"{told}; a list is written {key}=[{values}]")
+    return None
+
+
+def _not_utf8(typed: Sequence[str]) -> Path | None:
+    """The first YAML file of the folders in the command line that is not in UTF-8."""
+    given = hydra_versions.given_options(typed)
+    for folder in filter(None, (given.get("config_dir"), given.get("config_path"))):
+        for path in sorted(Path(folder).rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                return path
+    return None
+
+
+def _unreadable(word: str) -> str:
+    """The message about a word that Hydra's grammar does not read, with the word as it can be typed."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        return f"{word}: it cannot be read as an override. Write key=value, as in train.epochs=5"
+    if value.lstrip()[:1] in ("[", "{"):
+        return f"{word}: it cannot be read as an override. Write a list as [a,b] and a mapping as {{a:1,b:2}}"
+    return f"{word}: it cannot be read as an override. In a shell, write {argument(key, value)}"
 
 
 def _is_of_omegaconf(error: BaseException | None) -> TypeGuard[OmegaConfBaseException]:

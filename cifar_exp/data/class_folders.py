@@ -22,15 +22,13 @@ from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency
 from cifar_exp.data.image_files import Listing, prepare_files
 from cifar_exp.data.image_reader import Preprocessing, decode_image, read_image
 from cifar_exp.data.image_tree import HIDDEN, IMAGE_SUFFIXES, STRAY, LeftOut, images_below, is_image_name
+from cifar_exp.data.presence import EXPECTED, check_tree
 from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.printable import printable
 from cifar_exp.system.progress_line import Progress
 
 _MAX_PATHS_SHOWN = 5  # in a message
 _USE_LOADER = "read and resize images while training: set data.residency=loader"
-_EXPECTED = (
-    "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
-)
 
 
 def folders(
@@ -129,13 +127,7 @@ def _scan(root: Path) -> _Tree:
     Raises:
         DataError: a folder or a class is missing, or a class has no images.
     """
-    for folder in (root, *(root / split for split in SPLITS)):
-        if not folder.is_dir():
-            raise DataError(
-                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{_EXPECTED}\n"
-                "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
-                "or set experiment=quickstart, which needs no images."
-            )
+    check_tree(root)
     left_out = LeftOut()
     try:
         names = {split: _class_names(root / split, left_out) for split in SPLITS}
@@ -167,7 +159,7 @@ def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
 def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
     if not names["train"] and not names["test"]:
         raise DataError(
-            f"data.root={root}: there are no class folders in {root / 'train'}.\n{_EXPECTED}\nSet data.root=<folder>"
+            f"data.root={root}: there are no class folders in {root / 'train'}.\n{EXPECTED}\nSet data.root=<folder>"
         )
     for split, other in (SPLITS, SPLITS[::-1]):
         missing = [f"{split}/{name}" for name in names[other] if name not in names[split]]

@@ -75,6 +75,17 @@ def find_devices(wanted: Devices) -> DeviceSet:
     return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
 
 
+def check_apples_gpu(wanted: Devices) -> None:
+    """Check the devices of a run on Apple's GPU; runs on others are left to :func:`find_devices`.
+
+    Raises:
+        MachineError: PyTorch finds no such GPU, or more than one rank is requested.
+    """
+    is_chosen = wanted.accelerator == "auto" and not torch.cuda.device_count() and torch.backends.mps.is_available()
+    if wanted.accelerator == "mps" or is_chosen:
+        _apples_gpu(wanted, len(own_cores()))
+
+
 def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:
     if not torch.backends.mps.is_available():
         raise MachineError(

@@ -8,6 +8,7 @@ On macOS forking is not safe (see :func:`cifar_exp.system.host.start_method`). T
 PyTorch itself.
 """
 
+import multiprocessing
 import signal
 from multiprocessing import resource_tracker
 
@@ -25,6 +26,7 @@ def start_fork_server() -> None:
         # Start the resource tracker here, with the signals blocked, so that Ctrl-C does not kill it. Its start
         # unblocks SIGINT, so they are blocked again below.
         resource_tracker.ensure_running()
+        _set_known_start_method()
         if host.start_method() == "forkserver":
             import multiprocessing.forkserver as forkserver
 
@@ -33,3 +35,9 @@ def start_fork_server() -> None:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_known_start_method() -> None:
+    """Replace a default start method that a library added, such as joblib's ``loky``: ranks would not know it."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method(host.start_method(), force=True)

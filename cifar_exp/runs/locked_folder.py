@@ -43,6 +43,13 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
         yield new
 
 
+def remove_new_run(start: RunStart) -> None:
+    """Remove what :func:`locked_run_folder` wrote for a new run. The lock stays until it is released."""
+    if start.is_new:
+        for name in (CONFIG_FILE, RUN_FILE):
+            (start.folder / name).unlink(missing_ok=True)
+
+
 def _remove_stop_file(run_dir: Path) -> None:
     stop = run_dir / STOP_FILE
     if stop.is_file():

@@ -15,6 +15,7 @@ from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.runs.components import build_tracker
 from cifar_exp.system.printable import tell
+from cifar_exp.tracking.tracker import NoTracker, Tracker
 
 if TYPE_CHECKING:
     from cifar_exp.records.run_folder import Status
@@ -28,12 +29,13 @@ class ParentRun:
     """
 
     def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
-        tracker = build_tracker(config)
+        tracker: Tracker = build_tracker(config) if "tracking" in config else NoTracker()
         self.hint = tracker.hint()  # the command that shows the sweep
         new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
         self._info = RunInfo.load(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
         self._info.save_sweep()
         self._tracker = tracker
+        self.is_new, self._is_discarded = self._info is new, False
         Outcome.forget(sweep_dir)
 
     def log(self, metrics: Sequence[tuple[str, float, int]], artifacts: Sequence[str], tags: Mapping[str, str]) -> None:
@@ -62,6 +64,11 @@ class ParentRun:
             writer.write(journal.Entry(step, 0, elapsed, values))
         writer.close()
 
+    def discard(self) -> None:
+        """All jobs were refused: nothing is recorded of the sweep, on disk or in the tracker."""
+        self._is_discarded = True
+        (self._info.run_dir / SWEEP_RUN_FILE).unlink(missing_ok=True)
+
     def __enter__(self) -> "ParentRun":
         return self
 
@@ -82,6 +89,8 @@ class ParentRun:
             undelivered_message,
         )
 
+        if self._is_discarded:
+            return
         stopped = kind is not None and issubclass(kind, Stopped)
         status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         try:

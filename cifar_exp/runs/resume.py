@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cifar_exp.config.arguments import argument
 from cifar_exp.config.messages import shown
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError, DataError, StorageError
@@ -117,10 +118,14 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     try:
         changes = changed_settings(folder, config)
         if changes and config.resume == "auto":
-            old_settings = ", ".join(f"{name}={shown(then)}" for name, (then, _) in changes.items())
+            old_settings = ", ".join(
+                argument(name, then) if isinstance(then, str) else f"{name}={shown(then)}"
+                for name, (then, _) in changes.items()
+            )
+            other = f"{argument('resume', str(run_dir))} and another folder"
             raise ConfigError(
                 f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {old_settings}, another "
-                f"folder, or resume={run_dir} and another folder for a new run that starts from its checkpoint"
+                f"folder, or {other} for a new run that starts from its checkpoint"
             )
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
         return _resumption(folder, config, changes, in_place, warn)

@@ -5,17 +5,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cifar_exp.config.arguments import argument
 from cifar_exp.config.schema import Config
 from cifar_exp.display.display import Display
 from cifar_exp.distributed.stop_requests import Request
 from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
+from cifar_exp.records.refused import REFUSALS
 from cifar_exp.records.run_folder import is_undelivered
 from cifar_exp.runs import result_summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import Result, RunContext
-from cifar_exp.runs.locked_folder import locked_run_folder
+from cifar_exp.runs.locked_folder import locked_run_folder, remove_new_run
 from cifar_exp.runs.plan_job import plan_job
 from cifar_exp.runs.start import RunStart, begin
 from cifar_exp.system import load_watch
@@ -45,18 +47,24 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
     start = begin(config, context)
     if start.resumed and start.resumed.finished:
         return _finished_before(start.resumed.run_dir, components, console)
-    sink = components.tracker.sink
-    with (
-        locked_run_folder(start, config) as info,
-        Recording(start.folder, start.started, sink(info), components.tracker.store()) as recording,
-    ):
-        job, facts = plan_job(config, components, context, start, console)
-        display = Display(start.folder, facts, config.progress, console, start.started)
-        recording.start(display)
-        ended, load = _execute(components, job, context, start, console)
-        display.ended_early = ended.reason if ended else ""
-        recording.final_metrics |= load
-        model_export.publish(start.folder, config.model, warn)
+    with locked_run_folder(start, config) as info:
+        sink, store = components.tracker.sink(info), components.tracker.store()
+        recording = Recording(start.folder, start.started, sink, store)
+        try:
+            job, facts = plan_job(config, components, context, start, console)
+        except REFUSALS:  # nothing is recorded of what was not started
+            remove_new_run(start)
+            raise
+        except BaseException:
+            with recording:
+                raise
+        with recording:
+            display = Display(start.folder, facts, config.progress, console, start.started)
+            recording.start(display)
+            ended, load = _execute(components, job, context, start, console)
+            display.ended_early = ended.reason if ended else ""
+            recording.final_metrics |= load
+            model_export.publish(start.folder, config.model, warn)
     return _conclude(config, components, context, start, console)
 
 
@@ -110,7 +118,7 @@ def _say_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> Non
         resumable: the value for ``resume``: the run folder, or the sweep's folder for a job of a sweep.
     """
     if manifest := checkpoint.newest_intact_manifest(run_dir, warn):
-        how = f"the same command with resume={os.path.relpath(resumable)} continues"
+        how = f"the same command with {argument('resume', os.path.relpath(resumable))} continues"
         console.print(f"saved after step {manifest.step}; {how}", highlight=False)
 
 

@@ -18,6 +18,7 @@ from cifar_exp.runs.job_setup import title
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine
 from cifar_exp.system.accelerator import check_precision
+from cifar_exp.system.locks import Owner
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked
 from cifar_exp.training.plan import check_scaling
@@ -90,7 +91,7 @@ def _continued_folder(folder: Path, hydras: Path) -> Path:
             root.removeHandler(handler)
             root.addHandler(moved)
             handler.close()
-            log.unlink()
+            log.unlink(missing_ok=True)
         for empty in (hydras, hydras.parent):
             if empty.is_dir() and not any(empty.iterdir()):
                 empty.rmdir()
@@ -102,6 +103,7 @@ def _run_info(
 ) -> RunInfo:
     tags = {"devices": str(devices.world_size), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
+    tags["host"] = Owner.here().host  # jobs of a sweep that run at once there disturb each other
     tags |= machine.description(devices.accelerator, devices.world_size)
     overrides = masked([override for override in context.overrides if not override.startswith("resume=")])
     tags["overrides"] = printable(" ".join(overrides))

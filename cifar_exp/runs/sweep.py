@@ -1,26 +1,31 @@
 """Hydra's sweeper for studies. It adds a parent run, a table of jobs and a report; a failed job does not end it."""
 
 import gc
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cifar_exp.config import hydra_versions
 from cifar_exp.config.reading import read_section
 from cifar_exp.config.schema import Devices, ReportSettings
-from cifar_exp.errors import CifarExpError
+from cifar_exp.errors import CifarExpError, ConfigError, Stopped
+from cifar_exp.records.refused import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
-from cifar_exp.runs.parent_run import ParentRun
+from cifar_exp.runs.sweep_check import check_jobs
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
-from cifar_exp.system.bugs import as_user_error
+from cifar_exp.system.bugs import as_user_error, exit_code, forget_frames
 from cifar_exp.system.printable import printable, tell
 from cifar_exp.system.redaction import masked, masked_text
 
@@ -30,65 +35,118 @@ POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to
 class SweepFailedError(CifarExpError):
     """Some jobs failed. Each was reported when it failed. The exit code is that of the first failure."""
 
-    def __init__(self, exit_code: int) -> None:
+    def __init__(self, failure: BaseException, jobs: Sequence[JobReturn]) -> None:
         super().__init__("")
-        self.exit_code = exit_code  # type: ignore[misc]
+        self.exit_code = exit_code(failure)  # type: ignore[misc]
+        self.failure, self.jobs = failure, jobs
 
 
-class StudySweeper(BasicSweeper):
+class StudySweeper(Sweeper):
     """Runs the cartesian product of the overrides under one parent run.
 
     A failing job is reported at once and the other jobs still run. At the end a table of all jobs is printed. If device
     counts differ, the speedup table is printed, too, and recorded in the parent run as metrics and files.
+
+    It does not derive from Hydra's basic sweeper: Hydra executes that module again with each scan for plugins, and a
+    class that was derived from it before cannot be built any more.
     """
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        reporting = partial(_run_and_report, task_function)
-        super().setup(hydra_context=hydra_context, task_function=reporting, config=config)
+    def __init__(self, max_batch_size: int | None = None, params: Mapping[str, Any] | None = None) -> None:
+        """``max_batch_size``: jobs that the launcher gets at once, None for all. ``params``: overrides by name."""
+        self.max_batch_size, self.params = max_batch_size, params or {}
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+        self._task: TaskFunction | None = None
 
-    def sweep(self, arguments: list[str]) -> list[JobRow]:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep Hydra's objects and make the launcher.
+
+        ``task_function`` may have two methods that a plain function lacks. ``check(config)`` is called with the
+        configuration of each job before the first one starts. ``sweep_failed(exit_code)`` is called in place of raising
+        the first failure.
+        """
+        from hydra.core.plugins import Plugins
+
+        self.hydra_context, self.config, self._task = hydra_context, config, task_function
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=partial(_run_and_report, task_function), config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Run all jobs.
 
         Args:
             arguments: the sweep's overrides.
 
         Returns:
-            A row for each job.
+            The jobs in batches of ``max_batch_size``, as from Hydra's own sweeper.
 
         Raises:
-            SweepFailedError: some jobs failed. It is raised after all jobs have ended.
+            CifarExpError: every job was refused before the first one started.
+            Exception: the first failure, unless the task function has a method ``sweep_failed``; all jobs have ended.
             Stopped: SIGINT or SIGTERM; the remaining jobs are not started.
         """
         assert self.config is not None
+        assert self.hydra_context is not None
+        with hydra_versions.ending_sweep(self.hydra_context, self.config):
+            try:
+                jobs = self._claim_and_run(arguments)
+            except SweepFailedError as failed:
+                tell = getattr(self._task, "sweep_failed", None)
+                if tell is None:
+                    raise failed.failure  # noqa: B904
+                tell(failed.exit_code)
+                jobs = failed.jobs
+        size = self.max_batch_size or len(jobs)
+        return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+    def _claim_and_run(self, arguments: list[str]) -> Sequence[JobReturn]:
+        assert self.config is not None
+        assert self.hydra_context is not None
+        jobs = self._jobs(arguments)
+        check_jobs(self.hydra_context, self.config, jobs, getattr(self._task, "check", None))
+        wanted = Path(self.config.hydra.sweep.dir)
+        if "resume" not in self.config:  # another program's configuration
+            wanted.mkdir(parents=True, exist_ok=True)
+            return self._sweep(wanted, jobs)
         from cifar_exp.runs import sweep_resume
 
-        jobs = self._jobs(arguments)  # compose all jobs before the first one starts
-        wanted = Path(self.config.hydra.sweep.dir)
-        with sweep_resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir:
+        with (
+            _nothing_of_a_refused_sweep(wanted),
+            sweep_resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir,
+        ):
             if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
                 jobs = self._jobs(self._continue_in(sweep_dir, arguments))
-            rows = self._sweep(sweep_dir, jobs)
+            done = self._sweep(sweep_dir, jobs)
             sweep_resume.end_sweep(sweep_dir)
-        return rows
+        return done
 
-    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> list[JobRow]:
+    def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> Sequence[JobReturn]:
         assert self.config is not None
+        from cifar_exp.runs.parent_run import ParentRun
         from cifar_exp.study.finished_runs import folder_run
+        from cifar_exp.study.speedup import SPEEDUP_ALONE
 
         composed = OmegaConf.create(masked(OmegaConf.to_container(self.config)))
         write_atomically(sweep_dir / MULTIRUN_FILE, OmegaConf.to_yaml(composed))
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
+        quiet = OmegaConf.select(self.config, "progress", default="auto") == "quiet"
         with ParentRun(self.config, sweep_dir, tags) as parent:
-            rows = self._run(jobs)
+            done = self._run(jobs)
+            rows = [_row(number, job) for number, job in enumerate(done)]
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
-            settings = read_section(ReportSettings, self.config, "report")
-            metrics, artifacts = print_summary(rows, finished, sweep_dir, settings, self.config.progress == "quiet")
-            parent.log(metrics, [path.name for path in artifacts], common_tags(list(finished.values())))
-            if parent.hint and self.config.progress != "quiet":
-                print(f"compare: {parent.hint}")
-            if failed := [row for row in rows if row.failure]:
-                raise SweepFailedError(failed[0].exit_code)
-        return rows
+            settings = read_section(ReportSettings, self.config, "report") if "report" in self.config else SPEEDUP_ALONE
+            metrics, artifacts = print_summary(rows, finished, sweep_dir, settings, quiet)
+            if parent.is_new and all(row.is_refused for row in rows):
+                parent.discard()
+            else:
+                parent.log(metrics, [path.name for path in artifacts], common_tags(list(finished.values())))
+                if parent.hint and not quiet:
+                    print(f"compare: {parent.hint}")
+            if failures := [row.failure for row in rows if row.failure]:
+                raise SweepFailedError(failures[0], done)
+        return done
 
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
         """Let the jobs run in ``sweep_dir`` with ``resume=auto``: finished jobs are skipped, others are resumed.
@@ -107,37 +165,72 @@ class StudySweeper(BasicSweeper):
         return [*(argument for argument in arguments if not argument.startswith("resume=")), "resume=auto"]
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
-        """The overrides of each job. All jobs are composed, so a wrong setting is reported here."""
+        """The overrides of each job: the cartesian product, whose last override varies fastest."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        preset = self._preset(arguments)
+        choices: dict[str, list[str]] = {}
         # An override replaces the preset's value for the same key. The preset's order of keys stays.
-        self.overrides = self.split_arguments(parser.parse_overrides([*preset, *arguments]), None)
-        jobs = [list(job) for job in self.overrides[0]]
-        self.validate_batch_is_legal(jobs)
-        return jobs
+        for override in parser.parse_overrides([*self._preset(arguments), *arguments]):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                choices[key] = [f"{key}={override.get_value_element_as_str()}"]
+            elif override.is_discrete_sweep():
+                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                raise ConfigError(
+                    f"{override.input_line}: an interval has no end of values. Set {key}=a,b,c or {key}=range(a,b,c)"
+                )
+        return [list(job) for job in itertools.product(*choices.values())]
 
     def _preset(self, arguments: Sequence[str]) -> list[str]:
         """``hydra.sweeper.params`` as overrides. ``powers_of_two`` becomes device counts of this machine."""
         assert self.config is not None
-        preset = dict(self.params or {})
+        preset = dict(self.params)
         if preset.get("devices.count") == POWERS_OF_TWO:
             typed = any(argument.partition("=")[0] == "devices.count" for argument in arguments)
             preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
         return [f"{name}={value}" for name, value in preset.items()]
 
-    def _run(self, jobs: list[list[str]]) -> list[JobRow]:
+    def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
+        from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # Hydra executes this module again
+
         assert self.launcher is not None
-        # Hydra's own launcher keeps each job's whole configuration, 0.2 MB, until the last one has ended.
+        # One by one with Hydra's own launcher, which would go on after a signal.
         size = 1 if isinstance(self.launcher, BasicLauncher) else self.max_batch_size or len(jobs)
-        rows: list[JobRow] = []
+        done: list[JobReturn] = []
         for start in range(0, len(jobs), size):
-            done = self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
-            rows += [_row(start + number, job) for number, job in enumerate(done)]
+            done += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
+            for job in done[start:]:
+                if job.status == JobStatus.FAILED:
+                    if stopped := Stopped.cause_of(job._return_value):
+                        raise stopped
+                    forget_frames(job._return_value)  # they reference all objects of the job
             if start == 0:  # objects of the first job stay alive; frozen, they do not slow down later collections
                 gc.collect()
                 gc.freeze()
-        return rows
+        _end_idle_workers()
+        return done
+
+
+def _end_idle_workers() -> None:
+    """Tell joblib's worker processes to end. They would wait five minutes for more work, and this process for them."""
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    if (executor := getattr(loky, "_executor", None)) is not None:
+        executor.shutdown(wait=True, kill_workers=True)
+
+
+@contextmanager
+def _nothing_of_a_refused_sweep(sweep_dir: Path) -> Iterator[None]:
+    """Remove the folder of a new sweep if all of its jobs were refused."""
+    from cifar_exp.runs.sweep_resume import SWEEP_FILE
+
+    before = Before.of(sweep_dir)
+    try:
+        yield
+    except SweepFailedError as failed:
+        if all(_row(number, job).is_refused for number, job in enumerate(failed.jobs)):
+            before.restore([SWEEP_FILE, MULTIRUN_FILE])
+        raise
 
 
 def _counts(config: DictConfig) -> list[int]:
@@ -151,22 +244,18 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    if composed.progress != "quiet":
-        print(f"\n== job {hydra.job.num}: {printable(' '.join(masked(list(hydra.overrides.task))))}", flush=True)
+    overrides = masked(OmegaConf.to_container(hydra.overrides.task))  # as they were typed
+    if OmegaConf.select(composed, "progress") != "quiet":
+        print(f"\n== job {hydra.job.num}: {printable(' '.join(overrides))}", flush=True)
     try:
         return task_function(composed)
-    except CifarExpError as error:
-        tell(masked_text(f"job {hydra.job.num} failed: {error}"))
-        raise
     except Exception as error:
-        problem = as_user_error(error)
-        tell(masked_text(f"job {hydra.job.num} failed: {problem}"))
-        raise problem from error
+        if not Stopped.cause_of(error):
+            tell(masked_text(f"job {hydra.job.num} failed: {as_user_error(error)}"))
+        raise
 
 
 def _row(number: int, job: JobReturn) -> JobRow:
     assert job.hydra_cfg is not None
     failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
-    if failure is not None:
-        failure = failure.with_traceback(None)  # it was already reported, and it references all objects of the job
     return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)

@@ -1,11 +1,13 @@
 """Find the sweep to resume, and claim its folder."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cifar_exp.config.arguments import argument
 from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.find_run import find_folder
@@ -42,14 +44,14 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
                 yield path.parent
             return
         if wanted != "auto":
-            overrides = " ".join(content["arguments"])
+            overrides = shlex.join(content["arguments"])
             raise ConfigError(
                 f"resume={wanted}: that sweep's overrides were {overrides}. Set these, or resume=never for a new sweep"
             )
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
-            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set resume={sweep_dir} to continue it, "
-            f"or another folder"
+            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set "
+            f"{argument('resume', str(sweep_dir))} to continue it, or another folder"
         )
     sweep_dir.mkdir(parents=True, exist_ok=True)
     make_private(sweep_dir)

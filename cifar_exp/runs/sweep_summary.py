@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.errors import TrackingError
+from cifar_exp.errors import CifarExpError, TrackingError
+from cifar_exp.records.refused import REFUSALS
+from cifar_exp.system.bugs import described, exit_code
 from cifar_exp.system.redaction import masked_text
 
 if TYPE_CHECKING:
@@ -32,13 +34,18 @@ class JobRow:
     failure: BaseException | None
 
     @property
+    def is_refused(self) -> bool:
+        """Whether nothing was started and nothing was left."""
+        return isinstance(self.failure, REFUSALS) and not self.run_dir.exists()
+
+    @property
     def is_finished(self) -> bool:
         """Whether training finished. A tracking error does not count: the results are on disk."""
         return self.failure is None or isinstance(self.failure, TrackingError)
 
     @property
     def exit_code(self) -> int:
-        return getattr(self.failure, "exit_code", 1) if self.failure else 0
+        return exit_code(self.failure) if self.failure else 0
 
 
 def common_tags(runs: "Sequence[FinishedRun]") -> dict[str, str]:
@@ -55,6 +62,7 @@ def print_summary(
     Returns:
         The parent run's metrics as (name, value, step), and the files of the report.
     """
+    from cifar_exp.study.finished_runs import overlapping
     from cifar_exp.study.report import Study
     from cifar_exp.system.terminal import Terminal
 
@@ -64,6 +72,11 @@ def print_summary(
     study = Study.of(list(finished.values()), settings, unfinished)
     if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
         console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core do not measure speedup")
+    if shared := len(overlapping(list(finished.values()))):
+        console.print(
+            f"OVERLAPPING: {shared} jobs ran at the same time as others on one machine: no speedup is computed from "
+            f"them. Set hydra/launcher=basic to run one after the other"
+        )
     if study is None:
         return [], []
     study.print(console)
@@ -74,7 +87,11 @@ def print_summary(
 
 def _reason(row: JobRow) -> str:
     """One line with the exit code and the error of a failed job."""
-    why = masked_text(str(row.failure)).splitlines()[0] if str(row.failure) else type(row.failure).__name__
+    assert row.failure
+    if isinstance(row.failure, CifarExpError) and str(row.failure):
+        why = masked_text(str(row.failure)).splitlines()[0]
+    else:  # another class says nothing without its name
+        why = described(row.failure)
     return f"failed ({row.exit_code}): {why}"
 
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
+from cifar_exp.data.presence import check_presence
 from cifar_exp.runs.context import Result, RunContext
 
 if TYPE_CHECKING:
@@ -37,16 +38,29 @@ def train_composed(
         return run(config, components, context)
 
 
+def check_composed(composed: DictConfig) -> Config:
+    """The typed configuration of a job that is not started yet. Its settings are checked, and where its images are.
+
+    Raises:
+        CifarExpError: something is wrong.
+    """
+    config = read_config(composed)
+    check_presence(config.data)
+    return config
+
+
 def build_components(config: Config) -> "Components":
     """Set up the environment, start the fork server, and build the components while it imports PyTorch.
 
     Raises:
         ConfigError: a component cannot be built with its settings.
+        DataError: the folder of the images does not exist.
     """
     from cifar_exp.launch.forkserver import start_fork_server
     from cifar_exp.runs.components import build
     from cifar_exp.system.surroundings import set_up_environment
 
+    check_presence(config.data)  # before anything is imported for seconds
     set_up_environment()
     start_fork_server()
     return build(config)

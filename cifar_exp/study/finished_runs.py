@@ -52,17 +52,45 @@ class FinishedRun:
         metrics: the last value of each metric.
         series: all values of the metrics in ``SERIES``.
         params: the resolved configuration, flattened; as text where it comes from MLflow.
+        started: when it began, in seconds since the epoch; None where unknown.
     """
 
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     series: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    started: float | None = None
+
+
+def overlapping(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """The runs that trained at the same time as another of ``runs`` on the same host, as with joblib's launcher.
+
+    Their throughput is that of a shared machine.
+    """
+    found: dict[int, FinishedRun] = {}
+    last: dict[str, tuple[float, FinishedRun]] = {}  # by host: the latest end so far, and that run
+    for run in sorted((run for run in runs if run.started is not None), key=lambda run: run.started or 0.0):
+        began, host = run.started or 0.0, run.tags.get("host", "")
+        end = began + run.metrics.get("time/total_seconds", 0.0)
+        before_end, before = last.get(host, (began, run))
+        if began < before_end:
+            found |= {id(before): before, id(run): run}
+        if end >= before_end:
+            last[host] = end, run
+    return list(found.values())
 
 
 def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
-    """The results of the finished runs by group. Oversubscribed runs are left out: they never count as speedup."""
-    counted = [run for run in runs if run.tags.get("oversubscribed") != "true" and "test/accuracy" in run.metrics]
+    """The results of the finished runs by group, without those that never count as speedup.
+
+    Oversubscribed runs are left out, and those that ran at the same time as another one.
+    """
+    shared = {id(run) for run in overlapping(runs)}
+    counted = [
+        run
+        for run in runs
+        if run.tags.get("oversubscribed") != "true" and id(run) not in shared and "test/accuracy" in run.metrics
+    ]
     names = grouped([OVERRIDE_START.split(printable(run.tags.get("overrides", ""))) for run in counted])
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
     for run, name in zip(counted, names, strict=True):
@@ -111,7 +139,7 @@ def folder_run(run_dir: Path) -> FinishedRun | None:
         for name in SERIES
     }
     run = RunInfo.load(run_dir)
-    return FinishedRun(run.tags, journal.last_values(run_dir), series, stored_params(run.params))
+    return FinishedRun(run.tags, journal.last_values(run_dir), series, stored_params(run.params), run.started)
 
 
 def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
@@ -157,4 +185,4 @@ def _stored_run(client: "MlflowClient", run: "Run") -> FinishedRun:
         )
         for name in SERIES
     }
-    return FinishedRun(run.data.tags, run.data.metrics, series, stored_params(run.data.params))
+    return FinishedRun(run.data.tags, run.data.metrics, series, stored_params(run.data.params), began / 1000)

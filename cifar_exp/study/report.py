@@ -11,7 +11,7 @@ from rich.table import Table
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.study import figures, report_page
-from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
+from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, overlapping, results_by_group
 from cifar_exp.study.group import Group
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.report_page import Section
@@ -47,7 +47,8 @@ class Study:
         """
         groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
         groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
-        missing = [f"warning: not in these figures: {job}" for job in unfinished]
+        shared = [f"{run.tags.get('overrides', '')}: it ran at the same time as others" for run in overlapping(runs)]
+        missing = [f"warning: not in these figures: {job}" for job in [*unfinished, *shared]]
         return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
 
     def print(self, console: Console) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeGuard
 
 from cifar_exp.errors import CifarExpError, StorageError
 from cifar_exp.system.redaction import masked_text
@@ -82,11 +83,30 @@ def bug_text(error: BaseException) -> str:
     )
 
 
+def _is_of_the_machine(error: BaseException) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in REFUSALS
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of :func:`as_user_error`, without another message."""
+    kept: int = getattr(error, "exit_code", BugError.exit_code)
+    return StorageError.exit_code if _is_of_the_machine(error) else kept
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the variables of the frames that ``error`` and its causes went through; the tracebacks stay readable."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def as_user_error(error: BaseException) -> CifarExpError:
     """Convert any exception to one for the user: errors of the machine to StorageError, unknown ones to BugError."""
     if isinstance(error, CifarExpError):
         return error
-    if isinstance(error, OSError) and error.errno in REFUSALS:
+    if _is_of_the_machine(error):
         where = f"{error.filename}: " if error.filename else ""
         return StorageError(
             f"{where}{error.strerror}. Its traceback is in {keep_traceback(error)}. Fix the cause and start again"

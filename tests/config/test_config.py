@@ -175,9 +175,11 @@ def test_more_devices_than_found_is_exit_code_4(cifar_exp: Command) -> None:
     assert "requested 1000 cores, found" in done.stderr
 
 
-def test_an_indivisible_batch_is_refused_before_the_images_are_looked_for(cifar_exp: Command) -> None:
+def test_an_indivisible_batch_is_refused_before_the_images_are_read(cifar_exp: Command, workplace: Path) -> None:
+    for split in ("train", "test"):  # without images
+        (workplace / "empty" / split).mkdir(parents=True)
     overrides = "devices=cpu devices.count=2 devices.oversubscribe=true train.scaling=strong train.batch_size=255"
-    done = cifar_exp(*overrides.split(), "data=folders", "data.root=/nowhere", "tracking=none")
+    done = cifar_exp(*overrides.split(), "data=folders", "data.root=empty", "tracking=none")
     assert done.returncode == 2
     assert "Set train.batch_size=256" in done.stderr
 

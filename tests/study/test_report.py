@@ -10,7 +10,7 @@ from rich.console import Console
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError
 from cifar_exp.study.comparison import Comparison
-from cifar_exp.study.finished_runs import FinishedRun
+from cifar_exp.study.finished_runs import FinishedRun, overlapping, results_by_group
 from cifar_exp.study.report import Study
 from cifar_exp.study.report_page import report_html
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
@@ -240,3 +240,24 @@ def test_texts_on_the_page_are_escaped(tmp_path: Path) -> None:
         assert f"<{text}>" not in page
         assert f"&lt;{text}&gt;" in page
     assert '<li class="warning">' in page
+
+
+def test_runs_that_overlap_in_time_on_one_host_are_left_out() -> None:
+    def at(started: float, host: str) -> FinishedRun:
+        run = RUNS[0]
+        return FinishedRun({**run.tags, "host": host}, {**run.metrics, "time/total_seconds": 10.0}, started=started)
+
+    first, second, third, later = at(0, "a"), at(9, "a"), at(12, "a"), at(30, "a")
+    elsewhere = at(5, "b")
+    assert overlapping([later, third, second, first, elsewhere]) == [first, second, third]
+    assert overlapping([first, at(10, "a"), later]) == []
+    assert sum(map(len, results_by_group([first, second, later]).values())) == 1
+    assert overlapping(RUNS) == []  # when they began is not known
+
+
+def test_a_study_of_overlapping_runs_has_no_speedup() -> None:
+    timed = [
+        FinishedRun(run.tags, {**run.metrics, "time/total_seconds": 10.0}, run.series, started=number)
+        for number, run in enumerate(RUNS)
+    ]
+    assert Study.of(timed) is None

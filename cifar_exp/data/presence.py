@@ -1,0 +1,41 @@
+"""Check that a data set is where the settings say, before anything else of it is imported or read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_exp.errors import DataError
+
+SPLITS = ("train", "test")  # as in dataset_files.py, which imports PyTorch
+EXPECTED = (
+    "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
+)
+FOLDERS = "cifar_exp.data.class_folders.folders"
+
+
+def check_presence(section: Mapping[str, Any]) -> None:
+    """Check that the folders of ``data=folders`` exist. Other data sets are made or downloaded, or lie in a cache.
+
+    Args:
+        section: the settings ``data``.
+
+    Raises:
+        DataError: a folder is missing.
+    """
+    if section.get("_target_") == FOLDERS and isinstance(root := section.get("root"), str):
+        check_tree(Path(root).expanduser())
+
+
+def check_tree(root: Path) -> None:
+    """Check that ``root`` has the folders ``train`` and ``test``.
+
+    Raises:
+        DataError: one is missing.
+    """
+    for folder in (root, *(root / split for split in SPLITS)):
+        if not folder.is_dir():
+            raise DataError(
+                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{EXPECTED}\n"
+                "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
+                "or set experiment=quickstart, which needs no images."
+            )

@@ -1,0 +1,60 @@
+"""Check the jobs of a sweep before the first one starts."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict, read_write
+
+from cifar_exp.errors import CifarExpError, MachineError
+
+Check = Callable[[DictConfig], None]
+
+
+def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequence[str]], check: Check | None) -> None:
+    """Compose the configuration of each job, so that a wrong setting is reported before the first one starts.
+
+    Args:
+        context: Hydra's, with the loader of configurations.
+        config: the sweep's configuration.
+        jobs: the overrides of each job.
+        check: is called with each job's configuration and raises a ``CifarExpError``; None: composing is all.
+
+    Raises:
+        CifarExpError: ``check`` refuses every job, or one of them since the machine lacks something: the first refusal.
+            A sweep of which some jobs are sound is started, and the others are reported as they fail.
+    """
+    refusals: list[CifarExpError] = []
+    for number, overrides in enumerate(jobs):
+        job = context.config_loader.load_sweep_config(config, list(overrides))
+        try:
+            if check:
+                _call(check, job, number)
+        except MachineError:
+            raise
+        except CifarExpError as error:
+            refusals.append(error)
+    if refusals and len(refusals) == len(jobs):
+        raise refusals[0]
+
+
+def _call(check: Check, job: DictConfig, number: int) -> None:
+    """Call ``check`` with what the job will get. Interpolations of Hydra's own settings resolve meanwhile."""
+    state = HydraConfig.instance()
+    before = state.cfg
+    settings = copy.deepcopy(job)
+    try:
+        with read_write(job.hydra.job), open_dict(job.hydra.job):
+            job.hydra.job.num, job.hydra.job.id = number, str(number)
+        state.set_config(job)
+        folder = Path(str(job.hydra.sweep.dir), str(job.hydra.sweep.subdir))
+        with read_write(job.hydra.runtime), open_dict(job.hydra.runtime):
+            job.hydra.runtime.output_dir = str(folder.absolute())
+        state.set_config(job)
+        with read_write(settings), open_dict(settings):
+            del settings["hydra"]
+        check(settings)
+    finally:
+        state.cfg = before
