@@ -161,10 +161,11 @@ def options_first(words: Sequence[str]) -> list[str]:
 def _run_context() -> RunContext:
     """The folder, overrides and sweep of Hydra's current job."""
     hydra_config = HydraConfig.get()
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task)  # as they were typed
     single = hydra_config.mode == RunMode.RUN
     return RunContext(
         folder=Path(hydra_config.runtime.output_dir),
-        overrides=tuple(map(str, OmegaConf.to_container(hydra_config.overrides.task))),  # as they were typed
+        overrides=tuple(overrides),
         sweep_dir=None if single else Path(hydra_config.sweep.dir),
         age=process_age() if single else 0.0,
     )
