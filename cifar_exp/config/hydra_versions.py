@@ -23,6 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 # Hydra 1.4 has its own allow-list of `_target_`s and deprecates `version_base`.
 _LIMITS_TARGETS = "execution_whitelist" in inspect.signature(hydra.main).parameters
+# What --experimental-rerun takes.
+RERUN_SOURCE = (
+    "the folder of a job that ran with hydra.output_subdir=.hydra"
+    if _LIMITS_TARGETS
+    else "a config.pickle that hydra.experimental.callbacks.PickleJobInfoCallback wrote"
+)
 _BASE: dict[str, Any] = {} if _LIMITS_TARGETS else {"version_base": "1.3"}
 
 

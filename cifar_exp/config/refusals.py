@@ -56,8 +56,8 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     """
     if (file := hydra_versions.given_options(typed).get("experimental_rerun")) is not None:
         return ConfigError(
-            f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Name a file "
-            f"config.pickle that hydra.experimental.callbacks.PickleJobInfoCallback wrote"
+            f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Set it to "
+            f"{hydra_versions.RERUN_SOURCE}"
         )
     if problem := _of_an_option(error, typed) or _of_a_sweep(error, typed):
         return problem

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from cifar_exp.cli.hydra_app import run_hydra
 from cifar_exp.cli.train import check, run_job
+from cifar_exp.config import hydra_versions
 from cifar_exp.errors import ConfigError, Stopped, StorageError
 from cifar_exp.runs.context import RunContext
 from tests.conftest import TINY, Command
@@ -135,12 +136,14 @@ def test_jobs_work_where_the_command_was_started_whatever_chdir_says(notes: Path
     assert seen == [notes.parent] * 2
 
 
-def test_a_pickled_configuration_trains_again_in_a_folder_of_its_own(cifar_exp: Command, workplace: Path) -> None:
-    pickled = "+hydra.callbacks.p._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
-    run = [*TINY, "train.epochs=1", "tracking=none", "progress=quiet"]
-    assert cifar_exp(*run, pickled, "hydra.output_subdir=.hydra").returncode == 0
-    (file,) = workplace.rglob("config.pickle")
-    again = cifar_exp("--experimental-rerun", str(file))
+def test_a_job_is_run_again_from_what_hydra_kept_of_it(cifar_exp: Command, workplace: Path) -> None:
+    """Hydra 1.3 keeps a pickled configuration, and the new run gets a new folder; Hydra 1.4 keeps overrides."""
+    is_old = not hydra_versions._LIMITS_TARGETS
+    pickled = ["+hydra.callbacks.p._target_=hydra.experimental.callbacks.PickleJobInfoCallback"] if is_old else []
+    run = [*TINY, "train.epochs=1", "tracking=none", "progress=quiet", "hydra.output_subdir=.hydra"]
+    assert cifar_exp(*run, *pickled).returncode == 0
+    (kept,) = workplace.rglob("config.pickle" if is_old else ".hydra")
+    again = cifar_exp("--experimental-rerun", *([str(kept)] if is_old else [str(kept.parent), "hydra.run.dir=again"]))
     assert again.returncode == 0, again.stderr
     runs = list(workplace.rglob("run.json"))
     assert len({path.parent for path in runs}) == 2

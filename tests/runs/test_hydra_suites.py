@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
 from tests.helpers.commands import ForkedCommand
 
 OURS = ("hydra/sweeper=study", "hydra.job.chdir=true")  # as Hydra 1.1 did, which the suites expect
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugins() -> None:
+    """The suites restore the state of Hydra as it was before each test: with the plugins, which are loaded once."""
+    Plugins.instance()
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [*OURS])])
