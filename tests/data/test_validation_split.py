@@ -302,10 +302,19 @@ def model(*, num_classes, width, depth):
     return Bias(num_classes)
 
 def three_epochs_down(step, steps_per_epoch, epochs, drop_factor, drop_period):
-    return 1.0 if step < 3 * steps_per_epoch else -1.0
+    return 1.0 if step < 3 * steps_per_epoch else 2.0
+
+class Climbing(torch.optim.SGD):
+    "Climbs where the schedule gives 2."
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group["lr"] > 0.2:
+                group["lr"] = -group["lr"] / 2
+        super().step()
 """
 DOWN_AND_UP = [
     *(*TINY, "model._target_=bias.model", "schedule._target_=bias.three_epochs_down", "trusted_modules=[bias]"),
+    "optimizer._target_=bias.Climbing",
     *("optimizer.lr=1", "train.epochs=20", "early_stopping.patience=2", "train.precision=fp32"),
     *("train.deterministic=true", "devices.oversubscribe=true"),
 ]
@@ -402,7 +411,8 @@ def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
     display.write([Entry(50, 5, 1.0, {"val/accuracy": 0.5}), Entry(50, 5, 2.0, {"stopped_epoch": 5})])
     display.close(status)
     details = {"devices": "one", "epochs": "5 of 20: early stopping"}
-    assert drawn == [replace(facts, status=word, epochs=5, details=details)]
+    why = "early stopping" if status == "FINISHED" else ""
+    assert drawn == [replace(facts, status=word, epochs=5, details=details, ended_early=why)]
     assert "50 of 50 iterations" in (tmp_path / "progress.html").read_text()
 
 

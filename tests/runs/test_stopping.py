@@ -96,6 +96,8 @@ def test_training_that_is_ended_early_is_finished(
     assert process.returncode == 0, errors
     reason = "train.max_seconds" if how == "time" else "the file stop in the run's folder"
     assert f"training ended early: {reason}" in output
+    shown = reason.removesuffix("'s folder")  # the apostrophe is escaped
+    assert f">finished early: {shown}" in (folder / "progress.html").read_text()
     assert not (folder / "stop").exists()
     last = journal.last_values(folder)
     assert last["test/count"] == 33

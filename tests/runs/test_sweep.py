@@ -171,3 +171,15 @@ def test_runs_that_start_at_once_in_a_fresh_folder_share_a_sound_store(started: 
     assert [process.communicate(timeout=200)[1] for process in processes] == ["", "", ""]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [run.info.status for run in all_runs(client())] == ["FINISHED"] * 3
+
+
+def test_a_network_that_fails_is_that_jobs_refusal_and_the_others_train(cifar_exp: Command, workplace: Path) -> None:
+    """AlexNet needs larger images; its job starts no rank."""
+    small = [word for word in TINY if not word.startswith("model.")]
+    networks = "model._target_=torchvision.models.alexnet,torchvision.models.squeezenet1_1"
+    choice = ["~model.width", "~model.depth", "train.epochs=1", "tracking=none"]
+    done = cifar_exp("-m", *small, networks, *choice)
+    assert done.returncode == 2
+    assert "job 0 failed: model: torchvision.models.alexnet fails on 2 x 3 x 32 x 32 images" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.parent.name for path in workplace.rglob("metrics.jsonl")] == ["1"]
