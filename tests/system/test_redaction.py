@@ -208,7 +208,7 @@ def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace:
             ([store, f"--port={port}"], f"--port={port}: it cannot be used: Address already in use. Set --port"),
             ([], "there is no such store yet. Run cifar-exp first"),
             (["tracking.uri=http://me:hush@host:1"], "tracking.uri=http://host:1: that is a server"),
-            (["uri=x"], "one of tracking.uri="),
+            (["uri=x"], "uri=x: it must be a path that exists, or a setting. Set tracking.uri="),
             ([store, "--port=70000"], "--port=70000"),
         ):
             refused = cifar_exp("ui", *arguments)
