@@ -71,7 +71,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     hint = f"mlflow ui --backend-store-uri sqlite:///{workplace / 'outputs' / 'mlflow.db'}"
     assert hint in done.stdout
     plan = done.stdout
-    assert "16 a device, 32 in all" in plan
+    assert "16 per device, 32 in all" in plan
     assert "3 (0 images dropped)" in plan
 
     images = sorted(workplace.rglob("*.png"))

@@ -83,8 +83,8 @@ def test_reports_show_them(tmp_path: Path) -> None:
 
 def test_groups_of_a_strangers_sweep_have_printable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finished_runs, "RunResult", SimpleNamespace(of=lambda *_: "a result"))
-    runs: Any = [
-        SimpleNamespace(tags={"overrides": f"seed=1 model.name={name}"}, metrics={"test/accuracy": 0.5}, series={})
+    runs = [
+        finished_runs.FinishedRun({"overrides": f"seed=1 model.name={name}"}, {"test/accuracy": 0.5})
         for name in ("plain", EVIL)
     ]
     assert finished_runs.results_by_group(runs) == {"plain": ["a result"], ON_ONE_LINE: ["a result"]}
