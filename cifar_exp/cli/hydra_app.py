@@ -28,7 +28,7 @@ from cifar_exp.system.host import process_age
 from cifar_exp.system.printable import tell
 from cifar_exp.system.process import allow_open_files, ignore_broken_output
 from cifar_exp.system.redaction import masked, masked_text
-from cifar_exp.system.signals import raise_swallowed
+from cifar_exp.system.signals import raise_swallowed, swallowed
 
 Job = Callable[[DictConfig, RunContext], Any]
 # Every allowed `_target_`, the class that conf/config.yaml names for Python's logging, and Hydra's own callbacks.
@@ -69,15 +69,19 @@ class Jobs:
                 return self._job(composed, _run_context())
         except Stopped as stopped:
             raise StoppedJobError from stopped
-        except REFUSALS:
-            if is_single and self._before:
-                self._before.restore(subfolder=hydra.output_subdir)
-            elif not is_single and not (folder / RUN_FILE).exists():  # else a job that was begun before
-                Before(folder, [folder], frozenset()).restore(subfolder=hydra.output_subdir)
+        except Exception as error:
+            if stopped := swallowed():  # the cause: numpy cannot be imported again after an interrupted import
+                raise StoppedJobError from stopped
+            if isinstance(error, REFUSALS):
+                self._remove_new_folder(folder, is_single, hydra.output_subdir)
             raise
-        except Exception:
-            raise_swallowed()  # a signal may be the cause: numpy cannot be imported again after an interrupted import
-            raise
+
+    def _remove_new_folder(self, folder: Path, is_single: bool, subfolder: str | None) -> None:
+        """Nothing is left of a refused job, unless it was begun before."""
+        if is_single and self._before:
+            self._before.restore(subfolder=subfolder)
+        elif not is_single and not (folder / RUN_FILE).exists():
+            Before(folder, [folder], frozenset()).restore(subfolder=subfolder)
 
     def check(self, composed: DictConfig) -> None:
         """Raise a ``CifarExpError`` for what is wrong with a job's configuration and can be told at once."""

@@ -38,9 +38,9 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     begin_rank()
     gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
-    assert int(os.environ["WORLD_SIZE"]) == job.plan.world_size
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     try:
+        assert int(os.environ["WORLD_SIZE"]) == job.plan.world_size
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
         control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job))
         if attempt:

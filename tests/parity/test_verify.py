@@ -216,7 +216,10 @@ REFUSED = {
         *(2, ("train.accumulate=2", "Set train.accumulate=1")),
     ),
     "data=folders data.root=nowhere devices=cpu devices.count=1,2 devices.oversubscribe=true": (3, ("nowhere",)),
-    "devices=cpu devices.count=1,2 devices.oversubscribe=true hydra.run.dir=.": (2, ("hydra.run.dir=.", "new one")),
+    "devices=cpu devices.count=1,2 devices.oversubscribe=true hydra.run.dir=.": (
+        2,
+        ("hydra.run.dir=.", "a new folder"),
+    ),
 }
 
 
