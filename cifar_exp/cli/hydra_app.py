@@ -70,8 +70,8 @@ class Jobs:
         except Stopped as stopped:
             raise StoppedJobError from stopped
         except Exception as error:
-            if stopped := swallowed():  # the cause: numpy cannot be imported again after an interrupted import
-                raise StoppedJobError from stopped
+            if signalled := swallowed():  # the cause: numpy cannot be imported again after an interrupted import
+                raise StoppedJobError from signalled
             if isinstance(error, REFUSALS):
                 self._remove_new_folder(folder, is_single, hydra.output_subdir)
             raise

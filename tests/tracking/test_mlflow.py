@@ -326,7 +326,7 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     assert parent.data.tags["devices"] == "1,2"
     for wrong, message in {
         ("nowhere",): "there is no run in this folder",
-        (str(folder), "tracking.url=x"): "one of tracking.uri=..., tracking.experiment=...",
+        (str(folder), "tracking.url=x"): "Set tracking.uri=... or tracking.experiment=...",
         (str(folder), "tracking.uri=ftp://x"): "it must begin with one of",
     }.items():
         refused = cifar_exp("sync", *wrong)
