@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import CifarExpError, TrackingError
 from cifar_exp.records.refused import REFUSALS
-from cifar_exp.system.bugs import described, exit_code
+from cifar_exp.system.bugs import described, is_bug, exit_code
 from cifar_exp.system.redaction import masked_text
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _reason(row: JobRow) -> str:
     if isinstance(row.failure, CifarExpError) and str(row.failure):
         why = masked_text(str(row.failure)).splitlines()[0]
     else:  # another class says nothing without its name
-        why = described(row.failure)
+        why = f"{'this is a bug: ' if is_bug(row.failure) else ''}{described(row.failure)}"
     return f"failed ({row.exit_code}): {why}"
 
 

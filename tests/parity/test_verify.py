@@ -139,7 +139,7 @@ FAULTS = {
     "ranks train each by itself": (
         "from cifar_exp.distributed.data_parallel import Communication\n"
         "from cifar_exp.worker import training_setup\n"
-        "training_setup.data_parallel.data_parallel = lambda model, world: (model, Communication())\n",
+        "training_setup.data_parallel.data_parallel = lambda model, world, **_: (model, Communication())\n",
         {"gradient of step 1", "parameters after steps 1 to 3", "ranks with other parameters"},
     ),
     "statistics stay each rank's own": (

@@ -91,7 +91,7 @@ def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Pa
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.count("failed: this is a bug, not a mistake in what was typed: TypeError") == 2
-    assert "failed (1): this is a bug" in done.stdout
+    assert "failed (1): this is a bug" in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_a_figure_that_cannot_be_drawn_is_no_matter_of_space(tmp_path: Path) -> None:
