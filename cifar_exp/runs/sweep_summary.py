@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import CifarExpError, TrackingError
 from cifar_exp.records.refused import REFUSALS
-from cifar_exp.system.bugs import described, is_bug, exit_code
+from cifar_exp.system.bugs import described, exit_code, is_bug
 from cifar_exp.system.redaction import masked_text
 
 if TYPE_CHECKING:
