@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cifar_exp.parity.measure import DIGEST_BYTES, Measurement, Parameters
+from cifar_exp.parity.digests import DIGEST_BYTES, Parameters
+from cifar_exp.parity.measure import Measurement
 from cifar_exp.training.plan import Plan
 
 Subject = Literal["images", "gradients", "evaluation"]

@@ -4,10 +4,8 @@ The measurement uses the components of a real run (``worker/training_setup.py``)
 optimizer, training loop and evaluation.
 """
 
-import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.distributed.stop_requests import STOP_FILE
+from cifar_exp.parity.digests import DIGEST_BYTES, HashingSource, Parameters, digests, joined, parameter_digest
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.training.evaluation import evaluate
 from cifar_exp.training.metrics import MetricValues
@@ -32,10 +31,7 @@ from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 STEPS = 3  # training steps, fewer if the run is shorter
 REFERENCE_FILE = "reference.pt"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DIGEST_BYTES = 32  # of sha256
 _READ_AT_ONCE = 500  # images
-
-Parameters = dict[str, Tensor]  # by name, on the host
 
 
 @dataclass(frozen=True)
@@ -151,61 +147,10 @@ def measure(
         parameter_digests=[parameter_digest(steps.parameters[step + 1]) for step in range(len(losses))],
         evaluated=evaluated,
         tested=tested,
-        training_set=_joined([]) if reference else _whole(train_images, control),
-        test_set=_joined([]) if reference else _whole(test_images, control),
+        training_set=joined([]) if reference else _whole(train_images, control),
+        test_set=joined([]) if reference else _whole(test_images, control),
         network={} if reference else network,
     )
-
-
-def digests(images: Tensor, labels: Tensor) -> Tensor:
-    """sha256 of each image's values and its label: (B, 3, H, W) of any type, (B,) int64 -> (B, 32) uint8."""
-    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    found = []
-    for image, label in zip(pixels, labels.cpu().numpy(), strict=True):
-        digest = hashlib.sha256(image)
-        digest.update(label.tobytes())
-        found.append(digest.digest())
-    return torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(-1, DIGEST_BYTES)
-
-
-def parameter_digest(parameters: Parameters) -> str:
-    """sha256 in hex of all values, in order."""
-    digest = hashlib.sha256()
-    for value in parameters.values():
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class HashingSource:
-    """A source that hashes every batch it delivers.
-
-    Attributes:
-        source: delivers the images.
-        taken: digests of each batch, (B, 32) uint8.
-    """
-
-    source: Source
-    taken: list[Tensor] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.source.image_size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
-        return self.source.draws(order, parts)
-
-    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        images, labels = self.source.pick(draw)
-        self.taken.append(digests(images, labels))
-        return images, labels
 
 
 def _one_epoch(batches: TrainBatches, control: RankControl) -> tuple[Tensor, Tensor]:
@@ -216,7 +161,7 @@ def _one_epoch(batches: TrainBatches, control: RankControl) -> tuple[Tensor, Ten
         inputs.append(digests(images, labels))
         _beat_or_exit(control)
     shape = (-1, batches.accumulate * batches.batch_size, DIGEST_BYTES)
-    return _joined(inputs).view(shape), _joined(hashing.taken).view(shape)
+    return joined(inputs).view(shape), joined(hashing.taken).view(shape)
 
 
 class _Steps:
@@ -276,7 +221,7 @@ def _evaluated(parts: TrainingSetup, control: RankControl) -> tuple[MetricValues
         _beat_or_exit(control)
         return True
 
-    return evaluate(trainer.evaluated, batches, trainer.precision, beat), _joined(hashing.taken)
+    return evaluate(trainer.evaluated, batches, trainer.precision, beat), joined(hashing.taken)
 
 
 def _whole(source: Source, control: RankControl) -> Tensor:
@@ -285,7 +230,7 @@ def _whole(source: Source, control: RankControl) -> Tensor:
     for start in range(0, len(source), _READ_AT_ONCE):
         found.append(digests(*fetch(source, torch.arange(start, min(start + _READ_AT_ONCE, len(source))))))
         _beat_or_exit(control)
-    return _joined(found)
+    return joined(found)
 
 
 def _beat_or_exit(control: RankControl) -> None:
@@ -297,8 +242,3 @@ def _beat_or_exit(control: RankControl) -> None:
 
 def _copied(model: nn.Module) -> Parameters:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """(B, 32) each -> (all, 32)."""
-    return torch.cat([torch.empty(0, DIGEST_BYTES, dtype=torch.uint8), *parts])

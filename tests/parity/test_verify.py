@@ -19,7 +19,8 @@ from torch import Tensor
 from cifar_exp.cli.verify import configurations
 from cifar_exp.errors import ConfigError, MachineError
 from cifar_exp.parity.checks import Check, compared, relative_difference, tolerances
-from cifar_exp.parity.measure import Measurement, digests
+from cifar_exp.parity.digests import digests
+from cifar_exp.parity.measure import Measurement
 from cifar_exp.parity.report import ParityReport, ParityResult
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.plan import Plan
