@@ -26,10 +26,10 @@ def refuse_unknown_options(words: Sequence[str], known: Collection[str]) -> None
         following = words[place + 1] if place + 1 < len(words) else ""
         if not equals and following and "=" not in following and not following.startswith("-"):
             value = following
-        raise ConfigError(_told(word, name, value, known))
+        raise ConfigError(_refusal(word, name, value, known))
 
 
-def _told(word: str, name: str, value: str, known: Collection[str]) -> str:
+def _refusal(word: str, name: str, value: str, known: Collection[str]) -> str:
     key = name.lstrip("-").replace("-", "_")
     settings = [setting for setting in default_settings() if key in (setting, setting.rpartition(".")[2])]
     if settings:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import hydra
 from hydra import initialize_config_dir, utils
@@ -54,20 +53,22 @@ def run_command(
 
 def options() -> dict[str, argparse.Action]:
     """Hydra's command-line options: spelling -> argparse action."""
-    with parser_of_old_versions():
-        parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
-    return dict(parser._option_string_actions)
+    return dict(_parser()._option_string_actions)
 
 
 def given_options(words: Sequence[str]) -> dict[str, Any]:
     """The values of Hydra's options in a command line by argparse's names, such as ``config_dir``; overrides beside."""
-    with parser_of_old_versions():
-        parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
     try:
         with redirect_stderr(io.StringIO()):
-            return vars(parser.parse_known_args(list(words))[0])
+            return vars(_parser().parse_known_args(list(words))[0])
     except SystemExit:  # argparse refuses the words
         return {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    with parser_of_old_versions():
+        parser: argparse.ArgumentParser = sys.modules["hydra.main"].get_args_parser()
+        return parser
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def _calling_before_run(before_folder: Callable[[Path], None]) -> Iterator[None]
             state.cfg = before
         return run_job(**arguments)
 
-    with patch.object(hydras, "run_job", called):
+    with _replaced(hydras, "run_job", called):
         yield
 
 
@@ -130,7 +131,7 @@ def _failing_silently() -> Iterator[None]:
         with redirect_stderr(io.StringIO()):
             return value.fget(job)
 
-    with patch.object(JobReturn, "return_value", property(get, value.fset)):
+    with _replaced(JobReturn, "return_value", property(get, value.fset)):
         yield
 
 
@@ -153,9 +154,20 @@ def parser_of_old_versions() -> Iterator[None]:
             if isinstance(action.help, str):
                 check(parser, action)
 
-        with patch.object(argparse.ArgumentParser, "_check_help", check_strings):
+        with _replaced(argparse.ArgumentParser, "_check_help", check_strings):
             parser: argparse.ArgumentParser = make_parser()
             return parser
 
-    with patch.object(module, "get_args_parser", making):
+    with _replaced(module, "get_args_parser", making):
         yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside this context ``owner.name`` is ``value``. unittest.mock does the same, and its import takes 20 ms."""
+    own = vars(owner).get(name)  # None: inherited
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)

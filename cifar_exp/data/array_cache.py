@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_exp.data.cache_files import read_meta, write_meta
-from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, array_names
+from cifar_exp.data.dataset_files import Arrays, DatasetFiles, array_names
+from cifar_exp.data.presence import SPLITS
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished, write_json
 from cifar_exp.system.locks import locked

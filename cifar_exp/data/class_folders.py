@@ -18,11 +18,11 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 
 from cifar_exp.data.array_cache import dataset_cache, expanded, prepare
-from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles, Residency, SplitName
+from cifar_exp.data.dataset_files import Arrays, DatasetFiles, Residency
 from cifar_exp.data.image_files import Listing, prepare_files
 from cifar_exp.data.image_reader import Preprocessing, decode_image, read_image
 from cifar_exp.data.image_tree import HIDDEN, IMAGE_SUFFIXES, STRAY, LeftOut, images_below, is_image_name
-from cifar_exp.data.presence import EXPECTED, check_tree
+from cifar_exp.data.presence import EXPECTED, SPLITS, SplitName, check_tree
 from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.printable import printable
 from cifar_exp.system.progress_line import Progress

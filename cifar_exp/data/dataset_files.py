@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_exp.data.image_reader import Preprocessing
+from cifar_exp.data.presence import SplitName
 from cifar_exp.errors import StorageError
 
-SplitName = Literal["train", "test"]
-SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 Arrays = dict[SplitName, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Split -> images (N, 3, H, W) uint8, labels (N,) int64."""
 Residency = Literal["auto", "device", "host", "loader"]

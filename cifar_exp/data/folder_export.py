@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, SplitName
+from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.data.presence import SPLITS, SplitName
 from cifar_exp.errors import storage_errors
 from cifar_exp.system.atomic_files import atomic_path
 from cifar_exp.system.locks import locked

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cifar_exp.data.array_cache import channel_statistics, value_counts
 from cifar_exp.data.cache_files import read_meta, write_meta
-from cifar_exp.data.dataset_files import SPLITS, DatasetFiles, Split, SplitName
+from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.data.keyed_rng import keyed_generator
+from cifar_exp.data.presence import SPLITS, SplitName
 from cifar_exp.errors import DataError, storage_errors
 from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
 from cifar_exp.system.locks import locked

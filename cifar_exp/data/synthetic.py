@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_exp.data.array_cache import Decoded, check_decoded, expanded, prepare
-from cifar_exp.data.dataset_files import SPLITS, Arrays, DatasetFiles
+from cifar_exp.data.dataset_files import Arrays, DatasetFiles
+from cifar_exp.data.presence import SPLITS
 from cifar_exp.errors import ConfigError
 
 VERSION = 1  # to be raised whenever the images change

@@ -94,7 +94,7 @@ def data_parallel(model: nn.Module, world: World, has_unused: bool = False) -> t
 
 
 # Modules whose layers pass every parameter in every step. A user's may leave some out, as stochastic depth does.
-STATIC = ("torch.nn.", "torchvision.", "cifar_exp.models.networks", "cifar_exp.models.speednet", "cifar_exp.models.rep")
+STATIC = ("torch.nn.", "torchvision.", "cifar_exp.models.")
 FUSED = ("cifar_exp.cpu_kernels.", "cifar_exp.distributed.")
 
 

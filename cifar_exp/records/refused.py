@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError, DataError, MachineError
+from cifar_exp.records.run_folder import LOCK_FILE
 
 REFUSALS = (ConfigError, DataError, MachineError)  # nothing was started
-LOCK = ".lock"
-OF_HYDRA = ("config.yaml", "hydra.yaml", "overrides.yaml")  # in hydra.output_subdir
+HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")  # in hydra.output_subdir
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Before:
             if Path(handler.baseFilename).parent == self.folder:
                 root.removeHandler(handler)
                 handler.close()
-        written = {*files, LOCK, *(Path(handler.baseFilename).name for handler in logs)} - self.names
+        written = {*files, LOCK_FILE, *(Path(handler.baseFilename).name for handler in logs)} - self.names
         with suppress(OSError):
             for name in written:
                 (self.folder / name).unlink(missing_ok=True)
             if subfolder and subfolder not in self.names and (inner := self.folder / subfolder).is_dir():
-                for name in OF_HYDRA:
+                for name in HYDRA_FILES:
                     (inner / name).unlink(missing_ok=True)
                 inner.rmdir()
         with suppress(OSError):  # a callback's files are in it, or another process's

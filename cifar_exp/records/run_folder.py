@@ -27,6 +27,7 @@ OUTPUTS = Path("outputs")
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints
+LOCK_FILE = ".lock"  # held by the process that trains in the folder
 UNDELIVERED_FILE = ".undelivered"  # in a run folder: names the store that still lacks a part of it
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: facts of its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
@@ -144,7 +145,7 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
         ConfigError: where another process is training in it.
     """
     try:
-        return locks.acquire(run_dir / ".lock", patience)
+        return locks.acquire(run_dir / LOCK_FILE, patience)
     except locks.HeldError as error:
         raise ConfigError(
             f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"

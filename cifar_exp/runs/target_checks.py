@@ -13,7 +13,7 @@ from cifar_exp.config.messages import invalid_value, nearest, shown
 from cifar_exp.config.targets import ALLOWED, SCHEDULE_CONTRACT, allowed, matches
 from cifar_exp.errors import ConfigError
 
-OF_HYDRA = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
+HYDRA_KEYS = {"_target_", "_args_", "_partial_", "_convert_", "_recursive_"}
 # Arguments that the framework passes itself. A configuration must not set them.
 PASSED = {"model": {"num_classes"}, "optimizer": {"params"}, "schedule": {"step", "steps_per_epoch", "epochs"}}
 
@@ -97,7 +97,7 @@ def check_settings(name: str, settings: Mapping[str, Any], target: Any) -> None:
         ConfigError: a setting is unknown, missing or of a wrong type.
     """
     path = settings["_target_"]
-    keywords = {key: value for key, value in settings.items() if key not in OF_HYDRA}
+    keywords = {key: value for key, value in settings.items() if key not in HYDRA_KEYS}
     try:
         signature = inspect.signature(target, eval_str=True)
     except (TypeError, ValueError) as error:  # such as a built-in class
