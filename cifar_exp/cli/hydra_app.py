@@ -20,6 +20,7 @@ from cifar_exp.config.reading import register_resolvers
 from cifar_exp.config.refusals import explained
 from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError, Stopped, storage_errors
+from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.refused import REFUSALS, Before
 from cifar_exp.records.run_folder import RUN_FILE, make_private
 from cifar_exp.runs.context import RunContext
@@ -89,7 +90,8 @@ class Jobs:
             self._check(composed)
 
     def before_folder(self, folder: Path) -> None:
-        """Note what there is before Hydra creates ``folder``."""
+        """Note what there is before Hydra creates ``folder``, in which it must find no links of somebody else."""
+        check_folder(folder)
         self._before = Before.of(folder)
 
     def sweep_failed(self, exit_code: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cifar_exp.config.defaults import defaults_beside, flattened
+from cifar_exp.config.limited_yaml import load_file
 from cifar_exp.config.targets import RENAMED, with_names
 
 _TARGET = "._target_"
@@ -23,7 +24,7 @@ def stored_config(path: Path) -> dict[str, Any]:
         ValueError: the file has no settings.
         OSError, YAMLError, OmegaConfBaseException: the file cannot be read.
     """
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    content: Any = OmegaConf.to_container(load_file(path))
     if not content or not isinstance(content, Mapping):
         raise ValueError(f"{path.name} has no settings")
     config: dict[str, Any] = dict(with_names(content, RENAMED))

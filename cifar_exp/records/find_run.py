@@ -5,6 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError
+from cifar_exp.records import journal
+from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import RUN_ID_FILE
 from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
 
@@ -22,6 +24,7 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
 
     Raises:
         ConfigError: where there is no such run.
+        StorageError: where a file of the run is a link, or no regular file.
     """
     marker_file, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
     if name == LATEST:
@@ -29,10 +32,10 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
         if not found:
             what = "run with a checkpoint" if with_checkpoint else "run"
             raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
-        return found[-1].parents[1] if with_checkpoint else found[-1].parent
+        return checked(found[-1].parents[1] if with_checkpoint else found[-1].parent)
     for folder in _candidates(name):
         if (folder / marker_file).exists():
-            return folder
+            return checked(folder)
     choices = "never, auto, latest" if setting == "resume" else LATEST
     raise ConfigError(
         f"{setting}={name}: there is no such run under {OUTPUTS}/. Set {setting}= to {choices}, the folder of a run, "
@@ -53,11 +56,18 @@ def find_folder(name: str, marker_file: str = SWEEP_RUN_FILE) -> Path | None:
     return None
 
 
+def checked(folder: Path) -> Path:
+    """``folder``, once :func:`check_folder` has found nothing wrong."""
+    check_folder(folder)
+    return folder
+
+
 def _candidates(name: str) -> Iterator[Path]:
     """The folder ``name``, then the folders under ``outputs/`` with that MLflow run id."""
     with suppress(OSError):  # a name that no file can have
         if Path(name).is_dir():
             yield Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
-        if path.read_text().strip() == name:
-            yield path.parent
+        with suppress(OSError, ValueError):  # that folder is not the one, or not to be read
+            if journal.run_id(path.parent) == name:
+                yield path.parent

@@ -13,15 +13,20 @@ A session is the time from one start of the command to its end. A resumed run ha
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
+from cifar_exp.system import foreign_files
 
 JOURNAL_FILE = "metrics.jsonl"
 RUN_ID_FILE = "mlflow_run_id"
+LONGEST_LINE = 2**20  # bytes; a line of a run on 1,000 ranks has some 300,000
+MOST_BYTES = 2**28  # of a journal that is read whole; a line has some 300
+_RUN_ID = re.compile(r"[\w-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,26 @@ class JournalWriter:
 def _drop_partial_line(path: Path) -> None:
     """Remove the partial last line of a killed writer, which would corrupt the next line. No reader has used it."""
     if path.exists():
+        foreign_files.opened(path, MOST_BYTES).close()
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def parse(line: str | bytes) -> Entry:
-    """The entry in one line of the journal."""
-    fields: dict[str, Any] = json.loads(line)
-    metrics = {name: float(value) for name, value in fields["metrics"].items()}
-    return Entry(fields["step"], fields["epoch"], fields["time"], metrics)
+    """The entry in one line of the journal.
+
+    Raises:
+        ValueError: the line is no entry.
+    """
+    try:
+        fields: dict[str, Any] = foreign_files.from_json(line)
+        metrics = {name: float(value) for name, value in fields["metrics"].items()}
+        entry = Entry(fields["step"], fields["epoch"], float(fields["time"]), metrics)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"it is no entry: {error!r}") from error
+    if not (type(entry.step) is type(entry.epoch) is int and 0 <= entry.step < 2**53 and 0 <= entry.time < 2**40):
+        raise ValueError(f"it is no entry: step {entry.step!r}, epoch {entry.epoch!r}, time {entry.time!r}")
+    return entry
 
 
 class JournalReader:
@@ -118,18 +134,32 @@ class JournalReader:
         """The complete lines since the last call; none where there is no journal yet."""
         if not self._path.exists():
             return
-        with self._path.open("rb") as file:
+        with foreign_files.opened(self._path, math.inf) as file:
             file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 self._offset += len(line)
                 yield parse(line)
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"a line is longer than {LONGEST_LINE:,} bytes")
 
 
 def read(run_dir: Path) -> list[Entry]:
-    """All complete lines of the run's journal, in order."""
-    return list(JournalReader(run_dir).new_entries())
+    """All complete lines of the run's journal, in order.
+
+    Raises:
+        StorageError: it is damaged, no regular file or too large.
+    """
+    path = run_dir / JOURNAL_FILE
+    entries: list[Entry] = []
+    try:
+        if path.exists():
+            foreign_files.opened(path, MOST_BYTES).close()
+        entries.extend(JournalReader(run_dir).new_entries())
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path}: the journal cannot be read after {len(entries)} lines: {error}. Restore that file"
+        ) from error
+    return entries
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
@@ -143,4 +173,7 @@ def last_values(run_dir: Path) -> dict[str, float]:
 def run_id(folder: Path) -> str | None:
     """The tracker's id of the run or sweep in ``folder``; None where no tracker has opened it yet."""
     path = folder / RUN_ID_FILE
-    return (path.read_text().strip() or None) if path.exists() else None
+    if not path.exists():
+        return None
+    found = foreign_files.read_text(path).strip()
+    return found if _RUN_ID.fullmatch(found) else None

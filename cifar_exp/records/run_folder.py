@@ -3,7 +3,6 @@
 Whatever MLflow gets is written here first, so that it can be delivered after an outage.
 """
 
-import json
 import os
 import shlex
 import uuid
@@ -17,7 +16,9 @@ from filelock import FileLock
 
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
-from cifar_exp.system import locks
+from cifar_exp.records.folder_check import check_folder
+from cifar_exp.records.stored_facts import OUTCOME_FACTS, RUN_FACTS, reason
+from cifar_exp.system import foreign_files, locks
 from cifar_exp.system.atomic_files import write_atomically, write_json
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
@@ -80,15 +81,17 @@ class RunInfo:
 
     @classmethod
     def load(cls, folder: Path) -> "RunInfo":
-        """The facts that :meth:`save` or :meth:`save_sweep` wrote.
+        """The facts that :meth:`save` or :meth:`save_sweep` wrote. Anybody may have made the folder.
+
+        A sweep's folder is above those of its jobs; another one is not believed.
 
         Raises:
-            StorageError: where they are missing or unreadable.
+            StorageError: where they are missing, unreadable, or name a file that is not in the folder.
         """
         path = next((path for path in (folder / RUN_FILE, folder / SWEEP_RUN_FILE) if path.exists()), folder / RUN_FILE)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            origin = content.get("origin")
+            content = RUN_FACTS.validate_python(foreign_files.read_json(path))
+            sweep_dir, origin = content.get("sweep_dir"), content.get("origin")
             return cls(
                 name=content["name"],
                 run_dir=folder,
@@ -96,12 +99,12 @@ class RunInfo:
                 tags=content["tags"],
                 started=content.get("started", path.stat().st_mtime),
                 artifacts=content.get("artifacts", ()),
-                sweep_dir=folder / content["sweep_dir"] if "sweep_dir" in content else None,
-                started_from=(folder / origin["folder"], int(origin["step"])) if origin else None,
+                sweep_dir=folder / sweep_dir if sweep_dir and set(Path(sweep_dir).parts) == {".."} else None,
+                started_from=(folder / origin["folder"], origin["step"]) if origin else None,
                 key=content.get("key", ""),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{path}: the run cannot be read: {error!r}. Restore that file") from error
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{path}: the run cannot be read: {reason(error)}. Restore that file") from error
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,9 @@ class Outcome:
 
         Without ``outcome.json`` a journal with the total time means FINISHED, and anything else None.
         """
-        with suppress(OSError, ValueError, TypeError):
-            return cls(**json.loads((folder / OUTCOME_FILE).read_text()))
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError):
+            return cls(**OUTCOME_FACTS.validate_python(foreign_files.read_json(folder / OUTCOME_FILE)))
+        with suppress(OSError, StorageError):
             if is_finished(folder):  # the process died between the last journal line and this file
                 return cls("FINISHED", (folder / journal.JOURNAL_FILE).stat().st_mtime)
         return None
@@ -143,7 +146,9 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
 
     Raises:
         ConfigError: where another process is training in it.
+        StorageError: where a file of the run is a link, or no regular file.
     """
+    check_folder(run_dir)
     try:
         return locks.acquire(run_dir / LOCK_FILE, patience)
     except locks.HeldError as error:
@@ -183,7 +188,7 @@ def mark_delivered(run_dir: Path, store: str) -> str:
     """Note that ``store`` has everything; returns the store that still lacks a part, or an empty text."""
     path = run_dir / UNDELIVERED_FILE
     with suppress(OSError):
-        owed = path.read_text()
+        owed = foreign_files.read_text(path)
         if owed not in ("", store):
             return owed
         path.unlink()

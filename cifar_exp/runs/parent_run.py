@@ -49,7 +49,7 @@ class ParentRun:
         self._info = replace(self._info, artifacts=artifacts, tags={**self._info.tags, **tags})
         self._info.save_sweep()
         known = set()
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged journal is rewritten
+        with suppress(StorageError):  # a damaged journal is rewritten
             entries = journal.read(self._info.run_dir)
             known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
         if known == set(metrics):  # a resumed sweep without new results: keep the points and their times

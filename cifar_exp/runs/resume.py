@@ -1,6 +1,5 @@
 """Find the run to resume, or the checkpoint of another run to start from."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +12,10 @@ from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
-from cifar_exp.records.find_run import find_run
+from cifar_exp.records.find_run import checked, find_run
 from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_finished, is_locked
 from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
+from cifar_exp.system import foreign_files
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
 
@@ -110,7 +110,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     if config.resume != "auto":
         folder = find_run(config.resume, "resume")
     elif (run_dir / RUN_FILE).exists():
-        folder = run_dir
+        folder = checked(run_dir)
     else:
         folder = _interrupted(config, warn) if anywhere else None
     if folder is None:
@@ -176,6 +176,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     if started_from is None:
         return None
     source, step = started_from
+    checked(source)
     manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
         found = f"the newest one there is of step {manifest.step}" if manifest else "there is none now"
@@ -211,9 +212,9 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            same = has_same_settings(json.loads(path.read_text()), config)
+            same = has_same_settings(foreign_files.read_json(path), config)
             if same and not is_finished(path.parent) and not is_locked(path.parent):
                 return path.parent
-        except UNREADABLE as error:
+        except (*UNREADABLE, StorageError) as error:
             warn(f"{path.parent}: the run cannot be read and is skipped: {error}")
     return None

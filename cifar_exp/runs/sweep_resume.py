@@ -1,6 +1,5 @@
 """Find the sweep to resume, and claim its folder."""
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +8,13 @@ from typing import Any
 
 from cifar_exp.config.arguments import argument
 from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
+from cifar_exp.records.folder_check import check_jobs
 from cifar_exp.records.run_folder import OUTPUTS, is_locked, lock_run_folder, make_private
+from cifar_exp.runs.announce import warn
 from cifar_exp.runs.config_changes import UNREADABLE
+from cifar_exp.system import foreign_files
 from cifar_exp.system.atomic_files import write_json
 from cifar_exp.system.redaction import masked
 
@@ -37,10 +39,11 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
     arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
     for path in _sweeps(wanted):
         content = _sweep_content(path)
-        if content is None or (wanted == "auto" and (content["finished"] or is_locked(path.parent))):
+        if content is None or (wanted == "auto" and (content["finished"] or not _is_free(path.parent))):
             continue
         if content["arguments"] == arguments:
             with lock_run_folder(path.parent):
+                check_jobs(path.parent)
                 yield path.parent
             return
         if wanted != "auto":
@@ -62,7 +65,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
 
 def end_sweep(sweep_dir: Path) -> None:
     """Mark the sweep as finished: ``resume=auto`` does not continue it."""
-    arguments = json.loads((sweep_dir / SWEEP_FILE).read_text())["arguments"]
+    arguments = foreign_files.read_json(sweep_dir / SWEEP_FILE)["arguments"]
     _note_sweep(sweep_dir, arguments, finished=True)
 
 
@@ -70,11 +73,21 @@ def _note_sweep(sweep_dir: Path, arguments: Sequence[str], finished: bool) -> No
     write_json(sweep_dir / SWEEP_FILE, {"arguments": list(arguments), "finished": finished})
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether no process uses the folder, and it may be used."""
+    try:
+        return not is_locked(folder)
+    except StorageError as error:
+        warn(f"{error}. The sweep is skipped")
+        return False
+
+
 def _sweep_content(path: Path) -> dict[str, Any] | None:
     """The content of a sweep file: ``arguments`` and ``finished``. None if the file is damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content if {"arguments", "finished"} <= content.keys() else None
+        content: dict[str, Any] = foreign_files.read_json(path)
+        words = content["arguments"] if {"arguments", "finished"} <= content.keys() else [None]
+        return content if all(type(word) is str for word in words) else None
     except UNREADABLE:
         return None
 

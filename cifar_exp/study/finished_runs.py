@@ -11,6 +11,7 @@ from cifar_exp.config.stored import stored_params
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import journal
 from cifar_exp.records.find_run import LATEST, find_folder
+from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
@@ -133,6 +134,7 @@ def folder_run(run_dir: Path) -> FinishedRun | None:
     """A run from its folder; None for a folder that holds no run."""
     if not (run_dir / RUN_FILE).exists():
         return None
+    check_folder(run_dir)
     entries = journal.read(run_dir)
     series = {
         name: [(entry.step, entry.time, entry.metrics[name]) for entry in entries if name in entry.metrics]

@@ -42,6 +42,8 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write a file to; the file is renamed to ``path`` when the block ends."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        if temporary.is_symlink():  # somebody else's: writing to it would change what it leads to
+            temporary.unlink()
         yield temporary
         if durable:
             _sync(temporary)

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cifar_exp.errors import storage_errors
-from cifar_exp.system import host
+from cifar_exp.system import foreign_files, host
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def acquire(path: Path, timeout: float | None = 0) -> FileLock:
 
 def _noted(path: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(path.read_text()))
+        owner = Owner(**foreign_files.read_json(path))
+        return owner if type(owner.pid) is int and type(owner.host) is str else None
     except (OSError, ValueError, TypeError):
         return None
 

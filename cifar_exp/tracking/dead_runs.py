@@ -1,6 +1,7 @@
 """Close runs that MLflow still shows as running although their process has died."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,4 +61,6 @@ def _owner(tags: Mapping[str, str]) -> Owner | None:
 
 def _outcome(tags: Mapping[str, str], identity: str) -> Outcome | None:
     folder = Path(tags.get(FOLDER_TAG, ""))
-    return Outcome.of(folder) if run_id(folder) == identity else None
+    with suppress(OSError, ValueError):  # the store names the folder, and it may be anybody's
+        return Outcome.of(folder) if run_id(folder) == identity else None
+    return None

@@ -1,0 +1,61 @@
+"""Read files of a folder that anybody may have made: regular files alone, no links, of limited size and depth."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MIB = 2**20
+LIMIT = 4 * MIB  # bytes; a file of facts about a run has a few thousand
+
+
+class RefusedFileError(OSError):
+    """A file that is not read: a link, no regular file, or too large."""
+
+
+def opened(path: Path, limit: float = LIMIT) -> BinaryIO:
+    """Open a file for reading. It never waits, as for the writer of a FIFO, and follows no link.
+
+    Args:
+        path: the file.
+        limit: the largest size in bytes.
+
+    Raises:
+        RefusedFileError: it is a link, no regular file, or too large.
+        OSError: it cannot be opened.
+    """
+    if path.is_symlink():
+        raise RefusedFileError(f"{path} is a link to {path.readlink()}, and links are not followed there")
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode):
+        file.close()
+        raise RefusedFileError(f"{path} is no regular file")
+    if about.st_size > limit:
+        file.close()
+        raise RefusedFileError(f"{path} has {about.st_size:,} bytes, and at most {limit:,.0f} are read")
+    return file
+
+
+def read_text(path: Path, limit: int = LIMIT) -> str:
+    """The text of a file, UTF-8; for the errors see :func:`opened`. Another encoding is a ``ValueError``."""
+    with opened(path, limit) as file:
+        return file.read(limit + 1).decode("utf-8")
+
+
+def read_json(path: Path, limit: int = LIMIT) -> Any:
+    """The content of a JSON file; for the errors see :func:`opened`. What is no JSON is a ``ValueError``."""
+    return from_json(read_text(path, limit))
+
+
+def from_json(text: str | bytes) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
