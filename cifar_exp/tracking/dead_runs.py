@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_exp.records.journal import run_id
-from cifar_exp.records.run_folder import Outcome, is_undelivered, sync_command
+from cifar_exp.records.run_folder import Outcome, is_undelivered
 from cifar_exp.system.locks import Owner
 from cifar_exp.system.printable import tell
+from cifar_exp.tracking.own_store import sync_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

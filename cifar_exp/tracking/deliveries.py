@@ -3,17 +3,14 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
-from cifar_exp.system.printable import printable_text
+from cifar_exp.records.folder_check import check_folder
+from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
+from cifar_exp.system.printable import printable, printable_text
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+from cifar_exp.tracking.own_store import own_address, stored_tracking
 
 
 def folder_of(word: str) -> Path:
@@ -52,27 +49,25 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTracker:
-    """The store that a run's folder names, unless ``settings`` name another.
+    """The store that a run's folder names, if it is the user's own, unless ``settings`` name another.
 
     Other settings in the folder are ignored: it may be untrusted.
 
     Raises:
-        ConfigError: where the run was not to be tracked, and no store was typed.
+        ConfigError: where the run was not to be tracked, or its store is not known to be the user's own, and no store
+            was typed.
         StorageError: where its configuration cannot be read.
     """
-    path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
-    try:
-        section: Any = stored_config(path).get("tracking")
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
-    if not isinstance(section, dict) or not isinstance(section.get("_target_"), str):
-        raise StorageError(f"{path}: the run's configuration cannot be read: it names no tracker. Restore that file")
+    check_folder(run_dir)
+    section = stored_tracking(run_dir)
     saved = {name: section.get(name) for name in ("uri", "experiment")}
     is_tracked = section["_target_"].endswith(".MLflowTracker")
     if not is_tracked and "uri" not in settings:
         raise ConfigError(
-            f"{run_dir}: the run has no MLflow store (tracking={section['_target_']}). Run "
+            f"{run_dir}: the run has no MLflow store (tracking={printable(section['_target_'])}). Run "
             f"cifar-exp sync {run_dir} tracking.uri=<address>"
         )
+    if "uri" not in settings:
+        saved["uri"] = own_address(saved["uri"], run_dir)
     chosen = {name: value for name, value in saved.items() if value} | dict(settings)
     return MLflowTracker(**chosen)

@@ -12,10 +12,11 @@ from typing import Protocol
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
-from cifar_exp.records.run_folder import Status, sync_command
+from cifar_exp.records.run_folder import Status
 from cifar_exp.system.bugs import bug_text, described, is_bug
 from cifar_exp.system.printable import tell
 from cifar_exp.system.redaction import masked_text
+from cifar_exp.tracking.own_store import sync_command
 
 BATCH = 500  # entries that are read, and held in memory, at a time
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the pause doubles with each failure

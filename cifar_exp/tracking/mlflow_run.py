@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cifar_exp.errors import TrackingError
-from cifar_exp.records.journal import Entry
+from cifar_exp.records.journal import RUN_ID_FILE, Entry
 from cifar_exp.records.run_folder import Outcome, RunInfo, Status
 from cifar_exp.system.printable import printable
-from cifar_exp.system.redaction import masked
+from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.tracking.dead_runs import close_dead_runs
 from cifar_exp.tracking.mlflow_store import FINAL_ERRORS, PARENT_TAG, MLflowStore
 
@@ -33,7 +34,7 @@ class MLflowRun:
         tags = {PARENT_TAG: parent} if parent else {}
         self.run_id = self._store.open_run(self._client, self._run, tags)
         stored = self._client.get_run(self.run_id)
-        self._began = stored.info.start_time
+        self._began, self._place = stored.info.start_time, str(stored.info.artifact_uri)
         # A resumed run has its params already, and MLflow allows no change.
         new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
         params = [Param(name, printable(value)) for name, value in new.items()]
@@ -81,19 +82,35 @@ class MLflowRun:
         return int(self._began + round(entry.time * 1000))
 
     def artifacts(self) -> list[Path]:
-        """The existing files of the run's folder that are stored with the run."""
+        """The existing files of the run's folder that are stored with the run. No link is followed."""
         paths = [self._run.run_dir / name for name in self._run.artifacts]
-        return [path for path in paths if path.exists()]
+        return [path for path in paths if path.is_file() and not path.is_symlink()]
 
     def close(self, status: Status) -> None:
         """Store the artifacts and close the run with its status."""
         assert self.run_id
         outcome = Outcome.of(self._run.run_dir)
         try:
+            self._check_place()
             for path in self.artifacts():
                 self._client.log_artifact(self.run_id, str(path))
         finally:
             self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
+
+    def _check_place(self) -> None:
+        """Check where the store keeps the run's files: the store may be anybody's.
+
+        Raises:
+            TrackingError: the place is no folder of the run, or the default store names another machine.
+        """
+        place = urlsplit(self._place)
+        is_remote = self._store.uri is None and place.scheme not in ("", "file", "mlflow-artifacts")
+        if is_remote or not place.path.endswith(f"/{self.run_id}/artifacts"):
+            raise TrackingError(
+                f"tracking.uri={masked_text(self._store.address())}: it keeps the files of run {self.run_id} at "
+                f"{printable(masked_text(self._place))}, which is not the run's own folder. Nothing was written there. "
+                f"Set tracking.experiment=<a new name>, and remove {self._run.run_dir / RUN_ID_FILE}"
+            )
 
     def is_final(self, error: Exception) -> bool:
         return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL_ERRORS)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class MLflowStore:
             if experiment is None:
                 # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
                 beside = Path(database).parent if is_file else OUTPUTS
-                location = (beside / "artifacts" / self.experiment).resolve().as_uri() if database else None
+                location = artifact_folder(beside, self.experiment).as_uri() if database else None
                 client.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 raise TrackingError(
@@ -167,6 +168,12 @@ class MLflowStore:
     def _note(self, run: RunInfo, identity: str) -> str:
         write_atomically(run.run_dir / RUN_ID_FILE, f"{identity}\n")
         return identity
+
+
+def artifact_folder(beside: Path, experiment: str) -> Path:
+    """The folder for files of an experiment. A name such as ``/Users/me/x`` or ``../x`` does not lead out of it."""
+    name = re.sub(r"[/\\\0]", "_", experiment)
+    return (beside / "artifacts").resolve() / ("_" if name in ("", ".", "..") else name)
 
 
 def _make_store(path: Path) -> None:

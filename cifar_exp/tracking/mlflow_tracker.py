@@ -11,13 +11,13 @@ from cifar_exp.records.run_folder import (
     RunInfo,
     lock_run_folder,
     mark_delivered,
-    sync_command,
 )
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.follower import BATCH
 from cifar_exp.tracking.mlflow_run import MLflowRun, point_count
 from cifar_exp.tracking.mlflow_store import MLflowStore, store_errors
+from cifar_exp.tracking.own_store import sync_command
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def no_server(scene: Scene) -> None:
     assert_same_as_uninterrupted(scene, run)
     try:
         server.start()
-        deliver(scene, database=SERVED)
+        deliver(scene, f"tracking.uri={server.address}", database=SERVED)
     finally:
         server.kill()
     scene.handled("there is no MLflow server", DELIVERED)
@@ -239,7 +239,7 @@ def store_full(scene: Scene) -> None:
         owes(running.wait(), "full")
         assert_same_as_uninterrupted(scene, run)
         filler.unlink()
-        deliver(scene, database=database)
+        deliver(scene, uri, database=database)
     scene.handled("disk full under SQLite", DELIVERED)
 
 
@@ -252,7 +252,7 @@ def store_read_only(scene: Scene) -> None:
         remount(store, "ro")
         owes(scene.run(*run, *HERE, uri))
         remount(store, "rw")
-        deliver(scene, database="store/mlflow.db")
+        deliver(scene, uri, database="store/mlflow.db")
     assert_same_as_uninterrupted(scene, run)
     scene.handled("a store on a read-only mount", DELIVERED)
 

@@ -177,7 +177,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
             wait_for(lambda told=told: (workplace / "errors").read_text().count("retrying") > told, process)
             relay.turn("pass")
             wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
-        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run")):
+        for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run", f"tracking.uri={relay.address}")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -188,7 +188,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     finally:
         process.kill()
     assert_each_outage_is_told_once((workplace / "errors").read_text().splitlines())
-    done = cifar_exp("sync", "run")  # what there was no time for
+    done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # what there was no time for
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)
     assert record.info.status == "KILLED"
@@ -269,7 +269,12 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert done.returncode == 5
     assert "Traceback" not in done.stderr
     folder = the_run(workplace)
-    assert done.stderr.splitlines()[-1].endswith(f"cifar-exp sync {folder.relative_to(workplace)}")
+    typed = (
+        "sync",
+        str(folder.relative_to(workplace)),
+        f"tracking.uri={relay.address}",
+    )  # a folder vouches for no server
+    assert done.stderr.splitlines()[-1].endswith(f"cifar-exp {' '.join(typed)}")
     assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
     assert not (folder / RUN_ID_FILE).exists()
 
@@ -277,6 +282,9 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert again.returncode == 5  # it has been trained, and is as unknown as before
     assert "finished before, test accuracy" in again.stdout
     refused = cifar_exp("sync", str(folder))
+    assert refused.returncode == 2
+    assert f"If it is your store, run cifar-exp sync {folder} {typed[-1]}" in refused.stderr
+    refused = cifar_exp(*typed)
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
@@ -284,7 +292,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
     assert f"{count} of {count} points were missing and are delivered, 5 files, FINISHED" in brought.stdout
-    again = cifar_exp("sync", "outputs")
+    again = cifar_exp("sync", "outputs", typed[-1])
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
     assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout

@@ -1,0 +1,98 @@
+"""Which store a run's folder may name: anybody may have made the folder, and runs are sent to that address."""
+
+import os
+import shlex
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cifar_exp.config.arguments import argument
+from cifar_exp.config.stored import stored_config
+from cifar_exp.errors import ConfigError, StorageError
+from cifar_exp.records import run_folder
+from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, OUTPUTS
+from cifar_exp.system.printable import printable
+from cifar_exp.system.redaction import masked_text
+
+ENVIRONMENT = "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
+
+
+def stored_tracking(run_dir: Path) -> dict[str, Any]:
+    """The section ``tracking`` of a run's or sweep's configuration.
+
+    Raises:
+        StorageError: where it cannot be read or names no tracker.
+    """
+    path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
+    try:
+        section: Any = stored_config(path).get("tracking")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
+    texts = (section.get(name) for name in ("uri", "experiment")) if isinstance(section, dict) else [0]
+    is_sound = all(text is None or isinstance(text, str) for text in texts)
+    if not is_sound or not isinstance(section.get("_target_"), str):
+        raise StorageError(f"{path}: the run's configuration cannot be read: it names no tracker. Restore that file")
+    return dict(section)
+
+
+def own_address(uri: str | None, run_dir: Path) -> str | None:
+    """The address of the store that a run's folder names, if it is known to be the user's own.
+
+    That is the default store, the one in ``MLFLOW_TRACKING_URI``, or an SQLite store in ``outputs/`` or in the current
+    folder.
+
+    Args:
+        uri: as the folder has it, without a password; None is the default store.
+        run_dir: the folder.
+
+    Raises:
+        ConfigError: it is another store.
+    """
+    environment = os.environ.get(ENVIRONMENT, "")
+    if not uri:
+        return None
+    if uri == masked_text(environment):
+        return environment  # with its password
+    if _is_own_file(uri, run_dir):
+        return uri
+    typed = argument("tracking.uri", uri)
+    raise ConfigError(
+        f"tracking.uri={printable(uri)}: the folder {printable(run_dir)} names that store, and anybody may have made "
+        f"the folder. If it is your store, run cifar-exp sync {shlex.quote(printable(run_dir))} {printable(typed)}"
+    )
+
+
+def sync_command(folder: Path) -> str:
+    """The command that delivers what a tracker lacks of a run or a sweep, with the store that must be typed."""
+    command = run_folder.sync_command(folder)
+    with suppress(StorageError):
+        uri = stored_tracking(folder).get("uri")
+        try:
+            own_address(uri, folder)
+        except ConfigError:
+            return f"{command} {argument('tracking.uri', uri)}"
+    return command
+
+
+def _is_own_file(uri: str, run_dir: Path) -> bool:
+    """Whether the address is a file in ``outputs/`` or the current folder, not in ``run_dir``, maybe yet to be made."""
+    name = uri.removeprefix(_SQLITE)
+    if name == uri or not name or {"?", ":", "%"} & {*name}:
+        return False
+    path, folder = Path(name).resolve(), run_dir.resolve()
+    if path.parent not in (OUTPUTS.resolve(), Path.cwd()) or path.is_relative_to(folder):
+        return False
+    return not path.exists() or is_store(path)
+
+
+def is_store(database: Path) -> bool:
+    """Whether a file is an SQLite database of MLflow."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        return {("experiments",), ("runs",), ("alembic_version",)} <= {*found}
+    return False
