@@ -4,6 +4,7 @@
 The manifest is written last: a checkpoint without a manifest is incomplete.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from cifar_exp.errors import FREE_SPACE, StorageError
+from cifar_exp.records import checkpoint_content
 from cifar_exp.records.run_folder import CHECKPOINTS
+from cifar_exp.records.stored_facts import reason
+from cifar_exp.system import foreign_files
 from cifar_exp.system.atomic_files import write_atomically
+from cifar_exp.system.printable import printable
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,9 @@ class Manifest(CheckpointPosition):
     cifar_exp: str = ""
 
 
+_MANIFEST = TypeAdapter(Manifest)
+
+
 def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, keep: int) -> None:
     """Write a checkpoint, then delete all but the ``keep`` newest ones and the best ones that their manifests name.
 
@@ -159,14 +168,18 @@ def newest_intact_manifest(run_dir: Path, warn: Callable[[str], None]) -> Manife
 
 
 def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
-    """The manifest at ``path`` if the checkpoint has its size and sha256, else None after a warning."""
+    """The manifest at ``path`` if the checkpoint has its size and sha256, else None after a warning.
+
+    Raises:
+        StorageError: a later version wrote it.
+    """
     try:
-        manifest = _unsealed(path.read_bytes())
-        content = path.with_name(manifest.file).read_bytes()
-    except (OSError, ValueError, TypeError) as error:
+        manifest = _unsealed(path)
+        digest = checkpoint_content.sha256(path.with_name(manifest.file), manifest.bytes)
+    except (OSError, ValueError) as error:
         warn(f"{path}: the checkpoint cannot be read and is skipped: {error}")
         return None
-    if len(content) == manifest.bytes and hashlib.sha256(content).hexdigest() == manifest.sha256:
+    if digest == manifest.sha256:
         return manifest
     warn(f"{path.with_name(manifest.file)}: the checkpoint is damaged and is skipped")
     return None
@@ -178,18 +191,38 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
     return json.dumps({**fields, "seal": seal}, indent=1).encode()
 
 
-def _unsealed(content: bytes) -> Manifest:
-    """The manifest in ``content``.
+def _unsealed(path: Path) -> Manifest:
+    """The manifest at ``path``.
 
     Raises:
-        ValueError: where the seal is wrong.
-        TypeError: where a required field is missing.
+        ValueError: where the seal is wrong, or a field is missing or of another kind.
+        StorageError: where it has fields that this version does not know.
     """
-    fields = dict(json.loads(content))
+    content = foreign_files.read_text(path)
+    fields = dict(foreign_files.from_json(content))
     fields.pop("seal", None)
-    if sealed(fields) != content:
+    if sealed(fields) != content.encode():
         raise ValueError("it was changed after it was written")
-    return Manifest(**fields)
+    _check_known(path, fields, Manifest, fields.get("cifar_exp"))
+    try:
+        return _MANIFEST.validate_python(fields)
+    except ValidationError as error:
+        raise ValueError(reason(error)) from error
+
+
+def _check_known(path: Path, fields: Mapping[str, Any], kind: type, version: object) -> None:
+    """A later version may need what this one does not know: such a checkpoint is neither damaged nor usable here.
+
+    Raises:
+        StorageError: there is such a field.
+    """
+    if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)}):
+        versions = f"{printable(version or 'unknown')}, and this is {_own_version() or 'unknown'}"
+        raise StorageError(
+            f"{path}: a newer version of cifar-exp wrote the checkpoint ({versions}): it has "
+            f"{printable(', '.join(unknown[:5]))}. Install that version, choose another run, or set resume=never to "
+            f"start again from the beginning"
+        )
 
 
 def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
@@ -200,8 +233,13 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
     """
     path = run_dir / CHECKPOINTS / manifest.file
     try:
-        fields: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        fields = checkpoint_content.load(path)
+        _check_known(path, fields, Checkpoint, manifest.cifar_exp)
         return Checkpoint(**fields)
+    except StorageError:
+        raise
+    except KeyError as error:
+        raise StorageError(f"{path}: the checkpoint cannot be read: it has no {error}") from error
     except Exception as error:  # torch.load has no common class for errors of damaged files
         raise StorageError(f"{path}: the checkpoint cannot be read: {error}") from error
 

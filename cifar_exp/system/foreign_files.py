@@ -3,8 +3,9 @@
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MIB = 2**20
 LIMIT = 4 * MIB  # bytes; a file of facts about a run has a few thousand
@@ -14,7 +15,7 @@ class RefusedFileError(OSError):
     """A file that is not read: a link, no regular file, or too large."""
 
 
-def opened(path: Path, limit: float = LIMIT) -> BinaryIO:
+def opened(path: Path, limit: float = LIMIT) -> BufferedReader:
     """Open a file for reading. It never waits, as for the writer of a FIFO, and follows no link.
 
     Args:
