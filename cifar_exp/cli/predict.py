@@ -53,8 +53,8 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     if left_out:
         print(f"left out: {left_out}", file=sys.stderr)
     broken: list[str] = []
-    for start in range(0, len(files), 500):
-        broken += _classify(classifier, files[start : start + 500], as_json)
+    for start in range(0, len(files), classifier.batch):
+        broken += _classify(classifier, files[start : start + classifier.batch], as_json)
     if broken:
         raise DataError("\n".join(broken))
 

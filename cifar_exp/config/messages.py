@@ -75,6 +75,11 @@ def shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool | None) else printable(value)
 
 
+def shortened(text: str) -> str:
+    """At most 200 characters of a text."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def _rule(problem: Mapping[str, Any]) -> str:
     limits = problem.get("ctx", {})
     return {
@@ -92,7 +97,7 @@ def _rule(problem: Mapping[str, Any]) -> str:
         "dict_type": "a choice of the group",
         "dataclass_type": "a mapping of settings",
         "tuple_type": "a list",
-    }.get(problem["type"], str(problem["msg"]))
+    }.get(problem["type"], shortened(str(problem["msg"])))
 
 
 def _valid(problem: Mapping[str, Any]) -> Any:

@@ -15,8 +15,9 @@ from cifar_exp.data.image_tree import LeftOut, images_below
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.run_folder import CONFIG_FILE
-from cifar_exp.runs.components import model_factory
 from cifar_exp.runs.config_changes import UNREADABLE
+from cifar_exp.runs.foreign_network import network_of, within_available_memory
+from cifar_exp.runs.user_code import refusing
 from cifar_exp.system.printable import printable, tell
 
 
@@ -50,10 +51,9 @@ class Classifier:
             )
         saved = saved or checkpoint.newest(run_dir, tell)
         section = _model_section(run_dir / CONFIG_FILE)
-        model = model_factory(section, trusted)(num_classes=len(saved.classes))
-        model.load_state_dict(saved.model)
+        model = network_of(section, saved.model, len(saved.classes), trusted)
         rule = Preprocessing.of(saved.preprocessing, saved.image_size)
-        return cls(model.eval(), saved.classes, Normalization(saved.shift, saved.scale), rule, saved.image_size)
+        return cls(model, saved.classes, Normalization(saved.shift, saved.scale), rule, saved.image_size)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """``images``: (N, 3, H, W) uint8 -> (N, classes) float32, each row adding up to 1."""
@@ -61,9 +61,16 @@ class Classifier:
             logits: Tensor = self.model(resized_to(self.normalization(images), self.image_size))
             return logits.float().softmax(1)
 
+    @property
+    def batch(self) -> int:
+        """How many images are labelled at a time: as many as have some 50 MB of pixels."""
+        height, width = self.preprocessing.image_size
+        return max(1, min(500, 50_000_000 // (3 * height * width)))
+
     def label(self, images: Sequence[Tensor]) -> list[tuple[str, float]]:
         """``images``: each as :meth:`read` returns it -> for each its label and the label's probability."""
-        best = self.probabilities(torch.stack(list(images))).max(1)
+        with within_available_memory(), refusing("model: it cannot label images", (), "Choose another run"):
+            best = self.probabilities(torch.stack(list(images))).max(1)
         names = [self.classes[index] for index in best.indices.tolist()]
         return list(zip(names, best.values.tolist(), strict=True))
 
