@@ -13,7 +13,16 @@ from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import checked, find_run
-from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_finished, is_locked
+from cifar_exp.records.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    OUTPUTS,
+    RUN_FILE,
+    Outcome,
+    RunInfo,
+    is_finished,
+    is_locked,
+)
 from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
 from cifar_exp.system import foreign_files
 from cifar_exp.system.bugs import is_bug, keep_traceback
@@ -170,12 +179,18 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     """The checkpoint of another run that the run in ``folder`` started from; None if it did not start from one.
 
     Raises:
-        StorageError: that checkpoint no longer exists.
+        StorageError: that checkpoint no longer exists, or is neither under ``outputs/`` nor beside ``folder``.
     """
     started_from = RunInfo.load(folder).started_from
     if started_from is None:
         return None
     source, step = started_from
+    places = (OUTPUTS.resolve(), folder.resolve().parent)
+    if not any(source.resolve().is_relative_to(place) for place in places):  # anybody may have made the folder
+        raise StorageError(
+            f"{folder}: the run had no checkpoint yet and names {source}, which is not under {OUTPUTS}/, as the run "
+            f"that it started from. Set {argument('resume', str(source))} for a new run from there, or resume=never"
+        )
     checked(source)
     manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
@@ -208,13 +223,39 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
 
 
 def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
-    """The newest interrupted run under ``outputs/`` with these settings; None if there is none."""
+    """The newest interrupted run under ``outputs/`` with these settings; None if there is none.
+
+    If only runs with other settings were interrupted, ``warn`` is told in what the newest of them differs.
+    """
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
+    other: str | None = None
     for path in found:
+        folder = path.parent
         try:
-            same = has_same_settings(foreign_files.read_json(path), config)
-            if same and not is_finished(path.parent) and not is_locked(path.parent):
-                return path.parent
+            if has_same_settings(foreign_files.read_json(path), config):
+                if not is_finished(folder) and not is_locked(folder):
+                    return folder
+            elif other is None and not _has_finished(folder) and not is_locked(folder):
+                other = _other_settings(folder, config)
         except (*UNREADABLE, StorageError) as error:
-            warn(f"{path.parent}: the run cannot be read and is skipped: {error}")
+            warn(f"{folder}: the run cannot be read and is skipped: {error}")
+    if other:
+        warn(other)
     return None
+
+
+def _has_finished(folder: Path) -> bool:
+    outcome = Outcome.of(folder)
+    return outcome is not None and outcome.status == "FINISHED"
+
+
+def _other_settings(folder: Path, config: Config) -> str:
+    """The message about an interrupted run that ``resume=auto`` does not continue."""
+    changes = changed_settings(folder, config)
+    shown_changes = [f"{name}: {shown(then)} then, {shown(now)} now" for name, (then, now) in changes.items()]
+    more = f"; {len(changes) - 5} more" if len(changes) > 5 else ""
+    return (
+        f"resume=auto: a new run starts. {os.path.relpath(folder)} was interrupted and had other settings "
+        f"({'; '.join(shown_changes[:5])}{more}). Set them as they were to continue it, or "
+        f"{argument('resume', os.path.relpath(folder))} for a new run from its checkpoint"
+    )

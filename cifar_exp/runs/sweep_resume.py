@@ -37,6 +37,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
         ConfigError: the folder has a sweep with other overrides, or another process uses it.
     """
     arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
+    other: str | None = None
     for path in _sweeps(wanted):
         content = _sweep_content(path)
         if content is None or (wanted == "auto" and (content["finished"] or not _is_free(path.parent))):
@@ -46,11 +47,17 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
                 check_jobs(path.parent)
                 yield path.parent
             return
+        overrides = shlex.join(content["arguments"])
+        other = other or (
+            f"resume=auto: a new sweep starts. {path.parent} was interrupted and had the overrides {overrides}. Set "
+            f"these to continue it"
+        )
         if wanted != "auto":
-            overrides = shlex.join(content["arguments"])
             raise ConfigError(
                 f"resume={wanted}: that sweep's overrides were {overrides}. Set these, or resume=never for a new sweep"
             )
+    if other:
+        warn(other)
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
             f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set "

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cifar_exp.errors import StorageError
+from cifar_exp.models.networks import convnet
 from cifar_exp.records import checkpoint
 from cifar_exp.records.model_export import publish
 from cifar_exp.runs.classifier import Classifier
 from tests.conftest import TINY, Command
 from tests.helpers.checkpoints import position, silent, trained
 from tests.helpers.readme import NETWORKS, folders
+
+CONVNET = {"_target_": "cifar_exp.models.networks.convnet", "width": 4, "depth": 1}
 
 
 def in_plain_pytorch(run_dir: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def test_the_lines_of_the_docs_give_the_logits_of_the_trained_network(
     about = plain["about"]
     assert about["classes"] == ["ant", "bee", "cow"]
     assert about["image_size"] == [32, 32]
-    assert (plain["settings"], plain["function"]) == ({"width": 4, "depth": 1}, "convnet")
+    assert plain["settings"] == {"width": 4, "depth": 1}
+    assert plain["network"] is convnet
 
     classifier = Classifier.of_run(workplace / "run", "best")
     assert list(classifier.normalization.shift) == about["shift"]
@@ -71,6 +75,48 @@ def assert_files_are_read_alike(read: Callable[[Path], torch.Tensor], classifier
         path = folder / f"{mode}.tif" if mode == "CMYK" else folder / f"{mode}.png"
         Image.fromarray(pixels).convert(mode).save(path, exif=exif)
         assert torch.equal(read(path), classifier.read(path)), mode
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.mkdir", "torch.utils.collect_env.run", "cifar_exp.models.build.seeded", "cifar_exp.models.networks.nn", "", 3],
+)
+def test_the_lines_of_the_docs_import_nothing_that_a_file_names(
+    tmp_path: Path, target: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, trained(), position(10), keep=1)
+    publish(tmp_path, {"_target_": target, "path": "executed"}, silent)
+    with pytest.raises(KeyError):
+        in_plain_pytorch(tmp_path, torch.zeros(1, 3, 16, 24), monkeypatch)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_lines_of_the_docs_take_no_more_memory_than_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, trained(), position(10), keep=1)
+    publish(tmp_path, CONVNET | {"width": 1_000_000}, silent)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        in_plain_pytorch(tmp_path, torch.zeros(1, 3, 16, 24), monkeypatch)
+
+
+@pytest.mark.parametrize("length", [2**60, 2**63, 10**8 + 1, 0])
+def test_a_header_of_any_claimed_length_is_refused_by_those_lines(
+    tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" * 10)
+    with pytest.raises(SafetensorError):
+        in_plain_pytorch(tmp_path, torch.zeros(1, 3, 16, 24), monkeypatch)
+
+
+def test_a_tensor_that_claims_terabytes_is_refused_by_those_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = {"w": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header | {"__metadata__": {"model": json.dumps(CONVNET)}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    with pytest.raises(SafetensorError):
+        in_plain_pytorch(tmp_path, torch.zeros(1, 3, 16, 24), monkeypatch)
 
 
 def test_channels_last_and_shared_weights_are_published_as_they_are(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cifar_exp.records import journal
+from cifar_exp.runs.sweep_resume import claimed_sweep, end_sweep
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
@@ -96,6 +97,8 @@ def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
     other = cifar_exp(*run, "seed=1", "train.epochs=1", "resume=auto")  # another configuration: a run of its own
     assert other.returncode == 0, other.stderr
     assert "continues after" not in other.stdout
+    why = "outputs/cut was interrupted and had other settings (seed: 0 then, 1 now; train.epochs: 16 then, 1 now)"
+    assert f"resume=auto: a new run starts. {why}" in other.stderr
     folders = sorted(path.parent for path in (workplace / "outputs").rglob("run.json"))
     again = cifar_exp(*run, "resume=auto", "progress=lines", "checkpoint.keep=1")
     assert again.returncode == 0, again.stderr
@@ -216,6 +219,22 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     (parent,) = [run for run in all_runs(client()) if PARENT_TAG not in run.data.tags]
     speedup = client().get_metric_history(parent.info.run_id, "speedup")
     assert [point.step for point in speedup] == ([1, 2] if len(os.sched_getaffinity(0)) > 1 else [])
+
+
+def test_auto_says_which_overrides_an_interrupted_sweep_had(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed_sweep(Path("outputs/multirun/old"), "auto", ["seed=0,1", "resume=auto"]):
+        pass
+    assert capsys.readouterr().err == ""
+    with claimed_sweep(Path("outputs/multirun/new"), "auto", ["seed=0,1,2"]) as folder:
+        assert folder == Path("outputs/multirun/new")
+    assert "a new sweep starts. outputs/multirun/old was interrupted and had the overrides seed=0,1. " in (
+        capsys.readouterr().err
+    )
+    end_sweep(workplace / "outputs/multirun/old")
+    with claimed_sweep(Path("outputs/multirun/new"), "auto", ["seed=0,1,2"]):
+        assert capsys.readouterr().err == ""
 
 
 def test_what_is_damaged_elsewhere_is_passed_over_and_what_is_named_is_told(
