@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from cifar_exp.cli.options import refuse_unknown_options
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.hydra_section import check_typed_trust
 from cifar_exp.config.reading import register_resolvers
 from cifar_exp.config.refusals import explained
 from cifar_exp.config.targets import ALLOWED
@@ -66,6 +67,7 @@ class Jobs:
         folder = Path(hydra.runtime.output_dir)
         _keep_private(folder, hydra.output_subdir)
         try:
+            check_typed_trust(composed, list(hydra.overrides.task))
             with chdir(hydra.runtime.cwd):  # hydra.job.chdir: settings name files from where the command was started
                 return self._job(composed, _run_context())
         except Stopped as stopped:
@@ -203,7 +205,11 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
     search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
     try:
         with hydra_versions.composing(conf_dir()):
-            return compose("config", [*search, *overrides], return_hydra_config=True)
+            config = compose("config", [*search, *overrides], return_hydra_config=True)
+        check_typed_trust(config, overrides)
+        return config
+    except CifarExpError:
+        raise
     except Exception as error:
         raise_swallowed()
         if (problem := explained(error, overrides)) is None:

@@ -20,6 +20,9 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from cifar_exp.config.hydra_section import check_hydra_section
+from cifar_exp.config.limited_yaml import limited
+
 # Hydra 1.4 has its own allow-list of `_target_`s and deprecates `version_base`.
 _LIMITS_TARGETS = "execution_whitelist" in inspect.signature(hydra.main).parameters
 # What --experimental-rerun takes.
@@ -46,8 +49,9 @@ def run_command(
     Raises:
         Exception: that of ``job``. Hydra's callbacks were told of it before, and Hydra prints nothing.
     """
-    limit: dict[str, Any] = {"execution_whitelist": list(trusted)} if _LIMITS_TARGETS else {}
-    with parser_of_old_versions(), _calling_before_run(before_folder), _failing_silently():
+    allowed = list(trusted)
+    limit: dict[str, Any] = {"execution_whitelist": allowed} if _LIMITS_TARGETS else {}
+    with parser_of_old_versions(), _calling_before_run(before_folder), _failing_silently(), _checking(allowed):
         hydra.main(config_path=str(folder), config_name="config", **_BASE, **limit)(job)()
 
 
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def composing(folder: Path) -> Iterator[None]:
     """Inside this context ``hydra.compose`` reads ``folder``."""
-    with initialize_config_dir(str(folder), **_BASE):
+    with initialize_config_dir(str(folder), **_BASE), _replaced(OmegaConf, "load", limited(OmegaConf.load)):
         yield
 
 
@@ -119,6 +123,31 @@ def _calling_before_run(before_folder: Callable[[Path], None]) -> Iterator[None]
         return run_job(**arguments)
 
     with _replaced(hydras, "run_job", called):
+        yield
+
+
+@contextmanager
+def _checking(trusted: Sequence[str]) -> Iterator[None]:
+    """Inside this context Hydra reads YAML within limits, and its own section is checked before it calls anything."""
+    make_callbacks: Any = hydras.Callbacks  # type: ignore[attr-defined]
+    configure: Any = hydras.configure_log  # type: ignore[attr-defined]
+
+    def callbacks(config: DictConfig | None = None, **arguments: Any) -> Any:
+        if config is not None:
+            check_hydra_section(config, trusted)
+        return make_callbacks(config, **arguments)
+
+    def configure_log(log_config: Any, *arguments: Any, **named: Any) -> Any:
+        if log_config is not None:
+            section = OmegaConf.create({"hydra": {"hydra_logging": OmegaConf.to_container(log_config)}})
+            check_hydra_section(section, trusted)
+        return configure(log_config, *arguments, **named)
+
+    with (
+        _replaced(OmegaConf, "load", limited(OmegaConf.load)),
+        _replaced(hydras, "Callbacks", callbacks),
+        _replaced(hydras, "configure_log", configure_log),
+    ):
         yield
 
 
