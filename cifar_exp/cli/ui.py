@@ -1,6 +1,7 @@
 """`cifar-exp ui`: serve MLflow's pages for the runs, on this machine only."""
 
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ import click
 from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
+from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.system.surroundings import set_up_environment
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+from cifar_exp.tracking.own_store import foreign_place
 
 HOST = "127.0.0.1"
 
@@ -43,7 +46,7 @@ def store_address(uri: str | None) -> str:
         uri: the address of a store; None for the default store.
 
     Raises:
-        ConfigError: the store does not exist, or it is a server with its own pages.
+        ConfigError: the store does not exist, is a server with its own pages, or keeps files outside its folder.
     """
     address = MLflowTracker(uri).address()
     if address.startswith("http"):
@@ -53,6 +56,12 @@ def store_address(uri: str | None) -> str:
         raise ConfigError(
             f"{database}: there is no such store yet. Run cifar-exp first, change to the folder that has outputs/, "
             f"or set tracking.uri=<address>"
+        )
+    if database and (place := foreign_place(Path(database))):
+        raise ConfigError(
+            f"tracking.uri={masked_text(address)}: the store keeps files of runs at {printable(masked_text(place))}, "
+            f"outside its folder, and its pages would show what lies there. If it is your store, run mlflow ui "
+            f"--backend-store-uri {shlex.quote(masked_text(address))}"
         )
     return address
 

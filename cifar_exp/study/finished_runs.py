@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_exp.config.result_settings import distinguishes_groups
 from cifar_exp.config.stored import stored_params
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.records.find_run import LATEST, find_folder
 from cifar_exp.records.folder_check import check_folder
@@ -95,7 +95,13 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
     names = grouped([OVERRIDE_START.split(printable(run.tags.get("overrides", ""))) for run in counted])
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
     for run, name in zip(counted, names, strict=True):
-        groups[name].append(RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics)))
+        try:
+            groups[name].append(RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics)))
+        except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
+            overrides = printable(run.tags.get("overrides", ""))
+            raise StorageError(
+                f"the metrics of the run with {overrides or 'no overrides'} are no run's: {error!r}. Leave it out"
+            ) from error
     return groups
 
 

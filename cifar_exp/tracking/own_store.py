@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -96,3 +97,28 @@ def is_store(database: Path) -> bool:
         found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         return {("experiments",), ("runs",), ("alembic_version",)} <= {*found}
     return False
+
+
+def foreign_place(database: Path) -> str | None:
+    """Where an SQLite store keeps files of runs, if that is another machine or a folder that is not the store's.
+
+    MLflow's pages show each file there. A folder that does not exist, as after a move of the store, does not count.
+    """
+    query = "SELECT artifact_location FROM experiments UNION SELECT artifact_uri FROM runs"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as store:
+        for (place,) in store.execute(query):
+            if place and not _is_beside(str(place), database):
+                return str(place)
+    return None
+
+
+def _is_beside(place: str, database: Path) -> bool:
+    parts = urlsplit(place)
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+        return parts.scheme == "mlflow-artifacts" and not parts.netloc
+    path = Path(unquote(parts.path) if parts.scheme else place)
+    with suppress(OSError, ValueError):  # a name that no file can have
+        path = path.resolve()
+        own = (database.resolve().parent, Path.cwd())
+        return any(path.is_relative_to(folder) for folder in own) or not path.exists()
+    return True

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from cifar_exp.cli.ui import store_address
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError, TrackingError
 from cifar_exp.records.run_folder import RunInfo
 from cifar_exp.tracking.deliveries import deliver_all, tracker_of
@@ -160,3 +161,49 @@ def test_an_experiments_files_lie_beside_its_store_whatever_its_name(tmp_path: P
     found = artifact_folder(tmp_path, name)
     assert found.resolve().parent == tmp_path / "artifacts"
     assert artifact_folder(tmp_path, "my runs") == tmp_path / "artifacts" / "my runs"
+
+
+@pytest.mark.parametrize("table", ["experiments", "runs"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(
+            "s3://bucket/x",
+            "http://example.org/x",
+            "ftp://example.org/x",
+            "file://example.org/x",
+            "mlflow-artifacts://h/x",
+        ),
+        *("/etc", "file:///etc", "file:///etc/", "{folder}/../../../../../../../../etc", "file:///%65tc", "dbfs:/x"),
+    ],
+)
+def test_pages_show_no_files_that_a_store_names_elsewhere(workplace: Path, place: str, table: str) -> None:
+    place = place.format(folder=workplace)
+    assert store_address(f"sqlite:///{database_with(workplace, table, None)}")
+    with pytest.raises(ConfigError, match="outside its folder, and its pages would show") as refusal:
+        store_address(f"sqlite:///{database_with(workplace, table, place)}")
+    assert place in str(refusal.value)
+
+
+def test_pages_show_the_files_beside_a_store_and_those_of_a_moved_one(workplace: Path) -> None:
+    for place in (
+        f"file://{workplace}/artifacts/1",
+        str(workplace / "artifacts"),
+        "mlflow-artifacts:/1",
+        "/gone/x",
+        "",
+    ):
+        assert store_address(f"sqlite:///{database_with(workplace, 'experiments', place)}")
+
+
+def database_with(folder: Path, table: str, place: str | None) -> Path:
+    path = folder / "store" / "mlflow.db"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    column = {"experiments": "artifact_location", "runs": "artifact_uri"}[table]
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        connection.execute("CREATE TABLE runs (artifact_uri TEXT)")
+        connection.execute(f"INSERT INTO {table} ({column}) VALUES (?)", [place])
+    connection.close()
+    return path
