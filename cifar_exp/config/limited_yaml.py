@@ -22,6 +22,14 @@ MOST_INTERPOLATIONS = 50  # in one value; OmegaConf takes seconds to parse thous
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+class _Text(io.StringIO):
+    """A text with the name of its file, which messages about its syntax have."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
 class TooLargeError(yaml.YAMLError):
     """The YAML is too large, too deep, or its aliases unfold to too much."""
 
@@ -32,7 +40,7 @@ def load_file(path: Path) -> Any:
     Raises:
         OSError, ValueError, YAMLError, OmegaConfBaseException: it cannot be read, or is refused.
     """
-    return _loaded(OmegaConf.load, foreign_files.read_text(path, MOST_BYTES))
+    return _loaded(OmegaConf.load, foreign_files.read_text(path, MOST_BYTES), str(path))
 
 
 def limited(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,22 +49,24 @@ def limited(load: Callable[..., Any]) -> Callable[..., Any]:
     def loaded(file: str | Path | IO[Any]) -> Any:
         if not isinstance(file, str | Path):
             text = file.read(MOST_BYTES + 1)
-            return _loaded(load, text if isinstance(text, str) else text.decode("utf-8"))
+            return _loaded(
+                load, text if isinstance(text, str) else text.decode("utf-8"), getattr(file, "name", "<file>")
+            )
         with Path(file).open(encoding="utf-8") as opened:
             return loaded(opened)
 
     return loaded
 
 
-def _loaded(load: Callable[..., Any], text: str) -> Any:
-    check(text)
+def _loaded(load: Callable[..., Any], text: str, name: str) -> Any:
+    check(text, name)
     try:
-        return load(io.StringIO(text))
+        return load(_Text(text, name))
     except RecursionError as error:  # brackets within an interpolation
         raise TooLargeError("it is nested too deeply") from error
 
 
-def check(text: str) -> None:
+def check(text: str, name: str) -> None:
     """Check a YAML text against the limits, in time that grows with its length alone.
 
     Raises:
@@ -68,7 +78,7 @@ def check(text: str) -> None:
     sizes: dict[str, int] = {}  # values that an anchor stands for, aliases unfolded
     levels: list[tuple[str | None, int]] = []  # the open collections: anchor, values before it
     values = 0
-    for event in yaml.parse(text, Loader=_LOADER):
+    for event in yaml.parse(_Text(text, name), Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise TooLargeError(f"the alias *{event.anchor} stands for nothing, or for what it is a part of")
