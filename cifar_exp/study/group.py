@@ -18,8 +18,8 @@ from cifar_exp.study.speedup import (
     speedup_rows,
 )
 from cifar_exp.study.time_breakdown import Breakdown
+from cifar_exp.training.throughput import ENOUGH_BLOCKS
 
-ENOUGH_BLOCKS = 10  # in the steady state of a run
 SIGNIFICANT = 0.05
 
 
