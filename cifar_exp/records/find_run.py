@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError
+from cifar_exp.records.checkpoint_files import manifests
 from cifar_exp.records.journal import RUN_ID_FILE
 from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
 
@@ -23,9 +24,13 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     Raises:
         ConfigError: where there is no such run.
     """
-    marker_file, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
+    marker_file = CHECKPOINTS if with_checkpoint else RUN_FILE
     if name == LATEST:
-        found = sorted(OUTPUTS.rglob(newest), key=lambda path: path.stat().st_mtime)
+        paths = list(OUTPUTS.rglob(marker_file))
+        if with_checkpoint:
+            paths = [path for folder in paths for path in manifests(folder.parent)]
+        paths = [path for path in paths if path.is_file()]
+        found = sorted(paths, key=lambda path: path.stat().st_mtime)
         if not found:
             what = "run with a checkpoint" if with_checkpoint else "run"
             raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
@@ -59,5 +64,6 @@ def _candidates(name: str) -> Iterator[Path]:
         if Path(name).is_dir():
             yield Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
-        if path.read_text().strip() == name:
-            yield path.parent
+        with suppress(OSError, ValueError):  # a folder or a file of somebody else
+            if path.read_text().strip() == name:
+                yield path.parent

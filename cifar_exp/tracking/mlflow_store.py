@@ -175,7 +175,6 @@ def _make_store(path: Path) -> None:
 
     make: Any = SqlAlchemyStore
     with atomic_path(path) as temporary:
-        temporary.unlink(missing_ok=True)  # left by a process that was killed
         make(f"sqlite:///{temporary}", path.parent.resolve().as_uri()).engine.dispose()
 
 
