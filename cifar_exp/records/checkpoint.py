@@ -125,7 +125,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
         sha256=hashlib.sha256(content).hexdigest(),
         torch=torch.__version__,
         python=platform.python_version(),
-        cifar_exp=_own_version(),
+        cifar_exp=own_version(),
     )
     manifest_path = checkpoint_path(run_dir, position.step).with_suffix(".json")
     try:
@@ -248,7 +248,8 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return load(run_dir, manifest)
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of this package; empty where it is not installed."""
     try:
         return version("cifar-exp")
     except PackageNotFoundError:  # source code that is not installed

@@ -19,6 +19,7 @@ from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import write_atomically, write_json
+from cifar_exp.system.folder_place import place_of
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
 
@@ -48,6 +49,7 @@ class RunInfo:
         sweep_dir: the folder of the run's sweep; None for a single run.
         started_from: folder and step of the checkpoint that a new run started from; None for a run from scratch.
         key: unique key by which a tracker recognises the run after a lost response; empty in old runs.
+        sessions: random ids of the run's sessions, this one's last; empty where nothing is trained.
     """
 
     name: str
@@ -59,16 +61,18 @@ class RunInfo:
     sweep_dir: Path | None = None
     started_from: tuple[Path, int] | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    sessions: tuple[str, ...] = ()
 
     def save(self, config_hash: str) -> None:
         """Write it to the run's folder."""
-        self._write(RUN_FILE, {"config_hash": config_hash})
+        more = {"config_hash": config_hash, "config_hashes": [config_hash], "sessions": list(self.sessions)}
+        self._write(RUN_FILE, more)
 
     def save_sweep(self) -> None:
         """Write it to a sweep's folder."""
         self._write(SWEEP_RUN_FILE, {})
 
-    def _write(self, name: str, more: Mapping[str, str]) -> None:
+    def _write(self, name: str, more: Mapping[str, Any]) -> None:
         content = {"name": self.name, "key": self.key, "started": self.started, "tags": dict(self.tags)}
         if self.sweep_dir:
             content["sweep_dir"] = os.path.relpath(self.sweep_dir, self.run_dir)
@@ -76,6 +80,7 @@ class RunInfo:
             folder, step = self.started_from
             content["origin"] = {"folder": os.path.relpath(folder, self.run_dir), "step": step}
         content |= {"artifacts": list(self.artifacts), "params": masked(self.params), **more}
+        content["place"] = place_of(self.run_dir)
         write_json(self.run_dir / name, content)
 
     @classmethod

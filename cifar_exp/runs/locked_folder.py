@@ -1,8 +1,9 @@
 """Lock the folder of a run, and write its configuration there."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.errors import ConfigError, storage_errors
 from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
+from cifar_exp.records.run_identity import claimed
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.start import RunStart
 from cifar_exp.system.atomic_files import write_atomically
@@ -26,11 +28,14 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
     Raises:
         ConfigError: the folder has another run, or another process uses it.
     """
-    new = start.info
+    new = replace(start.info, sessions=(uuid.uuid4().hex,))
     with lock_run_folder(new.run_dir):
         if not start.is_new:
             _remove_stop_file(new.run_dir)
-            yield RunInfo.load(new.run_dir)
+            run, original = claimed(new.run_dir, start.config_hash)
+            if original:
+                warn(f"{new.run_dir}: it is a copy of {original} and continues as a run of its own")
+            yield run
             return
         if (new.run_dir / RUN_FILE).exists():
             raise ConfigError(

@@ -15,7 +15,8 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import find_run
 from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_finished, is_locked
-from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
+from cifar_exp.records.run_identity import known_hashes, original_of
+from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_hash, config_of, has_same_settings
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
 
@@ -157,6 +158,8 @@ def _resumption(
                 f"{folder / CHECKPOINTS}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or set resume=never to start again from the beginning"
             )
+    if manifest is not None:
+        _check_is_the_runs(folder, manifest, None if changes else config_hash(config))
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
     times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
@@ -164,6 +167,27 @@ def _resumption(
     if begun:
         return replace(begun, run_dir=folder, elapsed=elapsed, in_place=True)
     return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
+
+
+def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> None:
+    """Check that a checkpoint was trained with the settings of the run in whose folder it is.
+
+    Args:
+        folder: the run folder.
+        manifest: of the checkpoint.
+        now: the config hash of today, if the settings are those of the run.
+
+    Raises:
+        ConfigError: it is the checkpoint of another run.
+    """
+    known = known_hashes(folder, same_version=manifest.cifar_exp == checkpoint.own_version())
+    if known and manifest.config_hash not in {*known, now}:
+        path = folder / CHECKPOINTS / manifest.file
+        raise ConfigError(
+            f"{path}: it is the checkpoint of a run with other settings (their hash is {manifest.config_hash[:8]}, "
+            f"that of this run {min(known)[:8]}). Move {path.name} and {path.stem.removesuffix('-again')}.json back to "
+            f"their run's folder, or remove them to continue with this run's own"
+        )
 
 
 def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption | None:
@@ -211,9 +235,10 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            same = has_same_settings(json.loads(path.read_text()), config)
-            if same and not is_finished(path.parent) and not is_locked(path.parent):
-                return path.parent
+            content, folder = json.loads(path.read_text()), path.parent
+            is_open = has_same_settings(content, config) and not is_finished(folder) and not is_locked(folder)
+            if is_open and not original_of(folder, content):  # a backup is not what was interrupted
+                return folder
         except UNREADABLE as error:
             warn(f"{path.parent}: the run cannot be read and is skipped: {error}")
     return None

@@ -165,6 +165,11 @@ def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path) -> None
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not list((workplace / "outputs").rglob("run.json"))
+    (workplace / "done" / journal.JOURNAL_FILE).write_text("")
+    reseal(newest := max((workplace / "done").glob("checkpoints/*.json")), config_hash="0" * 64)
+    foreign = cifar_exp(*run, "resume=done")
+    assert foreign.returncode == 2
+    assert f"{newest.stem}.pt: it is the checkpoint of a run with other settings (their" in foreign.stderr
 
 
 def test_other_images_are_refused(cifar_exp: Command, started: Start, workplace: Path) -> None:
