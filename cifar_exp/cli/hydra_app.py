@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cifar_exp.config.refusals import explained
 from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError, Stopped, storage_errors
 from cifar_exp.records.refused import REFUSALS, Before
-from cifar_exp.records.run_folder import RUN_FILE, make_private
+from cifar_exp.records.run_folder import RUN_FILE, make_folder, make_job_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
@@ -63,7 +63,9 @@ class Jobs:
         if self._is_rerun:
             self._set_new_folder(hydra)
         folder = Path(hydra.runtime.output_dir)
-        _keep_private(folder, hydra.output_subdir)
+        if not is_single:
+            make_job_private(folder)
+        _mask_secrets(folder, hydra.output_subdir)
         try:
             with chdir(hydra.runtime.cwd):  # hydra.job.chdir: settings name files from where the command was started
                 return self._job(composed, _run_context())
@@ -89,8 +91,10 @@ class Jobs:
             self._check(composed)
 
     def before_folder(self, folder: Path) -> None:
-        """Note what there is before Hydra creates ``folder``."""
+        """Note what there is before Hydra creates ``folder``, and create it for this user alone."""
         self._before = Before.of(folder)
+        with suppress(OSError):  # Hydra tries again, and what it raises is explained
+            make_folder(folder)
 
     def sweep_failed(self, exit_code: int) -> None:
         """Some jobs of a sweep failed, and each was reported."""
@@ -176,9 +180,8 @@ def _run_context() -> RunContext:
     )
 
 
-def _keep_private(folder: Path, subfolder: str | None) -> None:
-    """Make the job's folder private and mask secrets in Hydra's YAML files in ``subfolder``, if there is one."""
-    make_private(folder)
+def _mask_secrets(folder: Path, subfolder: str | None) -> None:
+    """Mask secrets in Hydra's YAML files in ``subfolder``, if there is one."""
     for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
         content = OmegaConf.to_container(OmegaConf.load(path))
         OmegaConf.save(OmegaConf.create(masked(content)), path)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from cifar_exp.errors import ConfigError, StorageError
+from cifar_exp.errors import ConfigError, StorageError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import write_atomically, write_json
@@ -148,9 +148,12 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
 
     Raises:
         ConfigError: where another process is training in it.
+        StorageError: where the lock cannot be opened, such as a link of its name.
     """
+    lock = run_dir / LOCK_FILE
     try:
-        return locks.acquire(run_dir / LOCK_FILE, patience)
+        with storage_errors(lock, "Remove it if it is not of a run, or set hydra.run.dir=<another folder>"):
+            return locks.acquire(lock, patience)
     except locks.HeldError as error:
         raise ConfigError(
             f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"
@@ -160,8 +163,8 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
 def is_locked(folder: Path) -> bool:
     """Whether a living process holds the folder's lock. The lock file itself stays when the process ends."""
     try:
-        lock_run_folder(folder, patience=0).release()
-    except ConfigError:
+        locks.acquire(folder / LOCK_FILE).release()
+    except locks.HeldError:
         return True
     return False
 
@@ -200,16 +203,24 @@ def sync_command(folder: Path) -> str:
     return f"{uv_prefix()}cifar-exp sync {shlex.quote(os.path.relpath(folder))}"
 
 
-def make_private(folder: Path) -> None:
-    """Restrict a run's or sweep's folder, and ``outputs/``, to the user: mode 0700.
+def make_folder(folder: Path) -> None:
+    """Create the folder of a run or a sweep, and ``outputs/`` if that is missing: mode 0700, for the user alone.
 
-    A folder with other files in it, and the current folder, keep their mode.
+    Folders that were there before keep their mode, and other parents get the usual one: they may be shared.
+    """
+    for new in (OUTPUTS, folder):
+        if folder.absolute().is_relative_to(new.absolute()):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_job_private(folder: Path) -> None:
+    """Set the mode of a sweep's job folder to 0700 right after Hydra has created it.
+
+    A folder with files of others or of an earlier start was there before, and keeps its mode.
     """
     with suppress(OSError):  # another user's folder, or a file system without modes
-        if OUTPUTS.is_dir():
-            OUTPUTS.chmod(0o700)
-        ours = {RUN_FILE, SWEEP_RUN_FILE, OUTCOME_FILE}
         names = {path.name for path in folder.iterdir()}
-        foreign = {name for name in names if not name.startswith(".") and not name.endswith(".log")}
-        if (not foreign or names & ours) and not Path.cwd().is_relative_to(folder.resolve()):
+        is_new = all(name.startswith(".") or name.endswith(".log") for name in names) and LOCK_FILE not in names
+        if is_new and not Path.cwd().is_relative_to(folder.resolve()):
             folder.chmod(0o700)

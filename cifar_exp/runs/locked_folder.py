@@ -11,7 +11,15 @@ from omegaconf import OmegaConf
 from cifar_exp.config.schema import Config
 from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.errors import ConfigError, storage_errors
-from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
+from cifar_exp.records.journal import JOURNAL_FILE, RUN_ID_FILE
+from cifar_exp.records.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    OUTCOME_FILE,
+    RUN_FILE,
+    RunInfo,
+    lock_run_folder,
+)
 from cifar_exp.records.run_identity import claimed
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.start import RunStart
@@ -42,10 +50,29 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
                 f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
                 f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
             )
+        resolved = OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config))))
+        _refuse_to_overwrite(new, resolved)
         _remove_stop_file(new.run_dir)
-        write_atomically(new.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config)))))
+        write_atomically(new.run_dir / CONFIG_FILE, resolved)
         new.save(start.config_hash)  # last, so that a run that can be found has its configuration
         yield new
+
+
+def _refuse_to_overwrite(run: RunInfo, resolved: str) -> None:
+    """Check that the folder of a new run has no files of others with the names of a run's files.
+
+    The same resolved configuration is that of a start that was killed before its run began.
+    """
+    folder = run.run_dir
+    for name in (*run.artifacts, JOURNAL_FILE, RUN_ID_FILE, OUTCOME_FILE, CHECKPOINTS):
+        path = folder / name
+        if path.is_symlink() or (
+            path.exists() and not (name == CONFIG_FILE and path.read_bytes() == resolved.encode())
+        ):
+            raise ConfigError(
+                f"hydra.run.dir={folder}: the folder has {name}, which the run would overwrite or add to. Set "
+                f"hydra.run.dir=<another folder>, or leave it out for a new one"
+            )
 
 
 def remove_new_run(start: RunStart) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
-from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_private
+from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_folder
 from cifar_exp.records.run_identity import as_another_run
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
@@ -86,8 +86,7 @@ class MLflowStore:
         for name in ("mlflow", "alembic"):  # they log at length what they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
-            OUTPUTS.mkdir(exist_ok=True)
-            make_private(OUTPUTS)
+            make_folder(OUTPUTS)
         database = self.address().partition("sqlite:///")[2]
         # No lock for a server: one that hangs must not hold up other runs.
         with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():

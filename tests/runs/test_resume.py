@@ -71,20 +71,20 @@ def test_a_stop_file_that_no_rank_saw_before_the_kill_does_not_end_the_resumed_r
     assert journal.read(cut)[-1].epoch == 16
 
 
-def test_a_new_run_writes_its_configuration_atomically_and_removes_a_stop_file_of_another(
-    cifar_exp: Command, workplace: Path
-) -> None:
+def test_a_new_run_keeps_files_of_others_and_removes_a_stop_file(cifar_exp: Command, workplace: Path) -> None:
     folder = workplace / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("old")
-    os.link(folder / "config.yaml", workplace / "same-file")
     (folder / "stop").touch()
+    refused = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
+    assert refused.returncode == 2
+    assert "hydra.run.dir=run: the folder has config.yaml, which the run would overwrite" in refused.stderr
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"config.yaml": "old", "stop": ""}
+    (folder / "config.yaml").rename(folder / "mine.yaml")
     done = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert "run/stop: removed" in done.stderr
     assert "training ended early" not in done.stdout
-    assert (folder / "config.yaml").read_text().startswith("data:")
-    assert (workplace / "same-file").read_text() == "old", "the new content was written into the old file"
 
 
 def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
