@@ -78,7 +78,7 @@ def test_a_new_run_keeps_files_of_others_and_removes_a_stop_file(cifar_exp: Comm
     (folder / "stop").touch()
     refused = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
     assert refused.returncode == 2
-    assert "hydra.run.dir=run: the folder has config.yaml, which the run would overwrite" in refused.stderr
+    assert "run: the folder has config.yaml, which the run would overwrite" in refused.stderr
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"config.yaml": "old", "stop": ""}
     (folder / "config.yaml").rename(folder / "mine.yaml")
     done = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
