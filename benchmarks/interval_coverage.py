@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from cifar_exp.study.group import Group
-from cifar_exp.study.intervals import Array, percentile_interval
+from cifar_exp.study.intervals import Array, Interval
 from cifar_exp.study.laws import Name, relative_rate, serial_fractions
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import by_count
@@ -36,6 +36,7 @@ class Scenario:
         correlation: correlation of the noise of two consecutive blocks.
         blocks: steady blocks per run.
         noise_growth: run-to-run noise at the largest device count divided by that at the smallest.
+        noise: run-to-run noise of each device count, in place of run_noise and noise_growth.
         drift: relative slow-down of the machine from the first to the last seed.
     """
 
@@ -48,6 +49,7 @@ class Scenario:
     correlation: float = 0.5
     blocks: int = 20
     noise_growth: float = 1.0
+    noise: tuple[float, ...] = ()
     drift: float = 0.0
 
 
@@ -65,11 +67,19 @@ SCENARIOS = {
     "no serial part": replace(BASE, fraction=0.0),
     "speed drifts by 3 %": replace(BASE, drift=0.03),
     "noise doubles to the largest count": replace(BASE, noise_growth=2.0),
+    "noise 1:2:4": replace(BASE, noise=(0.01, 0.02, 0.04), block_noise=0.001),
+    "noise 1:2:4, 2 seeds": replace(BASE, noise=(0.01, 0.02, 0.04), block_noise=0.001, seeds=2),
+    "noise 1:2:4, 10 seeds": replace(BASE, noise=(0.01, 0.02, 0.04), block_noise=0.001, seeds=10),
+    "only the largest count is noisy": replace(BASE, noise=(0.001, 0.001, 0.04), block_noise=0.001),
+    "only the smallest count is noisy": replace(BASE, noise=(0.04, 0.001, 0.001), block_noise=0.001),
+    "noise of 10 %": replace(BASE, run_noise=0.1),
     "one seed, block noise alone": replace(BASE, seeds=1, run_noise=0.0),
     "one seed, run noise too": replace(BASE, seeds=1),
 }
-HELD = {name for name in SCENARIOS if not name.startswith(("one seed", "noise doubles", "speed drifts"))}
-"""Scenarios that satisfy the intervals' assumptions. Coverage of the serial fraction must be 93 to 97 %."""
+HELD = {name for name in SCENARIOS if name != "one seed, run noise too"}
+"""Scenarios whose coverage of serial fraction and speedup must be at least 93 %. One seed says nothing of the noise
+between runs, so nothing can hold there: reports say so in place of a p value."""
+LEAST = 0.93
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Coverage:
 
     Attributes:
         fraction: coverage of the serial fraction.
-        speedup: coverage of the speedup at the largest device count; it is shown and not checked.
+        speedup: coverage of the speedup at the largest device count.
         naive: coverage of the fraction by the percentile bootstrap.
         width: median width of the fraction's intervals.
     """
@@ -103,7 +113,7 @@ def coverage(scenario: Scenario, sweeps: int) -> Coverage:
         held.append(fit.interval.low <= scenario.fraction <= fit.interval.high)
         sped.append(speedup.low <= truth <= speedup.high)
         widths.append(fit.interval.high - fit.interval.low)
-        resampled = percentile_interval(naive_fractions(scenario, results, rng))
+        resampled = Interval(*np.percentile(naive_fractions(scenario, results, rng), [2.5, 97.5]))
         naive.append(resampled.low <= scenario.fraction <= resampled.high)
     return Coverage(*(float(np.mean(cases)) for cases in (held, sped, naive)), median(widths))
 
@@ -112,10 +122,11 @@ def simulated(scenario: Scenario, rng: np.random.Generator) -> list[RunResult]:
     """The finished runs of one sweep."""
     results = []
     growth = np.geomspace(1, scenario.noise_growth, len(scenario.counts))
+    noises = scenario.noise or tuple(scenario.run_noise * growth)
     for seed in range(scenario.seeds):
         drift = scenario.drift * seed / max(1, scenario.seeds - 1)
-        for count, factor in zip(scenario.counts, growth, strict=True):
-            noise = scenario.run_noise * factor * rng.standard_normal()
+        for count, deviation in zip(scenario.counts, noises, strict=True):
+            noise = deviation * rng.standard_normal()
             level = math.log(1000 * relative_rate(scenario.law, scenario.fraction, count)) + noise - drift
             rates = np.exp(level + blocks_noise(scenario, rng))
             rate = float(np.median(rates))
@@ -140,7 +151,7 @@ def naive_fractions(scenario: Scenario, results: list[RunResult], rng: np.random
     blocks = rng.integers(scenario.blocks, size=(NAIVE_DRAWS, *rates.shape))
     chosen = rates[np.arange(len(counts))[:, None, None], runs, blocks]
     values = np.median(chosen, axis=3).mean(axis=2)
-    return serial_fractions(scenario.law, scenario.counts, values, np.ones(len(counts)))
+    return serial_fractions(scenario.law, scenario.counts, values)
 
 
 def main() -> int:
@@ -156,7 +167,7 @@ def main() -> int:
         line = f"{name:<38}{found.fraction:>9.1%}{found.speedup:>9.1%}{found.naive:>11.1%}{found.width:>8.3f}"
         verdict = ""
         if name in HELD:
-            reached = 0.93 <= found.fraction <= 0.97
+            reached = min(found.fraction, found.speedup) >= LEAST
             missed |= not reached
             verdict = "reached" if reached else "MISSED"
         print(f"{line}  {verdict}", flush=True)

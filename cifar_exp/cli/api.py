@@ -10,7 +10,7 @@ from omegaconf import open_dict, read_write
 from cifar_exp.cli.hydra_app import composed
 from cifar_exp.errors import storage_errors
 from cifar_exp.records.refused import REFUSALS, Before
-from cifar_exp.records.run_folder import make_private
+from cifar_exp.records.run_folder import make_folder
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.train_composed import train_composed
 from cifar_exp.system.redaction import MaskingFormatter
@@ -46,8 +46,7 @@ def _folder_with_log(run_dir: Path) -> Iterator[None]:
     """
     before = Before.of(run_dir)
     with storage_errors(run_dir, "Set folder to one that you may write to"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        make_private(run_dir)
+        make_folder(run_dir)
         handler = logging.FileHandler(run_dir / LOG_FILE, delay=True)
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("cifar_exp")

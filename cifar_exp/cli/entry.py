@@ -9,6 +9,9 @@ import sys
 def main() -> None:
     """Run the command `cifar-exp` with ``sys.argv``."""
     try:
+        from cifar_exp.system.import_path import use_safe_path
+
+        use_safe_path()
         from cifar_exp.cli.main import main as run
 
         run()

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError, Stopped, storage_errors
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.refused import REFUSALS, Before
-from cifar_exp.records.run_folder import RUN_FILE, make_private
+from cifar_exp.records.run_folder import RUN_FILE, make_folder, make_job_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
@@ -65,7 +65,9 @@ class Jobs:
         if self._is_rerun:
             self._set_new_folder(hydra)
         folder = Path(hydra.runtime.output_dir)
-        _keep_private(folder, hydra.output_subdir)
+        if not is_single:
+            make_job_private(folder)
+        _mask_secrets(folder, hydra.output_subdir)
         try:
             check_typed_trust(composed, list(hydra.overrides.task))
             with chdir(hydra.runtime.cwd):  # hydra.job.chdir: settings name files from where the command was started
@@ -92,9 +94,14 @@ class Jobs:
             self._check(composed)
 
     def before_folder(self, folder: Path) -> None:
-        """Note what there is before Hydra creates ``folder``, in which it must find no links of somebody else."""
+        """Note what there is before Hydra creates ``folder``, and create it for this user alone.
+
+        In a folder that exists there must be no links of somebody else.
+        """
         check_folder(folder)
         self._before = Before.of(folder)
+        with suppress(OSError):  # Hydra tries again, and what it raises is explained
+            make_folder(folder)
 
     def sweep_failed(self, exit_code: int) -> None:
         """Some jobs of a sweep failed, and each was reported."""
@@ -180,9 +187,8 @@ def _run_context() -> RunContext:
     )
 
 
-def _keep_private(folder: Path, subfolder: str | None) -> None:
-    """Make the job's folder private and mask secrets in Hydra's YAML files in ``subfolder``, if there is one."""
-    make_private(folder)
+def _mask_secrets(folder: Path, subfolder: str | None) -> None:
+    """Mask secrets in Hydra's YAML files in ``subfolder``, if there is one."""
     for path in (folder / subfolder).glob("*.yaml") if subfolder else ():
         content = OmegaConf.to_container(OmegaConf.load(path))
         OmegaConf.save(OmegaConf.create(masked(content)), path)

@@ -11,6 +11,7 @@ import click
 from cifar_exp.cli.words import settings_in
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
+from cifar_exp.system.import_path import safe_variables
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.system.surroundings import set_up_environment
@@ -86,11 +87,13 @@ def server_arguments(port: int) -> list[str]:
     hosts = ",".join(f"{name}:{port}" for name in (HOST, "localhost"))
     artifacts = str((OUTPUTS / "artifacts").resolve())  # for runs that are tracked through this server
     listening = ["--host", HOST, "--port", str(port), "--allowed-hosts", hosts]
-    return ["server", "--workers", "1", "--artifacts-destination", artifacts, *listening]
+    # uvicorn searches the folder --app-dir first for modules, by default the current folder.
+    options = ["--uvicorn-opts", f"--app-dir {os.devnull}"]
+    return ["server", "--workers", "1", "--artifacts-destination", artifacts, *options, *listening]
 
 
 def environment(address: str) -> dict[str, str]:
     """The server's environment. It holds the store's address: an argument would show its password to other users."""
     kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"}
     settings = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return MLFLOW_DEFAULTS | kept | settings
+    return MLFLOW_DEFAULTS | kept | settings | safe_variables()

@@ -155,14 +155,13 @@ def _powers_of_two(config: "Config") -> list[int]:
 
 def _open(folder: Path) -> None:
     """Create the report's folder and its log. The folder must be empty."""
-    from cifar_exp.records.run_folder import make_private
+    from cifar_exp.records.run_folder import make_folder
     from cifar_exp.system.redaction import MaskingFormatter
 
     with storage_errors(folder, "Set hydra.run.dir=<a folder that you may write to>"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if any(folder.iterdir()):
             raise ConfigError(f"hydra.run.dir={folder}: the folder is not empty. Set hydra.run.dir=<a new folder>")
-        make_private(folder)
         handler = logging.FileHandler(folder / "cifar-exp-verify.log")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -28,10 +28,14 @@ FEWEST_TILES = 256  # per thread; with fewer, transforming weights and summing o
 LEAST_SAVED = 1.2  # products of a direct convolution per product here, counting partly empty groups and tiles
 
 
+def runs() -> bool:
+    """Whether the processor has the instructions."""
+    return target()[2].issuperset(llvm_vectors.NEEDED)
+
+
 def pays() -> bool:
-    """Whether the processor has the instructions, and no AMX, with which oneDNN's direct convolutions are faster."""
-    features = target()[2]
-    return features.issuperset(llvm_vectors.NEEDED) and "amx-bf16" not in features
+    """Whether it has them, and no AMX, with which oneDNN's direct convolutions are faster."""
+    return runs() and "amx-bf16" not in target()[2]
 
 
 def fits(inputs: Tensor, weight: Tensor) -> bool:

@@ -108,22 +108,36 @@ class TrainBatches:
 
     def micro_batches(self, epoch: int, done: int = 0) -> Iterator[MicroBatch]:
         """The micro-batches of an epoch (counted from 1), without those of the first ``done`` steps."""
-        return self._micro_batches(epoch, range(done, self.steps))
+        return self._drawn(epoch, self._parts(range(done, self.steps)))
+
+    def covering(self, epoch: int) -> Iterator[MicroBatch]:
+        """The micro-batches of an epoch, and the images that no step takes: all ranks together cover every image once.
+
+        A single image is not left alone, since batch norm cannot normalize by it.
+        """
+        count, ranks = len(self.source), self.world_size * self.accumulate
+        ends = [*range(self.batch_size, count - 1, self.batch_size), count]
+        parts = [slice(place * self.batch_size, end) for place, end in enumerate(ends)]
+        mine = [part for place, part in enumerate(parts) if place % ranks // self.accumulate == self.rank]
+        return self._drawn(epoch, mine)
 
     def example(self) -> MicroBatch:
         """The first micro-batch; no other is prefetched, since CUDA graph capture forbids copies."""
-        (micro_batch,) = self._micro_batches(1, range(1))
+        (micro_batch,) = self._drawn(1, self._parts(range(1)))
         return micro_batch
 
-    def _micro_batches(self, epoch: int, steps: range) -> Iterator[MicroBatch]:
-        order = epoch_order(len(self.source), self.seed, epoch)
-        # One copy per epoch: a copy in each step would synchronize with the device.
-        parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
+    def _parts(self, steps: range) -> list[slice]:
+        """The micro-batches of this rank in ``steps``, as parts of the epoch's order."""
         ranks = self.world_size * self.accumulate  # that would share a step without gradient accumulation
         places = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
         starts = [(step * ranks + rank) * self.batch_size for step in steps for rank in places]
-        mine = [slice(start, start + self.batch_size) for start in starts]
-        for part, draw in zip(mine, self.source.draws(order, mine), strict=True):
+        return [slice(start, start + self.batch_size) for start in starts]
+
+    def _drawn(self, epoch: int, parts: Sequence[slice]) -> Iterator[MicroBatch]:
+        order = epoch_order(len(self.source), self.seed, epoch)
+        # One copy per epoch: a copy in each step would synchronize with the device.
+        parameters = self.augmentation.parameters(order, self.seed, epoch).to(self.source.device)
+        for part, draw in zip(parts, self.source.draws(order, parts), strict=True):
             yield *draw, parameters[part]
 
     def scale(self, epoch: int) -> float:

@@ -13,6 +13,7 @@ import signal
 from multiprocessing import resource_tracker
 
 from cifar_exp.system import host
+from cifar_exp.system.import_path import SafeHelpers
 
 # Only the parent handles Ctrl-C. Its child processes start with SIGINT blocked, since an interpreter would otherwise
 # react to it while it starts. SIGHUP stays blocked: ranks, fork server and resource tracker end with their parent.
@@ -25,14 +26,16 @@ def start_fork_server() -> None:
     try:
         # Start the resource tracker here, with the signals blocked, so that Ctrl-C does not kill it. Its start
         # unblocks SIGINT, so they are blocked again below.
-        resource_tracker.ensure_running()
+        with SafeHelpers():
+            resource_tracker.ensure_running()
         _set_known_start_method()
         if host.start_method() == "forkserver":
             import multiprocessing.forkserver as forkserver
 
             forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
             signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-            forkserver.ensure_running()
+            with SafeHelpers():
+                forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

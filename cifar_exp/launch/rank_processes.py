@@ -11,6 +11,7 @@ import psutil
 
 from cifar_exp.launch.forkserver import BLOCKED
 from cifar_exp.system import host
+from cifar_exp.system.import_path import SafeHelpers
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def spawning_with_signals_blocked() -> Iterator[None]:
     def spawned(*arguments: Any) -> Any:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         try:
-            return spawn(*arguments)
+            with SafeHelpers():
+                return spawn(*arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

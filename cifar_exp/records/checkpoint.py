@@ -21,6 +21,15 @@ from torch import Tensor
 
 from cifar_exp.errors import FREE_SPACE, StorageError
 from cifar_exp.records import checkpoint_content
+from cifar_exp.records.checkpoint_files import (
+    best_named_by,
+    checkpoint_path,
+    delete_checkpoint,
+    free_path,
+    is_named_by,
+    manifests,
+    remove_leftovers,
+)
 from cifar_exp.records.run_folder import CHECKPOINTS
 from cifar_exp.records.stored_facts import reason
 from cifar_exp.system import foreign_files
@@ -114,7 +123,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
         StorageError: where the file system refuses; earlier checkpoints stay.
     """
     folder = run_dir / CHECKPOINTS
-    path = _free_path(_path(run_dir, position.step))
+    path = free_path(checkpoint_path(run_dir, position.step))
     buffer = io.BytesIO()
     torch.save(dict(vars(checkpoint)), buffer)
     content = buffer.getvalue()
@@ -125,22 +134,21 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
         sha256=hashlib.sha256(content).hexdigest(),
         torch=torch.__version__,
         python=platform.python_version(),
-        cifar_exp=_own_version(),
+        cifar_exp=own_version(),
     )
-    manifest_path = _path(run_dir, position.step).with_suffix(".json")
+    manifest_path = checkpoint_path(run_dir, position.step).with_suffix(".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # left by a writer that was killed
-            leftover.unlink()
+        remove_leftovers(run_dir)
         write_atomically(path, content)
         write_atomically(manifest_path, sealed(asdict(manifest)))
-        _delete_checkpoint_files(manifest_path, but=path)
-        manifests = sorted(folder.glob("*.json"))
+        delete_checkpoint(manifest_path, but=path)
+        saved = manifests(run_dir)
         # This one is not the newest where the run resumed before a damaged checkpoint.
-        newest = {*manifests[-keep:], manifest_path}
-        for old in set(manifests) - newest - set(map(_best_named_by, newest)):
+        newest = {*saved[-keep:], manifest_path}
+        for old in set(saved) - newest - set(map(best_named_by, newest)):
             old.unlink()  # first: a checkpoint without a manifest is ignored
-            _delete_checkpoint_files(old)
+            delete_checkpoint(old)
     except OSError as error:
         raise StorageError(f"{path}: the checkpoint could not be saved: {error}. {FREE_SPACE}") from error
 
@@ -155,7 +163,7 @@ def newest_intact_manifest(run_dir: Path, warn: Callable[[str], None]) -> Manife
     Raises:
         StorageError: where all checkpoints are damaged.
     """
-    paths = sorted((run_dir / CHECKPOINTS).glob("*.json"), reverse=True)
+    paths = manifests(run_dir)[::-1]
     for path in paths:
         if manifest := _verified(path, warn):
             return manifest
@@ -175,6 +183,8 @@ def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
     """
     try:
         manifest = _unsealed(path)
+        if not is_named_by(path, manifest.file) or checkpoint_path(path.parents[1], manifest.step).stem != path.stem:
+            raise ValueError(f"it is the manifest of step {manifest.step}, renamed")
         digest = checkpoint_content.sha256(path.with_name(manifest.file), manifest.bytes)
     except (OSError, ValueError) as error:
         warn(f"{path}: the checkpoint cannot be read and is skipped: {error}")
@@ -217,7 +227,7 @@ def _check_known(path: Path, fields: Mapping[str, Any], kind: type, version: obj
         StorageError: there is such a field.
     """
     if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)}):
-        versions = f"{printable(version or 'unknown')}, and this is {_own_version() or 'unknown'}"
+        versions = f"{printable(version or 'unknown')}, and this is {own_version() or 'unknown'}"
         raise StorageError(
             f"{path}: a newer version of cifar-exp wrote the checkpoint ({versions}): it has "
             f"{printable(', '.join(unknown[:5]))}. Install that version, choose another run, or set resume=never to "
@@ -265,7 +275,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     manifest = newest_intact_manifest(run_dir, warn)
     if manifest is None or manifest.best_step is None:
         return None
-    path = _path(run_dir, manifest.best_step)
+    path = checkpoint_path(run_dir, manifest.best_step)
     if manifest.best_step != manifest.step:
         manifest = _verified(path.with_suffix(".json"), warn)
     if manifest is None:
@@ -276,40 +286,9 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return load(run_dir, manifest)
 
 
-def _path(run_dir: Path, step: int) -> Path:
-    return run_dir / CHECKPOINTS / f"step-{step:08}.pt"
-
-
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of this package; empty where it is not installed."""
     try:
         return version("cifar-exp")
     except PackageNotFoundError:  # source code that is not installed
         return ""
-
-
-def _free_path(path: Path) -> Path:
-    """The .pt path for a new save of a step.
-
-    If the step's manifest already names ``step-N.pt``, it is ``step-N-again.pt``, so the old checkpoint stays valid
-    until the manifest is replaced.
-    """
-    try:
-        named = json.loads(path.with_suffix(".json").read_text())["file"]
-    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
-        return path
-    return path.with_stem(f"{path.stem}-again") if named == path.name else path
-
-
-def _delete_checkpoint_files(manifest: Path, but: Path | None = None) -> None:
-    """Delete a step's .pt files, except ``but``."""
-    for path in {manifest.with_suffix(".pt"), manifest.with_name(f"{manifest.stem}-again.pt")} - {but}:
-        path.unlink(missing_ok=True)
-
-
-def _best_named_by(manifest: Path) -> Path:
-    """The manifest of the best checkpoint that ``manifest`` names; ``manifest`` itself where it names none."""
-    try:
-        step = json.loads(manifest.read_text())["best_step"]
-    except (OSError, ValueError, TypeError, KeyError):  # damaged, or written by an earlier version
-        return manifest
-    return manifest if step is None else _path(manifest.parents[1], step).with_suffix(".json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import journal
+from cifar_exp.records.checkpoint_files import manifests
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import RUN_ID_FILE
 from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
@@ -26,9 +27,13 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
         ConfigError: where there is no such run.
         StorageError: where a file of the run is a link, or no regular file.
     """
-    marker_file, newest = (CHECKPOINTS, f"{CHECKPOINTS}/*.json") if with_checkpoint else (RUN_FILE, RUN_FILE)
+    marker_file = CHECKPOINTS if with_checkpoint else RUN_FILE
     if name == LATEST:
-        found = sorted(OUTPUTS.rglob(newest), key=lambda path: path.stat().st_mtime)
+        paths = list(OUTPUTS.rglob(marker_file))
+        if with_checkpoint:
+            paths = [path for folder in paths for path in manifests(folder.parent)]
+        paths = [path for path in paths if path.is_file()]
+        found = sorted(paths, key=lambda path: path.stat().st_mtime)
         if not found:
             what = "run with a checkpoint" if with_checkpoint else "run"
             raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")

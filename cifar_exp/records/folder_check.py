@@ -23,7 +23,8 @@ FILES = frozenset(
         *("speedup.csv", "speedup.png", "speedup.html"),
     )
 )
-ENDS = (".log", ".tmp")
+ENDS = (".log", ".cifar-exp-tmp", ".json.tmp", ".html.tmp")  # the last two: of versions before 0.2
+CHECKPOINT_STARTS = ("step-", ".step-")
 
 
 def check_folder(folder: Path) -> None:
@@ -33,8 +34,8 @@ def check_folder(folder: Path) -> None:
         StorageError: one is a link, a FIFO, a socket or a device.
     """
     _check_entries(folder, lambda name: name in FILES or name in FOLDERS or name.endswith(ENDS))
-    for name in FOLDERS:
-        _check_entries(folder / name, lambda _: True)
+    _check_entries(folder / "checkpoints", lambda name: name.startswith(CHECKPOINT_STARTS))
+    _check_entries(folder / ".hydra", lambda _: True)
 
 
 def check_jobs(sweep_dir: Path) -> None:

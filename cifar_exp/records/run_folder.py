@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from cifar_exp.errors import ConfigError, StorageError
+from cifar_exp.errors import ConfigError, StorageError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.stored_facts import OUTCOME_FACTS, RUN_FACTS, reason
 from cifar_exp.system import foreign_files, locks
 from cifar_exp.system.atomic_files import write_atomically, write_json
+from cifar_exp.system.folder_place import place_of
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked
 
@@ -49,6 +50,7 @@ class RunInfo:
         sweep_dir: the folder of the run's sweep; None for a single run.
         started_from: folder and step of the checkpoint that a new run started from; None for a run from scratch.
         key: unique key by which a tracker recognises the run after a lost response; empty in old runs.
+        sessions: random ids of the run's sessions, this one's last; empty where nothing is trained.
     """
 
     name: str
@@ -60,16 +62,18 @@ class RunInfo:
     sweep_dir: Path | None = None
     started_from: tuple[Path, int] | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    sessions: tuple[str, ...] = ()
 
     def save(self, config_hash: str) -> None:
         """Write it to the run's folder."""
-        self._write(RUN_FILE, {"config_hash": config_hash})
+        more = {"config_hash": config_hash, "config_hashes": [config_hash], "sessions": list(self.sessions)}
+        self._write(RUN_FILE, more)
 
     def save_sweep(self) -> None:
         """Write it to a sweep's folder."""
         self._write(SWEEP_RUN_FILE, {})
 
-    def _write(self, name: str, more: Mapping[str, str]) -> None:
+    def _write(self, name: str, more: Mapping[str, Any]) -> None:
         content = {"name": self.name, "key": self.key, "started": self.started, "tags": dict(self.tags)}
         if self.sweep_dir:
             content["sweep_dir"] = os.path.relpath(self.sweep_dir, self.run_dir)
@@ -77,6 +81,7 @@ class RunInfo:
             folder, step = self.started_from
             content["origin"] = {"folder": os.path.relpath(folder, self.run_dir), "step": step}
         content |= {"artifacts": list(self.artifacts), "params": masked(self.params), **more}
+        content["place"] = place_of(self.run_dir)
         write_json(self.run_dir / name, content)
 
     @classmethod
@@ -146,11 +151,13 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
 
     Raises:
         ConfigError: where another process is training in it.
-        StorageError: where a file of the run is a link, or no regular file.
+        StorageError: where a file of the run is a link, or no regular file, or the lock cannot be opened.
     """
     check_folder(run_dir)
+    lock = run_dir / LOCK_FILE
     try:
-        return locks.acquire(run_dir / LOCK_FILE, patience)
+        with storage_errors(lock, "Remove it if it is not of a run, or set hydra.run.dir=<another folder>"):
+            return locks.acquire(lock, patience)
     except locks.HeldError as error:
         raise ConfigError(
             f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"
@@ -160,8 +167,8 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
 def is_locked(folder: Path) -> bool:
     """Whether a living process holds the folder's lock. The lock file itself stays when the process ends."""
     try:
-        lock_run_folder(folder, patience=0).release()
-    except ConfigError:
+        locks.acquire(folder / LOCK_FILE).release()
+    except locks.HeldError:
         return True
     return False
 
@@ -200,16 +207,24 @@ def sync_command(folder: Path) -> str:
     return f"{uv_prefix()}cifar-exp sync {shlex.quote(os.path.relpath(folder))}"
 
 
-def make_private(folder: Path) -> None:
-    """Restrict a run's or sweep's folder, and ``outputs/``, to the user: mode 0700.
+def make_folder(folder: Path) -> None:
+    """Create the folder of a run or a sweep, and ``outputs/`` if that is missing: mode 0700, for the user alone.
 
-    A folder with other files in it, and the current folder, keep their mode.
+    Folders that were there before keep their mode, and other parents get the usual one: they may be shared.
+    """
+    for new in (OUTPUTS, folder):
+        if folder.absolute().is_relative_to(new.absolute()):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_job_private(folder: Path) -> None:
+    """Set the mode of a sweep's job folder to 0700 right after Hydra has created it.
+
+    A folder with files of others or of an earlier start was there before, and keeps its mode.
     """
     with suppress(OSError):  # another user's folder, or a file system without modes
-        if OUTPUTS.is_dir():
-            OUTPUTS.chmod(0o700)
-        ours = {RUN_FILE, SWEEP_RUN_FILE, OUTCOME_FILE}
         names = {path.name for path in folder.iterdir()}
-        foreign = {name for name in names if not name.startswith(".") and not name.endswith(".log")}
-        if (not foreign or names & ours) and not Path.cwd().is_relative_to(folder.resolve()):
+        is_new = all(name.startswith(".") or name.endswith(".log") for name in names) and LOCK_FILE not in names
+        if is_new and not Path.cwd().is_relative_to(folder.resolve()):
             folder.chmod(0o700)

@@ -1,8 +1,9 @@
 """Lock the folder of a run, and write its configuration there."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -10,7 +11,16 @@ from omegaconf import OmegaConf
 from cifar_exp.config.schema import Config
 from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.errors import ConfigError, storage_errors
-from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo, lock_run_folder
+from cifar_exp.records.journal import JOURNAL_FILE, RUN_ID_FILE
+from cifar_exp.records.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    OUTCOME_FILE,
+    RUN_FILE,
+    RunInfo,
+    lock_run_folder,
+)
+from cifar_exp.records.run_identity import claimed
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.start import RunStart
 from cifar_exp.system.atomic_files import write_atomically
@@ -26,21 +36,43 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
     Raises:
         ConfigError: the folder has another run, or another process uses it.
     """
-    new = start.info
+    new = replace(start.info, sessions=(uuid.uuid4().hex,))
     with lock_run_folder(new.run_dir):
         if not start.is_new:
             _remove_stop_file(new.run_dir)
-            yield RunInfo.load(new.run_dir)
+            run, original = claimed(new.run_dir, start.config_hash)
+            if original:
+                warn(f"{new.run_dir}: it is a copy of {original} and continues as a run of its own")
+            yield run
             return
         if (new.run_dir / RUN_FILE).exists():
             raise ConfigError(
                 f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
                 f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
             )
+        resolved = OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config))))
+        _refuse_to_overwrite(new, resolved)
         _remove_stop_file(new.run_dir)
-        write_atomically(new.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config)))))
+        write_atomically(new.run_dir / CONFIG_FILE, resolved)
         new.save(start.config_hash)  # last, so that a run that can be found has its configuration
         yield new
+
+
+def _refuse_to_overwrite(run: RunInfo, resolved: str) -> None:
+    """Check that the folder of a new run has no files of others with the names of a run's files.
+
+    The same resolved configuration is that of a start that was killed before its run began.
+    """
+    folder = run.run_dir
+    for name in (*run.artifacts, JOURNAL_FILE, RUN_ID_FILE, OUTCOME_FILE, CHECKPOINTS):
+        path = folder / name
+        if path.is_symlink() or (
+            path.exists() and not (name == CONFIG_FILE and path.read_bytes() == resolved.encode())
+        ):
+            raise ConfigError(
+                f"hydra.run.dir={folder}: the folder has {name}, which the run would overwrite or add to. Set "
+                f"hydra.run.dir=<another folder>, or leave it out for a new one"
+            )
 
 
 def remove_new_run(start: RunStart) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from cifar_exp.errors import FREE_SPACE, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
+from cifar_exp.records.run_identity import claimed_sweep
 from cifar_exp.runs.components import build_tracker
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking.tracker import NoTracker, Tracker
@@ -32,7 +33,7 @@ class ParentRun:
         tracker: Tracker = build_tracker(config) if "tracking" in config else NoTracker()
         self.hint = tracker.hint()  # the command that shows the sweep
         new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
-        self._info = RunInfo.load(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
+        self._info = claimed_sweep(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
         self._info.save_sweep()
         self._tracker = tracker
         self.is_new, self._is_discarded = self._info is new, False

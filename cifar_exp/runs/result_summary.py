@@ -8,6 +8,7 @@ from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.distributed.rank_times import by_rank, straggler
 from cifar_exp.runs.plan_summary import no_better
 from cifar_exp.system import load_watch
+from cifar_exp.training.throughput import ENOUGH_BLOCKS
 
 
 def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
@@ -24,7 +25,7 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
     label = " (CPU-simulated devices)" if simulated else ""
     console.print(
         f"test accuracy {metrics['test/accuracy']:.4f} on {metrics['test/count']:,.0f} images, "
-        f"steady-state throughput {metrics['steady_images_per_second']:,.0f} images/s{label}, "
+        f"steady-state throughput {metrics['steady_images_per_second']:,.0f} images/s{label}{_basis(metrics)}, "
         f"{metrics['time/train_seconds']:.1f} s of training, {metrics['time/total_seconds']:.1f} s in all",
         highlight=False,
     )
@@ -36,6 +37,15 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
         console.print(late, highlight=False)
     for text, share in load_watch.disturbances(metrics).items():
         console.print(f"WARNING, measurement disturbed: {text.format(share)}", highlight=False)
+
+
+def _basis(metrics: Mapping[str, float]) -> str:
+    """The steps that the steady-state throughput rests on, and a mark where they are few."""
+    if "steady_steps" not in metrics:
+        return ""  # a run of an earlier version
+    steps, blocks = int(metrics["steady_steps"]), int(metrics["steady_blocks"])
+    rough = f" in {blocks} blocks of train.log_every: rough" if blocks < ENOUGH_BLOCKS else ""
+    return f" (over {steps:,} steps{rough})"
 
 
 def selection(metrics: Mapping[str, float], epochs: int, settings: EarlyStoppingSettings) -> list[str]:

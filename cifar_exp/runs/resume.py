@@ -23,7 +23,8 @@ from cifar_exp.records.run_folder import (
     is_finished,
     is_locked,
 )
-from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_of, has_same_settings
+from cifar_exp.records.run_identity import known_hashes, original_of
+from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_hash, config_of, has_same_settings
 from cifar_exp.system import foreign_files
 from cifar_exp.system.bugs import is_bug, keep_traceback
 
@@ -166,6 +167,8 @@ def _resumption(
                 f"{folder / CHECKPOINTS}: the run has trained whole epochs and its checkpoints are gone. Restore "
                 f"them, or set resume=never to start again from the beginning"
             )
+    if manifest is not None:
+        _check_is_the_runs(folder, manifest, None if changes else config_hash(config))
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
     times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
@@ -173,6 +176,27 @@ def _resumption(
     if begun:
         return replace(begun, run_dir=folder, elapsed=elapsed, in_place=True)
     return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
+
+
+def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> None:
+    """Check that a checkpoint was trained with the settings of the run in whose folder it is.
+
+    Args:
+        folder: the run folder.
+        manifest: of the checkpoint.
+        now: the config hash of today, if the settings are those of the run.
+
+    Raises:
+        ConfigError: it is the checkpoint of another run.
+    """
+    known = known_hashes(folder, same_version=manifest.cifar_exp == checkpoint.own_version())
+    if known and manifest.config_hash not in {*known, now}:
+        path = folder / CHECKPOINTS / manifest.file
+        raise ConfigError(
+            f"{path}: it is the checkpoint of a run with other settings (their hash is {manifest.config_hash[:8]}, "
+            f"that of this run {min(known)[:8]}). Move {path.name} and {path.stem.removesuffix('-again')}.json back to "
+            f"their run's folder, or remove them to continue with this run's own"
+        )
 
 
 def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Resumption | None:
@@ -232,7 +256,10 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     for path in found:
         folder = path.parent
         try:
-            if has_same_settings(foreign_files.read_json(path), config):
+            content = foreign_files.read_json(path)
+            if original_of(folder, content):
+                continue  # a backup is not what was interrupted
+            if has_same_settings(content, config):
                 if not is_finished(folder) and not is_locked(folder):
                     return folder
             elif other is None and not _has_finished(folder) and not is_locked(folder):

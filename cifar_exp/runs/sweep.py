@@ -172,7 +172,9 @@ class StudySweeper(Sweeper):
         # An override replaces the preset's value for the same key. The preset's order of keys stays.
         for override in parser.parse_overrides([*self._preset(arguments), *arguments]):
             key = override.get_key_element()
-            if not override.is_sweep_override():
+            if override.value_type is None:  # ~key: whatever its value is
+                choices[key] = [key]
+            elif not override.is_sweep_override():
                 choices[key] = [f"{key}={override.get_value_element_as_str()}"]
             elif override.is_discrete_sweep():
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]

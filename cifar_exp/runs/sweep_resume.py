@@ -11,7 +11,7 @@ from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.folder_check import check_jobs
-from cifar_exp.records.run_folder import OUTPUTS, is_locked, lock_run_folder, make_private
+from cifar_exp.records.run_folder import OUTPUTS, is_locked, lock_run_folder, make_folder
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.system import foreign_files
@@ -63,8 +63,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
             f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set "
             f"{argument('resume', str(sweep_dir))} to continue it, or another folder"
         )
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    make_private(sweep_dir)
+    make_folder(sweep_dir)
     with lock_run_folder(sweep_dir):
         _note_sweep(sweep_dir, arguments, finished=False)
         yield sweep_dir

@@ -22,11 +22,12 @@ from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import accuracy_means, by_count, log_means
 
 TEST = (
-    "Welch's t test of each difference (throughput and times in logarithms, noise pooled over the device counts of "
-    "each sweep); p adjusted for the number of differences (Holm)"
+    "Welch's t test of each difference (throughput and times in logarithms, each device count with its own noise); "
+    "p adjusted for the number of differences (Holm)"
 )
-WITHIN_RUNS = (
-    "a sweep has one run a device count: its noise is estimated from blocks within runs, which repeats would exceed"
+SINGLE_RUNS = (
+    "noise between runs not known: a sweep has one run at a device count, so nothing tells whether a difference there "
+    "is more than chance. Set seed=0,1,2 in both sweeps"
 )
 RunsByCount = Mapping[int, Sequence[RunResult]]
 
@@ -59,7 +60,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.probability is None:
-            return "noise unknown"
+            return "noise between runs not known"
         return "beyond noise" if self.probability < SIGNIFICANT else "within noise"
 
 
@@ -100,7 +101,7 @@ class Comparison:
         differences = [
             item if item.probability is None else replace(item, probability=next(corrected)) for item in found
         ]
-        notes = [TEST, *([WITHIN_RUNS] if any(_has_no_repeats(group) for _, *both in pairs for group in both) else [])]
+        notes = [TEST, *([SINGLE_RUNS] if any(_has_single_run(group) for _, *both in pairs for group in both) else [])]
         notes += _other_settings(names, first, second)
         for name, runs in zip(names, (first, second), strict=True):
             notes += [f"{name}: {line}" for line in machines(runs)]
@@ -204,13 +205,12 @@ def _difference(
         _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
     )
     first, second = ([(count == devices) - float(count == over) for count in sweep] for sweep in (one, two))
-    interval, probability = difference(_means(one, measured), _means(two, measured), (first, second))
-    change = after - before
-    if quantity != "test_accuracy":
-        change = after / before
-        interval = interval.mapped(exp) if interval else None
-    interval = interval.around(change) if interval else None
-    return Difference(group, devices, quantity, before, after, change, interval, probability)
+    estimate = difference(_means(one, measured).sum(first), _means(two, measured).sum(second))
+    change = after - before if quantity == "test_accuracy" else after / before
+    if estimate is None:
+        return Difference(group, devices, quantity, before, after, change, None, None)
+    interval = estimate.interval() if quantity == "test_accuracy" else estimate.interval().mapped(exp)
+    return Difference(group, devices, quantity, before, after, change, interval.around(change), estimate.probability())
 
 
 def _median(results: Sequence[RunResult], quantity: str) -> float:
@@ -224,8 +224,8 @@ def _means(results: RunsByCount, quantity: str) -> Means:
     return log_means(results, attrgetter(quantity))
 
 
-def _has_no_repeats(results: Sequence[RunResult]) -> bool:
-    return all(len(runs) == 1 for runs in by_count(results).values())
+def _has_single_run(results: Sequence[RunResult]) -> bool:
+    return any(len(runs) == 1 for runs in by_count(results).values())
 
 
 def _texts(item: Difference) -> list[str]:

@@ -9,10 +9,17 @@ from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.intervals import Means
 from cifar_exp.study.laws import Fit, fitted
 from cifar_exp.study.run_result import RunResult
-from cifar_exp.study.speedup import SPEEDUP_ALONE, SpeedupRow, accuracy_means, by_count, log_means, speedup_rows
+from cifar_exp.study.speedup import (
+    SPEEDUP_ALONE,
+    SpeedupRow,
+    accuracy_means,
+    by_count,
+    log_means_or_blocks,
+    speedup_rows,
+)
 from cifar_exp.study.time_breakdown import Breakdown
+from cifar_exp.training.throughput import ENOUGH_BLOCKS
 
-ENOUGH_BLOCKS = 10  # in the steady state of a run
 SIGNIFICANT = 0.05
 
 
@@ -37,7 +44,7 @@ class Group:
     def of(cls, results: Sequence[RunResult], report: ReportSettings = SPEEDUP_ALONE) -> "Group":
         """The study of one group. ``report``: what to compute beside the speedup."""
         repeats = by_count(results)
-        log_rates = log_means(repeats, lambda result: result.images_per_second)
+        log_rates = log_means_or_blocks(repeats, lambda result: result.images_per_second)
         rows = speedup_rows(repeats, log_rates, report)
         fits = []
         if len(rows) > 1:
@@ -90,14 +97,16 @@ def _blocks(repeats: Mapping[int, Sequence[RunResult]]) -> dict[int, int]:
 def _interval_note(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> str:
     if any(len(results) > 1 for results in repeats.values()):
         runs = "/".join(str(number) for number in dict.fromkeys(len(results) for results in repeats.values()))
+        single = [str(count) for count, results in repeats.items() if len(results) == 1]
+        unknown = f"; none where devices.count is {', '.join(single)}: one run there" if single else ""
         return (
-            f"95 % intervals: Student's t over {runs} runs a device count, their relative noise pooled over the counts "
-            f"({log_rates.freedom:.0f} degrees of freedom)"
+            f"95 % intervals: Student's t over {runs} runs a device count, each count with its own noise (Welch)"
+            f"{unknown}"
         )
-    if log_rates.freedom:
+    if any(log_rates.freedoms):
         return (
-            "95 % intervals come from blocks of steps within one run a device count (block bootstrap): they do "
-            "not contain how much another run would differ. Set seed=0,1,2"
+            "noise between runs not known: 95 % intervals come from blocks of steps within one run a device count "
+            "(block bootstrap) and do not contain how much another run would differ. Set seed=0,1,2"
         )
     return "no intervals: one run a device count, and too few blocks of steps in it. Set seed=0,1,2"
 
@@ -109,21 +118,21 @@ def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
     points = round(100 * float(accuracies.values[-1] - accuracies.values[0]), 2) + 0.0  # no minus zero
     subject = f"test accuracy: {points:+.2f} points on {largest} devices against {smallest}"
     samples = [[result.test_accuracy for result in results] for results in repeats.values()]
-    if not accuracies.freedom:
+    if min(map(len, samples)) == 1:
         return f"{subject}; one run a count cannot tell whether that is within the noise of the seeds. Set seed=0,1,2"
     if len({accuracy for sample in samples for accuracy in sample}) == 1:
         return f"{subject}: the same in all runs"
-    from scipy.stats import f_oneway  # imported late, as it takes long
-
-    ratio, probability = f_oneway(*samples)
-    ends = np.eye(len(repeats))[-1] - np.eye(len(repeats))[0]
-    interval = accuracies.interval(ends)
-    assert interval
-    verdict = "are within" if probability >= SIGNIFICANT else "go beyond"
+    others_minus_first = np.column_stack([-np.ones(len(samples) - 1), np.eye(len(samples) - 1)])
+    change = accuracies.sum(others_minus_first[-1])
+    test = accuracies.deviation(others_minus_first, others_minus_first @ accuracies.values)
+    if not (change and test):
+        return f"{subject}; the seeds of a device count do not differ, so the noise is not known. Set more seeds"
+    interval = change.interval()
+    verdict = "are within" if test.probability >= SIGNIFICANT else "go beyond"
     return (
         f"{subject} (95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}); the differences between "
-        f"the device counts {verdict} the noise of the seeds (one-way analysis of variance, "
-        f"F({len(samples) - 1}, {accuracies.freedom:.0f}) = {ratio:.3g}, p = {probability:.2g})"
+        f"the device counts {verdict} the noise of the seeds (Welch's analysis of variance, "
+        f"F({test.between}, {test.within:.3g}) = {test.ratio:.3g}, p = {test.probability:.2g})"
     )
 
 

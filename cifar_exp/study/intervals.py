@@ -2,15 +2,16 @@
 
 A run is one observation, however many blocks of steps it has. The blocks of one run share clocks, memory placement and
 neighbours, which differ in the next run; resampling blocks alone would make intervals too narrow. So with repeats,
-intervals are Student's t over runs. (A percentile bootstrap over three runs contains the truth in 79 to 95 % of cases.)
-Without repeats, blocks are resampled within each run, and the report says so. See Kalibera and Jones 2013, "Rigorous
-benchmarking in reasonable time". ``benchmarks/interval_coverage.py`` counts how often intervals contain the truth.
+intervals are Student's t over runs. The noise may differ between device counts, so degrees of freedom are Welch's: one
+variance for all counts would hold the truth in 70 to 90 % where one count is the noisy one. (A percentile bootstrap
+over three runs holds it in 69 to 95 %.) Without repeats, blocks are resampled within each run, and the report says so.
+See Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time". ``benchmarks/interval_coverage.py`` counts how
+often intervals contain the truth.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,11 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-DRAWS = 10_000  # of means; with few repeats the tails are long and need many draws
 BLOCK_DRAWS = 1000
 ROUNDING = 1e-12  # logarithms and accuracies that differ by less are equal
 SEED = 0  # the same figures from the same runs
-FEWEST_BLOCKS = 4  # with fewer the spread within a run is unknown
+FEWEST_FREEDOM = 1.0  # below it Student's t has no mean, and an interval would only pretend
+MOST_CONDITION = 1e12  # of a covariance that is inverted
 
 
 @dataclass(frozen=True)
@@ -42,68 +43,114 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A value with noise.
+
+    Attributes:
+        value: as measured.
+        error: its standard error, above 0.
+        freedom: degrees of freedom of the error, at least ``FEWEST_FREEDOM``.
+    """
+
+    value: float
+    error: float
+    freedom: float
+
+    def interval(self) -> Interval:
+        """Student's t interval around the value."""
+        reach = self.error * t_quantile(self.freedom)
+        return Interval(self.value - reach, self.value + reach)
+
+    def probability(self) -> float:
+        """Two-sided p of the hypothesis that the true value is 0."""
+        return t_probability(self.value / self.error, self.freedom)
+
+
+@dataclass(frozen=True)
 class Means:
-    """Means of several samples whose errors share one number of degrees of freedom.
+    """Means of several samples, each with its own noise.
+
+    Samples such as the throughput at each device count need not have equal variances: the largest count fills the
+    machine and is often the noisiest. So nothing is pooled, and sums of means have Welch's degrees of freedom.
 
     Attributes:
         values: (k,) the means.
-        errors: (k,) their standard errors.
-        freedom: degrees of freedom of the errors; 0 where the errors are unknown.
+        errors: (k,) their standard errors; NaN where unknown.
+        freedoms: (k,) degrees of freedom of each error; 0 where unknown.
     """
 
     values: Array
     errors: Array
-    freedom: float
+    freedoms: Array
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[float]]) -> "Means":
-        """From samples with a common variance, such as the logarithms of the throughput at each device count.
-
-        The pooled variance makes three repeats enough. Where noise grows with the device count, the interval of the
-        largest count is too narrow and that of the smallest too wide.
-        """
-        sizes = np.array([len(sample) for sample in samples])
+        """From samples of at least one value. The error of a single value is unknown."""
         values = np.array([np.mean(sample) for sample in samples])
-        freedom = float((sizes - 1).sum())
-        if not freedom:
-            return cls(values, np.full(len(samples), math.nan), 0.0)
-        squares = sum(float(np.square(sample - mean).sum()) for sample, mean in zip(samples, values, strict=True))
-        spread = math.sqrt(squares / freedom)
-        return cls(values, (spread if spread > ROUNDING else 0.0) / np.sqrt(sizes), freedom)
+        spreads = [np.std(sample, ddof=1) if len(sample) > 1 else math.nan for sample in samples]
+        sizes = np.array([len(sample) for sample in samples])
+        return cls(values, np.array(spreads) / np.sqrt(sizes), sizes - 1.0)
 
-    def interval(self, weights: ArrayLike) -> Interval | None:
-        """The interval of the weighted sum of the means; None where the errors are unknown."""
-        if not self.freedom:
-            return None
-        middle, error = float(np.dot(weights, self.values)), self.error(weights)
-        reach = error * t_quantile(self.freedom)
-        return Interval(middle - reach, middle + reach)
+    def sum(self, weights: ArrayLike) -> Estimate | None:
+        """The weighted sum of the means (Welch 1947, Satterthwaite 1946).
 
-    def draws(self) -> Array:
-        """(DRAWS, k) samples of the true means: a parametric bootstrap.
+        ``weights``: (k,). Means of weight 0 do not matter.
 
-        Each draw has its own variance from the chi-squared distribution. So the percentiles of a sum of means are the
-        ends of its t interval, and those of any function of the means follow.
+        Returns:
+            None where the noise of the sum is not known: of a single run, of too few blocks, or where repeats do not
+            differ at all, which is not the absence of noise.
         """
-        return np.asarray(self.values + self.errors * _standard_draws(self.freedom, len(self.values)))
+        used = np.asarray(weights) != 0
+        parts = (np.asarray(weights)[used] * self.errors[used]) ** 2
+        error = math.sqrt(float(parts.sum()))
+        if np.any(self.freedoms[used] < FEWEST_FREEDOM) or not error > ROUNDING:
+            return None
+        freedom = float(parts.sum() ** 2 / (parts**2 / self.freedoms[used]).sum())
+        return Estimate(float(np.dot(weights, self.values)), error, freedom)
 
-    def error(self, weights: ArrayLike) -> float:
-        """Standard error of the weighted sum of the means."""
-        return math.sqrt(float(np.dot(np.square(weights), self.errors**2)))
+    def deviation(self, contrasts: Array, values: ArrayLike) -> "Deviation | None":
+        """Test whether several sums of the means differ from 0 by more than their noise (Johansen 1980).
+
+        With one contrast this is Welch's t test; with the differences of all means it is Welch's analysis of variance.
+
+        Args:
+            contrasts: (m, k) the weights of each sum, linearly independent.
+            values: (m,) the sums.
+
+        Returns:
+            None where the noise is not known.
+        """
+        if np.any(self.freedoms < FEWEST_FREEDOM):
+            return None
+        variances = self.errors**2
+        covariance = (contrasts * variances) @ contrasts.T
+        if not np.linalg.cond(covariance) < MOST_CONDITION:
+            return None
+        inverse, sums, number = np.linalg.inv(covariance), np.asarray(values), len(contrasts)
+        shares = variances * np.einsum("ai,ab,bi->i", contrasts, inverse, contrasts)
+        doubt = float((shares**2 / self.freedoms).sum())
+        scale = number + 2 * doubt - 6 * doubt / (number + 2)
+        return Deviation(float(sums @ inverse @ sums) / scale, number, number * (number + 2) / (3 * doubt))
 
 
-@cache
-def _standard_draws(freedom: float, count: int) -> Array:
-    """(DRAWS, count) of the multivariate t distribution, without the long import of scipy.stats."""
-    rng = np.random.default_rng(SEED)
-    spread = np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
-    return np.asarray(spread * rng.standard_normal((DRAWS, count)))
+@dataclass(frozen=True)
+class Deviation:
+    """An F test.
 
+    Attributes:
+        ratio: the F statistic.
+        between: degrees of freedom of its numerator.
+        within: degrees of freedom of its denominator.
+    """
 
-def percentile_interval(draws: Array) -> Interval:
-    """The middle 95 % of ``draws``."""
-    tail = 50 * (1 - CONFIDENCE)
-    return Interval(*map(float, np.percentile(draws, [tail, 100 - tail])))
+    ratio: float
+    between: int
+    within: float
+
+    @property
+    def probability(self) -> float:
+        """Of an F of at least ``ratio`` without a true deviation."""
+        return f_probability(self.ratio, self.between, self.within)
 
 
 def block_error(values: Sequence[float]) -> tuple[float, float]:
@@ -119,9 +166,9 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
         The standard error, and its degrees of freedom; (nan, 0) where there are too few blocks.
     """
     count = len(values)
-    if count < FEWEST_BLOCKS:
-        return math.nan, 0.0
     length = math.ceil(math.sqrt(count))  # scipy.stats.bootstrap resamples single values, as if they were independent
+    if not count or count / length - 1 < FEWEST_FREEDOM:
+        return math.nan, 0.0
     stretches = count / length
     starts = np.random.default_rng(SEED).integers(count, size=(BLOCK_DRAWS, math.ceil(stretches), 1))
     chosen = ((starts + np.arange(length)) % count).reshape(BLOCK_DRAWS, -1)[:, :count]
@@ -129,28 +176,14 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
     return float(medians.std() * math.sqrt(stretches / (stretches - 1))), stretches - 1
 
 
-def difference(
-    first: Means, second: Means, weights: tuple[ArrayLike, ArrayLike]
-) -> tuple[Interval | None, float | None]:
-    """The difference ``second`` - ``first`` of two weighted sums of means: interval and two-sided p (Welch 1947).
-
-    Args:
-        first: means with their own errors.
-        second: means with their own errors.
-        weights: of the first and of the second means.
-    """
-    # scipy.stats.ttest_ind compares two samples; here each side is a sum of means with pooled noise.
-    if not (first.freedom and second.freedom):
-        return None, None
-    sums = [float(np.dot(own, means.values)) for own, means in zip(weights, (first, second), strict=True)]
-    errors = [means.error(own) for own, means in zip(weights, (first, second), strict=True)]
-    middle = sums[1] - sums[0]
-    error = math.hypot(*errors)
-    if error == 0:
-        return Interval(middle, middle), float(abs(middle) <= ROUNDING)
-    freedom = error**4 / (errors[0] ** 4 / first.freedom + errors[1] ** 4 / second.freedom)
-    reach = error * t_quantile(freedom)
-    return Interval(middle - reach, middle + reach), t_probability(middle / error, freedom)
+def difference(first: Estimate | None, second: Estimate | None) -> Estimate | None:
+    """``second`` - ``first`` of two independent estimates (Welch 1947); None where the noise of one is not known."""
+    # scipy.stats.ttest_ind compares two samples; here each side can be a sum of means.
+    if not (first and second):
+        return None
+    error = math.hypot(first.error, second.error)
+    freedom = error**4 / (first.error**4 / first.freedom + second.error**4 / second.freedom)
+    return Estimate(second.value - first.value, error, freedom)
 
 
 def adjusted(probabilities: Sequence[float]) -> list[float]:

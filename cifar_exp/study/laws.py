@@ -5,21 +5,22 @@ Both give the throughput of n devices relative to one, for a serial fraction f:
 - Amdahl 1967, of a fixed amount of work: 1 / (f + (1 - f) / n). The time of a step is a + b / n.
 - Gustafson 1988, of work that grows with the devices: f + (1 - f) n. The throughput is c + d n.
 
-Each is a straight line, in 1 / n or in n, and f is its intercept's share of the value at n = 1. Weighted least squares
-fit the line.
+Each is a straight line, in 1 / n or in n, and f is its intercept's share of the value at n = 1. Least squares of
+relative errors fit the line.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from cifar_exp.study.intervals import ROUNDING, Array, Interval, Means, f_probability, percentile_interval
+from cifar_exp.study.intervals import ROUNDING, Array, Interval, Means
 
 Name = Literal["Amdahl", "Gustafson"]
 NOISE_LEVEL = 0.05  # significance level of the lack-of-fit test
+DIFFERENCE = 1e-5  # of logarithms, for derivatives
 
 
 @dataclass(frozen=True)
@@ -68,44 +69,63 @@ def relative_rate(law: Name, fraction: float, devices: float) -> float:
 def fitted(law: Name, counts: Sequence[int], log_rates: Means) -> Fit:
     """Fit ``law`` to the throughput at two or more device counts.
 
+    The interval of the fraction is Welch's of its linearization in the logarithms (delta method).
+
     Args:
         law: which one.
         counts: the device counts, in ascending order.
         log_rates: means of the logarithms of their throughput.
     """
     devices = np.array(counts, dtype=float)
-    known = bool(log_rates.freedom) and bool(np.all(log_rates.errors > 0))
-    weights = 1 / log_rates.errors**2 if known else np.ones(len(counts))
-    start, slope = _line(law, devices, np.exp(log_rates.values), weights)
-    fraction = float(start / (start + slope))
+    fraction = float(serial_fractions(law, counts, log_rates.values))
     interval = gain_interval = None
-    if known:
-        interval = percentile_interval(serial_fractions(law, counts, log_rates.draws(), weights))
+    estimate = log_rates.sum(_gradient(lambda rates: serial_fractions(law, counts, rates), log_rates.values))
+    if estimate:
+        interval = replace(estimate, value=fraction).interval()
         gain_interval = interval.mapped(lambda value: _gain(law, value, counts[-1]))
-    fitted_line = start + slope * (1 / devices if law == "Amdahl" else devices)
-    residuals = log_rates.values - np.log(1 / fitted_line if law == "Amdahl" else fitted_line)
-    warnings = [*_design_warnings(counts), *_residual_warnings(law, residuals, log_rates, known)]
+    warnings = [*_design_warnings(counts), *_residual_warnings(law, devices, log_rates)]
     if not -ROUNDING <= fraction <= 1 + ROUNDING:
         why = "more than the ideal speedup" if fraction < 0 else "more devices are slower than one"
         warnings.append(f"{law}'s serial fraction of {fraction:.1%} lies outside 0 to 1: {why}")
     return Fit(law, fraction, interval, counts[-1], _gain(law, fraction, counts[-1]), gain_interval, warnings)
 
 
-def serial_fractions(law: Name, counts: Sequence[int], log_rates: Array, weights: Array) -> Array:
+def serial_fractions(law: Name, counts: Sequence[int], log_rates: Array) -> Array:
     """The fitted serial fractions of many studies: (..., k) logarithms of throughput -> (...)."""
-    start, slope = _line(law, np.array(counts, dtype=float), np.exp(log_rates), weights)
+    start, slope = _line(law, np.array(counts, dtype=float), log_rates)
     return start / (start + slope)
 
 
-def _line(law: Name, devices: Array, rates: Array, weights: Array) -> tuple[Array, Array]:
-    """Intercept and slope of the law's line through each (..., k) of ``rates``: least squares of relative errors."""
+def _line(law: Name, devices: Array, log_rates: Array) -> tuple[Array, Array]:
+    """Intercept and slope of the law's line through each (..., k) of ``log_rates``: least squares of relative errors.
+
+    Counts have equal weights: weights from a few repeats would be noise themselves. Units are arbitrary.
+    """
+    rates = np.exp(log_rates - log_rates.mean(-1, keepdims=True))
     across, up = (1 / devices, 1 / rates) if law == "Amdahl" else (devices, rates)
-    weights = weights / up**2
+    weights = 1 / up**2
     total = weights.sum(-1)
     middle_across, middle_up = (weights * across).sum(-1) / total, (weights * up).sum(-1) / total
     offset = across - middle_across[..., None]
     slope = (weights * offset * up).sum(-1) / (weights * offset**2).sum(-1)
     return middle_up - slope * middle_across, slope
+
+
+def _residuals(law: Name, devices: Array, log_rates: Array) -> Array:
+    """(..., k) logarithms of throughput -> their distances from those of the fitted line."""
+    start, slope = (end[..., None] for end in _line(law, devices, log_rates))
+    line = start + slope * (1 / devices if law == "Amdahl" else devices)
+    if np.any(line <= 0):  # no throughput: the law is far from the measurements
+        return np.full_like(log_rates, math.nan)
+    centered = log_rates - log_rates.mean(-1, keepdims=True)
+    return np.asarray(centered - np.log(1 / line if law == "Amdahl" else line))
+
+
+def _gradient(function: Callable[[Array], Array], at: Array) -> Array:
+    """Derivatives by central differences: (k,) -> (..., k) for a function of (..., k)."""
+    steps = DIFFERENCE * np.eye(len(at))
+    ends = function(at + steps), function(at - steps)
+    return np.asarray(np.moveaxis((ends[0] - ends[1]) / (2 * DIFFERENCE), 0, -1))
 
 
 def _gain(law: Name, fraction: float, devices: int) -> float:
@@ -120,17 +140,20 @@ def _design_warnings(counts: Sequence[int]) -> list[str]:
     return ["only two device counts: every law passes through them, so the fit cannot be tested"]
 
 
-def _residual_warnings(law: Name, residuals: Array, log_rates: Means, known: bool) -> list[str]:
-    """An F test of the lack of fit: do the deviations from the law exceed the noise?"""
+def _residual_warnings(law: Name, devices: Array, log_rates: Means) -> list[str]:
+    """A test of the lack of fit: do the deviations from the law exceed the noise?"""
+    residuals = _residuals(law, devices, log_rates.values)
     free = len(residuals) - 2
-    if free < 1 or not known:
+    changes = _gradient(lambda rates: _residuals(law, devices, rates), log_rates.values)
+    if free < 1 or not np.isfinite(changes).all():
         return []
-    ratio = float(((residuals / log_rates.errors) ** 2).sum()) / free
-    probability = f_probability(ratio, free, log_rates.freedom)
-    if probability >= NOISE_LEVEL:
+    # Two parameters were fitted: the residuals vary in the other directions alone.
+    directions = np.linalg.svd(changes)[0][:, :free].T
+    test = log_rates.deviation(directions @ changes, directions @ residuals)
+    if not test or test.probability >= NOISE_LEVEL:
         return []
     worst = math.expm1(float(np.abs(residuals).max()))
     return [
         f"the throughput deviates from {law}'s law by up to {worst:.1%}, more than the noise "
-        f"(F({free}, {log_rates.freedom:.3g}) = {ratio:.3g}, p = {probability:.2g})"
+        f"(F({test.between}, {test.within:.3g}) = {test.ratio:.3g}, p = {test.probability:.2g})"
     ]

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.study.intervals import Array, Interval, Means, block_error
+from cifar_exp.study.intervals import Array, Estimate, Interval, Means, block_error
 from cifar_exp.study.run_result import RunResult
 
 SPEEDUP_ALONE = ReportSettings(target_accuracy=None, price_per_hour=None)
@@ -78,15 +78,17 @@ def by_count(results: Sequence[RunResult]) -> dict[int, list[RunResult]]:
 
 
 def log_means(repeats: Mapping[int, Sequence[RunResult]], value: Callable[[RunResult], float]) -> Means:
-    """Means of the logarithms of a throughput or time at each count: noise is relative, ratios become differences.
+    """Means of the logarithms of a throughput or time at each count: noise is relative, ratios become differences."""
+    return Means.of([[math.log(value(result)) for result in results] for results in repeats.values()])
 
-    Without repeats, the errors are those of the median over the blocks within each run.
-    """
-    means = Means.of([[math.log(value(result)) for result in results] for results in repeats.values()])
-    if means.freedom or not repeats:
+
+def log_means_or_blocks(repeats: Mapping[int, Sequence[RunResult]], value: Callable[[RunResult], float]) -> Means:
+    """Like :func:`log_means`. Where no count has repeats, errors are those of the median over a run's blocks."""
+    means = log_means(repeats, value)
+    if any(means.freedoms):
         return means
     errors = [block_error([math.log(rate) for rate in only.block_rates]) for (only,) in repeats.values()]
-    return Means(means.values, np.array([error for error, _ in errors]), min(freedom for _, freedom in errors))
+    return Means(means.values, np.array([error for error, _ in errors]), np.array([freedom for _, freedom in errors]))
 
 
 def accuracy_means(repeats: Mapping[int, Sequence[RunResult]]) -> Means:
@@ -138,7 +140,7 @@ def _intervals(
     row: SpeedupRow, place: int, repeats: Mapping[int, Sequence[RunResult]], log_rates: Means
 ) -> dict[str, Interval]:
     """The known 95 % intervals of a row. ``place``: its position among the device counts."""
-    log_times = log_means(repeats, lambda result: result.train_seconds)
+    log_times = log_means_or_blocks(repeats, lambda result: result.train_seconds)
     units = np.eye(len(repeats))
     own, gain = units[place], units[place] - units[0]
     speedup = _ratio_interval(log_rates, gain, row.speedup) if place else None
@@ -149,19 +151,19 @@ def _intervals(
         "efficiency": speedup.mapped(lambda value: value * share) if speedup else None,
         "train_seconds": _ratio_interval(log_times, own, row.train_seconds),
         "time_ratio": _ratio_interval(log_times, -gain, row.time_ratio) if place else None,
-        "test_accuracy": _holding(accuracy_means(repeats).interval(own), row.test_accuracy),
+        "test_accuracy": _holding(accuracy_means(repeats).sum(own), row.test_accuracy),
     }
     return {name: interval for name, interval in intervals.items() if interval}
 
 
 def _ratio_interval(means: Means, weights: Array, value: float) -> Interval | None:
     """The interval of a sum of logarithms as a ratio, widened to contain the median that is shown with it."""
-    interval = means.interval(weights)
-    return _holding(interval.mapped(math.exp) if interval else None, value)
+    estimate = means.sum(weights)
+    return estimate.interval().mapped(math.exp).around(value) if estimate else None
 
 
-def _holding(interval: Interval | None, value: float) -> Interval | None:
-    return interval.around(value) if interval else None
+def _holding(estimate: Estimate | None, value: float) -> Interval | None:
+    return estimate.interval().around(value) if estimate else None
 
 
 def _median_of(values: Sequence[float | None]) -> float | None:

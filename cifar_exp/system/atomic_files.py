@@ -3,7 +3,8 @@
 Files and folders that must never be read half-written are written here. Not so: the journal, locks and figures. The
 policy:
 
-- New content goes into a temporary file beside the target, ``<name>.tmp``, and is renamed when it is complete.
+- New content goes into a temporary file beside the target, ``.<name>.cifar-exp-tmp``, and is renamed when it is
+  complete. Nobody else gives files such names.
 - Content and name are forced to disk (``fsync``), so that either version survives a crash of the machine. A file that
   nobody needs after such a crash is written with ``durable=False``.
 - Where writing fails or a signal interrupts it, the temporary file is removed. After SIGKILL it stays, and the next
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cifar_exp.system.marked_folders import MARK, is_marked, mark
 
 _UNFINISHED = "unfinished-"
 
@@ -40,10 +43,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write a file to; the file is renamed to ``path`` when the block ends."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.cifar-exp-tmp")
     try:
-        if temporary.is_symlink():  # somebody else's: writing to it would change what it leads to
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
         yield temporary
         if durable:
             _sync(temporary)
@@ -61,6 +63,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write files to; it replaces ``folder`` when the block ends."""
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
     try:
+        mark(unfinished)
         unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from other users
         yield unfinished
         for file in unfinished.iterdir():
@@ -68,6 +71,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         _sync(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
         unfinished.rename(folder)
+        (folder / MARK).unlink()
         _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -76,7 +80,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def remove_unfinished(parent: Path) -> None:
     """Remove what killed processes left of :func:`atomic_folder`. The caller holds the lock of ``parent``."""
     for folder in parent.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_marked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

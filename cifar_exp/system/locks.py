@@ -104,8 +104,9 @@ def acquire(path: Path, timeout: float | None = 0) -> FileLock:
         lock.acquire(timeout=-1 if timeout is None else timeout)
     except Timeout:
         raise HeldError(path, str(_noted(path) or "another process")) from None
-    with suppress(OSError):  # the lock holds without the holder's name
-        path.write_text(json.dumps(asdict(Owner.here())) + "\n")
+    with suppress(OSError, ValueError):  # the lock holds without the holder's name
+        if not path.read_text() or _noted(path):  # else it is a file of the user's with this name
+            path.write_text(json.dumps(asdict(Owner.here())) + "\n")
     return lock
 
 

@@ -1,6 +1,5 @@
 """A private temporary folder that is removed by its process, or by the next start if that was killed."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cifar_exp.system.locks import HeldError, acquired
+from cifar_exp.system.marked_folders import is_marked, mark
 
 PREFIX = "cifar-exp-"
 _LOCK = ".lock"
@@ -25,6 +25,7 @@ def private_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
     try:
         try:
+            mark(folder)
             with acquired(folder / _LOCK, timeout=0):
                 folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before another start can see it
                 yield folder
@@ -35,8 +36,7 @@ def private_folder() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a folder that no process has locked: its process was killed."""
-    with suppress(OSError, HeldError):
-        if (folder / _LOCK).exists() and folder.stat().st_uid == os.geteuid():
-            with acquired(folder / _LOCK, timeout=0):
-                shutil.rmtree(folder)
+    """Remove a folder of :func:`private_folder` that no process has locked: its process was killed."""
+    if is_marked(folder):
+        with suppress(OSError, HeldError), acquired(folder / _LOCK, timeout=0):
+            shutil.rmtree(folder)

@@ -30,6 +30,7 @@ class MLflowRun:
         self._client = self._store.client()
         from mlflow.entities import Param
 
+        self._run = self._store.own_run(self._client, self._run)
         parent = self._store.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
         tags = {PARENT_TAG: parent} if parent else {}
         self.run_id = self._store.open_run(self._client, self._run, tags)

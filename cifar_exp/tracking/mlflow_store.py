@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
-from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_private
+from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_folder
+from cifar_exp.records.run_identity import as_another_run
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
 from cifar_exp.system.bugs import is_bug
+from cifar_exp.system.printable import tell
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 from cifar_exp.tracking.follower import shortened
 
@@ -32,6 +34,7 @@ MLFLOW_DEFAULTS = {
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one, which creates the store
 KEY_TAG = "run_key"
+SESSION_TAG = "session"  # the last session that trained the run
 PARENT_TAG = "mlflow.parentRunId"
 # Parts of error messages after which a retry cannot succeed.
 FINAL_ERRORS = (
@@ -84,8 +87,7 @@ class MLflowStore:
         for name in ("mlflow", "alembic"):  # they log at length what they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
-            OUTPUTS.mkdir(exist_ok=True)
-            make_private(OUTPUTS)
+            make_folder(OUTPUTS)
         database = self.address().partition("sqlite:///")[2]
         # No lock for a server: one that hangs must not hold up other runs.
         with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
@@ -116,7 +118,8 @@ class MLflowStore:
         """Start a run in the experiment, or reopen the one that an earlier call started; returns its id."""
         from mlflow.entities import RunTag
 
-        tags = {**run.tags, **tags, **owner_tags(run.run_dir)}
+        session = {SESSION_TAG: run.sessions[-1]} if run.sessions else {}
+        tags = {**run.tags, **tags, **owner_tags(run.run_dir), **session}
         identity = self.find_run(client, run)
         if identity is None:
             identity = self._create_run(client, run, tags)
@@ -125,6 +128,15 @@ class MLflowStore:
             client.log_batch(identity, tags=[RunTag(name, value) for name, value in tags.items()])
             client.update_run(identity, status="RUNNING")
         return identity
+
+    def own_run(self, client: "MlflowClient", run: RunInfo) -> RunInfo:
+        """``run``; with a new key where a copy of its folder has continued the run that is in the store."""
+        if run.sessions and (identity := self.find_run(client, run)):
+            last = client.get_run(identity).data.tags.get(SESSION_TAG)
+            if last and last not in run.sessions:
+                tell(f"{run.run_dir}: a copy of it has continued its MLflow run {identity}, so it gets a new one")
+                return as_another_run(run)
+        return run
 
     def open_parent(self, client: "MlflowClient", folder: Path) -> str | None:
         """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
@@ -182,7 +194,6 @@ def _make_store(path: Path) -> None:
 
     make: Any = SqlAlchemyStore
     with atomic_path(path) as temporary:
-        temporary.unlink(missing_ok=True)  # left by a process that was killed
         make(f"sqlite:///{temporary}", path.parent.resolve().as_uri()).engine.dispose()
 
 

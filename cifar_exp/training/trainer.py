@@ -23,6 +23,7 @@ from cifar_exp.training.evaluation import autocast, evaluate
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.stopwatch import OwnTimes, Stopwatch, timed
+from cifar_exp.training.throughput import Throughput
 
 ADVICE = "Set optimizer.lr=<smaller>, or train.precision=fp32"
 ReportMetrics = Callable[[int, int, dict[str, float]], None]  # called with step, epoch, metrics
@@ -44,7 +45,7 @@ class Trainer:
         stopwatch: counts the time of the whole run.
         epoch: epochs done.
         step: steps done.
-        block_rates: images/s of each block of ``log_every`` steps.
+        throughput: images/s by blocks of ``log_every`` steps.
         rank_times: where each rank's time went, up to the last epoch's end or checkpoint.
     """
 
@@ -58,7 +59,7 @@ class Trainer:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     epoch: int = 0
     step: int = 0
-    block_rates: list[float] = field(default_factory=list)
+    throughput: Throughput = field(default_factory=Throughput)
     rank_times: RankTimes = field(default_factory=RankTimes)
 
     def __post_init__(self) -> None:
@@ -145,9 +146,11 @@ class Trainer:
                     return {}
                 break
         with watch.span("step"):
-            state.sums += sum_over_ranks(self.train_step.metric_sums.read_and_reset())
+            rest = sum_over_ranks(self.train_step.metric_sums.read_and_reset())
+            state.sums += rest
             averages = MetricValues.of(state.sums)
             self._check_loss(averages, epoch)
+        self._add_to_block(state, MetricValues.of(rest).count)  # the block goes on in the next epoch
         epoch_seconds = sum(watch.seconds.values())
         self._own_times.add_steps(watch, before, self.train_step.communication)
         return averages.named("train") | {
@@ -174,7 +177,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.stopwatch.seconds,
-            "block_rates": self.block_rates,
+            "throughput": self.throughput.state_dict(),
             "rank_times": self.rank_times.state_dict(),
             "unfinished": running.state_dict(step.networks, step.metric_sums.sums) if running else {},
             "early_stopping": self.early_stopping.state_dict(),
@@ -195,7 +198,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         if same_run:
             self.stopwatch.seconds = dict(state["seconds"])
-            self.block_rates = list(state["block_rates"])
+            self.throughput = Throughput.load(state, self.log_every)
             self.rank_times.load_state_dict(state["rank_times"])
             self.early_stopping.load_state_dict(state["early_stopping"])
         if state["unfinished"]:
@@ -224,6 +227,7 @@ class Trainer:
         with state.watch.span("step"):
             self.step += 1
             state.steps += 1
+            self.throughput.open_steps += 1
             if self.step % self.log_every:
                 return None
             sums = sum_over_ranks(self.train_step.metric_sums.read_and_reset())
@@ -233,11 +237,14 @@ class Trainer:
             return averages
 
     def _report_block(self, state: EpochState, epoch: int, averages: MetricValues, lr: dict[str, float]) -> None:
+        self._add_to_block(state, averages.count)
+        rate = self.throughput.end_block()
+        self.report(self.step, epoch, averages.named("step") | {"step/images_per_second": rate} | lr)
+
+    def _add_to_block(self, state: EpochState, images: int) -> None:
         seconds = sum(state.watch.seconds.values()) - state.block_seconds
         state.block_seconds += seconds
-        rate = averages.count / seconds
-        self.block_rates.append(rate)
-        self.report(self.step, epoch, averages.named("step") | {"step/images_per_second": rate} | lr)
+        self.throughput.add(images, seconds)
 
     def _stop_request(self) -> Request | None:
         """The request to stop after this step, if the ranks have agreed on one."""
@@ -257,8 +264,7 @@ class Trainer:
                 batch_norm.combine_over_ranks(network, self.batch_norm)
             if self.batch_norm == "population":
                 again = (
-                    batches.make(*micro_batch, scale=validation.scale)[0]
-                    for micro_batch in batches.micro_batches(epoch)
+                    batches.make(*micro_batch, scale=validation.scale)[0] for micro_batch in batches.covering(epoch)
                 )
                 with autocast(self.device, self.precision):
                     batch_norm.recompute(self.evaluated, takewhile(lambda _images: may_continue(), again))

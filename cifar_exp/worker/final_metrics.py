@@ -2,7 +2,6 @@
 
 import sys
 from functools import partial
-from statistics import median
 
 from torch import nn
 
@@ -86,10 +85,13 @@ def _time_metrics(trainer: Trainer, global_batch_size: int) -> dict[str, float]:
     """Training time, steady-state throughput, and where the time of the run went."""
     seconds = {"compile": 0.0, "communication": 0.0} | trainer.stopwatch.seconds
     train_seconds = sum(seconds[name] for name in ("data", "step", "communication"))
-    blocks = trainer.block_rates[1:] or trainer.block_rates or [trainer.step * global_batch_size / train_seconds]
+    whole = trainer.step * global_batch_size / train_seconds, trainer.step, 0  # a run of an earlier version, resumed
+    rate, steps, blocks = trainer.throughput.steady() or whole
     return {
         "time/train_seconds": train_seconds,
-        "steady_images_per_second": median(blocks),  # blocks of log_every steps, without the first one, the warm-up
+        "steady_images_per_second": rate,
+        "steady_steps": steps,
+        "steady_blocks": blocks,
         **{f"time_split/{name}": value for name, value in seconds.items()},
     }
 

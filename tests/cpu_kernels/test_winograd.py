@@ -4,13 +4,14 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_exp.cpu_kernels import winograd
+from cifar_exp.cpu_kernels import llvm_vectors, winograd
 from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import WinogradConvolution
 from cifar_exp.cpu_kernels.replace import fuse_layers
@@ -18,8 +19,15 @@ from cifar_exp.models.build import seeded
 from cifar_exp.models.networks import convnet
 from tests.conftest import environment
 
+Test = TypeVar("Test", bound=Callable[..., None])
 pytestmark = pytest.mark.usefixtures("two_threads")
-has_instructions = pytest.mark.skipif(not winograd.pays(), reason="the processor multiplies no bfloat16 in AVX512")
+
+
+def has_instructions(test: Test) -> Test:
+    """The test runs wherever the instructions exist, on processors with AMX, too, where the method does not pay."""
+    skipped = pytest.mark.skipif(not winograd.runs(), reason="the processor multiplies no bfloat16 in AVX512")
+    return skipped(pytest.mark.usefixtures("also_where_it_does_not_pay")(test))
+
 
 SHAPES = [  # images, channels of inputs and outputs, height, width
     (8, 32, 32, 16, 16),
@@ -30,6 +38,11 @@ SHAPES = [  # images, channels of inputs and outputs, height, width
     (1, 33, 65, 2, 31),
     (15, 40, 33, 5, 5),
 ]
+
+
+@pytest.fixture
+def also_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "pays", winograd.runs)
 
 
 def integers(*shape: int, limit: int, seed: int) -> Tensor:
@@ -215,6 +228,17 @@ def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Conv2d(")
+
+
+@pytest.mark.parametrize(
+    ("features", "runs", "pays"),
+    [(llvm_vectors.NEEDED, True, True), ({*llvm_vectors.NEEDED, "amx-bf16"}, True, False), ({"avx2"}, False, False)],
+)
+def test_it_pays_where_the_instructions_are_and_amx_is_not(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], runs: bool, pays: bool
+) -> None:
+    monkeypatch.setattr(winograd, "target", lambda: ("", "", frozenset(features)))
+    assert (winograd.runs(), winograd.pays()) == (runs, pays)
 
 
 def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

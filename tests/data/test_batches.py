@@ -72,6 +72,26 @@ def test_an_epoch_follows_its_order_and_drops_the_last_partial_global_batch() ->
             assert torch.equal(images, Normalization(shift=MEAN)(split.images[labels]))
 
 
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("count", [36, 37, 38, 41, 47])
+def test_covering_batches_take_every_image_once_and_none_alone(count: int, world_size: int, accumulate: int) -> None:
+    """Those of the steps first, then the others in batches of the same size; the same ones however many ranks."""
+    split, batches = random_split(count), {}
+    for rank in range(world_size):
+        made = TrainBatches(split, Crop(), Normalization(), 9, rank, world_size, 4, accumulate=accumulate)
+        own = [made.make(*micro_batch) for micro_batch in made.covering(2)]
+        for (images, labels), (trained, _) in zip(own, made.epoch(2), strict=False):
+            assert torch.equal(images[:4], trained)
+            assert len(labels) in (4, 5)
+        batches |= {tuple(labels.tolist()): images for images, labels in own}
+    assert sorted(label for labels in batches for label in labels) == list(range(count))
+    assert min(map(len, batches)) > 1
+    alone = TrainBatches(split, Crop(), Normalization(), 9, 0, 1, 4)
+    for micro_batch in alone.covering(2):
+        images, labels = alone.make(*micro_batch)
+        assert torch.equal(batches[tuple(labels.tolist())], images)
+
+
 def test_an_image_moves_differently_in_each_epoch_and_as_its_parameters_say() -> None:
     split = random_split(24)
     augmentation = Crop()

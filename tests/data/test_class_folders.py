@@ -26,6 +26,7 @@ from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.synthetic import synthetic
 from cifar_exp.errors import ConfigError, DataError, StorageError
+from cifar_exp.system.marked_folders import mark
 from tests.helpers.image_trees import REAL_IMAGES
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -234,6 +235,7 @@ def test_a_cache_that_vanished_is_a_storage_error(tree: Path) -> None:
 def test_what_a_dead_process_left_is_removed(tree: Path) -> None:
     leftover = tree / ".cache" / "unfinished-abc"
     leftover.mkdir(parents=True)
+    mark(leftover)
     (leftover / "train_images.npy").write_bytes(b"half")
     files = folders(tree)
     assert sorted(path.name for path in (tree / ".cache").iterdir()) == [".lock", files.content_hash, "index.json"]

@@ -96,7 +96,7 @@ def population(world: World, parts: int = 1) -> Results:
     before = [layer.momentum for layer in batch_norm.batch_norms(model)]
     batches = train_batches(world, accumulate=parts)
     model.train()
-    batch_norm.recompute(model, (images for images, _ in batches.epoch(1)))
+    batch_norm.recompute(model, (batches.make(*micro_batch)[0] for micro_batch in batches.covering(1)))
     assert [layer.momentum for layer in batch_norm.batch_norms(model)] == before
     assert all(module.training for module in model.modules())
     assert counted(model) == counted(tiny_model())
@@ -193,8 +193,10 @@ def test_population_statistics_are_those_of_all_training_images_on_any_number_of
     assert torch.equal(alone["population"]["parameters"], vector(tiny_model().parameters()))
     # The first layer's inputs do not depend on other statistics, so that they can be put together and looked at.
     model = tiny_model()
-    batches = train_batches(World(0, 1, torch.device("cpu"))).epoch(1)
-    inputs = model[0](torch.cat([images for images, _ in batches])).double()
+    batches = train_batches(World(0, 1, torch.device("cpu")))
+    images = torch.cat([batches.make(*micro_batch)[0] for micro_batch in batches.covering(1)])
+    assert len(images) == 50  # two of them are in no step
+    inputs = model[0](images).double()
     variance, mean = torch.var_mean(inputs, (0, 2, 3))
     torch.testing.assert_close(ours[: len(mean)].double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[len(mean) : 2 * len(mean)].double(), variance, rtol=1e-5, atol=1e-6)

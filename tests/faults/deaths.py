@@ -340,7 +340,7 @@ def interrupted_in_evaluation(scene: Scene) -> None:
 
 @case("Ctrl-C in a save", racy=True)
 def interrupted_in_save(scene: Scene) -> None:
-    plan: dict[str, object] = {"point": "fsync", "file": "*.pt.tmp", "rank": 0, "number": 2, "do": "announce"}
+    plan: dict[str, object] = {"point": "fsync", "file": "*.pt.cifar-exp-tmp", "rank": 0, "number": 2, "do": "announce"}
     interrupt_at(scene, "Ctrl-C in a save", Running.until_announced, plan)
 
 

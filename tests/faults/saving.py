@@ -27,13 +27,13 @@ from tests.faults.scene import Scene, says
 from tests.helpers.checkpoints import Malicious, position, reseal, trained
 
 STEPS = {
-    "while the network is written": ("fsync", "*.pt.tmp", 3, "cut"),
-    "before the network is flushed": ("fsync", "*.pt.tmp", 3, "kill"),
-    "before the network is renamed": ("replace", "*.pt.tmp", 3, "kill"),
+    "while the network is written": ("fsync", "*.pt.cifar-exp-tmp", 3, "cut"),
+    "before the network is flushed": ("fsync", "*.pt.cifar-exp-tmp", 3, "kill"),
+    "before the network is renamed": ("replace", "*.pt.cifar-exp-tmp", 3, "kill"),
     "before the network's name is flushed": ("fsync", CHECKPOINTS, 5, "kill"),
-    "while the manifest is written": ("fsync", "*.json.tmp", 3, "cut"),
-    "before the manifest is flushed": ("fsync", "*.json.tmp", 3, "kill"),
-    "before the manifest is renamed": ("replace", "*.json.tmp", 3, "kill"),
+    "while the manifest is written": ("fsync", "*.json.cifar-exp-tmp", 3, "cut"),
+    "before the manifest is flushed": ("fsync", "*.json.cifar-exp-tmp", 3, "kill"),
+    "before the manifest is renamed": ("replace", "*.json.cifar-exp-tmp", 3, "kill"),
     "before the manifest's name is flushed": ("fsync", CHECKPOINTS, 6, "kill"),
     "before the oldest manifest is deleted": ("unlink", "*.json", 2, "kill"),
     "before the oldest network is deleted": ("unlink", "*.pt", 2, "kill"),

@@ -203,7 +203,7 @@ class Scene:
 
     def check_files(self) -> None:
         """No half-written file is left, wherever."""
-        left = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*.tmp")]
+        left = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*.cifar-exp-tmp")]
         assert not left, f"half-written files are left: {left}"
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import json
 import pickle
 import platform
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
     assert_equal(newest(tmp_path, silent), trained(0))
 
 
-@pytest.mark.parametrize("file", ["step-00000010-again.pt.tmp", "step-00000010.json.tmp"])
+@pytest.mark.parametrize("file", ["step-00000010-again.pt", "step-00000010.json"])
 def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -163,7 +164,7 @@ def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole
     replace_file = Path.replace
 
     def refuse(path: Path, target: Path) -> Path:
-        if path.name == file:
+        if target.name == file:
             raise OSError(28, "No space left on device")
         return replace_file(path, target)
 
@@ -196,10 +197,41 @@ def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(t
 def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
     save(tmp_path, trained(0), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
-    (tmp_path / CHECKPOINTS / "step-00000020.json.tmp").write_text("{")
+    (tmp_path / CHECKPOINTS / "step-00000020.json.tmp").write_text("{")  # of version 0.1
+    (tmp_path / CHECKPOINTS / ".step-00000020.json.cifar-exp-tmp").write_text("{")
     assert_equal(newest(tmp_path, silent), trained(0))
     save(tmp_path, trained(2), position(20), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (10, 20) for kind in ("json", "pt")]
+
+
+def test_files_of_other_names_beside_the_checkpoints_are_the_users(tmp_path: Path) -> None:
+    """They are not removed, do not use up a ``keep``, and are no checkpoints."""
+    save(tmp_path, trained(0), position(10), keep=2)
+    folder = tmp_path / CHECKPOINTS
+    notes = ["notes.json", "my-best.pt", "step-best.json", "step-00000010 (1).json", "zz.json", "mine.tmp", "a.pt.tmp"]
+    for name in notes:
+        (folder / name).write_text("{}")
+    (folder / "step-00000099.json").mkdir()  # a folder is no manifest
+    for step in (20, 30):
+        save(tmp_path, trained(step), position(step), keep=2)
+    kept = [f"step-{step:08}.{kind}" for step in (20, 30) for kind in ("json", "pt")]
+    assert files(tmp_path) == sorted([*notes, *kept, "step-00000099.json"])
+    assert all((folder / name).read_text() == "{}" for name in notes)
+    assert_equal(newest(tmp_path, silent), trained(30))
+    for name in kept:
+        (folder / name).unlink()
+    assert newest_intact_manifest(tmp_path, silent) is None
+
+
+def test_a_checkpoint_that_was_renamed_to_another_step_is_skipped(tmp_path: Path) -> None:
+    save(tmp_path, trained(0), position(10), keep=1)
+    folder, warnings = tmp_path / CHECKPOINTS, list[str]()
+    for kind in ("json", "pt"):
+        shutil.copy(folder / f"step-00000010.{kind}", folder / f"step-00000020.{kind}")
+    manifest = newest_intact_manifest(tmp_path, warnings.append)
+    assert manifest is not None
+    assert manifest.step == 10
+    assert "it is the manifest of step 10, renamed" in warnings[0]
 
 
 @pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])

@@ -20,6 +20,10 @@ def runs(workplace: Path) -> Path:
         os.utime(folder / "run.json", (1000 - age, 1000 - age))
     (workplace / "outputs" / "old" / "checkpoints").mkdir()
     (workplace / "outputs" / "old" / "checkpoints" / "step-00000001.json").touch()
+    (workplace / "outputs" / "new" / "checkpoints").mkdir()
+    (workplace / "outputs" / "new" / "checkpoints" / "notes.json").touch()  # the user's
+    (workplace / "outputs" / "mine" / "mlflow_run_id").mkdir(parents=True)
+    (workplace / "outputs" / "mine" / "run.json").mkdir()
     return Path("outputs")
 
 

@@ -68,7 +68,7 @@ USES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_link_and_a_special_file_are_refused_wherever_a_run_is_used(run: Path, kind: str, use: str) -> None:
-    for name in (*sorted(FILES - {"run.json"}), "cifar-exp.log", "run.json.tmp"):
+    for name in (*sorted(FILES - {"run.json"}), "cifar-exp.log", ".run.json.cifar-exp-tmp"):
         KINDS[kind](run / name)
         with pytest.raises(StorageError, match=name) as refusal:
             USES[use](run)
@@ -119,7 +119,7 @@ def test_jobs_of_a_sweep_are_continued_in_its_own_folder_alone(tmp_path: Path) -
 
 def test_a_temporary_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("precious")
-    (tmp_path / "page.html.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / ".page.html.cifar-exp-tmp").symlink_to(tmp_path / "outside")
     write_atomically(tmp_path / "page.html", "mine")
     assert (tmp_path / "outside").read_text() == "precious"
     assert (tmp_path / "page.html").read_text() == "mine"

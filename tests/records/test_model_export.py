@@ -59,7 +59,7 @@ def test_the_lines_of_the_docs_give_the_logits_of_the_trained_network(
         assert torch.equal(plain["logits"], classifier.model(same_input))
         torch.testing.assert_close(plain["logits"], classifier.model(classifier.normalization(images)))
     assert plain["logits"].std() > 0.001
-    assert not list((workplace / "run").glob("*.tmp"))
+    assert not list((workplace / "run").glob("*tmp"))
     assert_files_are_read_alike(plain["read"], classifier, workplace)
 
     best = checkpoint.best(workplace / "run", pytest.fail)
@@ -142,4 +142,4 @@ def test_a_network_that_cannot_be_published_is_a_storage_error(tmp_path: Path) -
     (tmp_path / "model.safetensors" / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"model\.safetensors cannot be written: .*Free space"):
         publish(tmp_path, {"_target_": "x"}, silent)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*tmp"))

@@ -72,20 +72,20 @@ def test_a_stop_file_that_no_rank_saw_before_the_kill_does_not_end_the_resumed_r
     assert journal.read(cut)[-1].epoch == 16
 
 
-def test_a_new_run_writes_its_configuration_atomically_and_removes_a_stop_file_of_another(
-    cifar_exp: Command, workplace: Path
-) -> None:
+def test_a_new_run_keeps_files_of_others_and_removes_a_stop_file(cifar_exp: Command, workplace: Path) -> None:
     folder = workplace / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("old")
-    os.link(folder / "config.yaml", workplace / "same-file")
     (folder / "stop").touch()
+    refused = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
+    assert refused.returncode == 2
+    assert "run: the folder has config.yaml, which the run would overwrite" in refused.stderr
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"config.yaml": "old", "stop": ""}
+    (folder / "config.yaml").rename(folder / "mine.yaml")
     done = cifar_exp(*TINY, "tracking=none", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert "run/stop: removed" in done.stderr
     assert "training ended early" not in done.stdout
-    assert (folder / "config.yaml").read_text().startswith("data:")
-    assert (workplace / "same-file").read_text() == "old", "the new content was written into the old file"
 
 
 def test_auto_finds_the_interrupted_run_and_leaves_no_folder_of_its_own(
@@ -168,6 +168,11 @@ def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path) -> None
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not list((workplace / "outputs").rglob("run.json"))
+    (workplace / "done" / journal.JOURNAL_FILE).write_text("")
+    reseal(newest := max((workplace / "done").glob("checkpoints/*.json")), config_hash="0" * 64)
+    foreign = cifar_exp(*run, "resume=done")
+    assert foreign.returncode == 2
+    assert f"{newest.stem}.pt: it is the checkpoint of a run with other settings (their" in foreign.stderr
 
 
 def test_other_images_are_refused(cifar_exp: Command, started: Start, workplace: Path) -> None:

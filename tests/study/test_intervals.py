@@ -4,53 +4,87 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from cifar_exp.study.intervals import (
-    Interval,
-    Means,
-    adjusted,
-    block_error,
-    difference,
-    f_probability,
-    percentile_interval,
-)
+from cifar_exp.study.intervals import Estimate, Interval, Means, adjusted, block_error, difference, f_probability
 
 SAMPLES = [[1.0, 2.0, 3.0], [2.0, 4.0, 9.0], [5.0, 5.5]]
 
 
+def sum_of(means: Means, *weights: float) -> Estimate:
+    found = means.sum(weights)
+    assert found
+    return found
+
+
 def test_one_sample_has_students_interval() -> None:
     """Mean 2, standard deviation 1 of three: 2 +- 4.303 / sqrt(3)."""
-    interval = Means.of([[1.0, 2.0, 3.0]]).interval([1])
-    assert interval is not None
+    interval = sum_of(Means.of([[1.0, 2.0, 3.0]]), 1).interval()
     assert (interval.low, interval.high) == pytest.approx(
         (2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4
     )
 
 
-def test_samples_share_their_spread() -> None:
-    """Squares 2 + 26 + 0.125 over 2 + 2 + 1 degrees of freedom; t with 5 reaches 2.571 errors."""
+def test_each_sample_has_its_own_spread() -> None:
+    """Variances of the means 1/3, 13/3 and 1/16."""
     means = Means.of(SAMPLES)
-    spread = math.sqrt(28.125 / 5)
-    assert means.freedom == 5
     assert means.values == pytest.approx([2, 5, 5.25])
-    assert means.errors == pytest.approx([spread / math.sqrt(3), spread / math.sqrt(3), spread / math.sqrt(2)])
-    interval = means.interval([-1, 1, 0])
-    reach = 2.5706 * spread * math.sqrt(2 / 3)
-    assert interval is not None
-    assert (interval.low, interval.high) == pytest.approx((3 - reach, 3 + reach), rel=1e-4)
+    assert means.errors**2 == pytest.approx([1 / 3, 13 / 3, 1 / 16])
+    assert list(means.freedoms) == [2, 2, 1]
+    both = sum_of(means, -1, 1, 0)
+    assert (both.value, both.error) == pytest.approx((3, math.sqrt(14 / 3)))
+    assert both.freedom == pytest.approx((14 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (13 / 3) ** 2 / 2))
 
 
-def test_single_values_have_no_interval() -> None:
-    assert Means.of([[1.0], [2.0]]).interval([0, 1]) is None
+def test_unknown_noise_gives_no_estimate() -> None:
+    """Single runs; too few blocks for one degree of freedom; repeats that do not differ."""
+    means = Means.of([[1.0], [2.0, 3.0], [4.0, 4.0]])
+    assert means.sum([1, 0, 0]) is None
+    assert means.sum([-1, 1, 0]) is None
+    assert means.sum([0, 0, 1]) is None
+    assert sum_of(means, 0, 1, 0).value == 2.5
+    assert sum_of(means, 0, 1, -1).value == -1.5
+    assert Means(np.array([1.0]), np.array([0.1]), np.array([2 / 3])).sum([1]) is None
+    assert Means(np.array([1.0]), np.array([0.1]), np.array([3.0])).sum([math.nan]) is None
 
 
-def test_percentiles_of_the_draws_are_the_ends_of_the_t_interval() -> None:
+@given(
+    samples=st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6), min_size=1, max_size=4),
+    weights=st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4),
+)
+def test_an_interval_holds_its_estimate_and_is_finite(samples: list[list[float]], weights: list[float]) -> None:
+    found = Means.of(samples).sum(weights[: len(samples)])
+    if found:
+        interval = found.interval()
+        assert -math.inf < interval.low < found.value < interval.high < math.inf
+        assert 0 <= found.probability() <= 1
+
+
+def test_several_contrasts_are_welchs_analysis_of_variance() -> None:
+    samples = [[10.1, 10.4, 9.9, 10.0], [10.9, 11.4, 12.1], [9.0, 12.0, 11.0, 13.0, 10.5]]
+    means = Means.of(samples)
+    contrasts = np.array([[-1.0, 1, 0], [-1, 0, 1]])
+    test = means.deviation(contrasts, contrasts @ means.values)
+    assert test
+    weights = 1 / means.errors**2
+    grand = weights @ means.values / weights.sum()
+    off = ((1 - weights / weights.sum()) ** 2 / means.freedoms).sum()  # Welch 1951
+    assert test.ratio == pytest.approx((weights * (means.values - grand) ** 2).sum() / 2 / (1 + 2 * off / 8))
+    assert (test.between, test.within) == (2, pytest.approx(8 / (3 * off)))
+    assert test.probability == pytest.approx(stats.f.sf(test.ratio, 2, test.within))
+
+
+def test_one_contrast_is_welchs_t_test() -> None:
     means = Means.of(SAMPLES)
-    exact, drawn = means.interval([-1, 0, 1]), percentile_interval(means.draws() @ np.array([-1, 0, 1]))
-    assert exact is not None
-    assert (drawn.low, drawn.high) == pytest.approx((exact.low, exact.high), abs=0.06 * (exact.high - exact.low))
-    assert (means.draws() == means.draws()).all()
+    test = means.deviation(np.array([[-1.0, 1, 0]]), [3.0])
+    both = sum_of(means, -1, 1, 0)
+    assert test
+    assert (math.sqrt(test.ratio), test.within) == pytest.approx((3 / both.error, both.freedom))
+    assert test.probability == pytest.approx(both.probability())
+    assert Means.of([[1.0], [2.0, 3.0]]).deviation(np.array([[-1.0, 1]]), [1.5]) is None
+    assert Means.of([[2.0, 2.0], [3.0, 3.0]]).deviation(np.array([[-1.0, 1]]), [1.0]) is None
 
 
 def test_the_error_of_a_median_grows_where_neighbours_are_alike() -> None:
@@ -62,21 +96,23 @@ def test_the_error_of_a_median_grows_where_neighbours_are_alike() -> None:
     assert np.mean(lasting) > 2 * np.mean(errors)
 
 
-def test_few_blocks_tell_nothing_and_equal_ones_are_sure() -> None:
-    error, freedom = block_error([1.0, 2.0, 3.0])
-    assert (math.isnan(error), freedom) == (True, 0)
+def test_few_blocks_tell_nothing() -> None:
+    """Five blocks are 5/3 stretches: less than one degree of freedom."""
+    for values in ([], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]):
+        error, freedom = block_error(values)
+        assert (math.isnan(error), freedom) == (True, 0)
     assert block_error([2.0] * 16) == (0.0, 3.0)
 
 
 def test_differences_are_those_of_welchs_test() -> None:
     first, second = [10.1, 10.4, 9.9], [10.9, 11.4, 12.1, 11.0]
-    interval, probability = difference(Means.of([first]), Means.of([second]), ([1], [1]))
+    found = difference(Means.of([first]).sum([1]), Means.of([second]).sum([1]))
     reference = stats.ttest_ind(second, first, equal_var=False)
     ends = reference.confidence_interval(0.95)
-    assert interval is not None
-    assert probability == pytest.approx(reference.pvalue)
-    assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high))
-    assert difference(Means.of([[1.0]]), Means.of([second]), ([1], [1])) == (None, None)
+    assert found
+    assert found.probability() == pytest.approx(reference.pvalue)
+    assert (found.interval().low, found.interval().high) == pytest.approx((ends.low, ends.high))
+    assert difference(None, Means.of([second]).sum([1])) is None
 
 
 def test_probability_of_an_f_is_scipys() -> None:

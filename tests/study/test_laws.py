@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.interval_coverage import SCENARIOS, coverage
+from benchmarks.interval_coverage import LEAST, SCENARIOS, coverage
 from cifar_exp.study.intervals import Means
 from cifar_exp.study.laws import Name, fitted, relative_rate
 
@@ -41,13 +41,13 @@ def test_gains_of_doubling_by_hand() -> None:
 
 
 def test_the_interval_is_that_of_error_propagation() -> None:
-    """Two counts: f = 2 / S - 1, so its error is 2 / S times that of ln S. Two repeats: t with 2 degrees, 4.303."""
+    """Two counts: f = 2 / S - 1, so its error is 2 / S times that of ln S. Two repeats each: t of 2 degrees, 4.303."""
     fit = fitted("Amdahl", [1, 2], measured("Amdahl", 0.1, noise=0.005, counts=[1, 2]))
     speedup = 1 / (0.1 + 0.45)
     spread = 0.005 * math.sqrt(2)  # of two values 0.005 to each side, each count's mean divides it by sqrt(2)
     reach = 4.3027 * 2 / speedup * spread
     assert fit.interval is not None
-    assert (fit.interval.high - fit.interval.low) / 2 == pytest.approx(reach, rel=0.1)
+    assert (fit.interval.high - fit.interval.low) / 2 == pytest.approx(reach, rel=1e-4)
 
 
 def test_what_the_data_does_not_support_is_warned_of() -> None:
@@ -66,11 +66,11 @@ def test_what_the_data_does_not_support_is_warned_of() -> None:
     assert (fit.interval, fit.gain_interval) == (None, None)  # one run each: nothing is known of the noise
 
 
-@pytest.mark.parametrize("name", ["amdahl, 3 seeds", "gustafson, 3 seeds"])
-def test_the_interval_holds_the_known_serial_fraction_in_95_of_100_sweeps(name: str) -> None:
-    """A fifth of what ``benchmarks/interval_coverage.py`` counts; its 2,000 sweeps have to lie between 93 and 97 %."""
-    share = coverage(SCENARIOS[name], sweeps=400).fraction
-    assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
+@pytest.mark.parametrize("name", ["gustafson, 3 seeds", "only the largest count is noisy"])
+def test_intervals_hold_the_truth_in_95_of_100_sweeps(name: str) -> None:
+    """A tenth of what ``benchmarks/interval_coverage.py`` counts; its 2,000 sweeps have to reach 93 %."""
+    found = coverage(SCENARIOS[name], sweeps=200)
+    assert min(found.fraction, found.speedup) > LEAST - 3 * math.sqrt(LEAST * (1 - LEAST) / 200)
 
 
 def test_a_bootstrap_of_three_repeats_would_hold_it_too_rarely() -> None:

@@ -1,9 +1,11 @@
 """A study's table, CSV, page and metrics say what its runs say; two sweeps are compared figure by figure."""
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -189,10 +191,36 @@ def test_two_sweeps_differ_where_the_difference_is_beyond_their_noise(tmp_path: 
     assert "Welch" in page.read_text()
 
 
-def test_sweeps_without_repeats_or_anything_in_common() -> None:
-    same = Comparison.of(("A", "B"), RUNS[::3], RUNS[::3])
-    assert {item.verdict for item in same.differences if item.quantity == "test_accuracy"} == {"noise unknown"}
-    assert any("one run a device count" in note for note in same.notes)
+def test_equal_sweeps_differ_in_5_of_100_families_at_most() -> None:
+    """Three seeds, two counts, seven differences each, with noise that doubles with the count."""
+    rng = np.random.default_rng(3)
+    families = 200
+
+    def sweep() -> list[FinishedRun]:
+        return [
+            finished(count, seed, 100 * count * math.exp(0.02 * count * rng.normal()), 0.8 + 0.01 * rng.normal())
+            for count in (1, 2)
+            for seed in range(3)
+        ]
+
+    wrong = sum(
+        any(item.verdict == "beyond noise" for item in Comparison.of(("A", "B"), sweep(), sweep()).differences)
+        for _ in range(families)
+    )
+    assert wrong <= families * (0.05 + 3 * math.sqrt(0.05 * 0.95 / families))
+
+
+def test_sweeps_of_single_runs_claim_no_difference() -> None:
+    """Their blocks of steps say nothing about another run."""
+    faster = [replace(run, metrics={**run.metrics, "steady_images_per_second": 500.0}) for run in RUNS]
+    for first, second in ((RUNS[::3], faster[::3]), (RUNS, faster[::3]), (RUNS[::3], faster)):
+        compared = Comparison.of(("A", "B"), first, second)
+        assert {item.verdict for item in compared.differences} == {"noise between runs not known"}
+        assert {(item.interval, item.probability) for item in compared.differences} == {(None, None)}
+        assert any(note.startswith("noise between runs not known") for note in compared.notes)
+
+
+def test_sweeps_without_anything_in_common_are_refused() -> None:
     with pytest.raises(ConfigError, match="no finished runs of the same group and device count"):
         Comparison.of(("A", "B"), RUNS, [finished(8, 0, 700.0)])
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.study.finished_runs import grouped
@@ -103,17 +106,54 @@ def run(devices: int, rate: float, accuracy: float = 0.5, **more: object) -> Run
 
 
 def test_intervals_by_hand() -> None:
-    """Logarithms 0.01 and 0.02 to each side: squares 0.001 over 2 degrees of freedom, t 4.303, two runs a mean."""
+    """Logarithms 0.01 and 0.02 to each side of two runs a count: errors 0.01 and 0.02 with one degree of freedom each.
+
+    Their difference has sqrt(0.0005) with 0.0005^2 / (0.0001^2 + 0.0004^2) = 1.47 degrees, for which t is 6.2.
+    """
     off = [(1, 100, 0.01), (1, 100, -0.01), (2, 180, 0.02), (2, 180, -0.02)]
     first, second = Group.of([run(count, rate * math.exp(by)) for count, rate, by in off]).rows
-    error = math.sqrt(0.001 / 2 / 2)
-    rate, reach = first.intervals["images_per_second"], math.exp(4.3027 * error)
+    rate, reach = first.intervals["images_per_second"], math.exp(12.7062 * 0.01)
     assert (rate.low, rate.high) == pytest.approx((100 / reach, 100 * reach), rel=1e-4)
     assert "speedup" not in first.intervals  # it is what the others are compared with
-    reach = math.exp(4.3027 * error * math.sqrt(2))
+    reach = math.exp(stats.t.ppf(0.975, 25 / 17) * math.sqrt(0.0005))
     for figure, value in (("speedup", 1.8), ("efficiency", 0.9), ("time_ratio", 1.8)):
         interval = second.intervals[figure]
         assert (interval.low, interval.high) == pytest.approx((value / reach, value * reach), rel=1e-3)
+
+
+def test_a_count_with_one_run_has_no_interval_and_the_others_have_theirs() -> None:
+    group = Group.of([run(1, 100), run(1, 101), run(2, 190), run(4, 370), run(4, 380)])
+    assert "images_per_second" in group.rows[0].intervals
+    assert group.rows[1].intervals == {}
+    assert "speedup" in group.rows[2].intervals
+    assert "none where devices.count is 2: one run there" in group.notes[0]
+    assert [fit.interval for fit in group.fits] == [None, None]
+
+
+def test_five_steady_blocks_of_one_seed_carry_no_interval() -> None:
+    """They printed [nan%, nan%], and a gain of 1.70 within [2.00, 2.00]."""
+    group = Group.of([run(1, 100, block_rates=(99.0, 101, 100, 98, 102)), run(2, 170, block_rates=(170.0,) * 5)])
+    assert [(fit.interval, fit.gain_interval) for fit in group.fits] == [(None, None)] * 2
+    assert "nan" not in " ".join([*map(str, group.fits), *group.notes])
+    assert group.rows[1].intervals == {}
+
+
+@given(
+    rates=st.lists(st.lists(st.floats(1, 1e6), min_size=1, max_size=3), min_size=2, max_size=4),
+    blocks=st.lists(st.floats(1, 1e6), max_size=30),
+)
+def test_intervals_hold_what_they_are_about(rates: list[list[float]], blocks: list[float]) -> None:
+    group = Group.of(
+        [run(2**place, rate, block_rates=tuple(blocks)) for place, sample in enumerate(rates) for rate in sample]
+    )
+    for row in group.rows:
+        for name, interval in row.intervals.items():
+            assert interval.low <= getattr(row, name) * (1 + 1e-9)
+            assert interval.high >= getattr(row, name) * (1 - 1e-9)
+    for fit in group.fits:
+        assert fit.interval is None or fit.interval.low <= fit.serial_fraction <= fit.interval.high
+        assert fit.gain_interval is None or fit.gain_interval.low <= fit.gain <= fit.gain_interval.high
+        assert "nan" not in str(fit)
 
 
 def test_one_run_a_count_has_the_noise_of_its_blocks_and_says_so() -> None:
@@ -154,11 +194,12 @@ def test_the_sentence_on_accuracy_names_its_test() -> None:
 
     noisy = sentence((0.80, 0.82, 0.84), (0.82, 0.83, 0.84))
     assert noisy.startswith("test accuracy: +1.00 points on 2 devices against 1 (95 % interval -")
-    assert "are within the noise of the seeds (one-way analysis of variance, F(1, 4) = 0.6, p = 0.48)" in noisy
+    assert "are within the noise of the seeds (Welch's analysis of variance, F(1, 2.94) = 0.6, p = 0.5)" in noisy
     worse = sentence((0.80, 0.82, 0.84), (0.81, 0.82, 0.83), (0.60, 0.62, 0.64))
     assert "-20.00 points on 4 devices against 1" in worse
     assert "go beyond the noise of the seeds" in worse
-    assert "F(2, 6) = 133, p = 1.1e-05" in worse  # scipy.stats.f_oneway of the same values
+    assert "F(2, 3.56) = 105, p = 0.00069" in worse  # scipy.stats.f_oneway with equal_var=False
+    assert "the noise is not known" in sentence((0.8, 0.8), (0.9, 0.9))
     assert "cannot tell whether" in sentence((0.8,), (0.7,))
     assert sentence((0.8, 0.8, 0.8), (0.8, 0.8)).endswith("+0.00 points on 2 devices against 1: the same in all runs")
 

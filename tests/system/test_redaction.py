@@ -4,6 +4,7 @@ import base64
 import http.client
 import os
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 
 from cifar_exp import errors
 from cifar_exp.data import download
-from cifar_exp.records.run_folder import make_private
+from cifar_exp.records.run_folder import make_folder, make_job_private
 from cifar_exp.system.redaction import is_secret, masked, masked_text
 from tests.conftest import TINY, Command, the_run
 from tests.helpers.cifar10_release import (
@@ -173,10 +174,30 @@ def test_outputs_are_the_users_alone_and_what_is_not_ours_stays_as_it_is(cifar_e
     assert modes(cache.parent) == ["0o755"]
     assert modes(workplace / "elsewhere") == ["0o755"]
 
-    (workplace / "shared").mkdir(mode=0o755)
-    (workplace / "shared" / "theirs.txt").write_text("")
-    make_private(workplace / "shared")
-    assert modes(workplace / "shared") == ["0o755"]
+
+def test_a_folder_that_was_there_before_keeps_its_mode(workplace: Path) -> None:
+    """``outputs`` is a link to a folder that a group shares."""
+    shared = workplace / "shared"
+    shared.mkdir()
+    shared.chmod(0o2775)
+    (workplace / "outputs").symlink_to(shared)
+    (shared / "made").mkdir(mode=0o755)
+    umask = os.umask(0o002)
+    try:
+        for _ in range(2):
+            make_folder(Path("outputs") / "day" / "run")
+        make_folder(Path("outputs") / "made")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o2775
+    assert modes(shared / "day", shared / "day" / "run", shared / "made") == ["0o775", "0o700", "0o755"]
+
+    job, old, own = (workplace / name for name in ("job", "old", "own"))
+    for folder, file in ((job, "train.log"), (old, ".lock"), (own, "theirs.txt")):
+        folder.mkdir(mode=0o755)
+        (folder / file).touch()
+        make_job_private(folder)
+    assert modes(job, old, own) == ["0o700", "0o755", "0o755"]
 
 
 def ask(port: int, host: str, path: str = "/ajax-api/2.0/mlflow/experiments/search?max_results=1") -> int:

@@ -1,17 +1,22 @@
 """Temporary folders: private, removed at the end, and after a kill by whoever comes next; never one that is in use."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
+from cifar_exp.system.marked_folders import is_marked, mark
 from cifar_exp.system.temp_folder import private_folder
 from tests.conftest import environment
 
 HOLD = """
 import time
+from cifar_exp.system.atomic_files import atomic_folder, remove_unfinished
+from cifar_exp.system.marked_folders import is_marked, mark
 from cifar_exp.system.temp_folder import private_folder
 with private_folder() as folder:
     print(folder, flush=True)
@@ -36,6 +41,41 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
     with private_folder() as mine:
         assert list(tmp_path.iterdir()) == [mine]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_other_people_with_such_a_name_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run, a data root, a copy of a temporary folder and a link, whatever files they hold."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run, data = tmp_path / "cifar-exp-run", tmp_path / "cifar-exp-data"
+    for folder in (run, data):
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / "kept").touch()
+    with private_folder() as mine:
+        shutil.copytree(mine, tmp_path / "cifar-exp-copy")
+        shutil.copytree(mine, tmp_path / "elsewhere")
+    elsewhere = tmp_path / "elsewhere"
+    mark(elsewhere)
+    (tmp_path / "cifar-exp-link").symlink_to(elsewhere)
+    before = sorted(tmp_path.rglob("*"))
+    with private_folder():
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    elsewhere.rename(tmp_path / "cifar-exp-elsewhere")  # the mark of a process that is gone
+    with private_folder():
+        pass
+    assert not (tmp_path / "cifar-exp-elsewhere").exists()
+
+
+def test_an_image_cache_keeps_folders_of_other_people(tmp_path: Path) -> None:
+    (tmp_path / "unfinished-work").mkdir()
+    (tmp_path / "unfinished-dead").mkdir()
+    mark(tmp_path / "unfinished-dead")
+    remove_unfinished(tmp_path)
+    with atomic_folder(tmp_path / "data") as folder:
+        (folder / "a").write_text("b")
+        assert is_marked(folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "data", "unfinished-work"]
 
 
 def test_a_signal_while_it_is_removed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
