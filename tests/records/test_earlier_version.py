@@ -22,6 +22,7 @@ from cifar_exp.runs import resume
 from cifar_exp.runs.classifier import Classifier
 from cifar_exp.system.machine import description
 from tests.conftest import Command
+from tests.helpers.checkpoints import reseal
 from tests.helpers.configs import composed
 
 RUNS = Path(__file__).with_name("runs-of-0.1.zip")
@@ -115,13 +116,16 @@ def without(folder: Path, settings: list[str]) -> None:
     hashed = {name: value for name, value in info["params"].items() if bears_on_result(name)}
     info["config_hash"] = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    info["config_hashes"] = [info["config_hash"]]
     (folder / "run.json").write_text(json.dumps(info))
+    for manifest in folder.glob("checkpoints/*.json"):
+        reseal(manifest, config_hash=info["config_hash"])
 
 
 def test_this_is_how_runs_are_hashed(runs: Path) -> None:
-    before = (runs / "run" / "run.json").read_text()
+    before = json.loads((runs / "run" / "run.json").read_text())
     without(runs / "run", [])
-    assert json.loads((runs / "run" / "run.json").read_text()) == json.loads(before)
+    assert json.loads((runs / "run" / "run.json").read_text()) == before | {"config_hashes": [before["config_hash"]]}
 
 
 @pytest.mark.parametrize("wanted", ["auto", "outputs/run"])

@@ -88,7 +88,7 @@ def test_a_folder_of_the_run_is_no_link_and_holds_none(run: Path, name: str) -> 
         check_folder(run)
     (run / name).unlink()
     (run / name).mkdir()
-    as_link(run / name / "any.json")
+    as_link(run / name / "step-any.json")
     with pytest.raises(StorageError, match=r"any\.json: it is a link"):
         check_folder(run)
 

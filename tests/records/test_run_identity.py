@@ -68,7 +68,7 @@ def test_a_copy_of_a_folder_is_another_run_and_stays_one(run: RunInfo, workplace
     assert not (copy / RUN_ID_FILE).exists()
     again, original = claimed(copy, "hash")
     assert (again.key, original) == (found.key, None)
-    (copy / RUN_ID_FILE).write_text("id of the copy")
+    (copy / RUN_ID_FILE).write_text("0123456789abcdef" * 2)
     third, original = claimed(shutil.copytree(copy, workplace / "copy of the copy"), "hash")
     assert original == copy
     first, original = claimed(run.run_dir, "hash")

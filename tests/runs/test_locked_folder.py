@@ -36,7 +36,7 @@ def test_a_file_with_the_name_of_a_runs_file_is_not_overwritten(tmp_path: Path, 
     assert (folder / name).read_text() == "mine"
     (folder / name).unlink()
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError), locked_run_folder(start(folder), default_config()):
+    with pytest.raises(StorageError, match="it is a link"), locked_run_folder(start(folder), default_config()):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
@@ -63,6 +63,6 @@ def test_a_file_with_the_name_of_the_lock_keeps_its_content(tmp_path: Path) -> N
     (tmp_path / LOCK_FILE).rename(tmp_path / "elsewhere")
     (tmp_path / LOCK_FILE).symlink_to(tmp_path / "elsewhere")
     before = (tmp_path / "elsewhere").read_text()
-    with pytest.raises(StorageError, match="Remove it if it is not of a run"):
+    with pytest.raises(StorageError, match="it is a link"):
         lock_run_folder(tmp_path)
     assert (tmp_path / "elsewhere").read_text() == before
