@@ -37,6 +37,12 @@ def raise_swallowed() -> None:
         raise stopped
 
 
+def note_stopped(stopped: Stopped) -> None:
+    """Answer further signals as those after the first one."""
+    _answer(partial(_closing, stopped))
+    answer_once(stopped.number)
+
+
 def ignore_signals() -> None:
     """Ignore signals from now on: everything is closed, and the exit code is final."""
     _answer(signal.SIG_IGN)
@@ -89,8 +95,7 @@ def _answer(handler: Handler | signal.Handlers) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     stopped = Stopped(number)
-    _answer(partial(_closing, stopped))
-    answer_once(number)
+    note_stopped(stopped)
     raise stopped
 
 

@@ -4,12 +4,17 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cifar_exp.cli.api import train
 from cifar_exp.cli.train import command
 from cifar_exp.errors import ConfigError
+from cifar_exp.records.run_folder import RUN_FILE
+from cifar_exp.runs import start
+from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.sweep_resume import SWEEP_FILE, claimed_sweep
 from cifar_exp.system import scheduler
 from cifar_exp.system.scheduler import refuse_many_processes, requeued
@@ -127,3 +132,16 @@ def test_a_requeued_sweep_continues_in_its_folder(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="holds a sweep already"), claimed_sweep(folder, "never", typed):
         pass
     assert (folder / SWEEP_FILE).exists()
+
+
+def test_a_requeued_job_without_a_folder_of_its_own_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    config: Any = SimpleNamespace(resume="never")
+    assert start._wanted(config, RunContext(tmp_path)) is config
+    assert "SLURM_RESTART_COUNT=1: the job was requeued, and trains from the beginning" in capsys.readouterr().err
+    (tmp_path / RUN_FILE).touch()
+    assert start._wanted(config, RunContext(tmp_path, ("resume=never",))) is config
+    assert start._wanted(SimpleNamespace(resume="auto"), RunContext(tmp_path)).resume == "auto"  # type: ignore[arg-type]
+    assert not capsys.readouterr().err
