@@ -65,7 +65,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal_number: int, received: float | None = None) -> None:
         """``received``: when the signal came, on the monotonic clock; None: now."""
         super().__init__(f"stopped by signal {signal_number}")
-        self.exit_code = 128 + signal_number
+        self.number, self.exit_code = signal_number, 128 + signal_number
         self.received = time.monotonic() if received is None else received
 
     @classmethod

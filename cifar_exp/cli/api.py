@@ -14,6 +14,7 @@ from cifar_exp.records.run_folder import make_folder
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.train_composed import train_composed
 from cifar_exp.system.redaction import MaskingFormatter
+from cifar_exp.system.scheduler import refuse_many_processes
 
 LOG_FILE = "cifar-exp.log"
 
@@ -31,6 +32,7 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
     Raises:
         CifarExpError: the run failed. The message and ``exit_code`` are those of the command.
     """
+    refuse_many_processes()
     whole = composed(overrides)
     run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)
     with read_write(whole), open_dict(whole):

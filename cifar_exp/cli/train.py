@@ -4,16 +4,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cifar_exp.system.scheduler import refuse_many_processes
+
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from omegaconf import DictConfig
 
     from cifar_exp.runs.context import RunContext
+
+# Hydra's options that train nothing.
+QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
 @click.command("train", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> int:
     """Train once as configured; with -m, sweep over lists of values."""
+    if not QUESTIONS & {word.partition("=")[0] for word in words}:
+        refuse_many_processes()
     from cifar_exp.cli.hydra_app import run_hydra
 
     return run_hydra(run_job, words, check)
@@ -39,4 +46,5 @@ def run_job(composed: "DictConfig", context: "RunContext") -> float:
     """Train one run: a single one, or a job of a sweep. Returns the test accuracy, 0 to 1, for Hydra's sweepers."""
     from cifar_exp.runs.train_composed import train_composed
 
+    refuse_many_processes()  # a launcher of Hydra's may have started this process
     return train_composed(composed, context).test_accuracy

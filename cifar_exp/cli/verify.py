@@ -11,6 +11,7 @@ import click
 
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files, ignore_broken_output
+from cifar_exp.system.scheduler import refuse_many_processes
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
@@ -42,6 +43,7 @@ def command(words: tuple[str, ...]) -> int:
 
     Exit codes: 0 the ranks compute the same, 1 they do not; others as for cifar-exp.
     """
+    refuse_many_processes()
     return 0 if verify(words) else 1
 
 

@@ -1,11 +1,11 @@
 """Images read from their files while training, for datasets larger than memory."""
 
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +53,16 @@ def _collate(images: list[Tensor | str]) -> Tensor | str:
 
 
 def _begin_worker(_number: int) -> None:
+    """Signals stay blocked as in the rank: torch's handler would end the worker at a SIGTERM from anybody."""
     end_with_parent()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of a terminal; a worker ends with its rank
+
+
+def _end_workers(iterator: Any) -> None:
+    """Ask the workers to end, and kill those that read on: they take no SIGTERM, and Python would wait for them."""
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 @dataclass(frozen=True)
@@ -131,4 +137,4 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
         ) from error
     finally:
         if workers:
-            reader._iterator._shutdown_workers()  # type: ignore[union-attr]
+            _end_workers(reader._iterator)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,7 +23,7 @@ from cifar_exp.launch import rank_processes
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
 from cifar_exp.system.printable import tell
-from cifar_exp.system.signals import answer_once, raise_swallowed, signals_to_answer
+from cifar_exp.system.signals import answer_once, is_repeated, other_handler, raise_swallowed, signals_to_answer
 from cifar_exp.system.temp_folder import private_folder
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
@@ -74,8 +74,8 @@ class ElasticLauncher:
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, ipc_dir)`` in ``job.plan.world_size`` processes.
 
-        On SIGINT, SIGTERM or SIGHUP the ranks finish their step and save. They are killed at a second signal or after
-        ``GRACE_SECONDS`` seconds.
+        On SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 the ranks finish their step and save. They are killed at a second
+        signal or after ``GRACE_SECONDS`` seconds.
 
         Args:
             function: called in each rank with the job and the folder that ranks and launcher share.
@@ -134,18 +134,19 @@ class ElasticLauncher:
             local_addr="127.0.0.1",
             start_method=host.start_method(),
             logs_specs=DefaultLogsSpecs(log_dir=str(ipc_dir / "logs")),
-            # This launcher handles SIGINT, SIGTERM and SIGHUP. Elastic's handlers raise an exception, and parts of
-            # elastic catch it. They also end a run under nohup.
+            # This launcher answers the signals that ask a run to end. Elastic's handlers raise an exception, and parts
+            # of elastic catch it. They also end a run under nohup.
             signals_to_handle="SIGQUIT",
         )
 
 
 @contextmanager
 def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]:
-    """Stop the ranks gracefully on SIGINT, SIGTERM or SIGHUP while the context is open.
+    """Stop the ranks gracefully on a signal that asks the run to end, while the context is open.
 
     At the first signal the ranks are asked to finish their step and save. They are killed after ``GRACE_SECONDS``
-    seconds (elastic would wait half a minute for a suspended rank) or at the second signal.
+    seconds (elastic would wait half a minute for a suspended rank) or at the second signal. A handler that the program
+    around this one had for the signal is called once the ranks have ended: submitit's requeues the job.
 
     Args:
         ipc_dir: the folder that ranks and launcher share.
@@ -170,11 +171,13 @@ def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if is_repeated(received[0], number):
+            return
         restore()
         rank_processes.kill_ranks()
         raise received[0]
 
-    before = {number: signal.signal(number, ask) for number in signals_to_answer()}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in signals_to_answer()}
 
     def restore() -> None:
         for number in signals_to_answer():
@@ -185,6 +188,8 @@ def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         restore()
+        if received and (handler := other_handler(before[received[0].number])):
+            handler(received[0].number, None)
     if received:
         raise received[0]
 

@@ -9,35 +9,26 @@ PyTorch itself.
 """
 
 import multiprocessing
-import signal
 from multiprocessing import resource_tracker
 
 from cifar_exp.system import host
 from cifar_exp.system.import_path import SafeHelpers
-
-# Only the parent handles Ctrl-C. Its child processes start with SIGINT blocked, since an interpreter would otherwise
-# react to it while it starts. SIGHUP stays blocked: ranks, fork server and resource tracker end with their parent.
-BLOCKED = {signal.SIGINT, signal.SIGHUP}
+from cifar_exp.system.signals import blocked_signals
 
 
 def start_fork_server() -> None:
     """Start the fork server if this platform uses one and it does not run yet. It ends with its parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-    try:
-        # Start the resource tracker here, with the signals blocked, so that Ctrl-C does not kill it. Its start
-        # unblocks SIGINT, so they are blocked again below.
-        with SafeHelpers():
-            resource_tracker.ensure_running()
-        _set_known_start_method()
-        if host.start_method() == "forkserver":
-            import multiprocessing.forkserver as forkserver
+    # Ranks, fork server and resource tracker leave signals to the parent. The resource tracker's start unblocks SIGINT
+    # and SIGTERM here, so it comes first, in a block of its own. The tracker itself ignores these two.
+    with blocked_signals(), SafeHelpers():
+        resource_tracker.ensure_running()
+    _set_known_start_method()
+    if host.start_method() == "forkserver":
+        import multiprocessing.forkserver as forkserver
 
-            forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
-            signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-            with SafeHelpers():
-                forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
+        with blocked_signals(), SafeHelpers():
+            forkserver.ensure_running()
 
 
 def _set_known_start_method() -> None:

@@ -5,16 +5,14 @@ The fork server only imports it, so the set-up is at module level.
 
 import gc
 import pickle
-import signal
 import sys
 from contextlib import suppress
 from types import TracebackType
 
 from cifar_exp.system.host import end_with_parent
+from cifar_exp.system.signals import leave_signals_to_parent
 
-# Only the parent handles Ctrl-C. This comes before the imports, which take seconds.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+leave_signals_to_parent()  # before the imports, which take seconds
 end_with_parent()
 
 

@@ -1,5 +1,6 @@
 """Start and end the processes of ranks: forked from the fork server, or spawned where forking is not safe."""
 
+import multiprocessing.process
 import multiprocessing.util
 import signal
 import sys
@@ -8,28 +9,22 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import PContext
 
-from cifar_exp.launch.forkserver import BLOCKED
 from cifar_exp.system import host
 from cifar_exp.system.import_path import SafeHelpers
+from cifar_exp.system.signals import blocked_signals
 
 
 @contextmanager
 def spawning_with_signals_blocked() -> Iterator[None]:
-    """Inside this context multiprocessing spawns processes with ``BLOCKED`` signals blocked, as the fork server does.
-
-    A rank unblocks SIGINT itself.
-    """
+    """Inside this context multiprocessing spawns processes with signals blocked, as for the fork server."""
     util: Any = multiprocessing.util
     spawn = util.spawnv_passfds
 
     def spawned(*arguments: Any) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-        try:
-            with SafeHelpers():
-                return spawn(*arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with blocked_signals(), SafeHelpers():
+            return spawn(*arguments)
 
     util.spawnv_passfds = spawned
     try:
@@ -56,9 +51,30 @@ def without_main_module() -> Iterator[None]:
 
 
 @contextmanager
+def ending_ranks_by_sigkill() -> Iterator[None]:
+    """Inside this context torch ends ranks by SIGKILL, as after the death of another one.
+
+    By default it sends SIGTERM, which ranks leave to their parent, and half a minute later SIGKILL. It does so in
+    ``torch.multiprocessing``, by ``terminate``, and then in elastic.
+    """
+    context: Any = PContext
+    process: Any = multiprocessing.process.BaseProcess
+    close, terminate = context.close, process.terminate
+
+    def killed(self: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:  # noqa: ARG001
+        close(self, signal.SIGKILL, timeout)
+
+    context.close, process.terminate = killed, process.kill
+    try:
+        yield
+    finally:
+        context.close, process.terminate = close, terminate
+
+
+@contextmanager
 def starting_ranks() -> Iterator[None]:
-    """Start ranks in the block: with the parent's signals blocked, and without the program's main module."""
-    with spawning_with_signals_blocked(), without_main_module():
+    """Start ranks in the block, and end them: they leave signals to this process, and know no main module."""
+    with spawning_with_signals_blocked(), without_main_module(), ending_ranks_by_sigkill():
         yield
 
 

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.records import journal, model_export
-from cifar_exp.records.run_folder import CONFIG_FILE, RunInfo
+from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo
 from cifar_exp.runs import resume
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.config_changes import config_hash
@@ -21,6 +21,7 @@ from cifar_exp.system.accelerator import check_precision
 from cifar_exp.system.locks import Owner
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked
+from cifar_exp.system.scheduler import job_tags, requeued
 from cifar_exp.training.plan import check_scaling
 from cifar_exp.worker.train_job import TRACE_FILE
 
@@ -66,7 +67,7 @@ def begin(config: Config, context: RunContext) -> RunStart:
     """
     devices = find_devices(config.devices)
     check_precision(config.train.precision, devices.accelerator)
-    resumed = resume.find(config, context.folder, anywhere=context.is_single, warn=warn)
+    resumed = resume.find(_wanted(config, context), context.folder, anywhere=context.is_single, warn=warn)
     is_finished = resumed is not None and resumed.finished
     is_batch_kept = resumed is not None and resumed.in_place and resumed.kept_batch is not None
     if not is_finished and not is_batch_kept:
@@ -78,6 +79,23 @@ def begin(config: Config, context: RunContext) -> RunStart:
     info = _run_info(config, name, devices, folder, context, resumed)
     started = time.monotonic() - context.age - (resumed.elapsed if resumed else 0.0)
     return RunStart(devices, folder, resumed, name, config_hash(config), info, started)
+
+
+def _wanted(config: Config, context: RunContext) -> Config:
+    """The configuration, with ``resume=auto`` for a requeued job: it starts by the same command in the same folder."""
+    if config.resume != "never" or "resume=never" in context.overrides:
+        return config
+    is_begun = (context.folder / RUN_FILE).exists()
+    job = requeued(RunInfo.load(context.folder).tags if is_begun else None)
+    if is_begun and job:
+        warn(f"{job}: the job was requeued, and its run continues")
+        return replace(config, resume="auto")
+    if context.is_single and job:
+        warn(
+            f"{job}: the job was requeued, and trains from the beginning in {context.folder}. Set resume=auto, or "
+            f"hydra.run.dir to a fixed folder, in its script to continue"
+        )
+    return config
 
 
 def _continued_folder(folder: Path, hydras: Path) -> Path:
@@ -104,6 +122,7 @@ def _run_info(
     tags = {"devices": str(devices.world_size), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags["host"] = Owner.here().host  # jobs of a sweep that run at once there disturb each other
+    tags |= job_tags()
     tags |= machine.description(devices.accelerator, devices.world_size)
     overrides = masked([override for override in context.overrides if not override.startswith("resume=")])
     tags["overrides"] = printable(" ".join(overrides))

@@ -2,9 +2,8 @@
 
 import gc
 import itertools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cifar_exp.config.schema import Devices, ReportSettings
 from cifar_exp.errors import CifarExpError, ConfigError, Stopped
 from cifar_exp.records.refused import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
+from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
 from cifar_exp.runs.sweep_check import check_jobs
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
@@ -133,7 +133,7 @@ class StudySweeper(Sweeper):
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         quiet = OmegaConf.select(self.config, "progress", default="auto") == "quiet"
         with ParentRun(self.config, sweep_dir, tags) as parent:
-            done = self._run(jobs)
+            done = self._run(jobs, sweep_dir)
             rows = [_row(number, job) for number, job in enumerate(done)]
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
             settings = read_section(ReportSettings, self.config, "report") if "report" in self.config else SPEEDUP_ALONE
@@ -193,15 +193,17 @@ class StudySweeper(Sweeper):
             preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
         return [f"{name}={value}" for name, value in preset.items()]
 
-    def _run(self, jobs: list[list[str]]) -> list[JobReturn]:
+    def _run(self, jobs: list[list[str]], sweep_dir: Path) -> list[JobReturn]:
         from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # Hydra executes this module again
 
         assert self.launcher is not None
         # One by one with Hydra's own launcher, which would go on after a signal.
-        size = 1 if isinstance(self.launcher, BasicLauncher) else self.max_batch_size or len(jobs)
+        is_here = isinstance(self.launcher, BasicLauncher)
+        size = 1 if is_here else self.max_batch_size or len(jobs)
         done: list[JobReturn] = []
         for start in range(0, len(jobs), size):
-            done += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
+            with nullcontext() if is_here else saving_jobs(sweep_dir):
+                done += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
             for job in done[start:]:
                 if job.status == JobStatus.FAILED:
                     if stopped := Stopped.cause_of(job._return_value):
@@ -210,15 +212,8 @@ class StudySweeper(Sweeper):
             if start == 0:  # objects of the first job stay alive; frozen, they do not slow down later collections
                 gc.collect()
                 gc.freeze()
-        _end_idle_workers()
+        end_idle_workers()
         return done
-
-
-def _end_idle_workers() -> None:
-    """Tell joblib's worker processes to end. They would wait five minutes for more work, and this process for them."""
-    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
-    if (executor := getattr(loky, "_executor", None)) is not None:
-        executor.shutdown(wait=True, kill_workers=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.system import foreign_files
 from cifar_exp.system.atomic_files import write_json
 from cifar_exp.system.redaction import masked
+from cifar_exp.system.scheduler import requeued
 
 SWEEP_FILE = "sweep.json"
 
@@ -36,6 +37,8 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
     Raises:
         ConfigError: the folder has a sweep with other overrides, or another process uses it.
     """
+    if wanted == "never" and "resume=never" not in arguments and requeued() and (sweep_dir / SWEEP_FILE).exists():
+        wanted = str(sweep_dir)  # the same command in the same folder
     arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
     other: str | None = None
     for path in _sweeps(wanted):

@@ -1,5 +1,6 @@
 """Lock files, and a description of the process that holds one, by which others can tell whether it still lives."""
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -39,6 +40,16 @@ class Owner:
         """The calling process."""
         return cls(_host(), host.boot_id(), host.pid_namespace(), os.getpid(), host.process_started(os.getpid()))
 
+    @property
+    def shares_kernel(self) -> bool:
+        """Whether the process is or was under the kernel that runs here, perhaps in another container."""
+        return bool(self.boot_id) and self.boot_id == host.boot_id()
+
+    @property
+    def host_name(self) -> str:
+        """The name of its host or container."""
+        return self.host.rpartition("-")[0]
+
     def is_gone(self) -> bool:
         """Whether the process has certainly ended; False where that is unknown here."""
         if self.host != _host() or not self.boot_id or not host.boot_id():
@@ -50,7 +61,7 @@ class Owner:
         return host.process_started(self.pid) != self.pid_started
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host.rpartition('-')[0]}"
+        return f"process {self.pid} on {self.host_name}"
 
 
 class HeldError(Exception):
@@ -108,6 +119,16 @@ def acquire(path: Path, timeout: float | None = 0) -> FileLock:
         if not path.read_text() or _noted(path):  # else it is a file of the user's with this name
             path.write_text(json.dumps(asdict(Owner.here())) + "\n")
     return lock
+
+
+def is_free(path: Path) -> bool:
+    """Whether the lock file ``path`` is there and no process that this kernel knows of holds it."""
+    try:
+        with path.open("rb") as file:  # not by FileLock, which empties the file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held; or there is no such file; or the file system has no locks
+        return False
+    return True
 
 
 def _noted(path: Path) -> Owner | None:

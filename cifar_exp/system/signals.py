@@ -3,13 +3,20 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
 from cifar_exp.errors import Stopped
 
 Handler = Callable[[int, FrameType | None], None]
+# What asks a run to end: Ctrl-C, `timeout`, a closed terminal, a scheduler that preempts. A terminal, a scheduler and a
+# container send it to every process of the run. The parent alone answers: it asks the ranks to finish their step and
+# save. All other processes are started with these signals blocked, and ignore them.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+REPEAT_SECONDS = 1.0  # `timeout` sends its signal to the command and at once again to the command's group
 
 
 def install_signal_handlers() -> None:
@@ -30,19 +37,53 @@ def raise_swallowed() -> None:
         raise stopped
 
 
+def note_stopped(stopped: Stopped) -> None:
+    """Answer further signals as those after the first one."""
+    _answer(partial(_closing, stopped))
+    answer_once(stopped.number)
+
+
 def ignore_signals() -> None:
     """Ignore signals from now on: everything is closed, and the exit code is final."""
     _answer(signal.SIG_IGN)
 
 
 def signals_to_answer() -> list[signal.Signals]:
-    """SIGINT, SIGTERM and SIGHUP; without SIGHUP under ``nohup`` or after the first one."""
-    answered = [signal.SIGINT, signal.SIGTERM]
-    return answered if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*answered, signal.SIGHUP]
+    """The signals of ``STOPPING``; without SIGHUP under ``nohup`` or after the first one, and others ignored so."""
+    always = (signal.SIGINT, signal.SIGTERM)
+    left_alone = (signal.SIG_IGN, None)  # None: a handler that is not Python's
+    return [number for number in STOPPING if number in always or signal.getsignal(number) not in left_alone]
+
+
+def leave_signals_to_parent() -> None:
+    """Ignore what asks a run to end: this process is one of a run, and ends with its parent."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Block these signals in the block: processes that are started in it have them blocked from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_repeated(first: Stopped, number: int) -> bool:
+    """Whether a signal is the first one again, sent twice by one sender."""
+    return first.number == number and time.monotonic() - first.received < REPEAT_SECONDS
+
+
+def other_handler(handler: object) -> Handler | None:
+    """``handler``, unless it is Python's default or one of this module's."""
+    own = (_stop, signal.default_int_handler)
+    return handler if callable(handler) and handler not in own and not isinstance(handler, partial) else None
 
 
 def answer_once(number: int) -> None:
-    """Ignore a second SIGHUP: a closed terminal sends it twice, by the system and by the shell."""
+    """Ignore a second SIGHUP: a closed terminal sends it twice, by the system and, maybe later, by the shell."""
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
 
@@ -54,12 +95,13 @@ def _answer(handler: Handler | signal.Handlers) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     stopped = Stopped(number)
-    _answer(partial(_closing, stopped))
-    answer_once(number)
+    note_stopped(stopped)
     raise stopped
 
 
 def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    if is_repeated(first, number):
+        return
     _answer(partial(_end_now, first))
     answer_once(number)
     print("cifar-exp: the run is being closed; a third signal ends it at once", file=sys.stderr, flush=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_exp.records.journal import run_id
-from cifar_exp.records.run_folder import Outcome, is_undelivered
-from cifar_exp.system.locks import Owner
+from cifar_exp.records.run_folder import LOCK_FILE, Outcome, is_undelivered
+from cifar_exp.system.locks import Owner, is_free
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking.own_store import sync_command
 
@@ -25,30 +25,47 @@ def owner_tags(run_dir: Path) -> dict[str, str]:
     return owner | {FOLDER_TAG: str(run_dir.resolve())}
 
 
-def is_dead(tags: Mapping[str, str]) -> bool:
-    """Whether the process named by these tags ran on this host and has ended."""
+def is_dead(tags: Mapping[str, str], identity: str) -> bool:
+    """Whether the process named by these tags of the run ``identity`` ran on this host and has ended.
+
+    Containers number their processes separately. The kernel is the same, so the lock of the run's folder tells.
+    """
     owner = _owner(tags)
-    return owner is not None and owner.is_gone()
+    if owner is None:
+        return False
+    return owner.is_gone() or (owner.shares_kernel and _is_lock_free(tags, identity))
 
 
 def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
-    """Close the experiment's RUNNING runs whose process on this host has ended.
+    """Close the experiment's RUNNING runs whose process on this host, in any container, has ended.
 
-    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed.
+    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed. Of another host's
+    run the lock tells nothing certain, so the user is told what to do if it has ended.
     """
-    host = Owner.here().host.replace("'", "")
-    running = client.search_runs(
-        [experiment_id], f"attributes.status = 'RUNNING' and tags.`{PREFIX}host` = '{host}'", max_results=1000
-    )
+    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
     for run in running:
-        if is_dead(run.data.tags):
-            outcome = _outcome(run.data.tags, run.info.run_id)
+        tags, identity = run.data.tags, run.info.run_id
+        owner, folder = _owner(tags), Path(tags.get(FOLDER_TAG, ""))
+        if is_dead(tags, identity):
+            outcome = _outcome(tags, identity)
             ended = round(outcome.ended * 1000) if outcome else None
-            client.set_terminated(run.info.run_id, outcome.status if outcome else "KILLED", ended)
-            folder = Path(run.data.tags.get(FOLDER_TAG, ""))
+            client.set_terminated(identity, outcome.status if outcome else "KILLED", ended)
             if outcome and outcome.status == "FINISHED" and is_undelivered(folder):
                 message = f"{folder}: its process died before MLflow had everything. Run {sync_command(folder)}"
                 tell(message)
+        elif owner and not owner.shares_kernel and _is_lock_free(tags, identity):
+            tell(
+                f"{folder}: MLflow shows the run as RUNNING on {owner.host_name}, and no process here holds its lock. "
+                f"If it has ended, run {sync_command(folder)}"
+            )
+
+
+def _is_lock_free(tags: Mapping[str, str], identity: str) -> bool:
+    """Whether the run's folder is here, and no process holds its lock."""
+    folder = Path(tags.get(FOLDER_TAG, ""))
+    with suppress(OSError, ValueError):  # another user's
+        return run_id(folder) == identity and is_free(folder / LOCK_FILE)
+    return False
 
 
 def _owner(tags: Mapping[str, str]) -> Owner | None:

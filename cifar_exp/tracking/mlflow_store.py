@@ -146,7 +146,7 @@ class MLflowStore:
             run = RunInfo.load(folder)
             identity = self.find_run(client, run)
             is_resumed = Outcome.of(folder) is None  # it may have been closed after an earlier session died
-            if identity is None or (is_resumed and is_dead(client.get_run(identity).data.tags)):
+            if identity is None or (is_resumed and is_dead(client.get_run(identity).data.tags, identity)):
                 return self.open_run(client, run, {})
             return identity
 

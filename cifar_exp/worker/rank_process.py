@@ -3,7 +3,6 @@
 import atexit
 import gc
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ from cifar_exp.records import checkpoint
 from cifar_exp.system import host
 from cifar_exp.system.printable import printable_text
 from cifar_exp.system.process import keep_freed_memory
+from cifar_exp.system.signals import leave_signals_to_parent
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
@@ -69,10 +69,9 @@ def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: in
 
 
 def begin_rank() -> None:
-    """Exit when the parent exits. Ignore Ctrl-C: the terminal sends it to all processes, and the parent handles it."""
+    """Exit when the parent exits, and leave signals to it."""
     host.end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    leave_signals_to_parent()
 
 
 def end_rank() -> None:

@@ -1,6 +1,18 @@
 """All cases, in the order of the table: importing a module registers its own."""
 
-from tests.faults import deaths, harm, images, overrides, records, saving, starts, storage, sweeps
+from tests.faults import deaths, harm, images, overrides, records, saving, schedulers, starts, storage, sweeps
 from tests.faults.registry import CASES
 
-__all__ = ["CASES", "deaths", "harm", "images", "overrides", "records", "saving", "starts", "storage", "sweeps"]
+__all__ = [
+    "CASES",
+    "deaths",
+    "harm",
+    "images",
+    "overrides",
+    "records",
+    "saving",
+    "schedulers",
+    "starts",
+    "storage",
+    "sweeps",
+]

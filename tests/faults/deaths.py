@@ -55,11 +55,6 @@ def rank_1_killed(scene: Scene) -> None:
     chain(scene, "SIGKILL of rank 1", lambda run: run.ranks()[1].kill(), 7, "rank 1", "SIGKILL")
 
 
-@case("SIGTERM of a rank", racy=True, needs=("linux",))
-def rank_terminated(scene: Scene) -> None:
-    chain(scene, "SIGTERM of a rank", lambda run: run.ranks()[1].terminate(), 7, "rank 1", "SIGTERM")
-
-
 @case("SIGKILL of all ranks at once", racy=True, needs=("linux",))
 def all_ranks_killed(scene: Scene) -> None:
     def strike(running: Running) -> None:
@@ -279,20 +274,24 @@ def rank_dies_again(scene: Scene) -> None:
 
 
 def interrupt_at(
-    scene: Scene, fault: str, reach: Callable[[Running], None], plan: dict[str, object] | None = None
+    scene: Scene,
+    fault: str,
+    reach: Callable[[Running], None],
+    plan: dict[str, object] | None = None,
+    number: int = signal.SIGINT,
 ) -> None:
-    """Ctrl-C at a certain place: 130, one line, KILLED where the run was recorded; the next start trains it."""
+    """A signal to all at a certain place: one line, KILLED where it was recorded; the next start trains it."""
     run = settings(EPOCHS_A_TRY)
-    for number in range(scene.times):
-        here = (f"hydra.run.dir=run-{number}", "resume=auto")
+    for tried in range(scene.times):
+        here = (f"hydra.run.dir=run-{tried}", "resume=auto")
         running = scene.start(*run, *here, plan=plan)
         reach(running)
-        running.signal(signal.SIGINT, group=True)
-        says(running.wait(), 130)
+        running.signal(number, group=True)
+        says(running.wait(), 128 + number)
         assert set(statuses(scene)) <= {"KILLED", "FINISHED"}, statuses(scene)
-        if number == 0 or scene.random.random() < 0.1:  # the next start is the same every time
+        if tried == 0 or scene.random.random() < 0.1:  # the next start is the same every time
             says(scene.run(*run, *here), 0)
-            assert_same_as_uninterrupted(scene, run, f"run-{number}")
+            assert_same_as_uninterrupted(scene, run, f"run-{tried}")
         scene.handled(fault, "trains it to the end")
 
 

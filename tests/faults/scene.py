@@ -90,6 +90,10 @@ class Running:
         except psutil.Error:
             return None
 
+    def helpers(self) -> list[psutil.Process]:
+        """Every process of the command but itself."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def until_training(self, journal: Path, lines: int = 1) -> None:
         """Wait until ``journal`` has got so many more lines."""
         before = _line_count(journal)

@@ -87,10 +87,14 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@case("another launcher's environment")
+@case("one of several processes of a launcher", "another launcher's environment")
 def other_launcher(scene: Scene) -> None:
     run = settings(2)
     env = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "1"}
+    says(scene.run(*run, *HERE, *UNTRACKED, env=env), 2, "WORLD_SIZE=8", "devices.count=8")
+    assert not (scene.folder / "run").exists()
+    scene.handled("one of several processes of a launcher", "the same")
+    del env["WORLD_SIZE"]
     says(scene.run(*run, *HERE, *UNTRACKED, env=env | {"OMP_NUM_THREADS": "many"}), 0)
     assert_same_as_uninterrupted(scene, run)
     scene.handled("another launcher's environment", "none needed: it is not looked at")

@@ -4,7 +4,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -45,6 +45,14 @@ def wait_for(condition: Callable[[], object], process: ForkedCommand, seconds: f
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+def to_every_process(process: ForkedCommand, number: int) -> None:
+    """Send a signal to all processes of a command, as a scheduler does: ranks first, twice to the command."""
+    command = psutil.Process(process.pid)
+    for member in (*reversed(command.children(recursive=True)), command, command):
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
 
 
 def assert_nothing_is_left(processes: list[psutil.Process]) -> None:

@@ -20,7 +20,7 @@ from cifar_exp.worker import final_metrics
 from tests.conftest import TINY, Command
 from tests.faults.runs import curve
 from tests.helpers.mlflow_runs import all_runs, client
-from tests.helpers.processes import Start, training_ranks, wait_for
+from tests.helpers.processes import Start, to_every_process, training_ranks, wait_for
 from tests.helpers.runs import REPEATABLE, weights
 from tests.helpers.tiny_training import train_batches, trainer, validation
 
@@ -35,16 +35,17 @@ def manifest(run_dir: Path) -> checkpoint.Manifest:
 
 
 def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit(
-    cifar_exp: Command, started: Start, workplace: Path
+    cifar_exp: Command, started: Start, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Schedulers and containers send it to every process of the run. A requeued job starts by the same command."""
     run = [*STEPS, "devices.count=2", "train.weight_averaging=0.9"]
     assert cifar_exp(*run, "hydra.run.dir=whole", "tracking=none").returncode == 0
     cut, cuts = workplace / "cut", []
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGUSR2, 140)):
         process = started(*run, "hydra.run.dir=cut", "resume=auto")
         before = len(journal.read(cut))
         wait_for(lambda before=before: len(journal.read(cut)) > before + 5, process)
-        process.send_signal(number)
+        to_every_process(process, number)
         output, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
         assert "Traceback" not in errors
@@ -53,8 +54,10 @@ def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit
         # MLflow has but a few seconds to take that in, on a busy machine too.
         assert [run.info.status for run in all_runs(client())] == ["KILLED"] or "cifar-exp sync" in errors
     assert any(step % 60 for step in cuts), "by chance all cuts lay between two epochs"
-    again = cifar_exp(*run, "hydra.run.dir=cut", "resume=auto")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = cifar_exp(*run, "hydra.run.dir=cut")
     assert again.returncode == 0, again.stderr
+    assert "SLURM_RESTART_COUNT=1: the job was requeued, and its run continues" in again.stderr
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
     for name, value in weights(workplace / "whole").items():
         assert torch.equal(value, weights(cut)[name]), name

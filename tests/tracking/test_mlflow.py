@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from cifar_exp.records import journal
 from cifar_exp.records.journal import RUN_ID_FILE, Entry
-from cifar_exp.records.run_folder import UNDELIVERED_FILE, Outcome, RunInfo
+from cifar_exp.records.run_folder import LOCK_FILE, UNDELIVERED_FILE, Outcome, RunInfo, lock_run_folder
 from cifar_exp.system.locks import Owner
 from cifar_exp.tracking.dead_runs import owner_tags
 from cifar_exp.tracking.follower import Follower
@@ -221,6 +221,11 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     living = planted("living")
     elsewhere = planted("elsewhere", host="another", boot_id="x")
     container = planted("container", pid_namespace="pid:[1]", pid="1")
+    killed_there = planted("killed-there", host="another", pid_namespace="pid:[1]", pid="1")
+    training_there = planted("training-there", host="another", pid_namespace="pid:[1]", pid="1")
+    for name in ("elsewhere", "killed-there", "training-there"):
+        (workplace / "outputs" / name / LOCK_FILE).touch()
+    held = lock_run_folder(workplace / "outputs" / "training-there")
     reused = planted("reused", pid_started="1")
     rebooted = planted("rebooted", boot_id="an earlier one")
     finished = planted("finished", boot_id="an earlier one")
@@ -228,11 +233,19 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     (workplace / "outputs" / "finished" / UNDELIVERED_FILE).touch()
     next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
     assert next_start.returncode == 0, next_start.stderr
-    assert next_start.stderr.count("cifar-exp sync") == 1
+    held.release()
+    assert next_start.stderr.count("cifar-exp sync") == 2
+    assert "If it has ended, run cifar-exp sync outputs/elsewhere" in next_start.stderr
     assert "cifar-exp sync outputs/finished" in next_start.stderr
     status = {run.info.run_id: run.info.status for run in all_runs(store)}
     expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
-    expected |= {reused: "KILLED", rebooted: "KILLED", finished: "FINISHED"}
+    expected |= {
+        killed_there: "KILLED",
+        training_there: "RUNNING",
+        reused: "KILLED",
+        rebooted: "KILLED",
+        finished: "FINISHED",
+    }
     assert {identity: status.pop(identity) for identity in expected} == expected
     assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job
     assert store.get_run(finished).info.end_time == 1_700_000_000_500
