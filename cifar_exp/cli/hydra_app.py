@@ -26,9 +26,10 @@ from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
 from cifar_exp.system.printable import tell
-from cifar_exp.system.process import allow_open_files, ignore_broken_output
+from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed, swallowed
+from cifar_exp.system.standard_streams import ignore_broken_output
 
 Job = Callable[[DictConfig, RunContext], Any]
 # Every allowed `_target_`, the class that conf/config.yaml names for Python's logging, and Hydra's own callbacks.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
-from cifar_exp.system.process import allow_open_files, ignore_broken_output
+from cifar_exp.system.process import allow_open_files
+from cifar_exp.system.standard_streams import ignore_broken_output
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
