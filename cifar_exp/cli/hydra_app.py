@@ -202,7 +202,8 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
         ConfigError: it cannot be composed; the message is that of :func:`cifar_exp.config.refusals.explained`.
     """
     register_resolvers()
-    search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+    quoted = str(Path(folder).resolve()).replace('"', '\\"') if folder else ""
+    search = [f'hydra.searchpath=["file://{quoted}"]'] if folder else []
     try:
         with hydra_versions.composing(conf_dir()):
             return compose("config", [*search, *overrides], return_hydra_config=True)

@@ -2,8 +2,9 @@
 
 import os
 import socket
+import sqlite3
 import sys
-from pathlib import Path
+from contextlib import suppress
 
 import click
 
@@ -15,6 +16,7 @@ from cifar_exp.system.redaction import masked_text
 from cifar_exp.system.surroundings import set_up_environment
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+from cifar_exp.tracking.store_address import follow_moved_store
 
 HOST = "127.0.0.1"
 
@@ -46,15 +48,18 @@ def store_address(uri: str | None) -> str:
     Raises:
         ConfigError: the store does not exist, or it is a server with its own pages.
     """
-    address = MLflowTracker(uri).address()
+    store = MLflowTracker(uri)
+    address, database = store.address(), store.database()
     if address.startswith("http"):
         raise ConfigError(f"tracking.uri={uri}: that is a server with its own pages. Open it in a browser")
-    database = address.partition("sqlite:///")[2].partition("?")[0]
-    if database and not Path(database).exists():
+    if database and not database.exists():
         raise ConfigError(
             f"{database}: there is no such store yet. Run cifar-exp first, change to the folder that has outputs/, "
             f"or set tracking.uri=<address>"
         )
+    if database:
+        with suppress(sqlite3.Error):  # a store that is read-only or in use is served as it is
+            follow_moved_store(database)
     return address
 
 
@@ -76,7 +81,7 @@ def check_port(port: int) -> None:
 def server_arguments(port: int) -> list[str]:
     """The arguments of ``mlflow``. ``--allowed-hosts`` refuses requests of other sites by DNS rebinding."""
     hosts = ",".join(f"{name}:{port}" for name in (HOST, "localhost"))
-    artifacts = str((OUTPUTS / "artifacts").resolve())  # for runs that are tracked through this server
+    artifacts = (OUTPUTS / "artifacts").resolve().as_uri()  # for runs that are tracked through this server
     listening = ["--host", HOST, "--port", str(port), "--allowed-hosts", hosts]
     # uvicorn searches the folder --app-dir first for modules, by default the current folder.
     options = ["--uvicorn-opts", f"--app-dir {os.devnull}"]
