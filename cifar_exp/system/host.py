@@ -75,6 +75,17 @@ def _start_methods() -> list[str]:
     return multiprocessing.get_all_start_methods()
 
 
+def shared_lock_problem() -> str:
+    """Why processes cannot share locks here; empty if they can. On Linux such locks are files in shared memory."""
+    import multiprocessing
+
+    try:
+        multiprocessing.get_context(worker_start_method()).Lock()
+    except (OSError, ImportError) as error:  # ImportError: Python was built without them
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
 def end_with_parent() -> None:
     """Make this process end when its parent ends, for any reason.
 

@@ -3,15 +3,21 @@
 import errno
 import fcntl
 import inspect
+import multiprocessing
 import os
+import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, MachineError, StorageError
+from cifar_exp.launch.elastic import _first_failure, _shared_folder
+from cifar_exp.launch.forkserver import start_fork_server
+from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import is_locked, lock_run_folder
 from cifar_exp.system.atomic_files import atomic_folder, write_atomically
@@ -77,7 +83,8 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("without_locks")
-def test_without_locks_one_process_alone_trains_in_a_folder(tmp_path: Path) -> None:
+def test_without_locks_one_process_alone_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # those of other processes here have locks
     with lock_run_folder(tmp_path):
         assert is_locked(tmp_path)
         remedy = rf"\(process {os.getpid()} on .*\)\. .*or remove .*/\.lock\.held if that process"
@@ -128,3 +135,41 @@ def test_a_folder_that_can_only_be_read_is_not_locked(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         assert not is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOSYS])
+def test_shared_memory_without_room_for_a_lock_is_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("multiprocessing.synchronize.Lock", refuse)
+    monkeypatch.setattr("multiprocessing.resource_tracker.ensure_running", lambda: pytest.fail("something was started"))
+    told = rf"^/dev/shm: .*: {os.strerror(number)}\. .*set --shm-size=1g or --ipc=host$"
+    with pytest.raises(MachineError, match=told):
+        start_fork_server()
+
+
+def test_a_temporary_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=r"/gone cannot be written: No such .*\. Set TMPDIR="), _shared_folder():
+        pass
+
+
+@pytest.mark.parametrize("gone", ["ranks", "sockets"])
+def test_what_was_removed_from_it_while_ranks_trained_is_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """The ranks fail one way or another because of it."""
+    folders = {name: tmp_path / name for name in ("ranks", "sockets")}
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folders["sockets"]))  # type: ignore[attr-defined]
+    for folder in folders.values():
+        folder.mkdir()
+    watchdog = Watchdog(folders["ranks"], 1, timeout=30.0)
+    failed = ChildFailedError("run_rank", {0: ProcessFailure(0, 1, -signal.SIGBUS, "")})
+    assert "rank 0 died without an error (killed by SIGBUS: /dev/shm or a disk is full" in str(
+        _first_failure(failed, folders["ranks"], watchdog, 0)
+    )
+    folders[gone].rmdir()
+    cause = _first_failure(failed, folders["ranks"], watchdog, 0)
+    assert isinstance(cause, StorageError)
+    assert str(cause).startswith(f"TMPDIR={tmp_path}: folders in it that the run needs were removed while it ran")
