@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.cli.options import refuse_unknown_options
+from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.reading import register_resolvers
@@ -130,6 +131,7 @@ def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None
     register_resolvers()
     jobs = Jobs(job, check, is_rerun=any(word.startswith("--experimental-rerun") for word in words))
     try:
+        refuse_unusable_names(words)
         allow_open_files()
         refuse_unknown_options(words, hydra_versions.options())
         hydra_versions.run_command(jobs, conf_dir(), ALLOWED_TARGETS, jobs.before_folder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
 from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.standard_streams import ignore_broken_output
@@ -60,6 +61,7 @@ def verify(words: Sequence[str]) -> bool:
 
     ignore_broken_output()
     allow_open_files()
+    refuse_unusable_names(words)
     configs, folder = configurations(words)
     components = [build_components(config) for config in configs]
 

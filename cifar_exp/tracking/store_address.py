@@ -68,7 +68,7 @@ def follow_moved_store(database: Path) -> None:
         sqlite3.Error: the database cannot be read or written.
     """
     new = database.parent.resolve()
-    with closing(sqlite3.connect(database, timeout=20)) as store, store:
+    with closing(sqlite3.connect(database)) as store, store:
         for old in _folders_before(store, new):
             for table, column in ADDRESSES:
                 if any(row[1] == column for row in store.execute(f"PRAGMA table_info({table})")):
