@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import open_dict, read_write
 
 from cifar_exp.cli.hydra_app import composed
+from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.errors import storage_errors
 from cifar_exp.records.refused import REFUSALS, Before
 from cifar_exp.records.run_folder import make_folder
@@ -33,6 +34,7 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
         CifarExpError: the run failed. The message and ``exit_code`` are those of the command.
     """
     refuse_many_processes()
+    refuse_unusable_names((*overrides, folder or ""))
     whole = composed(overrides)
     run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)
     with read_write(whole), open_dict(whole):

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.cli.options import refuse_unknown_options
+from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_section import check_typed_trust
@@ -28,9 +29,10 @@ from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
 from cifar_exp.system.printable import tell
-from cifar_exp.system.process import allow_open_files, ignore_broken_output
+from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed, swallowed
+from cifar_exp.system.standard_streams import ignore_broken_output
 
 Job = Callable[[DictConfig, RunContext], Any]
 # Every allowed `_target_`, the class that conf/config.yaml names for Python's logging, and Hydra's own callbacks.
@@ -136,6 +138,7 @@ def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None
     register_resolvers()
     jobs = Jobs(job, check, is_rerun=any(word.startswith("--experimental-rerun") for word in words))
     try:
+        refuse_unusable_names(words)
         allow_open_files()
         refuse_unknown_options(words, hydra_versions.options())
         hydra_versions.run_command(jobs, conf_dir(), ALLOWED_TARGETS, jobs.before_folder)
@@ -208,7 +211,8 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
         ConfigError: it cannot be composed; the message is that of :func:`cifar_exp.config.refusals.explained`.
     """
     register_resolvers()
-    search = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+    quoted = str(Path(folder).resolve()).replace('"', '\\"') if folder else ""
+    search = [f'hydra.searchpath=["file://{quoted}"]'] if folder else []
     try:
         with hydra_versions.composing(conf_dir()):
             config = compose("config", [*search, *overrides], return_hydra_config=True)

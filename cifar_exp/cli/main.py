@@ -1,7 +1,6 @@
 """The command `cifar-exp`: its subcommands and their common error handling."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,6 +10,7 @@ import click
 from cifar_exp.errors import ConfigError, Stopped
 from cifar_exp.system.process import end_process
 from cifar_exp.system.signals import ignore_signals, install_signal_handlers, swallowed
+from cifar_exp.system.standard_streams import ignore_broken, open_closed_streams
 
 # A subcommand is `command` in the module of the same name. The module is imported on use, so that --help is fast.
 COMMANDS = {
@@ -77,6 +77,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the arguments after ``cifar-exp``; None for those of ``sys.argv``.
     """
     install_signal_handlers()
+    open_closed_streams()
+    ignore_broken(sys.stderr)  # a message that nobody can read must not change the exit code
     code = run_command(sys.argv[1:] if args is None else list(args))
     ignore_signals()
     end_process(code)
@@ -88,11 +90,12 @@ def run_command(args: Sequence[str]) -> int:
         # Not `commands.main`: click would print an empty line for Ctrl-C, and make another error of it.
         with commands.make_context("cifar-exp", list(args)) as context:
             code: object = commands.invoke(context)
+        sys.stdout.flush()  # a pipe without a reader or a full disk is noticed here
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:  # of --help and --version
         return ended.exit_code
     except BrokenPipeError:  # the reader of the output closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ignore_broken(sys.stdout)
         return 0
     except (Stopped, Exception) as error:
         if stopped := Stopped.cause_of(error) or swallowed():
@@ -102,6 +105,7 @@ def run_command(args: Sequence[str]) -> int:
             where = getattr(error, "ctx", None)
             command = where.command_path if where else "cifar-exp"
             error = ConfigError(f"{error.format_message()} See {command} --help")
+        ignore_broken(sys.stdout)
         from cifar_exp.system.bugs import as_user_error
         from cifar_exp.system.printable import tell
         from cifar_exp.system.redaction import masked_text

@@ -3,8 +3,9 @@
 import os
 import shlex
 import socket
+import sqlite3
 import sys
-from pathlib import Path
+from contextlib import suppress
 
 import click
 
@@ -18,6 +19,7 @@ from cifar_exp.system.surroundings import set_up_environment
 from cifar_exp.tracking.mlflow_store import MLFLOW_DEFAULTS
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from cifar_exp.tracking.own_store import foreign_place
+from cifar_exp.tracking.store_address import follow_moved_store
 
 HOST = "127.0.0.1"
 
@@ -49,16 +51,19 @@ def store_address(uri: str | None) -> str:
     Raises:
         ConfigError: the store does not exist, is a server with its own pages, or keeps files outside its folder.
     """
-    address = MLflowTracker(uri).address()
+    store = MLflowTracker(uri)
+    address, database = store.address(), store.database()
     if address.startswith("http"):
         raise ConfigError(f"tracking.uri={uri}: that is a server with its own pages. Open it in a browser")
-    database = address.partition("sqlite:///")[2].partition("?")[0]
-    if database and not Path(database).exists():
+    if database and not database.exists():
         raise ConfigError(
             f"{database}: there is no such store yet. Run cifar-exp first, change to the folder that has outputs/, "
             f"or set tracking.uri=<address>"
         )
-    if database and (place := foreign_place(Path(database))):
+    if database:
+        with suppress(sqlite3.Error):  # a store that is read-only or in use is served as it is
+            follow_moved_store(database)
+    if database and (place := foreign_place(database)):
         raise ConfigError(
             f"tracking.uri={masked_text(address)}: the store keeps files of runs at {printable(masked_text(place))}, "
             f"outside its folder, and its pages would show what lies there. If it is your store, run mlflow ui "
@@ -85,7 +90,7 @@ def check_port(port: int) -> None:
 def server_arguments(port: int) -> list[str]:
     """The arguments of ``mlflow``. ``--allowed-hosts`` refuses requests of other sites by DNS rebinding."""
     hosts = ",".join(f"{name}:{port}" for name in (HOST, "localhost"))
-    artifacts = str((OUTPUTS / "artifacts").resolve())  # for runs that are tracked through this server
+    artifacts = (OUTPUTS / "artifacts").resolve().as_uri()  # for runs that are tracked through this server
     listening = ["--host", HOST, "--port", str(port), "--allowed-hosts", hosts]
     # uvicorn searches the folder --app-dir first for modules, by default the current folder.
     options = ["--uvicorn-opts", f"--app-dir {os.devnull}"]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.errors import ConfigError, MachineError, storage_errors
-from cifar_exp.system.process import allow_open_files, ignore_broken_output
+from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.scheduler import refuse_many_processes
+from cifar_exp.system.standard_streams import ignore_broken_output
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from cifar_exp.config.schema import Config
@@ -61,6 +63,7 @@ def verify(words: Sequence[str]) -> bool:
 
     ignore_broken_output()
     allow_open_files()
+    refuse_unusable_names(words)
     configs, folder = configurations(words)
     components = [build_components(config) for config in configs]
 

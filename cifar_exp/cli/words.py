@@ -1,9 +1,10 @@
-"""Parse the words of a command line: settings (`key=value`) and the rest."""
+"""The words of a command line: settings (`key=value`) and the rest, and names that cannot be used."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cifar_exp.errors import ConfigError
+from cifar_exp.system.printable import printable
 
 
 def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[str, str], list[str]]:
@@ -32,3 +33,23 @@ def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[st
         else:
             settings[name] = value
     return settings, rest
+
+
+def refuse_unusable_names(words: Iterable[object]) -> None:
+    """Refuse names that are no UTF-8: configuration, journal and MLflow are UTF-8 and cannot hold them.
+
+    Args:
+        words: words that may be or hold a path; the current folder is checked, too.
+
+    Raises:
+        ConfigError: one of them is no UTF-8, or the current folder does not exist any more.
+    """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder was removed. Change to one that exists") from None
+    for word in (*words, here):
+        try:
+            str(word).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{printable(word)}: this name is no UTF-8, as a run's files are. Rename it") from None

@@ -14,21 +14,21 @@ from cifar_exp.config.schema import COMMON, Config
 from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
 from cifar_exp.system.bugs import first_cause, is_bug, raised_in
-from cifar_exp.system.host import own_cores
+from cifar_exp.system.cpu_quota import usable_cores
 
 SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
 ClosedSection = TypeVar("ClosedSection")
 
 
 def register_resolvers() -> None:
-    """Register ``${cores:N}`` for YAML: the smaller of N and the number of cores of this process."""
+    """Register ``${cores:N}`` for YAML: the smaller of N and the number of cores that this process may use."""
     hydra_versions.register_resolver("cores", _cores)
 
 
 def _cores(wanted: Any) -> int:
     if not isinstance(wanted, int):
         raise ValueError(f"cores:{wanted}: it must be a whole number")
-    return min(wanted, len(own_cores()))
+    return min(wanted, usable_cores())
 
 
 def read_config(composed: DictConfig) -> Config:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from cifar_exp.data.image_files import ImageFiles, checked_image
 from cifar_exp.data.image_reader import Preprocessing, read_image
@@ -44,12 +44,34 @@ class _Requests(Sampler[list[int]]):
         return iter(self.places)
 
 
-def _collate(images: list[Tensor | str]) -> Tensor | str:
+Images = Tensor | NDArray[np.uint8] | str  # as a worker sends them
+
+
+def _collate(images: list[Tensor | str]) -> Images:
     """One batch (B, H, W, 3), or the first problem as text: an exception in a worker would arrive as a traceback."""
     sound = [image for image in images if isinstance(image, Tensor)]
     if len(sound) < len(images):
         return next(image for image in images if isinstance(image, str))
-    return torch.stack(sound).permute(0, 2, 3, 1).contiguous()
+    return _sendable(torch.stack(sound).permute(0, 2, 3, 1).contiguous())
+
+
+def _sendable(batch: Tensor) -> Images:
+    """A worker's batch in shared memory; as an array, which goes through a pipe, where that is full or missing.
+
+    Containers often have 64 MB of it. A tensor would be moved there later by a thread whose errors nobody sees, and the
+    rank would wait for the batch forever.
+    """
+    if get_worker_info() is None:  # this is the rank itself
+        return batch
+    try:
+        shared: Tensor = batch.share_memory_()
+        return shared
+    except (RuntimeError, OSError):  # torch has no class for it
+        return batch.numpy()
+
+
+def _received(images: Images) -> Tensor:
+    return torch.from_numpy(images) if isinstance(images, np.ndarray) else checked_image(images)
 
 
 def _begin_worker(_number: int) -> None:
@@ -77,7 +99,7 @@ class FileSource:
         device: the training device.
     """
 
-    reader: "DataLoader[Tensor | str]"
+    reader: "DataLoader[Images]"
     first: int
     labels: Tensor
     image_size: tuple[int, int]
@@ -92,7 +114,7 @@ class FileSource:
         assert isinstance(requests, _Requests)
         requests.places = ((order[part] + self.first).tolist() for part in parts)
         for part, images in zip(parts, self.reader, strict=True):
-            yield checked_image(images).to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
+            yield _received(images).to(self.device, non_blocking=meanwhile).permute(0, 3, 1, 2), labels[part]
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = draw
@@ -104,7 +126,7 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     """Training and test images, read by shared worker processes. Workers end with the block or with this process.
 
     Raises:
-        MachineError: a worker process has died, for example because shared memory is too small.
+        MachineError: a worker process cannot be started or has died, for example because memory is short.
         StorageError: the list of files is missing or unreadable.
     """
     import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked, so that they need not
@@ -124,7 +146,13 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
         multiprocessing_context=worker_start_method() if workers else None,
         generator=torch.Generator(),  # its seeds are not used, and the network's random numbers must not change
     )
-    iter(reader)  # starts the workers
+    try:
+        iter(reader)  # starts the workers
+    except OSError as error:
+        raise MachineError(
+            f"data.workers={files.workers}: worker processes cannot be started: {error.strerror}. Set "
+            f"data.workers=<fewer>, or data.workers=0"
+        ) from error
     share = (files.image_size, device)
     try:
         yield FileSource(reader, 0, train_labels, *share), FileSource(reader, len(train), test_labels, *share)

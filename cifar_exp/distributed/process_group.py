@@ -54,12 +54,14 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     # NCCL's watchdog breaks CUDA graph capture, so it is off. The launcher's watchdog detects dead ranks instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Not by an address: `?` and `#` in a path would change its meaning.
+    store = dist.FileStore(str(rendezvous_dir / f"ranks-{attempt}"), size)  # type: ignore[attr-defined]
     # On one core, gloo's reader thread preempts the writer and spins on its lock. SCHED_BATCH threads do not preempt.
     # Figures: benchmarks/README.md.
     with host.threads_that_do_not_preempt() if accelerator == "cpu" else nullcontext():
         dist.init_process_group(
             "nccl" if accelerator == "gpu" else "gloo",
-            init_method=f"file://{rendezvous_dir}/ranks-{attempt}",
+            store=store,
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout),

@@ -6,7 +6,7 @@ import torch
 
 from cifar_exp.config.schema import Devices
 from cifar_exp.errors import MachineError
-from cifar_exp.system.host import own_cores
+from cifar_exp.system.cpu_quota import cpu_quota, usable_cores
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class DeviceSet:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
         world_size: number of ranks.
         threads: CPU threads per rank.
-        found: number of GPUs or cores that this process may use.
+        found: number of GPUs, or of cores that this process may use by its affinity and its container's CPU quota.
         oversubscribed: whether ranks share a core.
     """
 
@@ -45,7 +45,7 @@ def find_devices(wanted: Devices) -> DeviceSet:
     Raises:
         MachineError: the machine has fewer devices than requested.
     """
-    cores = len(own_cores())
+    cores = usable_cores()
     gpus = torch.cuda.device_count()
     accelerator = wanted.accelerator
     if accelerator == "auto":
@@ -69,10 +69,16 @@ def find_devices(wanted: Devices) -> DeviceSet:
     if needed > cores and not wanted.oversubscribe:
         fits = f"devices.count={cores}" if wanted.threads == "auto" else f"devices.threads={max(1, cores // count)}"
         raise MachineError(
-            f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} cores, found {cores}. "
-            f"Set {fits}, or devices.oversubscribe=true to share them"
+            f"devices.count={wanted.count} devices.threads={wanted.threads}: requested {needed} cores, found "
+            f"{cores}{_by_quota()}. Set {fits}, or devices.oversubscribe=true to share them"
         )
     return DeviceSet("cpu", count, threads, cores, oversubscribed=needed > cores)
+
+
+def _by_quota() -> str:
+    """Why fewer cores are usable than the machine shows, for a message; empty without a quota."""
+    quota = cpu_quota()
+    return "" if quota is None else f" (the container has a CPU quota of {quota:g})"
 
 
 def check_apples_gpu(wanted: Devices) -> None:
@@ -83,7 +89,7 @@ def check_apples_gpu(wanted: Devices) -> None:
     """
     is_chosen = wanted.accelerator == "auto" and not torch.cuda.device_count() and torch.backends.mps.is_available()
     if wanted.accelerator == "mps" or is_chosen:
-        _apples_gpu(wanted, len(own_cores()))
+        _apples_gpu(wanted, usable_cores())
 
 
 def _apples_gpu(wanted: Devices, cores: int) -> DeviceSet:

@@ -4,10 +4,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, Request, ended_by
-from cifar_exp.errors import CifarExpError, Stopped, WorkerError
+from cifar_exp.errors import CifarExpError, Stopped, StorageError, WorkerError, storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
@@ -32,6 +33,10 @@ AFTER_A_DEATH = (
     "Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to restart automatically in "
     "later runs"
 )
+DEATHS = {
+    signal.SIGBUS: f": {host.SHARED_MEMORY} or a disk is full, or a file that is mapped into memory was cut",
+    signal.SIGXFSZ: ": ulimit -f does not allow files of this size",
+}
 GRACE_SECONDS = 7.0  # seconds after a signal in which ranks may finish their step and save
 
 
@@ -88,18 +93,23 @@ class ElasticLauncher:
             WorkerError: a rank raised, died or hung, and no restart is left. The message has the traceback of the rank
                 that failed first.
             CifarExpError: a rank raised this error, which the user can fix.
+            StorageError: the temporary folder cannot be written, or was removed while the ranks trained.
             Stopped: one of these signals arrived; all ranks have ended.
         """
         raise_swallowed()
         # Ranks find each other through files in a folder of mode 0700. The TCP stores of elastic and torch would listen
         # on all interfaces without authentication.
-        with private_folder() as ipc_dir:
+        with _shared_folder() as ipc_dir:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
             watchdog, stopped = Watchdog(ipc_dir, job.plan.world_size, self.timeout), list[Stopped]()
             try:
                 with watchdog, rank_processes.starting_ranks(), _stopping_in_order(ipc_dir, stopped):
                     elastic_launch(self._config(job.plan.world_size, ipc_dir), function)(job, ipc_dir)
+            except OSError:
+                if _is_removed(ipc_dir):
+                    raise _removed(ipc_dir) from None
+                raise
             except ChildFailedError as error:
                 failure = _first_failure(error, ipc_dir, watchdog, self.max_restarts)
                 if not stopped:
@@ -110,6 +120,8 @@ class ElasticLauncher:
             except SignalException as error:
                 if stopped:
                     raise stopped[0] from None
+                if _is_removed(ipc_dir):
+                    raise _removed(ipc_dir) from None
                 if watchdog.vanished:
                     raise _vanished(watchdog) from None
                 raise Stopped(error.sigval) from None
@@ -141,6 +153,32 @@ class ElasticLauncher:
 
 
 @contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A private folder for ranks and launcher.
+
+    Raises:
+        StorageError: the temporary folder cannot be written.
+    """
+    with ExitStack() as stack:
+        with storage_errors(Path(tempfile.gettempdir()), "Set TMPDIR=<a folder that you may write to>"):
+            folder = stack.enter_context(private_folder())
+        yield folder
+
+
+def _is_removed(ipc_dir: Path) -> bool:
+    """Whether the ranks' folder was removed, or that of the fork server's socket."""
+    sockets = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    return not ipc_dir.exists() or (sockets is not None and not Path(sockets).exists())
+
+
+def _removed(ipc_dir: Path) -> StorageError:
+    return StorageError(
+        f"TMPDIR={ipc_dir.parent}: folders in it that the run needs were removed while it ran. Set TMPDIR to a folder "
+        f"that nothing cleans up, and resume=auto to continue from the last checkpoint"
+    )
+
+
+@contextmanager
 def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]:
     """Stop the ranks gracefully on a signal that asks the run to end, while the context is open.
 
@@ -164,7 +202,8 @@ def _stopping_in_order(ipc_dir: Path, received: list[Stopped]) -> Iterator[None]
         for signal_number in signals_to_answer():
             signal.signal(signal_number, end)
         answer_once(number)
-        (ipc_dir / INTERRUPT_FILE).touch()
+        with suppress(OSError):  # the folder was removed, and the watchdog ends the ranks
+            (ipc_dir / INTERRUPT_FILE).touch()
         message = "the ranks finish their step and save; a second signal ends them at once"
         tell(message)
         signal.signal(signal.SIGALRM, end)
@@ -222,6 +261,8 @@ def _first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, m
     A killed rank leaves no failure file, and its peers fail because of it. So a rank without a file is the cause; if
     there is none, the rank that failed first is.
     """
+    if _is_removed(ipc_dir):
+        return _removed(ipc_dir)
     records = RankFailure.of_attempt(ipc_dir, max_restarts)
     recorded = {record.rank for record in records}
     for rank, failure in error.failures.items():
@@ -230,7 +271,8 @@ def _first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, m
                 return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
             how = f"exit code {failure.exitcode}"
             if failure.exitcode < 0:
-                how = f"killed by {signal.Signals(-failure.exitcode).name}"
+                number = signal.Signals(-failure.exitcode)
+                how = f"killed by {number.name}{DEATHS.get(number, '')}"
             return WorkerError(
                 f"rank {rank} died without an error ({how}); the other ranks were ended. {AFTER_A_DEATH}"
             )

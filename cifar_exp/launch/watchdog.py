@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from cifar_exp.distributed.heartbeat import Heartbeat, read_heartbeat
+from cifar_exp.launch import rank_processes
 
 ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
 
@@ -51,6 +52,10 @@ class Watchdog:
         interval = min(1.0, self.timeout / 10)
         quiet, absent, before = 0.0, 0.0, self._beats()
         while not self._closed.wait(interval):
+            if not self.ipc_dir.exists():  # a clean-up of the temporary folder: nothing can be told or asked any more
+                rank_processes.kill_ranks()
+                os.kill(os.getpid(), signal.SIGQUIT)
+                return
             now = self._beats()
             # Time is counted in intervals, not read from the clock: launcher and ranks may be suspended together.
             quiet = quiet + interval if now == before and now else 0.0

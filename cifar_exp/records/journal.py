@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from cifar_exp.errors import FREE_SPACE, StorageError, storage_errors
 from cifar_exp.system import foreign_files
+from cifar_exp.system.atomic_files import force_to_disk
 
 JOURNAL_FILE = "metrics.jsonl"
 RUN_ID_FILE = "mlflow_run_id"
@@ -86,7 +87,7 @@ class JournalWriter:
         with storage_errors(Path(self._file.name), FREE_SPACE):
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 raise StorageError(f"{self._file.name} was deleted while the run was training. Start the run again")
-            os.fsync(self._file.fileno())
+            force_to_disk(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

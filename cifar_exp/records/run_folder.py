@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
 from cifar_exp.errors import ConfigError, StorageError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.records.folder_check import check_folder
@@ -142,7 +140,7 @@ class Outcome:
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
 
 
-def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
+def lock_run_folder(run_dir: Path, patience: float = 0.5) -> locks.Held:
     """Lock a run's folder until this process ends. The kernel frees the lock whatever the process dies of.
 
     Args:
@@ -159,8 +157,9 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> FileLock:
         with storage_errors(lock, "Remove it if it is not of a run, or set hydra.run.dir=<another folder>"):
             return locks.acquire(lock, patience)
     except locks.HeldError as error:
+        gone = f", or remove {error.marker} if that process is gone" if error.marker else ""
         raise ConfigError(
-            f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end"
+            f"{run_dir}: another process is training in this folder ({error.holder}). Wait for its end{gone}"
         ) from error
 
 
@@ -170,6 +169,8 @@ def is_locked(folder: Path) -> bool:
         locks.acquire(folder / LOCK_FILE).release()
     except locks.HeldError:
         return True
+    except OSError:  # a folder that can only be read
+        return False
     return False
 
 

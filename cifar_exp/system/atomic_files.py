@@ -11,6 +11,7 @@ policy:
   write of the same file replaces it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 from cifar_exp.system.marked_folders import MARK, is_marked, mark
 
+CANNOT = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}  # a file system lacks a call
 _UNFINISHED = "unfinished-"
 
 
@@ -48,14 +50,14 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
         yield temporary
         if durable:
-            _sync(temporary)
+            _sync_file(temporary)
         temporary.replace(path)
     except BaseException:  # signals raise, too
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _sync(path.parent)
+        _sync_names(path.parent)
 
 
 @contextmanager
@@ -64,15 +66,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
     try:
         mark(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from other users
+        with suppress(OSError):  # a file system without modes
+            unfinished.chmod(0o755)  # mkdtemp's 0700 would keep a shared cache from other users
         yield unfinished
         for file in unfinished.iterdir():
-            _sync(file)
-        _sync(unfinished)
+            _sync_file(file)
+        _sync_names(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
         unfinished.rename(folder)
         (folder / MARK).unlink()
-        _sync(folder.parent)
+        _sync_names(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -84,10 +87,35 @@ def remove_unfinished(parent: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Force a file's content or a folder's names to disk."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def force_to_disk(descriptor: int) -> None:
+    """Force a file's content to disk, where its file system can do that.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        force_to_disk(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Force the names in a folder to disk.
+
+    Network file systems refuse it, with an error of their own choice. The files are complete then, under their names.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

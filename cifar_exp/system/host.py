@@ -75,6 +75,17 @@ def _start_methods() -> list[str]:
     return multiprocessing.get_all_start_methods()
 
 
+def shared_lock_problem() -> str:
+    """Why processes cannot share locks here; empty if they can. On Linux such locks are files in shared memory."""
+    import multiprocessing
+
+    try:
+        multiprocessing.get_context(worker_start_method()).Lock()
+    except (OSError, ImportError) as error:  # ImportError: Python was built without them
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
 def end_with_parent() -> None:
     """Make this process end when its parent ends, for any reason.
 
@@ -118,12 +129,12 @@ def process_age() -> float:
 
 def machine_id() -> str:
     """The machine's unique id; empty if the system has none."""
-    return _content(MACHINE_ID)
+    return content(MACHINE_ID)
 
 
 def boot_id() -> str:
     """An id that changes at each boot of the machine; empty if the system has none."""
-    return _content(PROC / "sys/kernel/random/boot_id") or _sysctl("kern.bootsessionuuid")
+    return content(PROC / "sys/kernel/random/boot_id") or _sysctl("kern.bootsessionuuid")
 
 
 def pid_namespace() -> str:
@@ -142,7 +153,7 @@ def process_started(pid: int) -> str:
     epoch.
     """
     if (PROC / "self/stat").exists():
-        fields = _content(PROC / str(pid) / "stat").rpartition(")")[2].split()
+        fields = content(PROC / str(pid) / "stat").rpartition(")")[2].split()
         return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
     import psutil
 
@@ -185,7 +196,7 @@ def processor() -> str:
     """The processor's name."""
     import platform
 
-    for line in _content(PROC / "cpuinfo").splitlines():
+    for line in content(PROC / "cpuinfo").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
@@ -193,23 +204,14 @@ def processor() -> str:
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor reports native bfloat16 multiplication. False if it reports nothing."""
-    flags = _content(PROC / "cpuinfo").split()
+    flags = content(PROC / "cpuinfo").split()
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def throttled_seconds() -> float | None:
-    """Seconds for which the container's CPU quota has throttled it so far; None if the system does not count them."""
-    for line in _content(SYS / "fs/cgroup/cpu.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name == "throttled_usec":
-            return int(value) / 1e6
-    return None
 
 
 def thermal_events() -> float | None:
     """How often this process's cores were throttled by heat so far; None if the system does not count it."""
     folder = SYS / "devices/system/cpu"
-    counts = [_content(folder / f"cpu{core}" / "thermal_throttle/core_throttle_count") for core in own_cores()]
+    counts = [content(folder / f"cpu{core}" / "thermal_throttle/core_throttle_count") for core in own_cores()]
     known = [int(count) for count in counts if count.isdigit()]
     return float(sum(known)) if known else None
 
@@ -217,7 +219,7 @@ def thermal_events() -> float | None:
 def gpus_of_the_driver() -> list[str]:
     """The names of NVIDIA GPUs as reported by the driver."""
     files = sorted((PROC / "driver/nvidia/gpus").glob("*/information"))
-    lines = [line for file in files for line in _content(file).splitlines()]
+    lines = [line for file in files for line in content(file).splitlines()]
     return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
 
 
@@ -232,7 +234,8 @@ def _sysctl(name: str) -> str:
     return "" if failed else value.value.decode(errors="replace")
 
 
-def _content(path: Path) -> str:
+def content(path: Path) -> str:
+    """The text of a system's file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

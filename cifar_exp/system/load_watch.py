@@ -10,6 +10,7 @@ from types import TracebackType
 import psutil
 
 from cifar_exp.system import host
+from cifar_exp.system.cpu_quota import throttled_seconds
 from cifar_exp.system.gpu import GpuReadings
 from cifar_exp.system.host import own_cores
 
@@ -128,5 +129,5 @@ def _cpu_sample() -> dict[str, float]:
 
 def _counters() -> dict[str, float]:
     """Monotonic counters: seconds of CPU-quota throttling, number of thermal throttling events."""
-    counters = {"throttled_seconds": host.throttled_seconds(), "thermal_events": host.thermal_events()}
+    counters = {"throttled_seconds": throttled_seconds(), "thermal_events": host.thermal_events()}
     return {name: value for name, value in counters.items() if value is not None}

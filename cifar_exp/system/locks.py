@@ -1,5 +1,6 @@
 """Lock files, and a description of the process that holds one, by which others can tell whether it still lives."""
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -10,11 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from cifar_exp.errors import storage_errors
 from cifar_exp.system import foreign_files, host
+from cifar_exp.system.atomic_files import CANNOT
+
+NO_LOCKS = {*CANNOT, errno.ENOLCK}
+MARKER = ".held"
 
 
 @dataclass(frozen=True)
@@ -69,21 +75,36 @@ class HeldError(Exception):
 
     Attributes:
         holder: that process, for example ``process 123 on host``.
+        marker: the file to remove if that process is gone; None where the kernel frees the lock.
     """
 
-    def __init__(self, path: Path, holder: str) -> None:
+    def __init__(self, path: Path, holder: str, marker: Path | None) -> None:
         super().__init__(f"{path} is held by {holder}")
-        self.holder = holder
+        self.holder, self.marker = holder, marker
+
+
+class Held:
+    """A lock that is held until it is released, the block ends, or this process does."""
+
+    def __init__(self, lock: BaseFileLock) -> None:
+        self._lock = lock
+
+    def release(self) -> None:
+        """Free the lock."""
+        self._lock.release(force=True)
+
+    def __enter__(self) -> Self:  # filelock's own would take the lock a second time
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 @contextmanager
 def acquired(path: Path, timeout: float | None) -> Iterator[None]:
     """Hold the lock ``path`` inside the block. Wait up to ``timeout`` seconds for it; None: without a limit."""
-    lock = acquire(path, timeout)
-    try:
+    with acquire(path, timeout):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -100,8 +121,11 @@ def locked(path: Path, advice: str) -> Iterator[None]:
         yield
 
 
-def acquire(path: Path, timeout: float | None = 0) -> FileLock:
+def acquire(path: Path, timeout: float | None = 0) -> Held:
     """Lock ``path`` until the returned lock is released or this process ends, and write the holder into the file.
+
+    Where the file system has no locks, as some network file systems, a file beside ``path`` marks it as locked. It is
+    ignored once its process on this host has ended.
 
     Args:
         path: the lock file, which is not deleted.
@@ -109,16 +133,25 @@ def acquire(path: Path, timeout: float | None = 0) -> FileLock:
 
     Raises:
         HeldError: where another process holds it for longer.
+        OSError: the file cannot be written.
     """
-    lock = FileLock(path)
+    patience, marker = -1 if timeout is None else timeout, None
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=-1 if timeout is None else timeout)
+        try:
+            lock.acquire(timeout=patience)
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+                raise
+            marker = path.with_name(f"{path.name}{MARKER}")
+            lock = SoftFileLock(marker)
+            lock.acquire(timeout=patience)
     except Timeout:
-        raise HeldError(path, str(_noted(path) or "another process")) from None
+        raise HeldError(path, str(_noted(path) or "another process"), marker) from None
     with suppress(OSError, ValueError):  # the lock holds without the holder's name
         if not path.read_text() or _noted(path):  # else it is a file of the user's with this name
             path.write_text(json.dumps(asdict(Owner.here())) + "\n")
-    return lock
+    return Held(lock)
 
 
 def is_free(path: Path) -> bool:

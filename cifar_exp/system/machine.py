@@ -6,8 +6,8 @@ from contextlib import suppress
 import psutil
 
 from cifar_exp.system import host
+from cifar_exp.system.cpu_quota import usable_cores
 from cifar_exp.system.gpu import GIB, gpu_description
-from cifar_exp.system.host import own_cores
 
 
 def description(accelerator: str, count: int) -> dict[str, str]:
@@ -19,7 +19,7 @@ def description(accelerator: str, count: int) -> dict[str, str]:
     """
     tags = {
         "machine.processor": host.processor(),
-        "machine.cores": str(len(own_cores())),
+        "machine.cores": str(usable_cores()),
         "machine.memory_gib": str(round(psutil.virtual_memory().total / GIB)),
     }
     frequency = _clock_limit()

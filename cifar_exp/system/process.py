@@ -1,17 +1,15 @@
-"""Process set-up: limits, memory, output, and how the process ends."""
+"""Process set-up: limits, memory, and how the process ends."""
 
 import atexit
-import logging
 import os
 import resource
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 from cifar_exp.errors import MachineError
 from cifar_exp.system.host import c_function
-from cifar_exp.system.surroundings import print_anywhere
+from cifar_exp.system.standard_streams import flush_output
 
 OPEN_FILES = 256  # several times as many as a parent with MLflow opens
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -54,38 +52,10 @@ def end_process(code: int) -> NoReturn:
     if not any(thread.daemon for thread in threading.enumerate()):
         sys.exit(code)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    flush_output()
     os._exit(code)
 
 
 def uv_prefix() -> str:
     """``uv run `` where uv started this process, for commands in messages; uv sets this variable."""
     return "uv run " if "UV" in os.environ else ""
-
-
-def ignore_broken_output() -> None:
-    """Drop output that cannot be written, so that a run does not fail because of it.
-
-    Causes: ``| head``, a closed terminal, a full disk.
-    """
-    print_anywhere()
-    logging.raiseExceptions = False  # else it would print a traceback for each line
-    for stream in (sys.stdout, sys.stderr):
-        stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
-        stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
-
-
-def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
-    """``act``, which redirects the stream to the null device at its first failure."""
-
-    def acting(*arguments: Any) -> Any:
-        try:
-            return act(*arguments)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            return act(*arguments)
-
-    return acting

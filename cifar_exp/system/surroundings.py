@@ -10,15 +10,14 @@ import multiprocessing.util
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
-from io import TextIOWrapper
 from pathlib import Path
 
 from cifar_exp.errors import StorageError
 from cifar_exp.system import host
+from cifar_exp.system.standard_streams import open_closed_streams, print_anywhere
 
 VARIABLE = "CIFAR_EXP_CACHE_DIR"
 NAME = "cifar-exp"
@@ -41,6 +40,7 @@ def set_up_environment() -> None:
     Raises:
         StorageError: no cache folder is writable, or the path of the temporary folder is too long for sockets.
     """
+    open_closed_streams()
     print_anywhere()
     _shorten_sockets()
     in_notebook()  # caches the answer before the next line changes MPLBACKEND
@@ -81,13 +81,6 @@ def cache_folder() -> Path:
         except StorageError:
             continue
     return _temporary()
-
-
-def print_anywhere() -> None:
-    """Print ``?`` for characters that the encoding of stdout or stderr cannot represent."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _shorten_sockets() -> None:

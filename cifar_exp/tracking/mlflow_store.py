@@ -2,12 +2,11 @@
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
@@ -19,6 +18,14 @@ from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 from cifar_exp.tracking.follower import shortened
+from cifar_exp.tracking.store_address import (
+    artifact_address,
+    database_of,
+    follow_moved_store,
+    is_sqlite,
+    make_sqlite_store,
+    sqlite_address,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,10 +73,20 @@ class MLflowStore:
                 f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Set "
                 f"tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000, or leave it out"
             )
+        database = database_of(self.uri or "")
+        if database and not database.parent.is_dir():
+            raise ConfigError(
+                f"tracking.uri={self.uri}: there is no folder {database.parent}. Create it, or set another address. In "
+                f"an address, % is written as %25 and ? as %3F"
+            )
 
     def address(self) -> str:
         """The full tracking address."""
-        return self.uri or f"sqlite:///{OUTPUTS.resolve() / 'mlflow.db'}"
+        return self.uri or sqlite_address(OUTPUTS.resolve() / "mlflow.db")
+
+    def database(self) -> Path | None:
+        """The file of an SQLite store; None for other stores."""
+        return database_of(self.address())
 
     def client(self) -> "MlflowClient":
         """A client of the store; a missing SQLite store is created first.
@@ -88,19 +105,17 @@ class MLflowStore:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             make_folder(OUTPUTS)
-        database = self.address().partition("sqlite:///")[2]
+        database = self.database()
         # No lock for a server: one that hangs must not hold up other runs.
         with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
-            # Addresses with options and in-memory ones are left to MLflow.
-            is_file = bool(database) and not {"?", ":"} & {*database}
-            if is_file and not Path(database).exists():
-                _make_store(Path(database))
+            if database:
+                _make_or_follow(database)
             client = MlflowClient(self.address())
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
                 # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
-                beside = Path(database).parent if is_file else OUTPUTS
-                location = artifact_folder(beside, self.experiment).as_uri() if database else None
+                beside = database or OUTPUTS / "mlflow.db"
+                location = artifact_address(beside, self.experiment) if is_sqlite(self.address()) else None
                 client.create_experiment(self.experiment, artifact_location=location)
             elif experiment.lifecycle_stage == "deleted":
                 raise TrackingError(
@@ -182,19 +197,13 @@ class MLflowStore:
         return identity
 
 
-def artifact_folder(beside: Path, experiment: str) -> Path:
-    """The folder for files of an experiment. A name such as ``/Users/me/x`` or ``../x`` does not lead out of it."""
-    name = re.sub(r"[/\\\0]", "_", experiment)
-    return (beside / "artifacts").resolve() / ("_" if name in ("", ".", "..") else name)
-
-
-def _make_store(path: Path) -> None:
-    """Create an SQLite store atomically: it takes MLflow seconds, and a half-made store is useless."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    make: Any = SqlAlchemyStore
-    with atomic_path(path) as temporary:
-        make(f"sqlite:///{temporary}", path.parent.resolve().as_uri()).engine.dispose()
+def _make_or_follow(database: Path) -> None:
+    """Create a missing SQLite store atomically: it takes MLflow seconds, and a half-made store is useless."""
+    if database.exists():
+        follow_moved_store(database)
+        return
+    with atomic_path(database) as temporary:
+        make_sqlite_store(temporary)
 
 
 @contextmanager

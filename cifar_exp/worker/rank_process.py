@@ -21,6 +21,7 @@ from cifar_exp.system import host
 from cifar_exp.system.printable import printable_text
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.system.signals import leave_signals_to_parent
+from cifar_exp.system.standard_streams import ignore_broken_output
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
 
@@ -71,6 +72,7 @@ def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: in
 def begin_rank() -> None:
     """Exit when the parent exits, and leave signals to it."""
     host.end_with_parent()
+    ignore_broken_output()
     leave_signals_to_parent()
 
 

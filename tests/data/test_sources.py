@@ -208,6 +208,41 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
         killed()
 
 
+@pytest.mark.parametrize("problem", ["No space left on device (28)", "Read-only file system (30)"])
+def test_without_shared_memory_images_arrive_all_the_same(
+    equal: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    """Containers have little of it: the worker would hand its batch to a thread that fails, and training would hang."""
+    files = folders(equal, residency="loader", image_size=SIDE, workers=1)
+    with opened(files, CPU, threads=1) as (train, _):
+        expected = fetch(train, torch.arange(5))
+
+    def refuse(_: object) -> None:
+        raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1_2_0>: {problem}")
+
+    monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", refuse)
+    monkeypatch.setattr("torch.UntypedStorage.share_memory_", refuse)
+    with opened(files, CPU, threads=1) as (train, _):
+        images, labels = fetch(train, torch.arange(5))
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
+
+
+def test_workers_that_cannot_be_started_are_told_with_what_to_type(
+    equal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", refuse)
+    told = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
+    with (
+        pytest.raises(MachineError, match=told),
+        opened(folders(equal, residency="loader", image_size=SIDE, workers=1), CPU, 1),
+    ):
+        pass
+
+
 def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A terminal sends it to every process: workers print nothing, and end when their rank does."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)

@@ -143,3 +143,18 @@ def test_whoever_waits_for_another_rank_is_not_blamed(
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def test_ranks_whose_folder_was_removed_are_ended_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean-up of TMPDIR takes the heartbeats with it: nothing would end ranks that hang."""
+    folder, ended = tmp_path / "shared", list[object]()
+    folder.mkdir()
+    monkeypatch.setattr("cifar_exp.launch.rank_processes.kill_ranks", lambda: ended.append("ranks"))
+    before = signal.signal(signal.SIGQUIT, lambda number, _: ended.append(number))
+    try:
+        with Watchdog(folder, 1, timeout=1.0):
+            folder.rmdir()
+            until(lambda: len(ended) == 2)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert ended == ["ranks", signal.SIGQUIT]

@@ -56,7 +56,7 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(host, "own_cores", lambda: list(range(8)))
-    monkeypatch.setattr("cifar_exp.launch.devices.own_cores", lambda: list(range(8)))
+    monkeypatch.setattr("cifar_exp.launch.devices.usable_cores", lambda: 8)
 
 
 @pytest.mark.usefixtures("apple")

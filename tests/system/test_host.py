@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from cifar_exp.system import host
+from cifar_exp.system.cpu_quota import cpu_quota, throttled_seconds
 from cifar_exp.system.locks import Owner
 from tests.conftest import REPO, environment
 
@@ -101,7 +102,7 @@ def test_without_proc_and_sys_what_is_not_known_is_left_out(sysctl: dict[bytes, 
     assert host.processor()
     sysctl[b"machdep.cpu.brand_string"] = b"Apple M0"
     assert host.processor() == "Apple M0"
-    assert (host.throttled_seconds(), host.thermal_events()) == (None, None)
+    assert (throttled_seconds(), cpu_quota(), host.thermal_events()) == (None, None, None)
     assert (host.machine_id(), host.pid_namespace(), host.gpus_of_the_driver()) == ("", "", [])
     assert host.multiplies_bfloat16() is False
 
@@ -111,8 +112,6 @@ def test_files_of_linux_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(host, "SYS", tmp_path)
     monkeypatch.setattr(host, "own_cores", lambda: [0, 1, 2])
     (tmp_path / "cpuinfo").write_text("model name\t: Some CPU @ 3 GHz\nflags\t\t: fpu avx512_bf16 sse\n")
-    (tmp_path / "fs/cgroup").mkdir(parents=True)
-    (tmp_path / "fs/cgroup/cpu.stat").write_text("usage_usec 9\nthrottled_usec 2500000\n")
     for core, count in ((0, 3), (1, 4)):
         folder = tmp_path / f"devices/system/cpu/cpu{core}/thermal_throttle"
         folder.mkdir(parents=True)
@@ -121,7 +120,6 @@ def test_files_of_linux_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "driver/nvidia/gpus/0/information").write_text("Model: \t\t NVIDIA H100\nIRQ: 1\n")
     assert host.processor() == "Some CPU @ 3 GHz"
     assert host.multiplies_bfloat16() is True
-    assert host.throttled_seconds() == 2.5
     assert host.thermal_events() == 7
     assert host.gpus_of_the_driver() == ["NVIDIA H100"]
 
@@ -166,6 +164,7 @@ def test_processes_are_forked_where_that_is_safe(
 WATCHED = """
 import multiprocessing, os, sys, time
 from cifar_exp.system import host
+from cifar_exp.system.cpu_quota import cpu_quota, throttled_seconds
 
 def child(ready):
     host.c_function = lambda name: None  # there is no prctl

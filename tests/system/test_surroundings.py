@@ -150,7 +150,7 @@ def test_sockets_lie_where_their_names_are_short_enough(home: Path, monkeypatch:
 
 
 def test_what_cannot_be_encoded_is_printed_all_the_same() -> None:
-    code = "from cifar_exp.system.surroundings import print_anywhere; print_anywhere(); print('a\\u2026b')"
+    code = "from cifar_exp.system.standard_streams import print_anywhere; print_anywhere(); print('a\\u2026b')"
     ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=ascii_alone, check=True, capture_output=True, timeout=60)
     assert done.stdout == b"a?b\n"

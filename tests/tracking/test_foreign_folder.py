@@ -12,8 +12,9 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError, TrackingE
 from cifar_exp.records.run_folder import RunInfo
 from cifar_exp.tracking.deliveries import deliver_all, tracker_of
 from cifar_exp.tracking.mlflow_run import MLflowRun
-from cifar_exp.tracking.mlflow_store import MLflowStore, artifact_folder
+from cifar_exp.tracking.mlflow_store import MLflowStore
 from cifar_exp.tracking.own_store import ENVIRONMENT, is_store, sync_command
+from cifar_exp.tracking.store_address import artifact_folder
 
 TRACKER = "cifar_exp.tracking.mlflow_tracker.MLflowTracker"
 
