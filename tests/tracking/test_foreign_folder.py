@@ -31,7 +31,7 @@ FOREIGN = {
     "a server": "http://example.org:5000",
     "a server on this machine": "http://127.0.0.1:5000",
     "a database server": "postgresql://example.org/runs",
-    "another folder's database": "sqlite:////tmp/somewhere/else.db",
+    "another folder's database": "sqlite:////usr/else.db",
     "a database above": "sqlite:///../mlflow.db",
     "its own database": "sqlite:///run/mlflow.db",
     "a database of another program": "sqlite:///other.db",
