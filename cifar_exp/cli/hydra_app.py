@@ -71,7 +71,9 @@ class Jobs:
             make_job_private(folder)
         _mask_secrets(folder, hydra.output_subdir)
         try:
-            check_typed_trust(composed, list(hydra.overrides.task))
+            typed = OmegaConf.to_container(hydra.overrides.task)  # not resolved: values may be interpolations
+            assert isinstance(typed, list)
+            check_typed_trust(composed, [str(word) for word in typed])
             with chdir(hydra.runtime.cwd):  # hydra.job.chdir: settings name files from where the command was started
                 return self._job(composed, _run_context())
         except Stopped as stopped:

@@ -39,10 +39,14 @@ class SafeHelpers:
 
 
 def safe_variables() -> "dict[str, str]":
-    """Environment variables for a Python process that must not search the current folder when it starts."""
+    """Environment variables for a Python process that must not search the current folder when it starts.
+
+    It searches it all the same where it would not find this package, or another copy of it, elsewhere.
+    """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = os.pathsep.join(entry for entry in entries if not _is_current(entry))  # an empty entry is the current folder
-    return {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": kept} if kept else {})
+    kept = [entry for entry in entries if not _is_current(entry)]  # an empty entry is the current folder
+    path = os.pathsep.join(kept if _IS_INSTALLED else [_ROOT, *kept])
+    return {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": path} if path else {})
 
 
 def _is_current(entry: str) -> bool:
@@ -50,3 +54,16 @@ def _is_current(entry: str) -> bool:
         return os.path.samefile(entry or ".", ".")  # noqa: PTH121
     except (OSError, ValueError):
         return False
+
+
+def _is_installed() -> bool:
+    """Whether other Python processes find this copy of the package, wherever they are started."""
+    if not _is_current(_ROOT):
+        return True
+    names = [os.path.basename(entry) for entry in sys.path]  # noqa: PTH119
+    behind = [place for place, name in enumerate(names) if name in ("site-packages", "dist-packages")]
+    return bool(behind) and any(map(_is_current, sys.path[behind[0] :]))  # of an editable installation
+
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
+_IS_INSTALLED = _is_installed()  # before use_safe_path changes the search path

@@ -15,6 +15,7 @@ from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import install_signal_handlers, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
 from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.paced import ENDLESS
 from tests.helpers.processes import (
     Start,
     answers_signals,
@@ -24,7 +25,7 @@ from tests.helpers.processes import (
     wait_for_tracked_runs,
 )
 
-LONG = [*TINY, "train.epochs=100000", "devices.count=2"]
+LONG = [*ENDLESS, "devices.count=2"]
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(born: Start, workplace: Path) -> None:

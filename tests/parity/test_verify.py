@@ -124,8 +124,8 @@ FAULTS = {
     "ranks draw the same images": (
         "from dataclasses import replace\n"
         "from cifar_exp.data.batches import TrainBatches\n"
-        "honest = TrainBatches._micro_batches\n"
-        "TrainBatches._micro_batches = lambda self, epoch, steps: honest(replace(self, rank=0), epoch, steps)\n",
+        "honest = TrainBatches._parts\n"
+        "TrainBatches._parts = lambda self, steps: honest(replace(self, rank=0), steps)\n",
         {"micro-batches that differ in a bit", "images doubled or foreign", "images left out", "gradient of step 1"},
     ),
     "gradients are added up and not averaged": (
