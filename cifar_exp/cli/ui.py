@@ -10,6 +10,7 @@ from contextlib import suppress
 import click
 
 from cifar_exp.cli.words import settings_in
+from cifar_exp.config.mlflow_settings import from_environment
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import OUTPUTS
 from cifar_exp.system.import_path import safe_variables
@@ -30,13 +31,13 @@ HOST = "127.0.0.1"
 def command(words: tuple[str, ...], port: int) -> None:
     """Serve MLflow's pages for the runs. Only this machine can reach them.
 
-    tracking.uri=ADDRESS serves another store than the one under outputs/.
+    tracking.uri=ADDRESS serves another store than that of MLFLOW_TRACKING_URI or, without it, the one under outputs/.
     """
     set_up_environment()
     typed, rest = settings_in(words, ["tracking.uri"])
     if rest:
         raise ConfigError(f"{rest[0]}: it must be a setting. Set tracking.uri=<address of the store>")
-    address = store_address(typed.get("tracking.uri"))
+    address = store_address(typed.get("tracking.uri") or from_environment("uri"))
     check_port(port)
     print(f"http://{HOST}:{port} shows {masked_text(address)} in about 20 s; Ctrl-C ends it", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server_arguments(port)], environment(address))

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.messages import invalid_setting
+from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.config.schema import COMMON, Config
 from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
@@ -49,6 +50,8 @@ def read_config(composed: DictConfig) -> Config:
             raise behind from None
         raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error
     plain = with_names(plain, RENAMED)
+    if isinstance(plain.get("tracking"), dict):
+        plain["tracking"] = with_environment(plain["tracking"])
     config: Config = _validated(Config, plain, "")
     for name in SECTIONS:
         section = plain[name]

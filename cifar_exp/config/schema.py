@@ -204,9 +204,15 @@ class _Launcher(TypedDict, total=False):
 
 class _Tracking(TypedDict, total=False):
     uri: Name | None
-    """Address of the MLflow store; null means SQLite in outputs/."""
+    """Address of the MLflow store; null means MLFLOW_TRACKING_URI, else SQLite in outputs/."""
     experiment: Name | None
-    """Name of the MLflow experiment."""
+    """Name of the MLflow experiment; null means MLFLOW_EXPERIMENT_NAME, else cifar-exp."""
+    experiment_id: Name | None
+    """MLflow's id of the experiment, in place of its name; null means MLFLOW_EXPERIMENT_ID."""
+    run_name: Name | None
+    """Name of a single run, or of a sweep's parent run; null means MLFLOW_RUN_NAME, else one made of the settings."""
+    run_id: Name | None
+    """MLflow's id of an existing run that a single run or a sweep's parent run continues; null means MLFLOW_RUN_ID."""
 
 
 COMMON: dict[str, Any] = {

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_exp.config import hydra_versions
+from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.config.reading import SECTIONS
 from cifar_exp.config.schema import Config
 from cifar_exp.config.targets import RENAMED, allowed, check_targets, with_names
@@ -84,6 +85,7 @@ def build_tracker(composed: DictConfig) -> "Tracker":
         ConfigError: the tracker is not allowed or does not accept its settings.
     """
     section: Any = with_names(OmegaConf.to_container(composed.tracking, resolve=True), RENAMED)
+    section = with_environment(section)
     check_targets("tracking", section, composed.trusted_modules)
     tracker: Tracker = _partial_of_target("tracking", section, composed.trusted_modules)()
     return tracker

@@ -6,17 +6,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.errors import FREE_SPACE, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.records.run_identity import claimed_sweep
 from cifar_exp.runs.components import build_tracker
 from cifar_exp.system.printable import tell
-from cifar_exp.tracking.tracker import NoTracker, Tracker
+from cifar_exp.tracking.tracker import NoTracker, Tracker, tracking_lines
 
 if TYPE_CHECKING:
     from cifar_exp.records.run_folder import Status
@@ -32,6 +33,8 @@ class ParentRun:
     def __init__(self, config: DictConfig, sweep_dir: Path, tags: Mapping[str, str]) -> None:
         tracker: Tracker = build_tracker(config) if "tracking" in config else NoTracker()
         self.hint = tracker.hint()  # the command that shows the sweep
+        section = OmegaConf.to_container(config.tracking, resolve=True) if "tracking" in config else {}
+        self.lines = tracking_lines(with_environment(cast("dict[str, Any]", section)), tracker)  # about the store
         new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
         self._info = claimed_sweep(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
         self._info.save_sweep()

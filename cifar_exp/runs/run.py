@@ -24,6 +24,7 @@ from cifar_exp.system import load_watch
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.terminal import Terminal
 from cifar_exp.tracking.recorder import Recording
+from cifar_exp.tracking.tracker import tracking_lines
 from cifar_exp.worker.job import Job
 from cifar_exp.worker.train_job import run_rank
 
@@ -45,6 +46,8 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
     """
     console = Terminal(quiet=config.progress == "quiet", soft_wrap=True)
     start = begin(config, context)
+    if context.is_single:
+        say(console, tracking_lines(config.tracking, components.tracker))
     if start.resumed and start.resumed.finished:
         return _finished_before(start.resumed.run_dir, components, console)
     with locked_run_folder(start, config) as info:

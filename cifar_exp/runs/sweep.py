@@ -16,6 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.config import hydra_versions
+from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.config.reading import read_section
 from cifar_exp.config.schema import Devices, ReportSettings
 from cifar_exp.errors import CifarExpError, ConfigError, Stopped
@@ -128,11 +129,16 @@ class StudySweeper(Sweeper):
         from cifar_exp.study.finished_runs import folder_run
         from cifar_exp.study.speedup import SPEEDUP_ALONE
 
-        composed = OmegaConf.create(masked(OmegaConf.to_container(self.config)))
+        container: Any = OmegaConf.to_container(self.config)
+        if isinstance(container.get("tracking"), dict):  # for `sync`, perhaps without these variables
+            container["tracking"] = with_environment(container["tracking"])
+        composed = OmegaConf.create(masked(container))
         write_atomically(sweep_dir / MULTIRUN_FILE, OmegaConf.to_yaml(composed))
         tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
         quiet = OmegaConf.select(self.config, "progress", default="auto") == "quiet"
         with ParentRun(self.config, sweep_dir, tags) as parent:
+            for line in [] if quiet else parent.lines:
+                print(line, flush=True)
             done = self._run(jobs, sweep_dir)
             rows = [_row(number, job) for number, job in enumerate(done)]
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_exp.config.mlflow_settings import from_environment
 from cifar_exp.config.result_settings import distinguishes_groups
 from cifar_exp.config.stored import stored_params
 from cifar_exp.errors import ConfigError, StorageError
@@ -18,8 +19,8 @@ from cifar_exp.study.run_result import RunResult, Sample
 from cifar_exp.system import load_watch, machine
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
-from cifar_exp.tracking.mlflow_store import store_errors
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+from cifar_exp.tracking.store_problems import store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -133,7 +134,7 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
         if found:
             runs = [folder_run(path.parent) for path in found]
             return [run for run in runs if run and "time/total_seconds" in run.metrics]
-    return stored_children(MLflowTracker(uri=uri), sweep)
+    return stored_children(MLflowTracker(uri=uri or from_environment("uri")), sweep)
 
 
 def folder_run(run_dir: Path) -> FinishedRun | None:

@@ -1,6 +1,7 @@
 """Remove secrets from all output: passwords in addresses, and values of settings with a secret's name."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from cifar_exp.system.printable import printable_text
 
 MASK = "***"
+# Variables whose values are taken out of texts wherever they stand: libraries repeat them in errors.
+SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+SHORTEST_SECRET = 6  # characters; a shorter value would be found in unrelated words
 _NAME = (
     r"(?:token|passw(?:or)?ds?|passphrase|pwd|secrets?|credentials?|(?:api|access|private|secret)[_-]?key"
     r"|auth|authorization|bearer|sig|signature)"
@@ -34,6 +38,9 @@ def masked_text(text: str) -> str:
 
     An override whose key names a secret, as in ``+data.token=a b``, loses its whole value.
     """
+    for name in SECRET_VARIABLES:
+        if len(secret := os.environ.get(name, "").strip()) >= SHORTEST_SECRET:
+            text = text.replace(secret, MASK)
     override = _WHOLE_OVERRIDE.match(text)
     if override and is_secret(override[1].rpartition(".")[2]):
         return f"{override[0]}{MASK}"

@@ -8,6 +8,7 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
+from cifar_exp.system.bugs import BugError
 from cifar_exp.system.printable import printable, printable_text
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from cifar_exp.tracking.own_store import own_address, stored_tracking
@@ -26,6 +27,8 @@ def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarE
             print(printable_text(tracker_of(run_dir, settings).deliver(run_dir)), flush=True)
         except CifarExpError as error:
             failures.append(error)
+        except Exception as error:  # one run does not hold back the others
+            failures.append(BugError(error, f"{run_dir}: "))
     return failures
 
 
@@ -60,7 +63,9 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     """
     check_folder(run_dir)
     section = stored_tracking(run_dir)
-    saved = {name: section.get(name) for name in ("uri", "experiment")}
+    saved = {name: section.get(name) for name in ("uri", "experiment", "experiment_id")}
+    if "experiment" in settings:
+        del saved["experiment_id"]
     is_tracked = section["_target_"].endswith(".MLflowTracker")
     if not is_tracked and "uri" not in settings:
         raise ConfigError(

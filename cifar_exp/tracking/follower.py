@@ -11,12 +11,13 @@ from typing import Protocol
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
+from cifar_exp.errors import TrackingError
 from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
 from cifar_exp.records.run_folder import Status
-from cifar_exp.system.bugs import bug_text, described, is_bug
+from cifar_exp.system.bugs import bug_text, is_bug
 from cifar_exp.system.printable import tell
-from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.own_store import sync_command
+from cifar_exp.tracking.store_problems import advice, shortened
 
 BATCH = 500  # entries that are read, and held in memory, at a time
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the pause doubles with each failure
@@ -219,19 +220,12 @@ class Follower(threading.Thread):
 def undelivered_message(error: Exception, folder: Path) -> str:
     """The message about a tracker that lacks something, with the command that delivers it."""
     path = folder / JOURNAL_FILE if (folder / JOURNAL_FILE).exists() else folder
-    why, remedy = f"{shortened(error)}. ", "the tracker can be reached"
     if is_bug(error):
-        why, remedy = f"{bug_text(error)}\n", "that is mended"
-    return f"the tracker did not get everything: {why}It is all in {path}. Once {remedy}, run\n{sync_command(folder)}"
-
-
-def shortened(error: Exception) -> str:
-    """First line of the error, at most 260 characters.
-
-    The first 180 are kept, so that MLflow's advice ``mlflow db upgrade`` is.
-    """
-    if is_bug(error):
-        return described(error)
-    lines = masked_text(str(error).strip() or type(error).__name__).splitlines()
-    text = next((line for line in lines if not line.startswith("(raised as a result of")), lines[0])
-    return text if len(text) <= 260 else f"{text[:180]} ... {text[-75:]}"
+        why, then = f"{bug_text(error)}\n", "Once that is mended,"
+    else:
+        why, then = f"{shortened(error).rstrip('.')}. ", "Once the tracker can be reached,"
+        if isinstance(error, TrackingError):  # its message has the remedy
+            then = "Then"
+        elif remedy := advice(error):
+            then = f"{remedy}. Then"
+    return f"the tracker did not get everything: {why}It is all in {path}. {then} run\n{sync_command(folder)}"

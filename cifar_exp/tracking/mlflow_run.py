@@ -1,9 +1,11 @@
 """One run in MLflow: its parameters, metrics, tags and files."""
 
-import re
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from cifar_exp.errors import TrackingError
@@ -12,15 +14,21 @@ from cifar_exp.records.run_folder import Outcome, RunInfo, Status
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.tracking.dead_runs import close_dead_runs
-from cifar_exp.tracking.mlflow_store import FINAL_ERRORS, PARENT_TAG, MLflowStore
+from cifar_exp.tracking.mlflow_items import METRICS, PARAMS_OR_TAGS, allowed_name, log_each, with_allowed_names
+from cifar_exp.tracking.mlflow_store import ADOPTED_TAG, PARENT_TAG, MLflowStore
+from cifar_exp.tracking.store_problems import advice, is_hopeless, optional_modules, shortened
+
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 class MLflowRun:
     """One MLflow run. All calls are idempotent."""
 
-    def __init__(self, store: MLflowStore, run: RunInfo) -> None:
-        self._store, self._run = store, run
+    def __init__(self, store: MLflowStore, run: RunInfo, restores: bool = True) -> None:
+        """``restores``: whether the run is restored if it was deleted in MLflow."""
+        self._store, self._run, self._restores = store, run, restores
         self.run_id: str | None = None
+        self._refused: set[str] = set()  # names of params and metrics whose refusal has been told
 
     def open(self) -> None:
         """Import mlflow (seconds), create the store if needed, start the run, log its params.
@@ -31,17 +39,19 @@ class MLflowRun:
         from mlflow.entities import Param
 
         self._run = self._store.own_run(self._client, self._run)
-        parent = self._store.open_parent(self._client, self._run.sweep_dir) if self._run.sweep_dir else None
+        sweep = self._run.sweep_dir
+        parent = self._store.open_parent(self._client, sweep, self._restores) if sweep else None
         tags = {PARENT_TAG: parent} if parent else {}
-        self.run_id = self._store.open_run(self._client, self._run, tags)
+        self.run_id = self._store.open_run(self._client, self._run, tags, self._restores)
         stored = self._client.get_run(self.run_id)
-        self._began, self._place = stored.info.start_time, str(stored.info.artifact_uri)
+        is_older = ADOPTED_TAG in stored.data.tags  # the run began before this package continued it
+        self._began = round(self._run.started * 1000) if is_older else stored.info.start_time
+        self._place = str(stored.info.artifact_uri)
         # A resumed run has its params already, and MLflow allows no change.
-        new = {name: value for name, value in masked(self._run.params).items() if name not in stored.data.params}
-        params = [Param(name, printable(value)) for name, value in new.items()]
-        for start in range(0, len(params), 100):  # MLflow's limit a batch
-            self._client.log_batch(self.run_id, params=params[start : start + 100])
-        close_dead_runs(self._client, self._store.experiment_id(self._client))
+        named = with_allowed_names(masked(self._run.params))
+        params = [Param(name, value) for name, value in named.items() if name not in stored.data.params]
+        self._log(params, PARAMS_OR_TAGS, "params")
+        close_dead_runs(self._client, self._store.id_of_experiment(self._client))
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
@@ -53,12 +63,16 @@ class MLflowRun:
 
         assert self.run_id
         metrics = [
-            Metric(_allowed(name), value, self._timestamp(entry), entry.step)
+            Metric(allowed_name(name), value, self._timestamp(entry), entry.step)
             for entry in entries
             for name, value in entry.metrics.items()
         ]
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        self._log(metrics, METRICS, "metrics")
+
+    def _log(self, items: Sequence[Any], limit: int, kind: str) -> None:
+        client: Any = self._client
+        log = partial(client.log_batch, self.run_id)
+        log_each(items, limit, lambda some: log(**{kind: some}), self._refused)
 
     def missing(self, entries: Sequence[Entry]) -> list[Entry]:
         """The part of ``entries`` that the store lacks."""
@@ -71,7 +85,7 @@ class MLflowRun:
     def _points(self, name: str) -> set[tuple[int, int]]:
         """Step and time in milliseconds of a metric's points in the store."""
         assert self.run_id
-        history = self._client.get_metric_history(self.run_id, _allowed(name))
+        history = self._client.get_metric_history(self.run_id, allowed_name(name))
         return {(point.step, point.timestamp) for point in history}
 
     def _without(self, entry: Entry, there: Mapping[str, set[tuple[int, int]]]) -> dict[str, float]:
@@ -92,9 +106,7 @@ class MLflowRun:
         assert self.run_id
         outcome = Outcome.of(self._run.run_dir)
         try:
-            self._check_place()
-            for path in self.artifacts():
-                self._client.log_artifact(self.run_id, str(path))
+            self._store_files()
         finally:
             self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
 
@@ -113,15 +125,44 @@ class MLflowRun:
                 f"Set tracking.experiment=<a new name>, and remove {self._run.run_dir / RUN_ID_FILE}"
             )
 
+    def _store_files(self) -> None:
+        """Store the files. One that cannot be stored does not hold back the others.
+
+        Raises:
+            TrackingError: there is no right to write at the store's place, or a file is too large for the server.
+        """
+        self._check_place()
+        problems: list[TrackingError] = []
+        for path in self.artifacts():
+            try:
+                with optional_modules(self._place):
+                    self._client.log_artifact(self.run_id, str(path))
+            except Exception as error:
+                if problem := self._of_this_file(path, error):
+                    problems.append(problem)
+                else:
+                    raise
+        if problems:
+            raise problems[0]
+
+    def _of_this_file(self, path: Path, error: Exception) -> TrackingError | None:
+        """What is wrong with a file or the place for it; None for the store's other errors."""
+        problem = f"{path.name} cannot be stored at {printable(masked_text(self._place))}: {shortened(error)}"
+        if isinstance(error, TrackingError):
+            return error
+        if isinstance(error, OSError) and error.errno in NO_RIGHT:
+            return TrackingError(
+                f"{problem}. Let this user write there. If the place is a server's own, start that server with "
+                f"--artifacts-destination and set tracking.experiment=<a new name>"
+            )
+        if "413" in str(error) and is_hopeless(error):
+            return TrackingError(f"{problem}. {advice(error)}")
+        return None
+
     def is_final(self, error: Exception) -> bool:
-        return isinstance(error, TrackingError) or any(text in str(error) for text in FINAL_ERRORS)
+        return is_hopeless(error)
 
 
 def point_count(entries: Sequence[Entry]) -> int:
     """Number of metric values in the entries."""
     return sum(len(entry.metrics) for entry in entries)
-
-
-def _allowed(name: str) -> str:
-    """A metric's name with characters that MLflow refuses replaced by underscores."""
-    return re.sub(r"[^\w\-. :/]", "_", name)

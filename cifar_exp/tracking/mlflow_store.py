@@ -2,22 +2,26 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import shlex
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from cifar_exp.errors import CifarExpError, ConfigError, TrackingError
+from cifar_exp.config.mlflow_settings import DEFAULT_EXPERIMENT, checked_address
+from cifar_exp.errors import ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
 from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_folder
 from cifar_exp.records.run_identity import as_another_run
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
-from cifar_exp.system.bugs import is_bug
 from cifar_exp.system.printable import tell
+from cifar_exp.system.process import uv_prefix
+from cifar_exp.system.redaction import masked_text
+from cifar_exp.tracking.bounded_client import BoundedClient
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
-from cifar_exp.tracking.follower import shortened
+from cifar_exp.tracking.mlflow_items import PARAMS_OR_TAGS, log_each, with_allowed_names
 from cifar_exp.tracking.store_address import (
     artifact_address,
     database_of,
@@ -26,9 +30,11 @@ from cifar_exp.tracking.store_address import (
     make_sqlite_store,
     sqlite_address,
 )
+from cifar_exp.tracking.store_problems import NoMLflowError, optional_modules
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -38,20 +44,12 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without data
 }
-SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one, which creates the store
 KEY_TAG = "run_key"
 SESSION_TAG = "session"  # the last session that trained the run
 PARENT_TAG = "mlflow.parentRunId"
-# Parts of error messages after which a retry cannot succeed.
-FINAL_ERRORS = (
-    "file is not a database",
-    "database disk image is malformed",
-    "out-of-date database schema",
-    "Can't locate revision",
-    "error code 401",
-    "error code 403",
-)
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: no id at all
+ADOPTED_TAG = "adopted"  # the run was there before, and this package's run continues it
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,23 @@ class MLflowStore:
 
     Attributes:
         uri: MLflow's tracking address; None is the store under ``outputs/``.
-        experiment: the experiment of the runs, created if missing.
+        experiment: the name of the runs' experiment, created if missing; None is ``cifar-exp``.
+        experiment_id: MLflow's id of the experiment, where no name is given.
+        run_name: the name of a single run, or of a sweep's parent run.
+        run_id: MLflow's id of an existing run that a single run or a sweep's parent run continues.
     """
 
     uri: str | None = None
-    experiment: str = "cifar-exp"
+    experiment: str | None = None
+    experiment_id: str | None = None
+    run_name: str | None = None
+    run_id: str | None = None
 
     def __post_init__(self) -> None:
-        scheme = (self.uri or "sqlite:").partition(":")[0].partition("+")[0]
-        if scheme not in SCHEMES:
-            raise ConfigError(
-                f"tracking.uri={self.uri}: it must begin with one of {', '.join(SCHEMES)}. Set "
-                f"tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000, or leave it out"
-            )
-        database = database_of(self.uri or "")
+        if self.uri is None:
+            return
+        object.__setattr__(self, "uri", checked_address(self.uri, "tracking.uri"))
+        database = database_of(self.uri)
         if database and not database.parent.is_dir():
             raise ConfigError(
                 f"tracking.uri={self.uri}: there is no folder {database.parent}. Create it, or set another address. In "
@@ -99,8 +100,6 @@ class MLflowStore:
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
         for name in ("mlflow", "alembic"):  # they log at length what they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
@@ -110,39 +109,151 @@ class MLflowStore:
         with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
             if database:
                 _make_or_follow(database)
-            client = MlflowClient(self.address())
-            experiment = client.get_experiment_by_name(self.experiment)
-            if experiment is None:
-                # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
-                beside = database or OUTPUTS / "mlflow.db"
-                location = artifact_address(beside, self.experiment) if is_sqlite(self.address()) else None
-                client.create_experiment(self.experiment, artifact_location=location)
-            elif experiment.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f"tracking.experiment={self.experiment}: it was deleted. Restore it in MLflow, or set another name"
-                )
+            with optional_modules(self.address()):
+                client = self._new_client()
+            beside = database or OUTPUTS / "mlflow.db"
+            self._make_experiment(client, beside if is_sqlite(self.address()) else None)
         return client
 
-    def experiment_id(self, client: "MlflowClient") -> str:
+    def _new_client(self) -> "MlflowClient":
+        from mlflow import MlflowClient
+
+        client: Any = MlflowClient(self.address())
+        return client if is_sqlite(self.address()) else cast("MlflowClient", BoundedClient(client, self.address()))
+
+    def experiment_name(self) -> str:
+        """The experiment's name, where it has no id."""
+        return self.experiment or DEFAULT_EXPERIMENT
+
+    def _make_experiment(self, client: "MlflowClient", beside: Path | None) -> None:
+        """Create the experiment if it is missing.
+
+        Args:
+            client: of this store.
+            beside: the file of an SQLite store; None for a server, which knows its own place for files.
+
+        Raises:
+            TrackingError: where the experiment was deleted, or the store has none of that id.
+        """
+        from mlflow.exceptions import MlflowException
+
+        found = self._found_experiment(client)
+        if found is None and self.experiment_id and not self.experiment:
+            problem = (
+                f"tracking.experiment_id={self.experiment_id}: {masked_text(self.address())} has no such experiment"
+            )
+            if self.uri is not None:
+                raise TrackingError(f"{problem}. Set tracking.experiment=<name>, or unset MLFLOW_EXPERIMENT_ID")
+            # A notebook that has called mlflow.set_experiment means MLflow's own default store.
+            tell(f"{problem}, so the run goes to {self.experiment_name()}. For another store set tracking.uri")
+            found = client.get_experiment_by_name(self.experiment_name())
+        if found is None:
+            # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
+            name = self.experiment_name()
+            location = artifact_address(beside, name) if beside else None
+            try:
+                if client.create_experiment(name, artifact_location=location):
+                    return
+                raise NoMLflowError("the server's answer names no experiment")
+            except MlflowException:  # another process may have been faster
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if not found.experiment_id:
+            raise NoMLflowError("the server's answer names no experiment")
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"tracking.experiment={found.name}: it was deleted in MLflow. Restore it with "
+                f"{self._mlflow_command(f'experiments restore --experiment-id {found.experiment_id}')}, or set "
+                f"tracking.experiment=<another name>"
+            )
+
+    def _found_experiment(self, client: "MlflowClient") -> "Experiment | None":
+        """The experiment of the given name, else of the given id; None where the store has none."""
+        from mlflow.exceptions import MlflowException
+
+        if not self.experiment_id or self.experiment:
+            return client.get_experiment_by_name(self.experiment_name())
+        try:
+            return client.get_experiment(self.experiment_id)
+        except MlflowException as error:
+            if error.error_code not in NOT_THERE:
+                raise
+            return None
+
+    def id_of_experiment(self, client: "MlflowClient") -> str:
         """MLflow's id of the experiment; :meth:`client` has created it."""
-        experiment = client.get_experiment_by_name(self.experiment)
+        experiment = self._found_experiment(client) or client.get_experiment_by_name(self.experiment_name())
         assert experiment is not None
         return str(experiment.experiment_id)
 
-    def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
-        """Start a run in the experiment, or reopen the one that an earlier call started; returns its id."""
+    def _mlflow_command(self, words: str) -> str:
+        """A command of MLflow for this store."""
+        return f"MLFLOW_TRACKING_URI={shlex.quote(masked_text(self.address()))} {uv_prefix()}mlflow {words}"
+
+    def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str], restores: bool = True) -> str:
+        """Start a run in the experiment, or reopen the one that an earlier call started; returns its id.
+
+        Args:
+            client: of this store.
+            run: the run.
+            tags: added to its own.
+            restores: whether a run that was deleted in MLflow is restored.
+
+        Raises:
+            TrackingError: the run was deleted and is not to be restored.
+        """
         from mlflow.entities import RunTag
 
         session = {SESSION_TAG: run.sessions[-1]} if run.sessions else {}
-        tags = {**run.tags, **tags, **owner_tags(run.run_dir), **session}
+        first = {**owner_tags(run.run_dir), **tags, **session}
         identity = self.find_run(client, run)
+        if identity is None and self.run_id and run.sweep_dir is None:
+            identity = self._adopted_run(client, run)
         if identity is None:
-            identity = self._create_run(client, run, tags)
+            identity = self._create_run(client, run, first)
         else:
-            # The tags first: every running run names its process.
-            client.log_batch(identity, tags=[RunTag(name, value) for name, value in tags.items()])
-            client.update_run(identity, status="RUNNING")
+            self._restore(client, run, identity, restores)
+        # The tags first: every running run names its process.
+        marks = [RunTag(name, value) for name, value in with_allowed_names({**first, **run.tags}).items()]
+        log_each(marks, PARAMS_OR_TAGS, lambda some: client.log_batch(identity, tags=some), set())
+        client.update_run(identity, status="RUNNING")
         return identity
+
+    def _restore(self, client: "MlflowClient", run: RunInfo, identity: str, restores: bool) -> None:
+        if client.get_run(identity).info.lifecycle_stage != "deleted":
+            return
+        command = self._mlflow_command(f"runs restore --run-id {identity}")
+        if not restores:
+            raise TrackingError(
+                f"{run.run_dir}: its run {identity} was deleted in MLflow. Restore it with {command}, or remove "
+                f"{run.run_dir / RUN_ID_FILE} for a new run"
+            )
+        client.restore_run(identity)
+        tell(f"{run.run_dir}: its run {identity} was deleted in MLflow and is restored, since it continues")
+
+    def _adopted_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
+        """The existing run that ``run_id`` names, now this package's run; None where it cannot be continued."""
+        from mlflow.exceptions import MlflowException
+
+        assert self.run_id
+        problem = "the store has no such run"
+        try:
+            found = client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code not in NOT_THERE:
+                raise
+        else:
+            if found.info.lifecycle_stage != "deleted" and found.data.tags.get(KEY_TAG, run.key) == run.key:
+                client.set_tag(self.run_id, ADOPTED_TAG, "true")
+                client.set_tag(self.run_id, KEY_TAG, run.key)
+                if self.run_name:
+                    client.update_run(self.run_id, name=self.run_name)
+                return self._note(run, self.run_id)
+            is_deleted = found.info.lifecycle_stage == "deleted"
+            problem = "that run was deleted" if is_deleted else "another run has continued that run"
+        tell(f"tracking.run_id={self.run_id} (MLFLOW_RUN_ID): {problem}, so a new run is made")
+        return None
 
     def own_run(self, client: "MlflowClient", run: RunInfo) -> RunInfo:
         """``run``; with a new key where a copy of its folder has continued the run that is in the store."""
@@ -153,7 +264,7 @@ class MLflowStore:
                 return as_another_run(run)
         return run
 
-    def open_parent(self, client: "MlflowClient", folder: Path) -> str | None:
+    def open_parent(self, client: "MlflowClient", folder: Path, restores: bool = True) -> str | None:
         """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
         if not (folder / SWEEP_RUN_FILE).exists():
             return None
@@ -162,7 +273,7 @@ class MLflowStore:
             identity = self.find_run(client, run)
             is_resumed = Outcome.of(folder) is None  # it may have been closed after an earlier session died
             if identity is None or (is_resumed and is_dead(client.get_run(identity).data.tags, identity)):
-                return self.open_run(client, run, {})
+                return self.open_run(client, run, {}, restores)
             return identity
 
     def find_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
@@ -174,22 +285,24 @@ class MLflowStore:
                 return str(client.get_run(identity).info.run_id)
             except MlflowException as error:
                 # Another store gets a new run with everything.
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                if error.error_code not in NOT_THERE:
                     raise
         if not run.key:
             return None
-        found = client.search_runs([self.experiment_id(client)], f"tags.{KEY_TAG} = '{run.key}'", max_results=1)
+        found = client.search_runs([self.id_of_experiment(client)], f"tags.{KEY_TAG} = '{run.key}'", max_results=1)
         if not found:
             return None
         return self._note(run, found[0].info.run_id)
 
     def _create_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str]) -> str:
         created = client.create_run(
-            self.experiment_id(client),
+            self.id_of_experiment(client),
             start_time=round(run.started * 1000),
             tags={**tags, KEY_TAG: run.key} if run.key else dict(tags),
-            run_name=run.name,
+            run_name=run.name if run.sweep_dir else self.run_name or run.name,
         )
+        if not created.info.run_id:
+            raise NoMLflowError("the server's answer names no run")
         return self._note(run, created.info.run_id)
 
     def _note(self, run: RunInfo, identity: str) -> str:
@@ -204,16 +317,3 @@ def _make_or_follow(database: Path) -> None:
         return
     with atomic_path(database) as temporary:
         make_sqlite_store(temporary)
-
-
-@contextmanager
-def store_errors(problem: str, remedy: str) -> Iterator[None]:
-    """Turn an error of the store into a ``TrackingError``. Errors of this package and bugs stay as they are."""
-    try:
-        yield
-    except CifarExpError:
-        raise
-    except Exception as error:  # MLflow raises whatever its store does
-        if is_bug(error):
-            raise
-        raise TrackingError(f"{problem}: {shortened(error)}. {remedy}") from error

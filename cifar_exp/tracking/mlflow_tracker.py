@@ -16,8 +16,9 @@ from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.follower import BATCH
 from cifar_exp.tracking.mlflow_run import MLflowRun, point_count
-from cifar_exp.tracking.mlflow_store import MLflowStore, store_errors
+from cifar_exp.tracking.mlflow_store import MLflowStore
 from cifar_exp.tracking.own_store import sync_command
+from cifar_exp.tracking.store_problems import store_errors
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class MLflowTracker(MLflowStore):
         return MLflowRun(self, run)
 
     def store(self) -> str:
-        return f"{masked_text(self.uri or str(OUTPUTS / 'mlflow.db'))}, experiment {self.experiment}"
+        is_id = self.experiment_id and not self.experiment
+        experiment = f"id {self.experiment_id}" if is_id else self.experiment_name()
+        return f"{masked_text(self.uri or str(OUTPUTS / 'mlflow.db'))}, experiment {experiment}"
 
     def hint(self) -> str:
         address = masked_text(self.address())
+        if address.startswith("databricks"):
+            return ""
         if address.startswith("http"):
             return f"open {address} in a browser"
         return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
@@ -47,7 +52,7 @@ class MLflowTracker(MLflowStore):
             run, outcome = RunInfo.load(run_dir), Outcome.of(run_dir)
             status = outcome.status if outcome else "KILLED"
             entries = read(run_dir)
-            sink = self.sink(run)
+            sink = MLflowRun(self, run, restores=False)
             address = masked_text(self.address())
             with store_errors(
                 f"tracking.uri={address}: {run_dir} could not be delivered",

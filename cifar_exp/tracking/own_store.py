@@ -1,6 +1,5 @@
 """Which store a run's folder may name: anybody may have made the folder, and runs are sent to that address."""
 
-import os
 import shlex
 import sqlite3
 from contextlib import closing, suppress
@@ -12,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cifar_exp.config.arguments import argument
+from cifar_exp.config.mlflow_settings import from_environment
 from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import run_folder
@@ -19,7 +19,6 @@ from cifar_exp.records.run_folder import CONFIG_FILE, MULTIRUN_FILE, OUTPUTS
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
 
-ENVIRONMENT = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 
 
@@ -34,7 +33,7 @@ def stored_tracking(run_dir: Path) -> dict[str, Any]:
         section: Any = stored_config(path).get("tracking")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise StorageError(f"{path}: the run's configuration cannot be read: {error}. Restore that file") from error
-    texts = (section.get(name) for name in ("uri", "experiment")) if isinstance(section, dict) else [0]
+    texts = (section.get(name) for name in ("uri", "experiment", "experiment_id")) if isinstance(section, dict) else [0]
     is_sound = all(text is None or isinstance(text, str) for text in texts)
     if not is_sound or not isinstance(section.get("_target_"), str):
         raise StorageError(f"{path}: the run's configuration cannot be read: it names no tracker. Restore that file")
@@ -48,16 +47,16 @@ def own_address(uri: str | None, run_dir: Path) -> str | None:
     folder.
 
     Args:
-        uri: as the folder has it, without a password; None is the default store.
+        uri: as the folder has it, without a password; None is that of ``MLFLOW_TRACKING_URI``, else the default store.
         run_dir: the folder.
 
     Raises:
         ConfigError: it is another store.
     """
-    environment = os.environ.get(ENVIRONMENT, "")
+    environment = from_environment("uri")
     if not uri:
-        return None
-    if uri == masked_text(environment):
+        return environment
+    if environment and uri.rstrip("/") == masked_text(environment):
         return environment  # with its password
     if _is_own_file(uri, run_dir):
         return uri

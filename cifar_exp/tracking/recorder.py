@@ -19,7 +19,8 @@ from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_u
 from cifar_exp.system.bugs import BugError, described, is_bug
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking import follower
-from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, shortened, undelivered_message
+from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, undelivered_message
+from cifar_exp.tracking.store_problems import shortened
 
 
 @dataclass

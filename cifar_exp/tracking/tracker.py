@@ -1,10 +1,13 @@
 """The interface of trackers, and the tracker that does nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from cifar_exp.config.mlflow_settings import MLFLOW_TRACKER, variables_in
 from cifar_exp.records.run_folder import RunInfo
+from cifar_exp.system.printable import printable
 from cifar_exp.tracking.follower import Sink
 
 
@@ -26,6 +29,19 @@ class Tracker(Protocol):
     def deliver(self, run_dir: Path) -> str:
         """Deliver what the store lacks of a run that has ended; returns one line about it."""
         ...
+
+
+def tracking_lines(section: Mapping[str, Any], tracker: Tracker) -> list[str]:
+    """A line about the store, if it is not the default one, and MLflow's variables that count; else nothing.
+
+    Args:
+        section: the settings of ``tracker``.
+        tracker: the tracker.
+    """
+    given = variables_in(section) if section.get("_target_") == MLFLOW_TRACKER else ""
+    if not tracker.store() or not (given or section.get("uri")):
+        return []
+    return [f"tracking: {printable(tracker.store())}{f' ({given})' if given else ''}"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from cifar_exp.config.refusals import causing_words, explained
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import bugs, supported
 from cifar_exp.system.bugs import BugError, as_user_error, is_bug
-from cifar_exp.tracking.follower import shortened, undelivered_message
+from cifar_exp.tracking.follower import undelivered_message
+from cifar_exp.tracking.store_problems import shortened
 from tests.conftest import REPO, environment, the_run
 
 TINY = (

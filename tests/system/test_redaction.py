@@ -74,6 +74,12 @@ def test_secrets_are_taken_out_of_settings_however_deep() -> None:
     assert not any(map(is_secret, ("num_tokens", "tokenizer", "secretary", "key", "keep", "monkey", "lr")))
 
 
+def test_a_secret_of_mlflows_variables_is_taken_out_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hush-token\n")  # as `cat` reads it; requests repeats it in its error
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "lr")
+    assert masked_text("in header value: b'Bearer hush-token\\n', lr") == "in header value: b'Bearer ***\\n', lr"
+
+
 def files_with(secret: bytes, folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
 

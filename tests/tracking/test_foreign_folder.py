@@ -8,12 +8,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from cifar_exp.cli.ui import store_address
+from cifar_exp.config.mlflow_settings import TRACKING_URI
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError, TrackingError
 from cifar_exp.records.run_folder import RunInfo
 from cifar_exp.tracking.deliveries import deliver_all, tracker_of
 from cifar_exp.tracking.mlflow_run import MLflowRun
 from cifar_exp.tracking.mlflow_store import MLflowStore
-from cifar_exp.tracking.own_store import ENVIRONMENT, is_store, sync_command
+from cifar_exp.tracking.own_store import is_store, sync_command
 from cifar_exp.tracking.store_address import artifact_folder
 
 TRACKER = "cifar_exp.tracking.mlflow_tracker.MLflowTracker"
@@ -45,7 +46,7 @@ FOREIGN = {
 def test_a_store_that_a_folder_names_is_not_used_unless_typed(
     workplace: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TRACKING_URI, raising=False)
     sqlite3.connect("other.db").execute("CREATE TABLE t (x)").connection.close()
     Path("notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in workplace.iterdir()}
@@ -63,11 +64,11 @@ def test_a_store_that_a_folder_names_is_not_used_unless_typed(
 
 
 def test_the_users_own_stores_need_no_typing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "http://me:word@example.org")
+    monkeypatch.setenv(TRACKING_URI, "http://me:word@example.org")
     (store.parent.parent / "runs.db").write_bytes(store.read_bytes())
     assert is_store(store)
     for saved, used in {
-        None: None,
+        None: "http://me:word@example.org",  # the environment wins over the default
         "http://example.org": "http://me:word@example.org",
         "sqlite:///runs.db": "sqlite:///runs.db",
         "sqlite:///outputs/mlflow.db": "sqlite:///outputs/mlflow.db",

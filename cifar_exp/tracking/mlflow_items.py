@@ -1,0 +1,97 @@
+"""Params, tags and metrics in the form that MLflow takes. One that is refused does not hold back the others."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cifar_exp.system.printable import printable, tell
+from cifar_exp.tracking.store_problems import is_hopeless, shortened
+
+LONGEST_NAME = 250  # MLflow's limit
+LONGEST_VALUE = 6000  # of a param; a tag may have more
+OLDER_LIMITS = (5000, 500, 250)  # characters of a value in older servers
+PARAMS_OR_TAGS, METRICS = 100, 1000  # MLflow's limits a batch
+# Codes of answers that blame the content of the request.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_TOO_LARGE = "error code 413"
+
+
+def allowed_name(name: str) -> str:
+    """The name under which MLflow takes a param, tag or metric.
+
+    Characters that it refuses become underscores, and so do slashes and dots that would make it another path: MLflow
+    takes a name for the path of a file. A long name is cut and gets a hash of the whole.
+    """
+    allowed = re.sub(r"[^\w\-. :/]", "_", name)
+    parts = [part if part.strip(".") else "_" * max(1, len(part)) for part in allowed.split("/")]
+    allowed = "/".join(parts)
+    return allowed if len(allowed) <= LONGEST_NAME else f"{allowed[: LONGEST_NAME - 9]}_{_hash(name)}"
+
+
+def with_allowed_names(items: Mapping[str, Any]) -> dict[str, str]:
+    """Params or tags with allowed names, no two the same, and values as text of a length that MLflow takes."""
+    kept = {name for name in items if allowed_name(name) == name}
+    found: dict[str, str] = {}
+    for name, value in items.items():
+        allowed = allowed_name(name)
+        if name not in kept and (allowed in kept or allowed in found):
+            allowed = f"{allowed[: LONGEST_NAME - 9]}_{_hash(name)}"
+        found[allowed] = cut(printable(value), LONGEST_VALUE)
+    return found
+
+
+def cut(text: str, limit: int) -> str:
+    """At most ``limit`` characters of ``text``; the end of a longer one is replaced by dots."""
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], object], told: set[str]) -> None:
+    """Log params, tags or metrics in batches. If MLflow refuses a batch, find the items that it refuses.
+
+    A value that is refused is tried shorter. An item that stays refused is left out with one message.
+
+    Args:
+        items: entities of MLflow, all of one kind.
+        limit: items in a batch.
+        log: logs a batch.
+        told: names of items whose refusal has been told; extended.
+
+    Raises:
+        Exception: from ``log``, where it is not about single items.
+    """
+    for start in range(0, len(items), limit):
+        batch = items[start : start + limit]
+        refused = _refused(batch, log)
+        if refused and len(refused) == len(batch) and refused[0][1].error_code == "BAD_REQUEST":
+            raise refused[0][1]  # it is not about the items
+        for item, error in refused:
+            if item.key not in told:
+                told.add(item.key)
+                kind = type(item).__name__.lower().removeprefix("run")
+                tell(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {shortened(error)}")
+
+
+def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> list[tuple[Any, Any]]:
+    """Log ``items`` by halves; the refused ones with their errors."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        log(items)
+    except MlflowException as error:
+        is_of_items = _TOO_LARGE in str(error) or (error.error_code in _REFUSALS and not is_hopeless(error))
+        if not is_of_items:
+            raise
+        if len(items) > 1:
+            half = len(items) // 2
+            return _refused(items[:half], log) + _refused(items[half:], log)
+        (item,) = items
+        shorter = next((limit for limit in OLDER_LIMITS if limit < len(str(item.value))), None)
+        if shorter is None or not isinstance(item.value, str):
+            return [(item, error)]
+        return _refused([type(item)(item.key, cut(item.value, shorter))], log)
+    return []
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]

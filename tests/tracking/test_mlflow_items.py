@@ -1,0 +1,111 @@
+"""Names and values that MLflow refuses are recorded in a form that it takes, and one item never holds back others."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Param
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+
+from cifar_exp.records.journal import Entry
+from cifar_exp.records.run_folder import RunInfo
+from cifar_exp.tracking.mlflow_items import allowed_name, log_each, with_allowed_names
+from cifar_exp.tracking.mlflow_tracker import MLflowTracker
+
+NAMES = {
+    "model.weights.cat (big)": "model.weights.cat _big_",
+    "data.classes[0]": "data.classes_0_",
+    "a b:c": "a b:c",
+    "größe": "größe",
+    "new\nline": "new_line",
+    "/abs": "_/abs",
+    "a//b": "a/_/b",
+    "../up": "__/up",
+    "a/": "a/_",
+    "": "_",
+    "\ud800": "_",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES.items())
+def test_a_name_that_mlflow_refuses_is_recorded_under_one_that_it_takes(name: str, expected: str) -> None:
+    assert allowed_name(name) == expected
+
+
+def test_names_stay_different_and_values_are_cut() -> None:
+    cleaned = with_allowed_names({"k=v": 1, "k@v": 2, "k_v": 3, "x" * 300: 4, "x" * 301: 5, "long": "v" * 7000})
+    assert list(cleaned.values())[:5] == ["1", "2", "3", "4", "5"]
+    assert cleaned["k_v"] == "3"
+    assert len(cleaned) == 6
+    assert max(map(len, cleaned)) == 250
+    assert cleaned["long"] == "v" * 5996 + " ..."
+
+
+@pytest.mark.usefixtures("store")
+def test_mlflow_takes_all_of_them(workplace: Path) -> None:
+    folder = workplace / "run"
+    folder.mkdir()
+    params = {**dict.fromkeys(NAMES, 1), "n" * 400: 1, "long": "v" * 7000, "empty": ""}
+    tags = {**dict.fromkeys(NAMES, "x"), "overrides": "o" * 9000}
+    run = RunInfo("a run", folder, params, tags, time.time())
+    run.save("hash")
+    tracker = MLflowTracker()
+    for _ in range(2):  # MLflow allows no change of params
+        sink = tracker.sink(run)
+        sink.open()
+        sink.write([Entry(1, 1, 0.5, {name: 1.0 for name in NAMES if name != "\ud800"})])
+        sink.close("FINISHED")
+    assert sink.run_id
+    stored = tracker.client().get_run(sink.run_id)
+    assert stored.info.status == "FINISHED"
+    assert len(stored.data.params) == len(params)
+    assert set(NAMES.values()) <= set(stored.data.params)
+    assert set(NAMES.values()) <= set(stored.data.metrics)
+    assert {**stored.data.tags}["data.classes_0_"] == "x"
+    assert len(stored.data.tags["overrides"]) == 6000
+
+
+def refusing(bad: set[str], longest: int, code: int = INVALID_PARAMETER_VALUE) -> tuple[list[Param], Any]:
+    """What a server has taken, and its log function: it refuses the names in ``bad`` and longer values."""
+    taken: list[Param] = []
+
+    def log(params: list[Param]) -> None:
+        if any(param.key in bad or len(param.value) > longest for param in params):
+            raise MlflowException("no", code)
+        taken.extend(params)
+
+    return taken, log
+
+
+def test_one_that_is_refused_does_not_hold_back_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    params = [Param(f"p{number}", "v") for number in range(250)] + [Param("long", "v" * 4000)]
+    taken, log = refusing({"p7", "p200"}, longest=500)
+    told: set[str] = set()
+    for _ in range(2):
+        log_each(params, 100, log, told)
+    kept = {param.key: param.value for param in taken}
+    assert set(kept) == {param.key for param in params} - {"p7", "p200"}
+    assert kept["long"] == "v" * 496 + " ..."  # an older server's limit
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "cifar-exp: MLflow does not take the param p7",
+        "cifar-exp: MLflow does not take the param p200",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (INTERNAL_ERROR, "the server is away"),
+        (BAD_REQUEST, "no such table: params"),
+        (INVALID_PARAMETER_VALUE, "The run x must be in the 'active' state. Current state is deleted."),
+    ],
+)
+def test_what_is_not_about_single_items_is_raised(code: int, message: str) -> None:
+    def log(_: object) -> None:
+        raise MlflowException(message, code)
+
+    with pytest.raises(MlflowException, match=message):
+        log_each([Param("a", "1"), Param("b", "2")], 100, log, set())
