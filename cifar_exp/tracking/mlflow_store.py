@@ -2,14 +2,13 @@
 
 import logging
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cifar_exp.config.mlflow_settings import DEFAULT_EXPERIMENT, checked_address
+from cifar_exp.config.mlflow_settings import checked_address
 from cifar_exp.errors import ConfigError, TrackingError
 from cifar_exp.records.journal import RUN_ID_FILE, run_id
 from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunInfo, make_folder
@@ -17,13 +16,11 @@ from cifar_exp.records.run_identity import as_another_run
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
 from cifar_exp.system.printable import tell
-from cifar_exp.system.process import uv_prefix
-from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.bounded_client import BoundedClient
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
+from cifar_exp.tracking.experiment import NOT_THERE, ExperimentChoice, mlflow_command
 from cifar_exp.tracking.mlflow_items import PARAMS_OR_TAGS, log_each, with_allowed_names
 from cifar_exp.tracking.store_address import (
-    artifact_address,
     database_of,
     follow_moved_store,
     is_sqlite,
@@ -34,7 +31,6 @@ from cifar_exp.tracking.store_problems import NoMLflowError, optional_modules
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -48,7 +44,6 @@ LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one
 KEY_TAG = "run_key"
 SESSION_TAG = "session"  # the last session that trained the run
 PARENT_TAG = "mlflow.parentRunId"
-NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: no id at all
 ADOPTED_TAG = "adopted"  # the run was there before, and this package's run continues it
 
 
@@ -112,7 +107,7 @@ class MLflowStore:
             with optional_modules(self.address()):
                 client = self._new_client()
             beside = database or OUTPUTS / "mlflow.db"
-            self._make_experiment(client, beside if is_sqlite(self.address()) else None)
+            self._experiment().make(client, beside if is_sqlite(self.address()) else None)
         return client
 
     def _new_client(self) -> "MlflowClient":
@@ -121,75 +116,12 @@ class MLflowStore:
         client: Any = MlflowClient(self.address())
         return client if is_sqlite(self.address()) else cast("MlflowClient", BoundedClient(client, self.address()))
 
-    def experiment_name(self) -> str:
-        """The experiment's name, where it has no id."""
-        return self.experiment or DEFAULT_EXPERIMENT
-
-    def _make_experiment(self, client: "MlflowClient", beside: Path | None) -> None:
-        """Create the experiment if it is missing.
-
-        Args:
-            client: of this store.
-            beside: the file of an SQLite store; None for a server, which knows its own place for files.
-
-        Raises:
-            TrackingError: where the experiment was deleted, or the store has none of that id.
-        """
-        from mlflow.exceptions import MlflowException
-
-        found = self._found_experiment(client)
-        if found is None and self.experiment_id and not self.experiment:
-            problem = (
-                f"tracking.experiment_id={self.experiment_id}: {masked_text(self.address())} has no such experiment"
-            )
-            if self.uri is not None:
-                raise TrackingError(f"{problem}. Set tracking.experiment=<name>, or unset MLFLOW_EXPERIMENT_ID")
-            # A notebook that has called mlflow.set_experiment means MLflow's own default store.
-            tell(f"{problem}, so the run goes to {self.experiment_name()}. For another store set tracking.uri")
-            found = client.get_experiment_by_name(self.experiment_name())
-        if found is None:
-            # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.
-            name = self.experiment_name()
-            location = artifact_address(beside, name) if beside else None
-            try:
-                if client.create_experiment(name, artifact_location=location):
-                    return
-                raise NoMLflowError("the server's answer names no experiment")
-            except MlflowException:  # another process may have been faster
-                found = client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        if not found.experiment_id:
-            raise NoMLflowError("the server's answer names no experiment")
-        if found.lifecycle_stage == "deleted":
-            raise TrackingError(
-                f"tracking.experiment={found.name}: it was deleted in MLflow. Restore it with "
-                f"{self._mlflow_command(f'experiments restore --experiment-id {found.experiment_id}')}, or set "
-                f"tracking.experiment=<another name>"
-            )
-
-    def _found_experiment(self, client: "MlflowClient") -> "Experiment | None":
-        """The experiment of the given name, else of the given id; None where the store has none."""
-        from mlflow.exceptions import MlflowException
-
-        if not self.experiment_id or self.experiment:
-            return client.get_experiment_by_name(self.experiment_name())
-        try:
-            return client.get_experiment(self.experiment_id)
-        except MlflowException as error:
-            if error.error_code not in NOT_THERE:
-                raise
-            return None
+    def _experiment(self) -> ExperimentChoice:
+        return ExperimentChoice(self.experiment, self.experiment_id, self.address(), self.uri is not None)
 
     def id_of_experiment(self, client: "MlflowClient") -> str:
         """MLflow's id of the experiment; :meth:`client` has created it."""
-        experiment = self._found_experiment(client) or client.get_experiment_by_name(self.experiment_name())
-        assert experiment is not None
-        return str(experiment.experiment_id)
-
-    def _mlflow_command(self, words: str) -> str:
-        """A command of MLflow for this store."""
-        return f"MLFLOW_TRACKING_URI={shlex.quote(masked_text(self.address()))} {uv_prefix()}mlflow {words}"
+        return self._experiment().identity(client)
 
     def open_run(self, client: "MlflowClient", run: RunInfo, tags: Mapping[str, str], restores: bool = True) -> str:
         """Start a run in the experiment, or reopen the one that an earlier call started; returns its id.
@@ -223,7 +155,7 @@ class MLflowStore:
     def _restore(self, client: "MlflowClient", run: RunInfo, identity: str, restores: bool) -> None:
         if client.get_run(identity).info.lifecycle_stage != "deleted":
             return
-        command = self._mlflow_command(f"runs restore --run-id {identity}")
+        command = mlflow_command(self.address(), f"runs restore --run-id {identity}")
         if not restores:
             raise TrackingError(
                 f"{run.run_dir}: its run {identity} was deleted in MLflow. Restore it with {command}, or remove "

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_exp.config.mlflow_settings import DEFAULT_EXPERIMENT
 from cifar_exp.records.journal import read
 from cifar_exp.records.run_folder import (
     OUTPUTS,
@@ -30,7 +31,7 @@ class MLflowTracker(MLflowStore):
 
     def store(self) -> str:
         is_id = self.experiment_id and not self.experiment
-        experiment = f"id {self.experiment_id}" if is_id else self.experiment_name()
+        experiment = f"id {self.experiment_id}" if is_id else (self.experiment or DEFAULT_EXPERIMENT)
         return f"{masked_text(self.uri or str(OUTPUTS / 'mlflow.db'))}, experiment {experiment}"
 
     def hint(self) -> str:
