@@ -1,23 +1,26 @@
 """What the commands under test import, so that the process they are forked from has it."""
 
+import importlib
 import os
 from contextlib import suppress
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
-import mlflow  # noqa: F401
-
-import cifar_exp.cli.hydra_app
-import cifar_exp.cli.main
-import cifar_exp.cli.predict
-import cifar_exp.cli.report
-import cifar_exp.cli.train
-import cifar_exp.cli.verify
-import cifar_exp.parity.run
-import cifar_exp.runs.classifier
-import cifar_exp.runs.run
-import cifar_exp.study.sweep_report
-import cifar_exp.tracking.deliveries
+for name in (
+    *("mlflow", "jinja2.ext", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image", "torch._dynamo"),
+    *("cifar_exp.cli.hydra_app", "cifar_exp.cli.main", "cifar_exp.cli.predict", "cifar_exp.cli.report"),
+    *(
+        "cifar_exp.cli.train",
+        "cifar_exp.cli.verify",
+        "cifar_exp.data.synthetic",
+        "cifar_exp.display.page",
+        "cifar_exp.display.training_figure",
+    ),
+    *("cifar_exp.launch.elastic", "cifar_exp.models.networks", "cifar_exp.parity.run", "cifar_exp.runs.classifier"),
+    *("cifar_exp.runs.run", "cifar_exp.runs.sweep", "cifar_exp.runs.train_composed"),
+    *("cifar_exp.study.sweep_report", "cifar_exp.tracking.deliveries"),
+):
+    importlib.import_module(name)
 
 with suppress(Exception):  # as ranks do, which say why they cannot
-    import cifar_exp.cpu_kernels.layers  # noqa: F401
+    importlib.import_module("cifar_exp.cpu_kernels.layers")
