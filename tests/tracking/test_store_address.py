@@ -44,7 +44,7 @@ def logged(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
     store = MLflowStore()
     client = store.client()
-    run = client.create_run(store.experiment_id(client), tags={"folder": str(project / "outputs/a-run")})
+    run = client.create_run(store.id_of_experiment(client), tags={"folder": str(project / "outputs/a-run")})
     Path("notes.txt").write_text("mine")
     client.log_artifact(run.info.run_id, "notes.txt")
     (found,) = [path for path in project.rglob("notes.txt") if run.info.run_id in path.parts]
