@@ -9,10 +9,8 @@ from cifar_exp.models.networks import convnet
 from tests.conftest import TINY
 
 PAUSE = 0.05  # seconds
-ENDLESS = [
-    *(word for word in TINY if not word.startswith("train.epochs")),
-    *("train.epochs=100000", "trusted_modules=[tests]", "model._target_=tests.helpers.paced.network"),
-]
+PACED = ["train.epochs=100000", "trusted_modules=[tests]", "model._target_=tests.helpers.paced.network"]
+ENDLESS = [*(word for word in TINY if not word.startswith("train.epochs")), *PACED]
 
 
 def network(num_classes: int, **settings: Any) -> nn.Module:

@@ -17,9 +17,10 @@ from cifar_exp.errors import DivergenceError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.worker import final_metrics
-from tests.conftest import TINY, Command
+from tests.conftest import Command
 from tests.faults.runs import curve
 from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.paced import ENDLESS, PACED
 from tests.helpers.processes import Start, to_every_process, training_ranks, wait_for
 from tests.helpers.runs import REPEATABLE, weights
 from tests.helpers.tiny_training import train_batches, trainer, validation
@@ -89,7 +90,7 @@ def test_a_run_that_was_cut_on_four_ranks_goes_on_on_two(cifar_exp: Command, sta
 def test_training_that_is_ended_early_is_finished(
     cifar_exp: Command, started: Start, workplace: Path, how: str
 ) -> None:
-    run = [*STEPS, "train.epochs=100000", "hydra.run.dir=run"]
+    run = [*STEPS, *PACED, "hydra.run.dir=run"]
     folder = workplace / "run"
     process = started(*run, *(["train.max_seconds=6"] if how == "time" else []))
     if how == "file":
@@ -145,7 +146,7 @@ def test_ranks_that_die_are_replaced_and_training_goes_on(cifar_exp: Command, wo
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Path) -> None:
-    process = started(*TINY, "train.epochs=100000", "devices.count=2", "launcher.timeout=3", "tracking=none")
+    process = started(*ENDLESS, "devices.count=2", "launcher.timeout=3", "tracking=none")
     ranks = training_ranks(process, workplace)
     ranks[1].send_signal(signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)

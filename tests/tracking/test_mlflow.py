@@ -30,7 +30,7 @@ from tests.helpers.paced import ENDLESS
 from tests.helpers.processes import Start, wait_for
 from tests.helpers.servers import Relay, relay  # noqa: F401
 
-PACED = [*ENDLESS, "data.train_count=960", "train.log_every=10"]
+SLOW = [*ENDLESS, "data.train_count=960", "train.log_every=10"]
 
 
 def info(run_dir: Path, **more: Any) -> RunInfo:
@@ -158,7 +158,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     relay: Relay,  # noqa: F811
     mlflow_server: int,
 ) -> None:
-    run = [*PACED, f"tracking.uri={relay.address}", "tracking.experiment=outage", "hydra.run.dir=run"]
+    run = [*SLOW, f"tracking.uri={relay.address}", "tracking.experiment=outage", "hydra.run.dir=run"]
     store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
     with (workplace / "errors").open("w") as errors:
         process = subprocess.Popen(
@@ -200,7 +200,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
 def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are_not(
     cifar_exp: Command, started: Start, workplace: Path
 ) -> None:
-    sweep = started("-m", *PACED, "seed=1,2")
+    sweep = started("-m", *SLOW, "seed=1,2")
     wait_for(lambda: list((workplace / "outputs").glob(f"multirun/*/*/0/{RUN_ID_FILE}")), sweep)
     wait_for(lambda: [run.info.status for run in all_runs(client())] == ["RUNNING"] * 2, sweep)
     other = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
