@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 from cifar_exp.distributed.stop_requests import INTERRUPT_FILE
 from cifar_exp.errors import Stopped
 from cifar_exp.launch import forkserver, rank_processes
-from cifar_exp.launch.elastic import _stopping_in_order
 from cifar_exp.launch.rank_processes import ending_ranks_by_sigkill
+from cifar_exp.launch.stopping import StoppingInOrder
 from cifar_exp.system import host
 from cifar_exp.system.signals import STOPPING, blocked_signals, is_repeated, other_handler
 
@@ -52,10 +52,11 @@ def test_the_same_signal_again_at_once_counts_once(tmp_path: Path, monkeypatch: 
     """`timeout` sends it to the command and to the command's group."""
     killed: list[bool] = []
     monkeypatch.setattr(rank_processes, "kill_ranks", lambda: killed.append(True))
-    received: list[Stopped] = []
+    received: list[StoppingInOrder] = []
 
     def train() -> None:
-        with _stopping_in_order(tmp_path, received):
+        with StoppingInOrder(tmp_path) as stopping:
+            received.append(stopping)
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert (tmp_path / INTERRUPT_FILE).exists()
@@ -65,9 +66,9 @@ def test_the_same_signal_again_at_once_counts_once(tmp_path: Path, monkeypatch: 
     with pytest.raises(Stopped) as stopped:
         train()
     assert killed == [True]
-    assert stopped.value is received[0]
+    assert stopped.value is received[0].received
     assert stopped.value.exit_code == 143
-    late = Stopped(signal.SIGTERM, received=received[0].received - 2)
+    late = Stopped(signal.SIGTERM, received=stopped.value.received - 2)
     assert not is_repeated(late, signal.SIGTERM)
 
 
@@ -80,7 +81,7 @@ def test_the_handler_of_the_program_around_is_called_once_the_ranks_have_ended(t
         sys.exit(3)
 
     def train() -> None:
-        with _stopping_in_order(tmp_path, []):
+        with StoppingInOrder(tmp_path):
             signal.raise_signal(signal.SIGUSR2)
             assert called == []
 

@@ -15,7 +15,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cifar_exp.errors import ConfigError, MachineError, StorageError
-from cifar_exp.launch.elastic import _first_failure, _shared_folder
+from cifar_exp.launch.elastic import _shared_folder
+from cifar_exp.launch.failures import first_failure
 from cifar_exp.launch.forkserver import start_fork_server
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.records.journal import Entry, JournalWriter, read
@@ -167,9 +168,9 @@ def test_what_was_removed_from_it_while_ranks_trained_is_the_cause(
     watchdog = Watchdog(folders["ranks"], 1, timeout=30.0)
     failed = ChildFailedError("run_rank", {0: ProcessFailure(0, 1, -signal.SIGBUS, "")})
     assert "rank 0 died without an error (killed by SIGBUS: /dev/shm or a disk is full" in str(
-        _first_failure(failed, folders["ranks"], watchdog, 0)
+        first_failure(failed, folders["ranks"], watchdog, 0)
     )
     folders[gone].rmdir()
-    cause = _first_failure(failed, folders["ranks"], watchdog, 0)
+    cause = first_failure(failed, folders["ranks"], watchdog, 0)
     assert isinstance(cause, StorageError)
     assert str(cause).startswith(f"TMPDIR={tmp_path}: folders in it that the run needs were removed while it ran")

@@ -1,0 +1,115 @@
+"""Why the ranks of a run have failed: the error for the user."""
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from cifar_exp.errors import CifarExpError, Stopped, StorageError, WorkerError
+from cifar_exp.launch import rank_processes
+from cifar_exp.launch.stopping import StoppingInOrder
+from cifar_exp.launch.watchdog import Watchdog
+from cifar_exp.system import host
+from cifar_exp.system.printable import tell
+from cifar_exp.worker.failure import RankFailure
+
+AFTER_A_DEATH = (
+    "Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to restart automatically in "
+    "later runs"
+)
+DEATHS = {
+    signal.SIGBUS: f": {host.SHARED_MEMORY} or a disk is full, or a file that is mapped into memory was cut",
+    signal.SIGXFSZ: ": ulimit -f does not allow files of this size",
+}
+
+
+@contextmanager
+def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: StoppingInOrder, max_restarts: int) -> Iterator[None]:
+    """Raise what torch elastic raises inside this context as an error of this package.
+
+    Args:
+        ipc_dir: the folder that ranks and launcher share.
+        watchdog: of the ranks.
+        stopping: of the ranks.
+        max_restarts: the number of restarts.
+
+    Raises:
+        CifarExpError: see ``ElasticLauncher.launch``.
+    """
+    try:
+        yield
+    except OSError:
+        if is_removed(ipc_dir):
+            raise _removed(ipc_dir) from None
+        raise
+    except ChildFailedError as error:
+        failure = first_failure(error, ipc_dir, watchdog, max_restarts)
+        if not stopping.received:
+            raise failure from None
+        if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
+            tell(failure)
+        raise stopping.received from None
+    except SignalException as error:
+        if stopping.received:
+            raise stopping.received from None
+        if is_removed(ipc_dir):
+            raise _removed(ipc_dir) from None
+        if watchdog.vanished:
+            raise _vanished(watchdog) from None
+        raise Stopped(error.sigval) from None
+    except Stopped as error:
+        rank_processes.kill_ranks()
+        raise (stopping.received or error) from None
+
+
+def _vanished(watchdog: Watchdog) -> WorkerError:
+    message = watchdog.vanished[min(watchdog.vanished)]
+    return WorkerError(f"{message}; the other ranks were ended. {AFTER_A_DEATH}")
+
+
+def first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
+    """The cause of a failed run.
+
+    A killed rank leaves no failure file, and its peers fail because of it. So a rank without a file is the cause; if
+    there is none, the rank that failed first is.
+    """
+    if is_removed(ipc_dir):
+        return _removed(ipc_dir)
+    records = RankFailure.of_attempt(ipc_dir, max_restarts)
+    recorded = {record.rank for record in records}
+    for rank, failure in error.failures.items():
+        if rank not in recorded:
+            if rank in watchdog.hung:
+                return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")
+            how = f"exit code {failure.exitcode}"
+            if failure.exitcode < 0:
+                number = signal.Signals(-failure.exitcode)
+                how = f"killed by {number.name}{DEATHS.get(number, '')}"
+            return WorkerError(
+                f"rank {rank} died without an error ({how}); the other ranks were ended. {AFTER_A_DEATH}"
+            )
+    if watchdog.vanished.keys() - recorded:  # the others failed because of it
+        return _vanished(watchdog)
+    first = min(records, key=lambda record: record.time)
+    try:
+        first.raise_if_lasting()
+    except CifarExpError as lasting:
+        return lasting
+    return WorkerError(f"rank {first.rank} failed; the other ranks were ended\n{first.traceback}".rstrip())
+
+
+def is_removed(ipc_dir: Path) -> bool:
+    """Whether the ranks' folder was removed, or that of the fork server's socket."""
+    sockets = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    return not ipc_dir.exists() or (sockets is not None and not Path(sockets).exists())
+
+
+def _removed(ipc_dir: Path) -> StorageError:
+    return StorageError(
+        f"TMPDIR={ipc_dir.parent}: folders in it that the run needs were removed while it ran. Set TMPDIR to a folder "
+        f"that nothing cleans up, and resume=auto to continue from the last checkpoint"
+    )
