@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from cifar_exp.distributed.process_group import World
 from tests.helpers.commands import REPO, ForkedCommand, environment  # noqa: F401
@@ -25,6 +26,9 @@ TINY = [
 ]
 WORKERS_MEMORY = 3 * 2**30  # bytes
 MOST_WORKERS = 4  # tests count threads, processes and processor time, and some use the only GPU
+# How long a machine takes is no property of the code, and machines that run tests are busy.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
