@@ -39,6 +39,8 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert last["test/accuracy"] == epochs[-1].metrics["val/accuracy"]
     assert last["lr"] == pytest.approx(0.1 * 32 / 256)
     assert last["machine/other_load"] >= 0
+    assert (last["steady_steps"], last["steady_blocks"]) == (5, 5)
+    assert "images/s (CPU-simulated devices) (over 5 steps in 5 blocks of train.log_every: rough)" in done.stdout
     split = {name: value for name, value in last.items() if name.startswith("time_split/")}
     names = {"startup", "compile", "data", "step", "communication", "evaluation", "checkpoint", "tracking", "other"}
     assert set(split) == {f"time_split/{name}" for name in names}

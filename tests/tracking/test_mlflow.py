@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -236,7 +237,7 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     assert next_start.returncode == 0, next_start.stderr
     held.release()
     assert next_start.stderr.count("cifar-exp sync") == 2
-    assert "cifar-exp sync outputs/elsewhere" in next_start.stderr
+    assert re.search(r"If it has ended, run (uv run )?cifar-exp sync outputs/elsewhere", next_start.stderr)
     assert "cifar-exp sync outputs/finished" in next_start.stderr
     status = {run.info.run_id: run.info.status for run in all_runs(store)}
     expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
