@@ -18,6 +18,7 @@ from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.errors import MachineError
 from cifar_exp.system.accelerator import supports_async_copies
 from cifar_exp.system.host import end_with_parent, worker_start_method
+from cifar_exp.system.signals import leave_signals_to_parent
 
 MAX_AUTO_WORKERS = 8  # a rank, with data.workers=auto
 
@@ -75,7 +76,8 @@ def _received(images: Images) -> Tensor:
 
 
 def _begin_worker(_number: int) -> None:
-    """Signals stay blocked as in the rank: torch's handler would end the worker at a SIGTERM from anybody."""
+    """Leave signals to the parent, wherever this worker was forked: torch's handler would end it at any SIGTERM."""
+    leave_signals_to_parent()
     end_with_parent()
 
 

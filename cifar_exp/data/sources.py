@@ -55,6 +55,34 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ForwardingSource:
+    """A source that delivers what another one does. Subclasses change a part of that.
+
+    Attributes:
+        source: delivers the images.
+    """
+
+    source: Source
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.source.image_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
+        return self.source.draws(order, parts)
+
+    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.source.pick(draw)
+
+
 def fetch(source: Source, places: Tensor) -> tuple[Tensor, Tensor]:
     """The images (B, 3, H, W) uint8 and labels (B,) int64 at ``places`` (B,) int64, on the source's device."""
     (draw,) = source.draws(places, [slice(0, len(places))])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.keyed_rng import keyed_generator
-from cifar_exp.data.sources import Source
+from cifar_exp.data.sources import ForwardingSource, Source
 from cifar_exp.errors import ConfigError
 
 
@@ -54,30 +54,17 @@ def split_indices(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(ForwardingSource):
     """Some images of a source, as a source.
 
     Attributes:
-        source: all images.
         places: (N,) int64, on the host: the index of each image in ``source``.
     """
 
-    source: Source
     places: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.source.image_size
 
     def __len__(self) -> int:
         return len(self.places)
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
         return self.source.draws(self.places[order], parts)
-
-    def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return self.source.pick(draw)

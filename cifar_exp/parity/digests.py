@@ -1,13 +1,13 @@
 """Digests of the images and parameters that ranks compare: sha256 of each image with its label."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cifar_exp.data.sources import Source
+from cifar_exp.data.sources import ForwardingSource
 
 DIGEST_BYTES = 32  # of sha256
 
@@ -39,30 +39,14 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HashingSource:
+class HashingSource(ForwardingSource):
     """A source that hashes every batch it delivers.
 
     Attributes:
-        source: delivers the images.
         taken: digests of each batch, (B, 32) uint8.
     """
 
-    source: Source
     taken: list[Tensor] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.source.image_size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
-        return self.source.draws(order, parts)
 
     def pick(self, draw: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, labels = self.source.pick(draw)
