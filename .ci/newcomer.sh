@@ -12,7 +12,7 @@ unset VIRTUAL_ENV PYTHONPATH PYTHONHOME # of who starts this, not of who reads t
 
 typed="$(awk '/^## Start/ { there = 1 } there && /^```$/ { exit } there && block { print } there && /^```sh$/ { block = 1 }' \
     "$repository/README.md" | head -n 2)"
-[ "$(wc -l <<< "$typed")" = 2 ] || { echo "newcomer: the README has no two commands below '## Start'" >&2; exit 1; }
+[ "$(wc -l <<< "$typed")" -eq 2 ] || { echo "newcomer: the README has no two commands below '## Start'" >&2; exit 1; }
 
 if [ -n "$tree" ]; then
     [ -x "$tree/usr/bin/python3" ] || { echo "newcomer: $tree has no /usr/bin/python3" >&2; exit 1; }

@@ -33,10 +33,10 @@ def check(composed: "DictConfig") -> None:
         CifarExpError: something is wrong.
     """
     from cifar_exp.runs.train_composed import check_composed
-    from cifar_exp.system.host import MACOS
+    from cifar_exp.system.host import may_have_apples_gpu
 
     wanted = check_composed(composed).devices
-    if wanted.accelerator == "mps" or (MACOS and wanted.accelerator == "auto"):
+    if wanted.accelerator == "mps" or (wanted.accelerator == "auto" and may_have_apples_gpu()):
         from cifar_exp.launch.devices import check_apples_gpu  # it imports PyTorch
 
         check_apples_gpu(wanted)

@@ -44,7 +44,8 @@ def _basis(metrics: Mapping[str, float]) -> str:
     if "steady_steps" not in metrics:
         return ""  # a run of an earlier version
     steps, blocks = int(metrics["steady_steps"]), int(metrics["steady_blocks"])
-    rough = f" in {blocks} blocks of train.log_every: rough" if blocks < ENOUGH_BLOCKS else ""
+    counted = f"{blocks} block{'s' * (blocks != 1)} of train.log_every"
+    rough = f" in {counted}: rough" if blocks < ENOUGH_BLOCKS else ""
     return f" (over {steps:,} steps{rough})"
 
 

@@ -58,12 +58,12 @@ def _groups() -> Iterator[Path]:
     where. In a container the group may have a name outside the mounted part; the mounted folder is its own group then.
     """
     own = {}  # "" for v2, "cpu" for v1 -> the process's group
-    for line in host.content(host.PROC / "self/cgroup").splitlines():
+    for line in host.control_groups():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" or "cpu" in controllers.split(","):
             own["" if number == "0" else "cpu"] = path
-    for line in host.content(host.PROC / "self/mountinfo").splitlines():
+    for line in host.mounts():
         mount, _, system = line.partition(" - ")
         kind, _, options = system.partition(" ")
         version = {"cgroup2": "", "cgroup": "cpu"}.get(kind)

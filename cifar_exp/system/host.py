@@ -164,6 +164,25 @@ def process_started(pid: int) -> str:
         return ""
 
 
+def start_environment() -> dict[str, str] | None:
+    """The environment variables that this process was started with; None if the system does not keep them."""
+    try:
+        pairs = (PROC / "self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return {name: value for name, _, value in (os.fsdecode(pair).partition("=") for pair in pairs)}
+
+
+def control_groups() -> list[str]:
+    """The lines of ``/proc/self/cgroup``: the control groups of this process. Empty without control groups."""
+    return content(PROC / "self/cgroup").splitlines()
+
+
+def mounts() -> list[str]:
+    """The lines of ``/proc/self/mountinfo``: what this process has mounted where. Empty where the system tells none."""
+    return content(PROC / "self/mountinfo").splitlines()
+
+
 # Libraries and network
 
 
@@ -200,6 +219,11 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def may_have_apples_gpu() -> bool:
+    """Whether this is a system that has Apple's Metal. PyTorch knows whether there is a GPU, and takes a second."""
+    return MACOS
 
 
 def multiplies_bfloat16() -> bool:

@@ -73,18 +73,14 @@ def _is_one_of_many(launcher: str, size: str, rank: str, variables: Mapping[str,
         step = variables.get("SLURM_STEP_ID", variables.get("SLURM_STEPID"))
         if step == INTERACTIVE_STEP or "SLURM_PTY_PORT" in variables:  # a shell, also of `srun --pty`
             return False
-        if (
-            size == "SLURM_NTASKS"
-        ):  # of the allocation: a step may have fewer, and a batch script is process 0 in no step
+        if size == "SLURM_NTASKS":  # of the allocation; a batch script is process 0 of no step
             return "SLURM_STEP_NUM_TASKS" not in variables and (step is not None or variables[rank] != "0")
     return True
 
 
 def _inherited() -> dict[str, str]:
     """The variables that this process was started with and still has: a notebook may have set others for itself."""
-    try:
-        content = (host.PROC / "self/environ").read_bytes()
-    except OSError:
+    given = host.start_environment()
+    if given is None:
         return dict(os.environ)
-    given = {os.fsdecode(pair) for pair in content.split(b"\0")}
-    return {name: value for name, value in os.environ.items() if f"{name}={value}" in given}
+    return {name: value for name, value in os.environ.items() if given.get(name) == value}

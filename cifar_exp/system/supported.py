@@ -7,8 +7,8 @@ import sys
 
 OLDEST, NEWEST = (3, 11), (3, 14)
 WINDOWS = """native Windows is not supported. Use WSL2, the Linux in Windows:
-  1. In PowerShell as administrator:  wsl --install
-  2. In the Ubuntu that this opens:   the commands of the README, in a clone of the project"""
+  wsl --install     once, in PowerShell as administrator
+  wsl               opens it: there, in a clone of the project, the two commands of the README"""
 
 
 def refusal(version: "tuple[int, ...]", platform: str) -> str:

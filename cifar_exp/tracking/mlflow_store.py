@@ -27,7 +27,7 @@ from cifar_exp.tracking.store_address import (
     make_sqlite_store,
     sqlite_address,
 )
-from cifar_exp.tracking.store_problems import NoMLflowError, optional_modules
+from cifar_exp.tracking.store_problems import NoMLflowError, check_variables, optional_modules
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -90,13 +90,14 @@ class MLflowStore:
         That happens under a lock, since MLflow fails if several processes do it at once.
 
         Raises:
-            TrackingError: where the experiment was deleted.
+            TrackingError: where the experiment was deleted, or a variable of MLflow has a value that it cannot read.
             Exception: whatever MLflow raises where the store is unreachable.
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         for name in ("mlflow", "alembic"):  # they log at length what they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        check_variables()
         if self.uri is None:
             make_folder(OUTPUTS)
         database = self.database()

@@ -1,5 +1,6 @@
 """What goes wrong between a run and its MLflow store: whether another try can help, and what the user can do."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,23 @@ def optional_modules(address: str) -> Iterator[None]:
         raise TrackingError(
             f"{masked_text(address)}: MLflow needs the Python module {error.name or error} for it. Install it"
         ) from error
+
+
+def check_variables() -> None:
+    """Check that MLflow can read its environment variables. It reads some only when a request is sent.
+
+    Raises:
+        TrackingError: one has a value of another type.
+    """
+    from mlflow import environment_variables
+
+    for name in sorted(os.environ.keys() & vars(environment_variables).keys()):
+        try:
+            getattr(environment_variables, name).get()
+        except ValueError as error:
+            raise TrackingError(
+                f"{name}={masked_text(os.environ[name])}: MLflow cannot read that value ({error}). Correct or unset it"
+            ) from error
 
 
 class NoMLflowError(Exception):

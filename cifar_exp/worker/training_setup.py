@@ -16,7 +16,7 @@ from cifar_exp.distributed.batch_norm import synchronize_layers
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import ConfigError
-from cifar_exp.models.build import InitializedFromImages, arrange, initialize_from_images, seeded
+from cifar_exp.models.build import InitializedFromImages, arrange, compile_in_place, initialize_from_images, seeded
 from cifar_exp.records.checkpoint import Checkpoint
 from cifar_exp.system.accelerator import layout, resolve_precision
 from cifar_exp.training.early_stopping import EarlyStopping
@@ -133,7 +133,7 @@ def _load_weights(model: nn.Module, saved: Checkpoint) -> None:
 def _compile_or_fuse(model: nn.Module, job: Job, world: World, precision: torch.dtype) -> None:
     """What ``train.compile`` asks for: ``always`` compiles, ``auto`` fuses the layers of CPU ranks."""
     if job.train.compile == "always":
-        model.compile()
+        compile_in_place(model)
     elif job.train.compile == "auto" and job.accelerator == "cpu":
         problem = _fuse_layers(model, precision)
         if problem and world.is_first:

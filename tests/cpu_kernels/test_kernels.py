@@ -1,6 +1,5 @@
 """oneDNN, which computes what no layer of the package's own does, can fall back to a slow reference without a word."""
 
-import os
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from cifar_exp.system.accelerator import resolve_precision
+from cifar_exp.system.host import own_cores
 from tests.conftest import environment
 
 STEP = """
@@ -32,7 +32,7 @@ NATIVE = resolve_precision("auto", torch.device("cpu"))
 def test_no_convolution_of_the_step_runs_on_a_reference_kernel(precision: torch.dtype) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STEP.format(precision=precision)],
-        env=environment() | {"ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))},
+        env=environment() | {"ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": str(len(own_cores()))},
         capture_output=True,
         text=True,
         timeout=120,

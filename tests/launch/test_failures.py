@@ -14,6 +14,7 @@ import pytest
 from cifar_exp.errors import Stopped
 from cifar_exp.system.signals import install_signal_handlers, raise_swallowed, signals_to_answer
 from tests.conftest import REPO, TINY, Command, environment, the_run
+from tests.helpers.marks import linux
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.paced import ENDLESS
 from tests.helpers.processes import (
@@ -28,8 +29,8 @@ from tests.helpers.processes import (
 LONG = [*ENDLESS, "devices.count=2"]
 
 
-def test_a_killed_rank_ends_the_others_and_is_named(born: Start, workplace: Path) -> None:
-    process = born(*LONG)
+def test_a_killed_rank_ends_the_others_and_is_named(started: Start, workplace: Path) -> None:
+    process = started(*LONG)
     ranks = training_ranks(process, workplace)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 2
@@ -66,11 +67,14 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("start", "number", "code"),
+    [("born", signal.SIGTERM, 143), ("started", signal.SIGINT, 130), ("started", signal.SIGHUP, 129)],
+)
 def test_a_signal_to_the_parent_ends_everything(
-    born: Start, workplace: Path, store: Path, number: signal.Signals, code: int
+    request: pytest.FixtureRequest, workplace: Path, store: Path, start: str, number: signal.Signals, code: int
 ) -> None:
-    process = born(*LONG)
+    process = request.getfixturevalue(start)(*LONG)
     training_ranks(process, workplace)
     wait_for_tracked_runs(process, store, 1)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -152,9 +156,9 @@ def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workpla
     assert "Traceback" not in done.stderr
 
 
-def test_a_stopped_rank_does_not_hold_up_the_end(born: Start, workplace: Path) -> None:
+def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path) -> None:
     """It takes no signal but SIGKILL; elastic alone would wait half a minute for it."""
-    process = born(*LONG, "devices.count=2", "devices.oversubscribe=true")
+    process = started(*LONG, "devices.count=2", "devices.oversubscribe=true")
     training_ranks(process, workplace)[1].send_signal(signal.SIGSTOP)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -177,6 +181,7 @@ def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Pat
     assert run.info.status == "KILLED"
 
 
+@linux
 @pytest.mark.parametrize("seconds", [0.4, 1.5, 3.0])
 def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> None:
     process = subprocess.Popen(

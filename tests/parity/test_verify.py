@@ -1,7 +1,6 @@
 """Parity is measured on the parts that train, holds where they are right, and does not where one of them is wrong."""
 
 import json
-import os
 import re
 import signal
 import stat
@@ -22,9 +21,11 @@ from cifar_exp.parity.checks import Check, compared, relative_difference, tolera
 from cifar_exp.parity.digests import digests
 from cifar_exp.parity.measure import Measurement
 from cifar_exp.parity.report import ParityReport, ParityResult
+from cifar_exp.system import host
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.training.plan import Plan
 from tests.conftest import Command, environment
+from tests.helpers.marks import linux
 from tests.helpers.processes import answers_signals, wait_for
 
 SMALL = [
@@ -240,7 +241,7 @@ def test_what_is_wrong_is_one_message_with_the_contracts_exit_code(
 
 
 def test_one_core_has_nothing_to_compare_and_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(host, "own_cores", lambda: [0])
     with pytest.raises(MachineError, match=r"found 1 core.*Set devices\.count=1,2 devices\.oversubscribe=true"):
         configurations(["devices=cpu"])
 
@@ -248,7 +249,7 @@ def test_one_core_has_nothing_to_compare_and_says_what_to_type(monkeypatch: pyte
 def test_ranks_are_powers_of_two_up_to_the_machines_and_strictness_can_be_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setattr(host, "own_cores", lambda: list(range(5)))
     configs, folder = configurations(["devices=cpu", "experiment=quickstart"])
     assert [config.devices.count for config in configs] == [1, 2, 4]
     assert {(config.train.precision, config.train.deterministic) for config in configs} == {("fp32", True)}
@@ -283,6 +284,7 @@ def test_help_and_refusals_do_not_wait_for_torch(workplace: Path, words: list[st
         assert "Exit codes: 0 the ranks compute the same, 1 they do not" in done.stdout
 
 
+@linux
 @pytest.mark.parametrize("moment", ["at once", "while ranks compute"])
 def test_ctrl_c_ends_it_without_a_traceback(workplace: Path, moment: str) -> None:
     large = ["data.train_count=20000", "train.batch_size=256", "model.width=32", "model.depth=4", "devices.count=1,2"]

@@ -95,6 +95,13 @@ ENVIRONMENTS = [
         root=True,
     ),
     Environment("read-only root", prefix=mounts(READ_ONLY_ROOT), root=True, own_caches=True),
+    Environment(
+        "read-only root, no HOME, no passwd entry",
+        {"HOME": None},
+        (*mounts(READ_ONLY_ROOT), *UNNAMED),
+        root=True,
+        own_caches=True,
+    ),
     Environment("TMPDIR with spaces", {"TMPDIR": "{place}/my temporary files ä"}),
     Environment("TMPDIR of 150 characters", {"TMPDIR": "{place}/" + "long" * 37}),
     Environment("current folder with spaces", folder="my wörk, 100% = mine"),
@@ -198,7 +205,7 @@ def _prepare(environment: Environment, place: Path, base: Path) -> tuple[Path, d
 
 def _words(environment: Environment, place: Path) -> list[str]:
     command = [str(Path(sys.executable).parent / "cifar-exp"), *COMMAND, *environment.overrides]
-    prefix = [*environment.prefix, *(READING if environment.prefix == UNNAMED else ())]
+    prefix = [*environment.prefix, *(READING if UNNAMED[0] in environment.prefix else ())]
     typed = " ".join(command)
     if "{command}" in prefix:
         command = []
@@ -253,7 +260,7 @@ def main() -> int:
     print(f"\n{len(tried) - len(failed)} of {len(tried)} work; {len(rows) - len(tried)} could not be tried here")
     if not failed:
         shutil.rmtree(base)
-    return 1 if failed else 0
+    return 1 if failed or (chosen.require_all and len(tried) < len(rows)) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -264,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="PATTERN", nargs="+", default=["*"], help="those whose names match, as '*home*'"
     )
     parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser.add_argument("--require-all", action="store_true", help="one that cannot be tried here is a failure")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where they are made (the temporary folder)")
     return parser

@@ -14,10 +14,12 @@ import pytest
 
 from cifar_exp.records import journal
 from tests.conftest import TINY
+from tests.helpers.marks import linux
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.processes import assert_nothing_is_left, wait_for
 
 Start = Callable[..., "subprocess.Popen[str]"]
+pytestmark = linux
 SPAWNED = "multiprocessing.spawn"
 
 

@@ -3,6 +3,8 @@
 import re
 import tomllib
 
+import yaml
+
 from tests.conftest import REPO
 
 NOX = (REPO / "noxfile.py").read_text()
@@ -42,6 +44,14 @@ def test_every_supported_python_is_in_the_matrix() -> None:
     assert re.findall(r'"([\d.]+)"', hosted[1]) == pythons
     for text in (README, INSTALL):
         assert f"{pythons[0]} to {pythons[-1]}" in text
+
+
+def test_the_workflow_runs_on_each_supported_system_and_sees_windows_refused() -> None:
+    jobs = yaml.safe_load(WORKFLOW)["jobs"]
+    assert jobs["tests"]["strategy"]["matrix"]["system"] == ["ubuntu-24.04", "ubuntu-24.04-arm", "macos-latest"]
+    assert jobs["windows"]["runs-on"] == "windows-latest"
+    assert 'test "$code" = 2' in jobs["windows"]["steps"][-1]["run"]
+    assert all(system in README for system in ("Linux", "macOS", "WSL2"))
 
 
 def test_the_workflow_calls_sessions_that_exist() -> None:

@@ -1,7 +1,6 @@
 """One run from the command line to its folder and its record in MLflow."""
 
 import json
-import os
 from pathlib import Path
 
 import mlflow
@@ -16,6 +15,7 @@ from cifar_exp.models.networks import convnet
 from cifar_exp.models.speednet import patches_of
 from cifar_exp.records import journal
 from cifar_exp.runs.classifier import Classifier
+from cifar_exp.system.host import own_cores
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, the_run
 from tests.helpers.image_trees import REAL_IMAGES
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace:
     assert run.data.params["model.width"] == "4"
     assert run.data.params["seed"] == "3"
     assert (run.data.tags["devices"], run.data.tags["accelerator"]) == ("2", "cpu")
-    assert run.data.tags["machine.cores"] == str(len(os.sched_getaffinity(0)))
+    assert run.data.tags["machine.cores"] == str(len(own_cores()))
     assert run.data.metrics == pytest.approx(last, nan_ok=True)
     history = client().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(e.step, e.metrics["train/loss"]) for e in epochs]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import TINY, Command
 from tests.helpers.commands import ForkedCommand
+from tests.helpers.marks import pinning
 from tests.helpers.mlflow_runs import all_runs, client
 
 Start = Callable[..., ForkedCommand]
@@ -87,6 +88,7 @@ def test_device_counts_end_in_a_speedup_table_and_a_bad_job_does_not_end_the_swe
     assert "there is no such run" in lost.stderr
 
 
+@pinning
 def test_the_preset_counts_the_machines_devices_and_interleaves_them(cifar_exp: Command) -> None:
     """Powers of two up to the cores, repeats slowest whatever the order they are typed in, both ways of scaling."""
     cores = sorted(os.sched_getaffinity(0))

@@ -17,10 +17,15 @@ from cifar_exp.system import host
 from cifar_exp.system.cpu_quota import cpu_quota, throttled_seconds
 from cifar_exp.system.locks import Owner
 from tests.conftest import REPO, environment
+from tests.helpers.marks import linux
 
-PACKAGE = sorted((REPO / "cifar_exp").glob("**/*.py"))
+PACKAGE = sorted([*(REPO / "cifar_exp").glob("**/*.py"), *(REPO / "hydra_plugins").glob("**/*.py")])
 MODULES = ("cifar_exp", "cifar_exp.cli.entry", "cifar_exp.cli.main")
 FORBIDDEN_FILES = ("/proc", "/sys/", "/dev/shm", "/etc/machine-id")
+FORBIDDEN_NAMES = {
+    *("sys.platform", "os.name", "os.uname", "platform.system", "time.CLOCK_BOOTTIME"),
+    *("host.MACOS", "host.PROC", "host.SYS"),
+}
 FORBIDDEN_WORDS = {"darwin", "win32", "linux", "prctl", "fork", "lo", "lo0"}
 
 
@@ -30,10 +35,10 @@ def platform_questions(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
-            if name in ("sys.platform", "os.name", "os.uname", "platform.system", "time.CLOCK_BOOTTIME"):
+            if name in FORBIDDEN_NAMES or name.lower().startswith("os.sched_"):
                 found.append(name)
-            if name.lower().startswith("os.sched_"):
-                found.append(name)
+        if isinstance(node, ast.ImportFrom) and node.module == "cifar_exp.system.host":
+            found += [name for alias in node.names if (name := f"host.{alias.name}") in FORBIDDEN_NAMES]
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             value = node.value
             if value.startswith(FORBIDDEN_FILES) or value.endswith((".so", ".dylib")) or value in FORBIDDEN_WORDS:
@@ -49,8 +54,10 @@ def test_no_other_module_asks_for_the_platform() -> None:
     }
     assert {name: found for name, found in questions.items() if found} == {}
     assert platform_questions((REPO / "cifar_exp/system/host.py").read_text())
+    assert platform_questions("from cifar_exp.system.host import MACOS\nhost.PROC") == ["host.MACOS", "host.PROC"]
 
 
+@linux
 def test_a_lock_file_of_before_is_still_understood() -> None:
     """The ticks of the kernel, where it tells them."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -212,9 +219,10 @@ def test_windows_is_refused_at_once_with_what_to_type(module: str) -> None:
         [sys.executable, "-S", "-c", WINDOWS, module], env=environment(), capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "wsl --install" in done.stderr
-    assert "the commands of the README" in done.stderr
-    assert "WSL2" in done.stderr.splitlines()[0]
+    first, *commands = done.stderr.splitlines()
+    assert "WSL2" in first
+    assert [line.split("  ")[1] for line in commands] == ["wsl --install", "wsl"]
+    assert "the two commands of the README" in commands[1]
     assert "Traceback" not in done.stderr
 
 

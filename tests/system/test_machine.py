@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cifar_exp.system import host, load_watch
+from cifar_exp.system.host import own_cores
 from cifar_exp.system.load_watch import LoadMeter, LoadWatch, disturbances, own_cpu_seconds
 from cifar_exp.system.machine import description
 
@@ -69,7 +70,7 @@ def test_a_watch_ends_with_shares_and_clocks() -> None:
 
 def test_the_description_names_processor_cores_and_memory() -> None:
     tags = description("cpu", 1)
-    assert tags["machine.cores"] == str(len(os.sched_getaffinity(0)))
+    assert tags["machine.cores"] == str(len(own_cores()))
     assert int(tags["machine.memory_gib"]) >= 1
     assert len(tags["machine.processor"]) > 2
     assert not any("gpu" in name for name in tags)

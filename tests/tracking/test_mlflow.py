@@ -26,9 +26,10 @@ from cifar_exp.tracking.dead_runs import owner_tags
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.conftest import TINY, Command, environment, the_run
+from tests.helpers.marks import linux
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.paced import ENDLESS
-from tests.helpers.processes import Start, wait_for
+from tests.helpers.processes import Start, wait_for, wait_for_tracked_runs
 from tests.helpers.servers import Relay, relay  # noqa: F401
 
 SLOW = [*ENDLESS, "data.train_count=960", "train.log_every=10"]
@@ -199,24 +200,24 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
 
 
 def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are_not(
-    cifar_exp: Command, started: Start, workplace: Path
+    cifar_exp: Command, started: Start, workplace: Path, store: Path
 ) -> None:
     sweep = started("-m", *SLOW, "seed=1,2")
     wait_for(lambda: list((workplace / "outputs").glob(f"multirun/*/*/0/{RUN_ID_FILE}")), sweep)
-    wait_for(lambda: [run.info.status for run in all_runs(client())] == ["RUNNING"] * 2, sweep)
+    wait_for_tracked_runs(sweep, store, 2)
     other = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
     assert other.returncode == 0, other.stderr
     assert sorted(run.info.status for run in all_runs(client())) == ["FINISHED", "RUNNING", "RUNNING"]
     sweep.kill()
     sweep.wait()
-    store = client()
-    experiment = all_runs(store)[0].info.experiment_id
+    mlflow = client()
+    experiment = all_runs(mlflow)[0].info.experiment_id
 
     def planted(name: str, **changes: str) -> str:
         folder = workplace / "outputs" / name
         folder.mkdir()
         tags = {f"process.{key}": value for key, value in changes.items()}
-        identity = store.create_run(experiment, tags=owner_tags(folder) | tags, run_name=name).info.run_id
+        identity = mlflow.create_run(experiment, tags=owner_tags(folder) | tags, run_name=name).info.run_id
         (folder / RUN_ID_FILE).write_text(identity)
         return str(identity)
 
@@ -239,7 +240,7 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     assert next_start.stderr.count("cifar-exp sync") == 2
     assert re.search(r"If it has ended, run (uv run )?cifar-exp sync outputs/elsewhere", next_start.stderr)
     assert "cifar-exp sync outputs/finished" in next_start.stderr
-    status = {run.info.run_id: run.info.status for run in all_runs(store)}
+    status = {run.info.run_id: run.info.status for run in all_runs(mlflow)}
     expected = {living: "RUNNING", elsewhere: "RUNNING", container: "RUNNING"}
     expected |= {
         killed_there: "KILLED",
@@ -250,9 +251,10 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     }
     assert {identity: status.pop(identity) for identity in expected} == expected
     assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job
-    assert store.get_run(finished).info.end_time == 1_700_000_000_500
+    assert mlflow.get_run(finished).info.end_time == 1_700_000_000_500
 
 
+@linux
 def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
     here = Owner.here()
     assert not here.is_gone()

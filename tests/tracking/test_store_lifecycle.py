@@ -162,3 +162,11 @@ def test_sync_sends_the_sound_runs_beside_damaged_ones(capsys: pytest.CaptureFix
     assert [str(failure).split(":")[0].rsplit("/", 1)[0] for failure in failures][:2] == ["all/0", "all/1"]
     assert all("this is a bug" not in str(failure) for failure in failures[:2])
     assert "all/3: 0 of 0 points were missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"])
+def test_a_variable_that_mlflow_cannot_read_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(TrackingError, match=f"^{name}=abc: .* Correct or unset it$") as caught:
+        MLflowTracker().client()
+    assert is_hopeless(caught.value), "another try reads the same"

@@ -3,7 +3,6 @@
 import ctypes
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,10 @@ import psutil
 import pytest
 
 from cifar_exp.records import journal
+from cifar_exp.system.host import own_cores
 from cifar_exp.worker.failure import RankFailure
 from tests.conftest import TINY, Command, environment
+from tests.helpers.marks import pinning
 
 
 def test_the_launcher_sees_the_whole_of_a_failure_or_nothing(tmp_path: Path) -> None:
@@ -37,9 +38,10 @@ def test_a_profile_is_a_trace_of_six_steps(cifar_exp: Command, workplace: Path) 
     assert len(steps) == 6
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two cores are needed to have one each")
+@pinning
+@pytest.mark.skipif(len(own_cores()) < 2, reason="two cores are needed to have one each")
 def test_ranks_that_take_all_cores_have_one_each(cifar_exp: Command, workplace: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(own_cores())
     (workplace / "spy.py").write_text(
         "import os, pathlib\nfrom cifar_exp.models.networks import convnet\n"
         "def model(*, num_classes, width, depth):\n"
