@@ -71,7 +71,7 @@ def hydra_rc(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
     """The wheel, installed as people do it, with the newest versions; a run and a sweep in an empty folder."""
-    empty, dist = session.create_tmp(), Path(session.create_tmp()) / "dist"
+    empty, dist = session.create_tmp(), Path(session.create_tmp()).absolute() / "dist"
     session.run_install("uv", "build", "--quiet", "--wheel", f"--out-dir={dist}", external=True)
     (built,) = dist.glob("*.whl")
     session.install("--no-config", f"cifar-exp[cpu] @ {built.as_uri()}")
