@@ -95,9 +95,9 @@ class MLflowStore:
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        for name in ("mlflow", "alembic"):  # they log at length what they also raise
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         check_variables()
+        for name in ("mlflow", "alembic"):  # they log at length what they also raise; importing MLflow sets the level
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             make_folder(OUTPUTS)
         database = self.database()
