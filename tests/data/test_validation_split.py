@@ -36,11 +36,11 @@ from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import MetricValues
 from tests.conftest import TINY, Command
-from tests.faults.runs import curve
 from tests.helpers.configs import composed, default_config
 from tests.helpers.defaults import with_defaults
 from tests.helpers.image_trees import CPU, SIDE, tree
 from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.runs import curve
 
 folders = with_defaults(class_folders.folders)
 Run = subprocess.CompletedProcess[str]
