@@ -23,9 +23,9 @@ import torch
 from bare import bare_epoch
 from harness import Comparison, Goal, arguments, compare, publish
 from workload import (
+    REFERENCE_NETWORK,
     ModelFactory,
     alone,
-    convnet,
     fused_network,
     keep_freed_memory,
     network,
@@ -33,10 +33,13 @@ from workload import (
     train_batches,
 )
 
+from cifar_exp.config.defaults import settings_of
+from cifar_exp.models.networks import convnet
+
 SHAPES: dict[str, tuple[ModelFactory, int, int]] = {  # network, images a step, times as many steps a turn
-    "reference network": (convnet, 256, 1),
-    "width 32, depth 2": (partial(convnet, width=32, depth=2), 256, 2),
-    "quickstart's network": (partial(convnet, width=16, depth=1), 64, 40),
+    "reference network": (REFERENCE_NETWORK, 256, 1),
+    "width 32, depth 2": (partial(REFERENCE_NETWORK, depth=2), 256, 2),
+    "quickstart's network": (partial(convnet, **settings_of("model", "convnet_small")), 64, 40),
 }
 
 

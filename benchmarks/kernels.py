@@ -20,6 +20,7 @@ from workload import (
     BATCH,
     DEVICE,
     ON_GPU,
+    REAL_VALUED_SHIFT,
     alone,
     epoch_of,
     network,
@@ -30,8 +31,6 @@ from workload import (
     training_flop,
     turn_steps,
 )
-
-from cifar_exp.data.augment import Shift
 
 KINDS = {
     # The first kind with a part of the operator's name wins: forward and backward of a kind have different names.
@@ -64,7 +63,7 @@ def main() -> None:
     options = arguments(__doc__, pairs=5, steps=turn_steps(5)).parse_args()
     shares: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
-        epoch = epoch_of(trainer(world), train_batches(random_split(BATCH * options.steps), world, Shift()))
+        epoch = epoch_of(trainer(world), train_batches(random_split(BATCH * options.steps), world, REAL_VALUED_SHIFT))
         epoch()
         meter = LoadMeter()
         for _ in range(options.pairs):

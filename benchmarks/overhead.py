@@ -14,6 +14,7 @@ from harness import Goal, arguments, compare_all, publish
 from workload import (
     BATCH,
     ON_GPU,
+    REAL_VALUED_SHIFT,
     alone,
     epoch_of,
     fused_network,
@@ -24,13 +25,11 @@ from workload import (
     turn_steps,
 )
 
-from cifar_exp.data.augment import Shift
-
 
 def main() -> None:
     options = arguments(__doc__, pairs=12, steps=turn_steps(10)).parse_args()
     with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as world:
-        batches = train_batches(random_split(BATCH * options.steps), world, Shift())
+        batches = train_batches(random_split(BATCH * options.steps), world, REAL_VALUED_SHIFT)
         ours = epoch_of(trainer(world, log_every=options.steps), batches)
         bare = graphed_epoch(*network(), batches) if ON_GPU else bare_epoch(*fused_network(), lambda: batches.epoch(1))
         plain = bare_epoch(*network(), lambda: batches.epoch(1))

@@ -6,6 +6,7 @@ It runs on the first GPU if there is one. Set ``CUDA_VISIBLE_DEVICES=`` before a
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifar_exp.config.defaults import settings_of
 from cifar_exp.config.schema import EarlyStoppingSettings
 from cifar_exp.cpu_kernels.fuse import fuse
-from cifar_exp.data.augment import Augmentation, Crop
+from cifar_exp.data.augment import Augmentation, Crop, Shift
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.data.dataset_files import Split
 from cifar_exp.distributed.data_parallel import data_parallel
@@ -35,7 +37,10 @@ NORMALIZATION = Normalization.of("zerocenter", MEAN, STD)
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 PRECISION = resolve_precision("auto", DEVICE)
-FLIP_AND_SHIFT = Crop()  # by whole pixels, as torchvision's RandomHorizontalFlip and RandomCrop(32, padding=4)
+REFERENCE_NETWORK = partial(convnet, **settings_of("model", "convnet"))
+REAL_VALUED_SHIFT = Shift(**settings_of("augment", "shift"))
+# By whole pixels, as torchvision's RandomHorizontalFlip and RandomCrop(32, padding=4).
+FLIP_AND_SHIFT = Crop(**settings_of("augment", "crop"))
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -58,7 +63,7 @@ def evaluation_batches(split: Split, world: World) -> EvaluationBatches:
     return EvaluationBatches(split.to(DEVICE), NORMALIZATION, world.rank, world.size)
 
 
-def network(build: ModelFactory = convnet) -> tuple[nn.Module, Optimizer]:
+def network(build: ModelFactory = REFERENCE_NETWORK) -> tuple[nn.Module, Optimizer]:
     """The reference network or another one, channels-last, and the recipe's optimizer, on a GPU a fused one.
 
     cuDNN chooses its algorithms by trying them, as it does in ranks.
@@ -68,7 +73,9 @@ def network(build: ModelFactory = convnet) -> tuple[nn.Module, Optimizer]:
     return model, SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-10, fused=ON_GPU)
 
 
-def fused_network(build: ModelFactory = convnet, precision: torch.dtype = PRECISION) -> tuple[nn.Module, Optimizer]:
+def fused_network(
+    build: ModelFactory = REFERENCE_NETWORK, precision: torch.dtype = PRECISION
+) -> tuple[nn.Module, Optimizer]:
     """The network with fused layers, as it is trained on CPUs."""
     model, optimizer = network(build)
     if not ON_GPU:

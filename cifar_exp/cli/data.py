@@ -31,6 +31,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
     data.archive=<file>  a local cifar-10-python.tar.gz; then nothing is downloaded
     data.mirror=<URL>    another address of cifar-10-python.tar.gz
     """
+    from cifar_exp.config.defaults import settings_of
     from cifar_exp.data.cifar10 import cifar10
     from cifar_exp.data.folder_export import export, table
     from cifar_exp.system.surroundings import set_up_environment
@@ -39,8 +40,8 @@ def command(words: tuple[str, ...], to: Path) -> None:
     typed, rest = settings_in(words, SETTINGS)
     if rest:
         raise ConfigError(f"{rest[0]}: it must be a setting. Set {' or '.join(f'{name}=...' for name in SETTINGS)}")
-    root = typed.get("data.root", "data")
-    files = cifar10(root, mirror=typed.get("data.mirror"), archive=typed.get("data.archive"))
+    chosen = {name.removeprefix("data."): value for name, value in typed.items()}
+    files = cifar10(**settings_of("data", "cifar10") | chosen)
     try:
         counts = export(files, to)
     except KeyboardInterrupt:

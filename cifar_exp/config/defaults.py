@@ -36,6 +36,11 @@ def default_settings() -> dict[str, Any]:
     return {name: value for name, value in settings.items() if "_target_" not in name}
 
 
+def settings_of(group: str, choice: str) -> dict[str, Any]:
+    """The settings of one choice of a group, without its `_target_`: ``settings_of("model", "convnet")``."""
+    return {name: value for name, value in _choice(conf_dir() / group / f"{choice}.yaml").items() if name != "_target_"}
+
+
 def defaults_beside(targets: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that belong to the chosen components: nested settings.
 

@@ -92,7 +92,7 @@ class CheckpointSettings:
     every: Count
     """Epochs between two checkpoints."""
     keep: Count
-    """Number of newest checkpoints that are kept, beside the best epoch's."""
+    """Number of newest checkpoints that are kept; with data.validation the best epoch's is kept, too."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ReportSettings:
 
     __pydantic_config__: ClassVar = _CLOSED
     target_accuracy: Share | None
-    """Validation accuracy in (0, 1] to which the time is reported; null means none."""
+    """Validation accuracy in (0, 1] to which seconds and device-seconds are reported; null means none."""
     price_per_hour: PositiveFloat | None
     """Price of one device for an hour, in any currency; null means that no price is reported."""
 
@@ -151,7 +151,8 @@ class Config:
     seed: Annotated[int, Ge(0), Le(2**63 - 1)]
     """Seed of initial weights, image order, augmentation and dropout, below 2**63."""
     resume: Name
-    """Which run continues: never, auto, or the folder or MLflow id of a run or sweep."""
+    """Which run continues: never, latest, the folder or MLflow id of a run or sweep, or auto: the newest interrupted
+    one, whose devices, launcher, tracking and checkpoint may differ."""
     progress: Literal["auto", "bar", "live", "lines", "quiet"]
     """How progress is displayed; auto is a bar on a terminal, a live line in a notebook, lines elsewhere."""
     trusted_modules: tuple[Name, ...]

@@ -1,4 +1,5 @@
-"""Read the configuration that a run stored, maybe of an earlier version: today's names, and defaults for new settings.
+"""Read the configuration that a run stored, maybe of an earlier version: today's names, defaults for new settings,
+and none that are gone.
 
 A setting that an earlier version did not have counts as set to its default: such a run is resumed, predicted with and
 compared like one of today.
@@ -15,6 +16,8 @@ from cifar_exp.config.limited_yaml import load_file
 from cifar_exp.config.targets import RENAMED, with_names
 
 _TARGET = "._target_"
+# `_target_` -> settings that it had in version 0.1. They said of the release what it is, so no result depends on them.
+REMOVED = {"cifar_exp.data.cifar10.cifar10": ("size", "sha256")}
 
 
 def stored_config(path: Path) -> dict[str, Any]:
@@ -31,6 +34,8 @@ def stored_config(path: Path) -> dict[str, Any]:
     sections = {name: part for name, part in config.items() if isinstance(part, Mapping)}
     defaults = defaults_beside({name: part["_target_"] for name, part in sections.items() if "_target_" in part})
     filled = {name: {**defaults[name], **part} for name, part in sections.items() if name in defaults}
+    for section, name in _removed({name: part.get("_target_") for name, part in sections.items()}):
+        filled.get(section, {}).pop(name, None)
     return defaults | config | filled
 
 
@@ -38,4 +43,12 @@ def stored_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The same for the configuration as dotted names, as trackers and ``run.json`` have it."""
     targets = {name: RENAMED.get(str(value), value) for name, value in params.items() if name.endswith(_TARGET)}
     defaults = defaults_beside({name.removesuffix(_TARGET): target for name, target in targets.items()})
-    return flattened(defaults) | dict(params) | targets
+    filled = flattened(defaults) | dict(params) | targets
+    for section, name in _removed({name.removesuffix(_TARGET): target for name, target in targets.items()}):
+        filled.pop(f"{section}.{name}", None)
+    return filled
+
+
+def _removed(targets: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Section and name of each setting that today's components no longer have."""
+    return [(section, name) for section, target in targets.items() for name in REMOVED.get(str(target), ())]

@@ -58,8 +58,8 @@ class Crop:
         flip_probability: of a horizontal flip.
     """
 
-    max_pixels: Annotated[int, Ge(0)] = 4
-    flip_probability: Probability = 0.5
+    max_pixels: Annotated[int, Ge(0)]
+    flip_probability: Probability
 
     def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
         flip, shift = _flip_and_shift(len(order), self.flip_probability, seed, epoch)
@@ -84,7 +84,7 @@ class Alternating:
         max_pixels: shifts on each axis are drawn from -max_pixels ... max_pixels.
     """
 
-    max_pixels: Annotated[int, Ge(0)] = 2
+    max_pixels: Annotated[int, Ge(0)]
 
     def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
         odd_epochs = torch.randint(0, 2, (len(order),), generator=keyed_generator(seed, "alternating flips"))
@@ -124,8 +124,8 @@ class Shift:
         flip_probability: of a horizontal flip.
     """
 
-    max_pixels: Annotated[float, Ge(0)] = 4.0
-    flip_probability: Probability = 0.5
+    max_pixels: Annotated[float, Ge(0)]
+    flip_probability: Probability
 
     def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
         flip, shift = _flip_and_shift(len(order), self.flip_probability, seed, epoch)

@@ -11,12 +11,10 @@ from cifar_exp.data.dataset_files import Arrays, DatasetFiles
 def cifar10(
     root: str | Path,
     *,
-    mirror: str | None = None,
-    archive: str | Path | None = None,
-    cache: str | Path | None = None,
-    size: int = download.SIZE,
-    sha256: str = download.SHA256,
-    residency: Decoded = "auto",
+    mirror: str | None,
+    archive: str | Path | None,
+    cache: str | Path | None,
+    residency: Decoded,
 ) -> DatasetFiles:
     """CIFAR-10 as released: 50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes, lossless.
 
@@ -28,22 +26,20 @@ def cifar10(
         mirror: address to download from instead of the release's own.
         archive: a local copy of the archive; then nothing is downloaded.
         cache: folder for the decoded arrays; ``<root>/.cache`` if None.
-        size: of the archive in bytes.
-        sha256: of the archive, in hex.
         residency: where the images lie while ranks train, as in ``DatasetFiles``.
 
     Raises:
         ConfigError: the mirror is no http or https address, or the residency is unknown.
-        DataError: the archive cannot be downloaded or read, or its sha256 is wrong.
+        DataError: the archive cannot be downloaded or read, or its size or sha256 is wrong.
         StorageError: ``root`` or the cache cannot be written.
     """
     check_decoded(residency)
     root = expanded(root)
 
     def decode() -> tuple[tuple[str, ...], Arrays]:
-        return cifar10_archive.read_archive(
-            download.fetch_archive(root, mirror=mirror, archive=archive, size=size, sha256=sha256)
-        )
+        return cifar10_archive.read_archive(download.fetch_archive(root, mirror=mirror, archive=archive))
 
-    files = prepare(dataset_cache(root, cache), f"archive {sha256}", lambda: sha256, decode, "data.cache")
+    files = prepare(
+        dataset_cache(root, cache), f"archive {download.SHA256}", lambda: download.SHA256, decode, "data.cache"
+    )
     return replace(files, residency=residency)

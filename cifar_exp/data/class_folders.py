@@ -34,10 +34,10 @@ _USE_LOADER = "read and resize images while training: set data.residency=loader"
 def folders(
     root: str | Path,
     *,
-    cache: str | Path | None = None,
-    residency: Residency = "auto",
-    image_size: Annotated[int, Ge(1)] | None = None,
-    workers: Annotated[int, Ge(0)] | Literal["auto"] = "auto",
+    cache: str | Path | None,
+    residency: Residency,
+    image_size: Annotated[int, Ge(1)] | None,
+    workers: Annotated[int, Ge(0)] | Literal["auto"],
 ) -> DatasetFiles:
     """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``; labels by sorted class name.
 

@@ -32,15 +32,13 @@ _WHAT_TO_TYPE = f"""Set one of these instead:
   experiment=quickstart   synthetic images, no download"""
 
 
-def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None, size: int, sha256: str) -> Path:
+def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None) -> Path:
     """The verified archive: ``archive`` if given, else ``root / ARCHIVE_FILE``, which is downloaded if missing.
 
     Args:
         root: folder for the download, created if missing.
         mirror: address to download from instead of the release's own.
         archive: a local copy; then there is no network access, and ``root`` is not touched.
-        size: of the archive in bytes.
-        sha256: of the archive, in hex.
 
     Raises:
         ConfigError: the mirror is no http or https address.
@@ -51,7 +49,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None,
         path = Path(archive).expanduser()
         if not path.is_file():
             raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
-        _check(path, f"data.archive={archive}", size, sha256, f"It must be {ARCHIVE_FILE} as it was released.")
+        _check(path, f"data.archive={archive}", f"It must be {ARCHIVE_FILE} as it was released.")
         return path
     address = mirror or ADDRESS
     if not address.startswith(("http://", "https://")):
@@ -64,41 +62,41 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None,
     with locked(root / f".{ARCHIVE_FILE}.lock", advice):
         if target.exists():
             mend = "Delete it to download it again, or set data.archive=<file> to another copy"
-            _check(target, str(target), size, sha256, mend)
+            _check(target, str(target), mend)
             return target
         part = target.with_suffix(".gz.part")
         with storage_errors(target, advice):
-            _download(address, part, size, sha256, advice)
+            _download(address, part, advice)
             part.replace(target)
         return target
 
 
-def _problem(path: Path, size: int, sha256: str) -> str | None:
-    """How a file differs from the expected size and sha256; None where it does not."""
+def _problem(path: Path) -> str | None:
+    """How a file differs from the release's size and sha256; None where it does not."""
     found_size = path.stat().st_size
-    if found_size != size:
-        return f"{found_size:,} bytes where {size:,} are expected"
+    if found_size != SIZE:
+        return f"{found_size:,} bytes where {SIZE:,} are expected"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if found == sha256 else f"sha256 {found} where {sha256} is expected"
+    return None if found == SHA256 else f"sha256 {found} where {SHA256} is expected"
 
 
-def _check(path: Path, name: str, size: int, sha256: str, advice: str) -> None:
+def _check(path: Path, name: str, advice: str) -> None:
     try:
-        problem = _problem(path, size, sha256)
+        problem = _problem(path)
     except OSError as error:
         problem = f"no readable content ({error.strerror or error})"
     if problem is not None:
         raise DataError(f"{name} is not the CIFAR-10 archive: it has {problem}.\n{advice}")
 
 
-def _download(address: str, part: Path, size: int, sha256: str, advice: str) -> None:
+def _download(address: str, part: Path, advice: str) -> None:
     """Download to ``part``, resuming an earlier download, until size and sha256 are right."""
     while True:
         begun = part.stat().st_size if part.exists() else 0
-        if begun < size:
-            _receive(address, part, begun, size, advice)
-        problem = _problem(part, size, sha256)
+        if begun < SIZE:
+            _receive(address, part, begun, advice)
+        problem = _problem(part)
         if problem is None:
             return
         part.unlink()
@@ -106,7 +104,7 @@ def _download(address: str, part: Path, size: int, sha256: str, advice: str) -> 
             raise DataError(f"The file at {address} is not the CIFAR-10 archive: it has {problem}.\n{_WHAT_TO_TYPE}")
 
 
-def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> None:
+def _receive(address: str, part: Path, begun: int, advice: str) -> None:
     """Append the bytes from ``begun`` on to ``part``, or write the whole file if the server sends it."""
     with _network_errors(address), _request(address, begun) as response:
         resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
@@ -118,26 +116,26 @@ def _receive(address: str, part: Path, begun: int, size: int, advice: str) -> No
                 f"{address} answered with something else than an archive (a web page for logging in?). "
                 f"It begins with {chunk[:40]!r}.\n{_WHAT_TO_TYPE}"
             )
-        if promised is not None and received + int(promised) != size:
+        if promised is not None and received + int(promised) != SIZE:
             found = received + int(promised)
             raise DataError(
-                f"The file at {address} is not the CIFAR-10 archive: it has {found:,} bytes where {size:,} are "
+                f"The file at {address} is not the CIFAR-10 archive: it has {found:,} bytes where {SIZE:,} are "
                 f"expected.\n{_WHAT_TO_TYPE}"
             )
         with storage_errors(part, advice):
             file = part.open("ab" if resumes else "wb")
-        with file, Progress("Downloading CIFAR-10", size, "bytes") as progress:
+        with file, Progress("Downloading CIFAR-10", SIZE, "bytes") as progress:
             progress.add(received)
-            while chunk and received <= size:
+            while chunk and received <= SIZE:
                 with storage_errors(part, advice):
                     file.write(chunk)
                     file.flush()
                 received += len(chunk)
                 progress.add(len(chunk))
                 chunk = response.read(_CHUNK)
-    if received < size:
+    if received < SIZE:
         raise DataError(
-            f"The connection to {address} ended after {received:,} of {size:,} bytes. They are kept in {part}: "
+            f"The connection to {address} ended after {received:,} of {SIZE:,} bytes. They are kept in {part}: "
             f"start again to resume.\n{_WHAT_TO_TYPE}"
         )
 

@@ -94,10 +94,10 @@ def synthetic(
     *,
     train_count: int,
     test_count: int,
-    num_classes: int = 10,
-    image_size: int = 32,
-    seed: int = 0,
-    residency: Decoded = "auto",
+    num_classes: int,
+    image_size: int,
+    seed: int,
+    residency: Decoded,
 ) -> DatasetFiles:
     """Generated images of shapes filled with textures. A convolutional network learns them, a linear model does not.
 

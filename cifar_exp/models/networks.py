@@ -10,7 +10,7 @@ from torch.nn import functional as F
 Count = Annotated[int, Ge(1)]
 
 
-def convnet(*, num_classes: int, width: Count = 32, depth: Count = 4) -> nn.Sequential:
+def convnet(*, num_classes: int, width: Count, depth: Count) -> nn.Sequential:
     """The reference network: three blocks of ``depth`` x (3x3 convolution, batch norm, ReLU).
 
     The blocks have ``width``, 2 ``width`` and 4 ``width`` channels. 2x2 max-pooling follows the first two blocks.
@@ -40,7 +40,7 @@ def _glorot(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def resnet(*, num_classes: int, width: Count = 16, depth: Count = 3) -> nn.Sequential:
+def resnet(*, num_classes: int, width: Count, depth: Count) -> nn.Sequential:
     """Residual network for small images: three stages of ``depth`` blocks with w, 2w and 4w channels.
 
     ``depth`` 3, 5, 9 at width 16 are ResNet-20, -32 and -56 of He et al. 2016 (arXiv:1512.03385, section 4.2), with

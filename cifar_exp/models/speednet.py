@@ -61,11 +61,11 @@ def patches_of(images: Tensor, side: int) -> Tensor:
 def speednet(
     *,
     num_classes: int,
-    widths: tuple[Count, Count, Count] = (64, 128, 256),
-    depth: Count = 2,
-    whitening: bool = True,
-    batch_norm_momentum: Annotated[float, Gt(0), Le(1)] = 0.4,
-    logit_scale: Annotated[float, Gt(0)] = 0.11,
+    widths: tuple[Count, Count, Count],
+    depth: Count,
+    whitening: bool,
+    batch_norm_momentum: Annotated[float, Gt(0), Le(1)],
+    logit_scale: Annotated[float, Gt(0)],
 ) -> nn.Sequential:
     """Whitening of 2x2 patches, three blocks of ``depth`` x (3x3 convolution, batch norm, GELU), the classifier.
 

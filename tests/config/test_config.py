@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 
 from cifar_exp.cli.main import COMMANDS
 from cifar_exp.config import schema
-from cifar_exp.config.defaults import conf_dir, default_settings
+from cifar_exp.config.defaults import conf_dir, default_settings, settings_of
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.runs.components import build
+from cifar_exp.runs.target_checks import imported
 from tests.conftest import Command, environment
 from tests.helpers.configs import composed
 
@@ -73,6 +74,18 @@ def test_each_common_setting_of_an_open_section_is_set_in_yaml() -> None:
     settings = default_settings()
     for section, kind in schema.COMMON.items():
         assert [name for name in names(kind) if f"{section}.{name}" not in settings] == []
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_no_signature_repeats_a_default_of_yaml(group: str, choice: str) -> None:
+    """But for a tracker's, which are all None: the tracker then asks MLflow's variables."""
+    path = OmegaConf.load(conf_dir() / group / f"{choice}.yaml").get("_target_", "")
+    if not path.startswith("cifar_exp."):
+        return
+    parameters = inspect.signature(imported(path, group)).parameters
+    repeated = {name: parameters[name].default for name in settings_of(group, choice)}
+    expected = None if group == "tracking" else inspect.Parameter.empty
+    assert repeated == dict.fromkeys(repeated, expected)
 
 
 @pytest.mark.parametrize("setting", ["train.epochs", "devices.threads", "data.validation", "optimizer.lr", "seed"])

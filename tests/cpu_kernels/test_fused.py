@@ -20,6 +20,7 @@ from cifar_exp.models.build import seeded
 from cifar_exp.models.networks import convnet, resnet
 from cifar_exp.models.speednet import speednet
 from tests.conftest import TINY, environment
+from tests.helpers.defaults import with_defaults
 
 Results = dict[str, Tensor]
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -153,7 +154,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("factory", [convnet, resnet, speednet])
+@pytest.mark.parametrize("factory", map(with_defaults, (convnet, resnet, speednet)))
 def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype: torch.dtype) -> None:
     """Under its names, in its memory: optimizer, checkpoints and prediction know nothing of fused layers."""
     model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)

@@ -14,11 +14,12 @@ STEP = """
 import torch
 from torch.nn import functional as F
 from cifar_exp.models.networks import convnet
+from tests.helpers.defaults import with_defaults
 from cifar_exp.models.build import seeded
 from cifar_exp.training.evaluation import autocast
 
 torch.set_num_threads(1)
-model = seeded(convnet, 10, 0).to(memory_format=torch.channels_last)
+model = seeded(with_defaults(convnet), 10, 0).to(memory_format=torch.channels_last)
 images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
 with autocast(torch.device("cpu"), {precision}):
     loss = F.cross_entropy(model(images).float(), torch.arange(8))

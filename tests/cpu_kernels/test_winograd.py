@@ -18,6 +18,7 @@ from cifar_exp.cpu_kernels.replace import fuse_layers
 from cifar_exp.models.build import seeded
 from cifar_exp.models.networks import convnet
 from tests.conftest import environment
+from tests.helpers.defaults import with_defaults
 
 Test = TypeVar("Test", bound=Callable[..., None])
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -295,7 +296,7 @@ def test_a_network_learns_as_with_pytorchs_layers() -> None:
     """Its first losses, which have few digits in bfloat16 either way."""
     losses = []
     for change in (lambda model: model, lambda model: fuse_layers(model, torch.bfloat16)):
-        model = change(seeded(convnet, 10, 0).to(memory_format=torch.channels_last))
+        model = change(seeded(with_defaults(convnet), 10, 0).to(memory_format=torch.channels_last))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(0, 10, (64,), generator=generator)

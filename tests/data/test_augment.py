@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_exp.data.augment import Alternating, Crop, Identity, Shift
+from tests.helpers.defaults import with_defaults
 
+ALTERNATING, CROP, SHIFT = (with_defaults(kind)() for kind in (Alternating, Crop, Shift))
 SHAPE = (3, 7, 5)  # channels, height, width: not square, so that mixing them up shows
 MANY = torch.arange(50_000)
 
@@ -54,7 +56,7 @@ def test_crop_moves_every_pixel_as_a_slow_loop_does() -> None:
     """Every distance of -4 ... 4 on both axes, mirrored and not; the type stays uint8."""
     grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
     given = images(len(grid))
-    moved = Crop()(given, torch.tensor(grid).float())
+    moved = CROP(given, torch.tensor(grid).float())
     assert moved.dtype == torch.uint8
     for image, result, (flip, dx, dy) in zip(given.numpy(), moved.numpy(), grid, strict=True):
         np.testing.assert_array_equal(result, slow_crop(image, bool(flip), dx, dy))
@@ -63,11 +65,11 @@ def test_crop_moves_every_pixel_as_a_slow_loop_does() -> None:
 @pytest.mark.parametrize("shape", [SHAPE, (3, 5, 9), (3, 8, 8)])
 def test_shift_interpolates_every_pixel_as_a_slow_loop_does(shape: tuple[int, ...]) -> None:
     given = images(32, shape)
-    parameters = Shift().parameters(torch.arange(32), seed=0, epoch=1)
+    parameters = SHIFT.parameters(torch.arange(32), seed=0, epoch=1)
     parameters[0] = torch.tensor([0, 4.0, -4.0])
     parameters[1] = torch.tensor([1, -4.0, 4.0])
     assert set(parameters[:, 0].tolist()) == {0, 1}
-    moved = Shift()(given, parameters)
+    moved = SHIFT(given, parameters)
     assert moved.dtype == torch.float32
     for image, result, (flip, dx, dy) in zip(given.numpy(), moved.numpy(), parameters.tolist(), strict=True):
         np.testing.assert_allclose(result, slow_shift(image, bool(flip), dx, dy), atol=1e-3)
@@ -76,15 +78,15 @@ def test_shift_interpolates_every_pixel_as_a_slow_loop_does(shape: tuple[int, ..
 def test_shift_of_the_training_size_is_as_exact() -> None:
     given = images(4, (3, 32, 32))
     parameters = torch.tensor([[0, 3.99, -3.99], [1, -0.001, 2.5], [1, 1.75, -1.125], [0, 0.0, 0.0]])
-    moved = Shift()(given, parameters)
+    moved = SHIFT(given, parameters)
     for image, result, (flip, dx, dy) in zip(given.numpy(), moved.numpy(), parameters.tolist(), strict=True):
         np.testing.assert_allclose(result, slow_shift(image, bool(flip), dx, dy), atol=1e-3)
 
 
 def test_shift_by_whole_pixels_is_crop() -> None:
     given = images(64, (3, 32, 32))
-    parameters = Crop().parameters(torch.arange(64), seed=3, epoch=2)
-    torch.testing.assert_close(Shift()(given, parameters), Crop()(given, parameters).float(), atol=2e-3, rtol=0)
+    parameters = CROP.parameters(torch.arange(64), seed=3, epoch=2)
+    torch.testing.assert_close(SHIFT(given, parameters), CROP(given, parameters).float(), atol=2e-3, rtol=0)
 
 
 def test_alternating_moves_every_pixel_as_a_slow_loop_does() -> None:
@@ -106,19 +108,19 @@ def test_alternating_mirrors_each_image_in_exactly_every_other_epoch() -> None:
     for epoch in (1, 2, 3, 4):
         order = torch.randperm(10_000, generator=torch.Generator().manual_seed(epoch))
         flip = torch.empty(10_000)
-        flip[order] = Alternating().parameters(order, seed=0, epoch=epoch)[:, 0]
+        flip[order] = ALTERNATING.parameters(order, seed=0, epoch=epoch)[:, 0]
         flips.append(flip)
     assert set(flips[0].tolist()) == {0.0, 1.0}
     assert torch.equal(flips[1], 1 - flips[0])
     assert torch.equal(flips[2], flips[0])
     assert torch.equal(flips[3], flips[1])
     assert float(flips[0].mean()) == pytest.approx(0.5, abs=0.02)
-    other = Alternating().parameters(torch.arange(10_000), seed=1, epoch=1)[:, 0]
+    other = ALTERNATING.parameters(torch.arange(10_000), seed=1, epoch=1)[:, 0]
     assert float((other == flips[0]).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_alternatings_distances_are_whole_uniform_and_new_in_each_epoch() -> None:
-    first, second = (Alternating().parameters(MANY, seed=0, epoch=epoch)[:, 1:] for epoch in (1, 2))
+    first, second = (ALTERNATING.parameters(MANY, seed=0, epoch=epoch)[:, 1:] for epoch in (1, 2))
     for distances in first.T:
         values, counts = distances.unique(return_counts=True)
         assert values.tolist() == list(range(-2, 3))
@@ -135,7 +137,7 @@ def test_identity_returns_the_images() -> None:
 
 
 def test_crops_distances_are_whole_and_uniform_over_minus_4_to_4() -> None:
-    parameters = Crop().parameters(MANY, seed=0, epoch=1)
+    parameters = CROP.parameters(MANY, seed=0, epoch=1)
     for distances in parameters[:, 1:].T:
         assert torch.equal(distances, distances.round())
         values, counts = distances.unique(return_counts=True)
@@ -144,7 +146,7 @@ def test_crops_distances_are_whole_and_uniform_over_minus_4_to_4() -> None:
 
 
 def test_shifts_distances_are_continuous_and_uniform_over_minus_4_to_4() -> None:
-    parameters = Shift().parameters(MANY, seed=0, epoch=1)
+    parameters = SHIFT.parameters(MANY, seed=0, epoch=1)
     for distances in parameters[:, 1:].T:
         assert -4 <= distances.min() < -3.99
         assert 3.99 < distances.max() <= 4
@@ -163,7 +165,7 @@ def test_settings_bound_the_distances_and_the_flips(augmentation: Crop | Shift) 
     assert float(parameters[:, 0].mean()) == pytest.approx(0.25, abs=0.01)
 
 
-@pytest.mark.parametrize("augmentation", [Crop(), Shift()])
+@pytest.mark.parametrize("augmentation", [CROP, SHIFT])
 def test_flip_and_both_distances_are_drawn_apart_for_every_image(augmentation: Crop | Shift) -> None:
     parameters = augmentation.parameters(MANY, seed=0, epoch=1)
     assert float(parameters[:, 0].mean()) == pytest.approx(0.5, abs=0.01)
@@ -176,7 +178,7 @@ def test_flip_and_both_distances_are_drawn_apart_for_every_image(augmentation: C
 @pytest.mark.parametrize(("probability", "flips"), [(0.0, {0.0}), (1.0, {1.0})])
 @pytest.mark.parametrize("kind", [Crop, Shift])
 def test_flips_never_or_always(kind: type[Crop | Shift], probability: float, flips: set[float]) -> None:
-    parameters = kind(flip_probability=probability).parameters(MANY, seed=0, epoch=1)
+    parameters = with_defaults(kind)(flip_probability=probability).parameters(MANY, seed=0, epoch=1)
     assert set(parameters[:, 0].tolist()) == flips
 
 
@@ -188,7 +190,7 @@ def test_no_distance_and_no_flip_return_the_images(kind: type[Crop | Shift]) -> 
     torch.testing.assert_close(result, given.float(), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("augmentation", [Crop(), Shift(), Alternating()])
+@pytest.mark.parametrize("augmentation", [CROP, SHIFT, ALTERNATING])
 def test_parameters_are_a_function_of_seed_and_epoch_alone(augmentation: Crop | Shift | Alternating) -> None:
     order = torch.arange(100)
     torch.manual_seed(1)

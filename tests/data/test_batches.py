@@ -10,7 +10,9 @@ from PIL import Image
 from cifar_exp.data.augment import Alternating, Augmentation, Crop, Identity, Shift
 from cifar_exp.data.batches import Batch, EvaluationBatches, Normalization, TrainBatches, epoch_order, resized, shard
 from cifar_exp.data.dataset_files import Split
+from tests.helpers.defaults import with_defaults
 
+ALTERNATING, CROP, SHIFT = (with_defaults(kind)() for kind in (Alternating, Crop, Shift))
 MEAN, STD = (125.3, 122.95, 113.87), (63.0, 62.1, 66.7)  # CIFAR-10's, about
 
 
@@ -46,7 +48,7 @@ def test_epoch_order_is_a_permutation_keyed_by_seed_and_epoch() -> None:
     assert (order == torch.arange(1000)).sum() < 10
 
 
-@pytest.mark.parametrize("augmentation", [Shift(), Crop(), Alternating(), Identity()])
+@pytest.mark.parametrize("augmentation", [SHIFT, CROP, ALTERNATING, Identity()])
 def test_one_rank_and_four_see_the_same_pixels_at_every_step(augmentation: Augmentation) -> None:
     """Global batch 16: the ranks' batches of a step, side by side, are the batch of a single rank, bit for bit."""
     split = random_split(70)
@@ -78,7 +80,7 @@ def test_covering_batches_take_every_image_once_and_none_alone(count: int, world
     """Those of the steps first, then the others in batches of the same size; the same ones however many ranks."""
     split, batches = random_split(count), {}
     for rank in range(world_size):
-        made = TrainBatches(split, Crop(), Normalization(), 9, rank, world_size, 4, accumulate=accumulate)
+        made = TrainBatches(split, CROP, Normalization(), 9, rank, world_size, 4, accumulate=accumulate)
         own = [made.make(*micro_batch) for micro_batch in made.covering(2)]
         for (images, labels), (trained, _) in zip(own, made.epoch(2), strict=False):
             assert torch.equal(images[:4], trained)
@@ -86,7 +88,7 @@ def test_covering_batches_take_every_image_once_and_none_alone(count: int, world
         batches |= {tuple(labels.tolist()): images for images, labels in own}
     assert sorted(label for labels in batches for label in labels) == list(range(count))
     assert min(map(len, batches)) > 1
-    alone = TrainBatches(split, Crop(), Normalization(), 9, 0, 1, 4)
+    alone = TrainBatches(split, CROP, Normalization(), 9, 0, 1, 4)
     for micro_batch in alone.covering(2):
         images, labels = alone.make(*micro_batch)
         assert torch.equal(batches[tuple(labels.tolist())], images)
@@ -94,13 +96,13 @@ def test_covering_batches_take_every_image_once_and_none_alone(count: int, world
 
 def test_an_image_moves_differently_in_each_epoch_and_as_its_parameters_say() -> None:
     split = random_split(24)
-    augmentation = Crop()
+    augmentation = CROP
     for epoch in (1, 2):
         (steps,) = epoch_of(split, 1, 8, augmentation, seed=2, epoch=epoch)
         order = epoch_order(24, 2, epoch)
         whole = augmentation(split.images[order], augmentation.parameters(order, 2, epoch))
         assert torch.equal(torch.cat([images for images, _ in steps]), Normalization(shift=MEAN)(whole))
-    first, second = (epoch_of(split, 1, 24, Shift(), epoch=epoch)[0][0] for epoch in (1, 2))
+    first, second = (epoch_of(split, 1, 24, SHIFT, epoch=epoch)[0][0] for epoch in (1, 2))
     assert not torch.equal(first[0][first[1].argsort()], second[0][second[1].argsort()])
 
 
@@ -157,7 +159,7 @@ def test_no_normalization_leaves_the_values() -> None:
 
 
 @pytest.mark.parametrize("kind", ["zerocenter", "zscore", "none"])
-@pytest.mark.parametrize("augmentation", [Shift(), Crop(), Identity()])
+@pytest.mark.parametrize("augmentation", [SHIFT, CROP, Identity()])
 def test_batches_are_float32_and_channels_last(kind: str, augmentation: Augmentation) -> None:
     normalization = Normalization.of(kind, MEAN, STD)
     split = random_split(8, 6, 10)
@@ -172,7 +174,7 @@ def test_batches_are_float32_and_channels_last(kind: str, augmentation: Augmenta
 
 def test_what_a_translation_uncovers_is_black_and_not_the_mean() -> None:
     split = Split(torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
-    ((images, _),) = TrainBatches(split, Crop(), Normalization(shift=MEAN), 0, 0, 1, 4).epoch(1)
+    ((images, _),) = TrainBatches(split, CROP, Normalization(shift=MEAN), 0, 0, 1, 4).epoch(1)
     for channel, mean in enumerate(MEAN):
         values = images[:, channel].unique().tolist()
         assert values == pytest.approx([-mean, 255 - mean], abs=1e-4)
@@ -192,7 +194,7 @@ def test_smaller_images_are_those_of_pillow(scale: float, size: tuple[int, int])
 
 def test_each_epoch_has_images_of_its_scale_and_of_the_same_pixels() -> None:
     split = random_split(8)
-    full, half = (TrainBatches(split, Crop(), Normalization(), 0, 0, 1, 4, scales) for scales in ((), (0.5, 1.0)))
+    full, half = (TrainBatches(split, CROP, Normalization(), 0, 0, 1, 4, scales) for scales in ((), (0.5, 1.0)))
     for (whole, labels), (small, same_labels) in zip(full.epoch(1), half.epoch(1), strict=True):
         assert torch.equal(labels, same_labels)
         torch.testing.assert_close(small, resized(whole, 0.5))

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from cifar_exp.cli.main import run_command
-from cifar_exp.data import cifar10_archive
+from cifar_exp.data import cifar10_archive, class_folders
 from cifar_exp.data.cifar10 import cifar10
-from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import progress_line
@@ -31,9 +30,12 @@ from tests.helpers.cifar10_release import (
     make_batch,
     make_members,
     release_pickle,
+    released,
 )
+from tests.helpers.defaults import with_defaults
 
-small_cifar10 = partial(cifar10, size=SIZE, sha256=SHA256)
+release = partial(released, **with_defaults(cifar10).keywords)
+small_cifar10 = partial(release, size=SIZE, sha256=SHA256)
 
 
 def check_content(files: DatasetFiles) -> None:
@@ -227,7 +229,7 @@ def test_members_that_the_release_does_not_have_are_refused(tmp_path: Path, memb
     folder.mkdir()
     (folder / "copy.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match=re.escape(repr(member.name))):
-        cifar10(folder, archive=folder / "copy.tar.gz", size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        release(folder, archive=folder / "copy.tar.gz", size=len(content), sha256=hashlib.sha256(content).hexdigest())
     assert not list(tmp_path.rglob("*escaped*"))
     assert not Path("/tmp/cifar-exp-escaped").exists()
 
@@ -304,7 +306,7 @@ def test_the_command_writes_lossless_class_folders_once(
     data, labels = make_batch(5)
     first_ship = data[labels.index(8)].reshape(3, 32, 32).transpose(1, 2, 0)
     np.testing.assert_array_equal(np.asarray(Image.open(tree / "test" / "ship" / "0001.png")), first_ship)
-    files = folders(tree, cache=tmp_path / "cache")
+    files = with_defaults(class_folders.folders)(tree, cache=tmp_path / "cache")
     assert (files.classes, files.train_count, files.test_count) == (tuple(LABEL_NAMES), 100, 20)
 
     (tree / "train" / "cat" / "0003.png").unlink()

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from cifar_exp.data import class_folders
 from cifar_exp.data.batches import EvaluationBatches, Normalization
-from cifar_exp.data.class_folders import folders
 from cifar_exp.data.image_reader import MAX_PIXELS, Preprocessing, decode_image, read_image
 from cifar_exp.errors import DataError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.runs.classifier import Classifier, images_in
 from tests.conftest import TINY, Command
+from tests.helpers.defaults import with_defaults
 
 SIDE = 16
 PERIODS = {"coarse": 8, "fine": 3}
@@ -98,7 +99,7 @@ def test_prediction_is_as_accurate_as_the_test_of_the_run(cifar_exp: Command, wo
 def loaded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     cache = tmp_path_factory.mktemp("cache")
     return {
-        residency: folders(pictures, cache=cache, residency=residency, image_size=SIDE)
+        residency: with_defaults(class_folders.folders)(pictures, cache=cache, residency=residency, image_size=SIDE)
         for residency in ("device", "host", "loader")
     }
 

@@ -18,17 +18,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from cifar_exp.config.reading import read_config
-from cifar_exp.data import file_source, image_files, image_reader
+from cifar_exp.data import cifar10, class_folders, file_source, image_files, image_reader, synthetic
 from cifar_exp.data.augment import Shift
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches, epoch_order
-from cifar_exp.data.cifar10 import cifar10
-from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_files import ImageFiles
 from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.data.prefetch import prefetched
 from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
-from cifar_exp.data.synthetic import synthetic
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
 from cifar_exp.runs.classifier import Classifier
@@ -39,8 +36,12 @@ from cifar_exp.training.evaluation import evaluate
 from tests.conftest import TINY, Command
 from tests.helpers.commands import ForkedCommand
 from tests.helpers.configs import composed
+from tests.helpers.defaults import with_defaults
 from tests.helpers.image_trees import CPU, MIXED, SIDE, tree
 from tests.helpers.processes import assert_nothing_is_left, training_ranks
+
+SHIFT = with_defaults(Shift)()
+folders = with_defaults(class_folders.folders)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def sources(equal: Path) -> Iterator[Callable[..., tuple[Source, Source]]]:
 
 
 def batches(source: Source, rank: int, world_size: int, batch_size: int = 4) -> TrainBatches:
-    return TrainBatches(source, Shift(), Normalization((120.0, 121.0, 122.0)), 3, rank, world_size, batch_size)
+    return TrainBatches(source, SHIFT, Normalization((120.0, 121.0, 122.0)), 3, rank, world_size, batch_size)
 
 
 WAYS = [("device", 0), ("host", 0), ("loader", 0), ("loader", 2)]
@@ -339,7 +340,7 @@ def test_settings_are_refused_with_value_rule_and_what_to_type(overrides: str) -
 
 
 def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal: Path) -> None:
-    for source in (cifar10, lambda root, **settings: synthetic(root, train_count=20, test_count=20, **settings)):
+    for source in map(with_defaults, (cifar10.cifar10, synthetic.synthetic)):
         with pytest.raises(ConfigError, match=r"data\.residency=loader: .* only data=folders .* Set data\.residency="):
             source(tmp_path, residency="loader")
     with pytest.raises(ConfigError, match=r"data\.image_size=null: .* Set data\.image_size=<"):

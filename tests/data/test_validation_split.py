@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config
+from cifar_exp.data import class_folders
 from cifar_exp.data.augment import Identity
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
-from cifar_exp.data.class_folders import folders
 from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import opened
 from cifar_exp.data.validation_split import hold_out, split_indices, split_source
@@ -36,11 +36,13 @@ from cifar_exp.runs.components import build
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.metrics import MetricValues
 from tests.conftest import TINY, Command
-from tests.faults.runs import curve
 from tests.helpers.configs import composed, default_config
+from tests.helpers.defaults import with_defaults
 from tests.helpers.image_trees import CPU, SIDE, tree
 from tests.helpers.mlflow_runs import all_runs, client
+from tests.helpers.runs import curve
 
+folders = with_defaults(class_folders.folders)
 Run = subprocess.CompletedProcess[str]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from cifar_exp.records import checkpoint, journal
-from cifar_exp.records.journal import Entry
 from tests.conftest import TINY
 from tests.faults.scene import Ended, Scene, says
+from tests.helpers.runs import curve
 
 # Two ranks of a tiny network, float32 and deterministic: six steps an epoch, a checkpoint after each.
 SETTINGS = (
@@ -49,16 +49,6 @@ def assert_same_as_uninterrupted(scene: Scene, run: Sequence[str], run_dir: str 
     assert expected.keys() == found.keys()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different, f"weights differ from the uninterrupted run's: {different}"
-
-
-def curve(entries: Sequence[Entry]) -> list[tuple[int, str, float]]:
-    """Everything in a journal that time and the machine have no part in."""
-    return [
-        (entry.step, name, value)
-        for entry in entries
-        for name, value in entry.metrics.items()
-        if not name.startswith(("time", "rank_time/", "machine/")) and "per_second" not in name
-    ]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,9 @@ import psutil
 
 from cifar_exp.records import journal
 from tests.faults.registry import case
-from tests.faults.runs import assert_recorded_once, curve, rows, settings, statuses
+from tests.faults.runs import assert_recorded_once, rows, settings, statuses
 from tests.faults.scene import LIMIT, Running, Scene, says
+from tests.helpers.runs import curve
 
 EPOCHS_A_JOB = 10
 ONE_RANK = ("devices.count=1", "train.batch_size=16")

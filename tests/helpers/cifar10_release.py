@@ -9,12 +9,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from cifar_exp.data import cifar10_archive
+from cifar_exp.data import cifar10_archive, download
+from cifar_exp.data.cifar10 import cifar10
+from cifar_exp.data.dataset_files import DatasetFiles
 
 LABEL_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -75,6 +79,16 @@ def make_archive(members: dict[str, bytes], extra: tarfile.TarInfo | None = None
 
 ARCHIVE = make_archive(make_members())
 SIZE, SHA256 = len(ARCHIVE), hashlib.sha256(ARCHIVE).hexdigest()
+SMALL_RELEASE = [  # settings of a command
+    *("data._target_=tests.helpers.cifar10_release.released", "trusted_modules=[tests]"),
+    *(f"+data.size={SIZE}", f"+data.sha256={SHA256}"),
+]
+
+
+def released(root: str | Path, *, size: int, sha256: str, **settings: Any) -> DatasetFiles:
+    """``cifar10`` as if the release were the archive of this size and checksum."""
+    with mock.patch.multiple(download, SIZE=size, SHA256=sha256):
+        return cifar10(root, **settings)
 
 
 @dataclass

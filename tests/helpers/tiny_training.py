@@ -17,8 +17,10 @@ from cifar_exp.models.networks import convnet
 from cifar_exp.training.early_stopping import EarlyStopping
 from cifar_exp.training.step import TrainStep
 from cifar_exp.training.trainer import Trainer
+from tests.helpers.defaults import with_defaults
 
 NORMALIZATION = Normalization(shift=(128.0, 127.0, 126.0), scale=(1 / 64, 1 / 64, 1 / 64))
+CROP = with_defaults(Crop)()
 LR = 0.1
 
 
@@ -76,7 +78,7 @@ def train_batches(
     """Three steps of global batch 16 over 50 images; two images are dropped."""
     share = batch // world.size // accumulate
     position = (world.rank, world.size, share)
-    return TrainBatches(images(50, seed=7), Crop(), normalization, 3, *position, accumulate=accumulate)
+    return TrainBatches(images(50, seed=7), CROP, normalization, 3, *position, accumulate=accumulate)
 
 
 def validation(world: World) -> EvaluationBatches:

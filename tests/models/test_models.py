@@ -1,6 +1,7 @@
 """The networks are the published ones: parameter counts, shapes and initial values."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from cifar_exp.models.build import parameter_count, seeded
 from cifar_exp.models.networks import convnet, resnet
+from tests.helpers.defaults import with_defaults
 
 
 def convnet_count(width: int, depth: int, num_classes: int) -> int:
@@ -42,7 +44,7 @@ def outputs_of(network: nn.Module, kind: type[nn.Module], images: Tensor) -> lis
 
 
 def test_the_reference_network_has_677610_parameters() -> None:
-    assert parameter_count(convnet(num_classes=10)) == 677_610
+    assert parameter_count(with_defaults(convnet)(num_classes=10)) == 677_610
     assert convnet_count(32, 4, 10) == 677_610
 
 
@@ -99,17 +101,25 @@ def test_convnet_starts_as_matlab_does() -> None:
         assert not layer.bias.any()
 
 
-@pytest.mark.parametrize("factory", [convnet, resnet])
-def test_batch_norm_has_the_references_constants(factory: partial[nn.Module]) -> None:
-    norms = [layer for layer in factory(num_classes=10, width=4).modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert len(norms) == (12 if factory is convnet else 21)
+@pytest.mark.parametrize(("factory", "count"), [(convnet, 12), (resnet, 21)])
+def test_batch_norm_has_the_references_constants(factory: Callable[..., nn.Module], count: int) -> None:
+    norms = [
+        layer
+        for layer in with_defaults(factory)(num_classes=10, width=4).modules()
+        if isinstance(layer, nn.BatchNorm2d)
+    ]
+    assert len(norms) == count
     for norm in norms:
         assert (norm.eps, norm.momentum, norm.affine, norm.track_running_stats) == (1e-5, 0.1, True, True)
 
 
 def test_resnet_20_has_the_published_parameters() -> None:
     """0.27 M in He et al. 2016, table 6: 269,722 with padded shortcuts, and the two projections of option B."""
-    assert parameter_count(resnet(num_classes=10)) == 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64) == 272_474
+    assert (
+        parameter_count(with_defaults(resnet)(num_classes=10))
+        == 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
+        == 272_474
+    )
 
 
 @pytest.mark.parametrize(("width", "depth", "num_classes"), [(16, 3, 10), (16, 9, 10), (4, 1, 3)])

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cifar_exp.models import speednet as networks
 from cifar_exp.models.build import initialize_from_images, parameter_count, seeded
-from cifar_exp.models.speednet import GlobalMaxPool, Whitening, patches_of, speednet
+from cifar_exp.models.speednet import GlobalMaxPool, Whitening, patches_of
+from tests.helpers.defaults import with_defaults
+
+speednet = with_defaults(networks.speednet)
 
 
 def correlated_images(count: int = 200) -> Tensor:

@@ -5,7 +5,6 @@ far as PyTorch's own table of operators tells. Numbers, speed and memory on the 
 """
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,35 +16,26 @@ import torch
 import torchgen
 import yaml
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_exp.config.reading import read_config
-from cifar_exp.data.batches import constant_images
-from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.sources import residency_on
 from cifar_exp.distributed import data_parallel
 from cifar_exp.distributed.collectives import all_gather_numbers, average_buffers, broadcast_buffers, sum_over_ranks
 from cifar_exp.distributed.process_group import World
-from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import MachineError
-from cifar_exp.launch.devices import DeviceSet, device_counts, find_devices
-from cifar_exp.runs.components import build
-from cifar_exp.runs.job_setup import new_job
+from cifar_exp.launch.devices import device_counts, find_devices
 from cifar_exp.system import accelerator, host
 from cifar_exp.system.machine import description
 from cifar_exp.training.metrics import MetricSums, MetricValues
-from cifar_exp.training.plan import make_plan
 from cifar_exp.training.trainer import Trainer
-from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
+from cifar_exp.worker.training_setup import TrainingSetup
 from tests.conftest import TINY, Command
-from tests.helpers.configs import composed, default_config
-from tests.training.test_gpu_step import MEAN, STD, _moved
+from tests.helpers.configs import default_config
+from tests.helpers.fake_tensors import GPU, fake_rank, fake_tensors
 
 MPS = torch.device("mps")
-GPU = torch.device("cuda", 0)  # plays MPS where there are tensors: torch makes none of a device it was not built for
+# GPU plays MPS where there are tensors: torch makes none of a device it was not built for.
 CPU = torch.device("cpu")
 DEVICES = default_config().devices
 
@@ -162,38 +152,15 @@ class OnlyWhatMPSHas(TorchDispatchMode):
 
 @pytest.fixture
 def only_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(nn.Module, "_apply", _moved)
-    constant_images.cache_clear()
     monkeypatch.setattr(accelerator, "_is_mps", lambda device: device == GPU)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # which is not asked about MPS
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    with FakeTensorMode() as mode:
-        monkeypatch.setattr(swa_utils, "deepcopy", lambda model: deepcopy(model, {id(mode): mode}))
+    with fake_tensors(monkeypatch):
         yield
-    constant_images.cache_clear()
 
 
 def rank_on_mps(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> TrainingSetup:
-    """The only one there can be, with its network and images."""
-    config = read_config(composed("data=synthetic", "devices=mps", *overrides))
-    parts = build(config)
-    images = 1000
-    split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)).to(GPU)
-    data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
-    plan = make_plan(config, 1, images, parts.schedule)
-    job = new_job(config, "", parts, DeviceSet("mps", 1, 1, 1, False), plan, data, folder, 0.0)
     monkeypatch.setattr("cifar_exp.cpu_kernels.fuse.fuse", lambda *_: pytest.fail("kernels are for the processor"))
-    rank = build_training_setup(
-        job, World(0, 1, GPU), RankControl(folder, folder, 0, 1, None), lambda *_: None, split, split
-    )
-
-    def backward(_loss: Tensor) -> None:  # which needs a real device
-        for parameter in rank.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-
-    monkeypatch.setattr(Tensor, "backward", backward)
-    return rank
+    return fake_rank(monkeypatch, folder, "mps", *overrides, images=1000)
 
 
 RECIPES = (

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,17 @@ def test_a_new_setting_of_a_component_has_the_default_of_its_own_choice(
         f"model.{key}": part for key, part in read["model"].items()
     }
     assert (params["train.epochs"], params["train.batch_size"]) == (3, 256)
+
+
+def test_settings_that_are_gone_are_no_difference(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    stored = {"_target_": "cifar_exp.datasets.cifar10", "root": "here", "size": 170498071, "sha256": "6d95"}
+    path.write_text(yaml.safe_dump({"data": stored}))
+    today = asdict(read_config(composed("data.root=here")))["data"]
+    assert stored_config(path)["data"] == today
+    params = stored_params({f"data.{name}": value for name, value in stored.items()})
+    assert {name: value for name, value in params.items() if name.startswith("data.")} == {
+        f"data.{name}": value for name, value in today.items()
+    }
+    path.write_text(yaml.safe_dump({"data": {"_target_": "mine.images", "size": 3}, "other": stored}))
+    assert stored_config(path)["data"]["size"] == 3

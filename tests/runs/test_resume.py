@@ -13,11 +13,10 @@ from cifar_exp.runs.sweep_resume import claimed_sweep, end_sweep
 from cifar_exp.system.host import own_cores
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command
-from tests.faults.runs import curve
 from tests.helpers.checkpoints import reseal
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.processes import Start, wait_for
-from tests.helpers.runs import REPEATABLE, weights
+from tests.helpers.runs import REPEATABLE, curve, weights
 
 
 def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) -> None:

@@ -18,11 +18,10 @@ from cifar_exp.records import checkpoint, journal
 from cifar_exp.training.metrics import MetricValues
 from cifar_exp.worker import final_metrics
 from tests.conftest import Command
-from tests.faults.runs import curve
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.paced import ENDLESS, PACED
 from tests.helpers.processes import Start, to_every_process, training_ranks, wait_for
-from tests.helpers.runs import REPEATABLE, weights
+from tests.helpers.runs import REPEATABLE, curve, weights
 from tests.helpers.tiny_training import train_batches, trainer, validation
 
 # 60 steps an epoch, read every 7: whatever ends it ends it in the midst of an epoch and of a block.

@@ -20,7 +20,6 @@ from cifar_exp.records.run_folder import make_folder, make_job_private
 from cifar_exp.system.redaction import is_secret, masked, masked_text
 from tests.conftest import TINY, Command, the_run
 from tests.helpers.cifar10_release import (
-    ARCHIVE,
     Server,
     server,  # noqa: F401
 )
@@ -146,13 +145,7 @@ def test_a_mirrors_password_is_sent_to_it_alone(tmp_path: Path, server: Server) 
         threading.Thread(target=redirecting.serve_forever, daemon=True).start()
         own = f"http://127.0.0.1:{redirecting.server_port}"
         with pytest.raises(errors.DataError) as caught:
-            download.fetch_archive(
-                tmp_path,
-                mirror=f"{own.replace('//', '//me:p%40w@')}/x",
-                archive=None,
-                size=len(ARCHIVE),
-                sha256="0" * 64,
-            )
+            download.fetch_archive(tmp_path, mirror=f"{own.replace('//', '//me:p%40w@')}/x", archive=None)
         redirecting.shutdown()
     login = base64.b64encode(b"me:p@w").decode()
     assert asked == [("/x", f"Basic {login}"), ("/other", None)]

@@ -13,7 +13,7 @@ import pytest
 from cifar_exp.errors import StorageError
 from cifar_exp.system import surroundings
 from cifar_exp.system.surroundings import CACHES, VARIABLE, cache_folder, in_notebook, set_up_environment
-from tests.platforms.environments import ENVIRONMENTS, REPO, left_behind, try_in
+from tests.conftest import REPO
 
 ALL = [*CACHES, VARIABLE, "HOME", "XDG_CACHE_HOME", "TMPDIR", "LOGNAME", "MPLBACKEND", "JPY_PARENT_PID"]
 
@@ -123,15 +123,6 @@ def test_figures_are_drawn_where_pyplot_draws_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("environment", [known for known in ENVIRONMENTS if known.quick], ids=lambda known: known.name)
-def test_a_sweep_works_in(environment: object, tmp_path: Path) -> None:
-    """The others are tried by ``python -m tests.platforms.environments``. What takes root is tried by root."""
-    outcome = try_in(environment, tmp_path)  # type: ignore[arg-type]
-    assert not outcome.problem, outcome.problem
-    assert outcome.not_run in ("", "takes root")
-    assert outcome.not_run or len(outcome.accuracies) == 4, "two jobs, and both numbers of devices of their parent"
-
-
 def test_sockets_lie_where_their_names_are_short_enough(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.process._current_process._config", {})
     set_up_environment()
@@ -154,12 +145,3 @@ def test_what_cannot_be_encoded_is_printed_all_the_same() -> None:
     ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=ascii_alone, check=True, capture_output=True, timeout=60)
     assert done.stdout == b"a?b\n"
-
-
-def test_what_is_left_behind_is_seen(tmp_path: Path) -> None:
-    for name in ("home/.cache/cifar-exp/numba", "work/outputs/a", "work/~", "tmp/x"):
-        (tmp_path / name).mkdir(parents=True)
-    assert [path.relative_to(tmp_path).as_posix() for path in left_behind(tmp_path, tmp_path / "work")] == [
-        "tmp/x",
-        "work/~",
-    ]

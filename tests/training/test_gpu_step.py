@@ -6,7 +6,6 @@ here as it would while a CUDA graph is captured. Backward passes need a real dev
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
 )
-from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_exp.config.reading import read_config
-from cifar_exp.data.batches import constant_images
-from cifar_exp.data.dataset_files import DatasetFiles, Split
-from cifar_exp.distributed.process_group import World
-from cifar_exp.distributed.rank_control import RankControl
-from cifar_exp.launch.devices import DeviceSet
-from cifar_exp.runs.components import build
-from cifar_exp.runs.job_setup import new_job
 from cifar_exp.training import trainer
 from cifar_exp.training.cuda_graph import Function
 from cifar_exp.training.metrics import MetricValues
-from cifar_exp.training.plan import make_plan
-from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
-from tests.helpers.configs import composed
-
-GPU = torch.device("cuda", 0)
-MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+from cifar_exp.worker.training_setup import TrainingSetup
+from tests.helpers.fake_tensors import GPU, fake_rank, fake_tensors
 
 
 class Crossings(TorchDispatchMode):
@@ -67,47 +52,16 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """One that multiplies bfloat16. Fused updates, which need a real one, do nothing; yields those that were made."""
+    """Fused updates, which need a real GPU, do nothing; yields those that were made."""
     updates: list[str] = []
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(nn.Module, "_apply", _moved)
     for name in ("_fused_sgd_", "_fused_adamw_"):
         monkeypatch.setattr(torch, name, lambda *_parameters, name=name, **_settings: updates.append(name))
-    constant_images.cache_clear()
-    with FakeTensorMode() as mode:
-        monkeypatch.setattr(swa_utils, "deepcopy", lambda model: deepcopy(model, {id(mode): mode}))
+    with fake_tensors(monkeypatch):
         yield updates
-    constant_images.cache_clear()
-
-
-def _moved(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Torch would put the new values into the old tensors, which those without numbers do not take."""
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(change(value.detach()), value.requires_grad)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = change(buffer)
-    return model
 
 
 def rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, images: int = 5000) -> TrainingSetup:
-    """The only one, with its network and images."""
-    config = read_config(composed("data=synthetic", "devices=gpu", *overrides))
-    parts = build(config)
-    split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)).to(GPU)
-    data = DatasetFiles(folder, tuple("0123456789"), images, images, (32, 32), MEAN, STD, "")
-    plan = make_plan(config, 1, images, parts.schedule)
-    job = new_job(config, "", parts, DeviceSet("gpu", 1, 1, 1, False), plan, data, folder, 0.0)
-    control = RankControl(folder, folder, 0, 1, None)
-    rank = build_training_setup(job, World(0, 1, GPU), control, lambda *_: None, split, split)
-
-    def backward(_loss: Tensor) -> None:
-        for parameter in rank.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-
-    monkeypatch.setattr(Tensor, "backward", backward)
-    return rank
+    return fake_rank(monkeypatch, folder, "gpu", *overrides, images=images)
 
 
 RECIPES = ("experiment=reference", "optimizer=adamw", "experiment=speedrun", "experiment=speedrun94")

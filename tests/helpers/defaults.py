@@ -1,0 +1,14 @@
+"""Parts of the package with their settings in ``conf/``: no signature has these numbers."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from cifar_exp.config.defaults import conf_dir, settings_of
+
+
+def with_defaults(part: Callable[..., Any]) -> "partial[Any]":
+    """``part`` with the settings of the choice that has its name, but for ``root``: a test has a folder of its own."""
+    (path,) = conf_dir().glob(f"*/{part.__name__.lower()}.yaml")
+    settings = settings_of(path.parent.name, path.stem)
+    return partial(part, **{name: value for name, value in settings.items() if name != "root"})
