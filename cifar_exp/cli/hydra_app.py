@@ -13,7 +13,7 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from cifar_exp.cli.options import refuse_unknown_options
+from cifar_exp.cli.options import refuse_unknown_options, split_options
 from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
@@ -162,19 +162,7 @@ def _print_failure(failure: CifarExpError) -> int:
 
 def options_first(words: Sequence[str]) -> list[str]:
     """``words`` with Hydra's options and their values first: argparse takes the overrides only as one group."""
-    known = hydra_versions.options()
-    options, overrides, rest = list[str](), list[str](), list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        options.append(word)
-        action = known.get(word)
-        if action is None or not rest:
-            continue
-        if action.nargs is None or (action.nargs == "?" and rest[0] in (action.choices or ())):
-            options.append(rest.pop(0))
+    options, overrides = split_options(words, hydra_versions.options())
     return [*options, *overrides]
 
 

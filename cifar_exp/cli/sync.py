@@ -9,12 +9,13 @@ SETTINGS = ("tracking.uri", "tracking.experiment")
 
 
 @click.command("sync")
-@click.argument("words", nargs=-1, required=True, metavar="FOLDER...")
+@click.argument("words", nargs=-1, required=True, metavar="RUN|SWEEP...")
 def command(words: tuple[str, ...]) -> int:
     """Deliver to MLflow what runs hold on disk and their store lacks.
 
-    FOLDER is a run's or a sweep's folder, or one that holds several. Sends the run, params, tags, metrics, files and
-    final status. Each point is sent once. All runs are tried; the exit code is that of the first failure.
+    RUN and SWEEP are a folder, an MLflow run id, or `latest` (the latest run). A folder may hold several runs, as
+    outputs does. Sends the run, params, tags, metrics, files and final status. Each point is sent once. All runs are
+    tried; the exit code is that of the first failure.
 
     \b
     tracking.uri=<address>      another MLflow store, or the run's own with its password (run folders never keep it)
