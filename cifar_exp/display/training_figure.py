@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_exp.display.curves import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step
-from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, empty_figure, tidy_axes
+from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, empty_figure, save_png, tidy_axes
 from cifar_exp.records.journal import Entry
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None:
     """Loss and accuracy over the iterations as a PNG at ``path``. ``entries``: the run's journal."""
-    training_figure(entries, facts).savefig(path)
+    save_png(training_figure(entries, facts), path)
 
 
 def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
