@@ -5,18 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
-from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
 from cifar_exp.system.bugs import BugError
 from cifar_exp.system.printable import printable, printable_text
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from cifar_exp.tracking.own_store import own_address, stored_tracking
-
-
-def folder_of(word: str) -> Path:
-    """A folder as typed, or the folder of the run that ``word`` names."""
-    return Path(word) if Path(word).is_dir() else find_folder(word, RUN_FILE) or find_folder(word) or Path(word)
 
 
 def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:
