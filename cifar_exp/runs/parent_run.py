@@ -84,14 +84,8 @@ class ParentRun:
         Raises:
             TrackingError: all jobs succeeded, but not everything could be delivered to the tracker.
         """
-        from cifar_exp.tracking.follower import (
-            ANSWER_SECONDS,
-            CLOSING_SECONDS,
-            LEAST_SECONDS,
-            STOPPED_SECONDS,
-            Follower,
-            undelivered_message,
-        )
+        from cifar_exp.tracking.deadlines import ANSWER_SECONDS, seconds_after_signal
+        from cifar_exp.tracking.follower import Follower, undelivered_message
 
         if self._is_discarded:
             return
@@ -109,10 +103,10 @@ class ParentRun:
         follower = Follower(self._info.run_dir, sink, interval=ANSWER_SECONDS)
         follower.start()
         if isinstance(error, Stopped):
-            left = max(LEAST_SECONDS, error.received + STOPPED_SECONDS - time.monotonic())
+            left = seconds_after_signal(error.received)
             follower.finish(status, left, left)
         else:
-            follower.finish(status, ANSWER_SECONDS, CLOSING_SECONDS)
+            follower.finish(status, ANSWER_SECONDS)
         if follower.error:
             undelivered = undelivered_message(follower.error, self._info.run_dir)
             message = f"tracking.uri: of the sweep's parent run {undelivered}"

@@ -18,7 +18,7 @@ from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_undelivered
 from cifar_exp.system.bugs import BugError, described, is_bug
 from cifar_exp.system.printable import tell
-from cifar_exp.tracking import follower
+from cifar_exp.tracking import deadlines
 from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, undelivered_message
 from cifar_exp.tracking.store_problems import shortened
 
@@ -45,7 +45,7 @@ class Recording:
     final_metrics: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
     _stopped: Stopped | None = None
-    _deadline: float = math.inf  # after a signal
+    _signalled: float = math.inf  # when the first signal was received, on the monotonic clock
     _waited: float = 0.0  # seconds for the tracker after the end of training
 
     def __enter__(self) -> "Recording":
@@ -109,7 +109,7 @@ class Recording:
             action()
 
     def _hurry(self, received: float) -> None:
-        self._deadline = min(self._deadline, received + follower.STOPPED_SECONDS)
+        self._signalled = min(self._signalled, received)
 
     def _close(self, status: Status) -> list[CifarExpError]:
         """Save how the run ended, on disk and then in the sinks; returns the errors."""
@@ -132,13 +132,13 @@ class Recording:
         return problems
 
     def _finish(self, one: Follower, status: Status) -> None:
-        if math.isfinite(self._deadline):
-            left = max(follower.LEAST_SECONDS, self._deadline - time.monotonic())
+        if math.isfinite(self._signalled):
+            left = deadlines.seconds_after_signal(self._signalled)
             one.finish(status, left, left)
         elif one.sink is self.tracker:
-            one.finish(status, max(follower.LEAST_SECONDS, follower.ANSWER_SECONDS - self._waited))
+            one.finish(status, max(deadlines.LEAST_SECONDS, deadlines.ANSWER_SECONDS - self._waited))
         else:
-            one.finish(status, follower.CLOSING_SECONDS)
+            one.finish(status, deadlines.CLOSING_SECONDS)
 
     def _write_last_entry(self) -> None:
         """After the ranks have ended, add the total time and the parts of it that only the parent knows."""
@@ -146,7 +146,7 @@ class Recording:
         for one in self._followers:
             if not self._stopped:
                 began = time.monotonic()
-                one.flush(follower.ANSWER_SECONDS)
+                one.flush(deadlines.ANSWER_SECONDS)
                 if one.sink is self.tracker:
                     self._waited = time.monotonic() - began
         entries = read(self.run_dir)
