@@ -100,7 +100,7 @@ class Jobs:
     def before_folder(self, folder: Path) -> None:
         """Note what there is before Hydra creates ``folder``, and create it for this user alone.
 
-        In a folder that exists there must be no links of somebody else.
+        An existing folder must contain no links.
         """
         check_folder(folder)
         self._before = Before.of(folder)

@@ -1,7 +1,6 @@
 """Read YAML that anybody may have written: limits on its size, its depth, and on what its aliases unfold to.
 
-The safe loader refuses tags that name Python objects. But an alias stands for a copy of what it names, so that a
-kilobyte of nested aliases can stand for more values than memory holds.
+The safe loader refuses tags that name Python objects. Nested aliases can expand a kilobyte beyond memory.
 """
 
 import io

@@ -35,7 +35,7 @@ class Before:
         return cls(folder, [place for place in (folder, *folder.parents) if not place.exists()], names)
 
     def restore(self, files: Iterable[str] = (), subfolder: str | None = None) -> None:
-        """Remove what was added since, as far as it is known whose it is. Logs that are open there are closed.
+        """Remove only files that this start wrote. Its open log files are closed first.
 
         Args:
             files: names of the files that were written for the refused run, besides its log and its lock.

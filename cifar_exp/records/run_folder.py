@@ -84,9 +84,9 @@ class RunInfo:
 
     @classmethod
     def load(cls, folder: Path) -> "RunInfo":
-        """The facts that :meth:`save` or :meth:`save_sweep` wrote. Anybody may have made the folder.
+        """The facts that :meth:`save` or :meth:`save_sweep` wrote. The folder may come from another user.
 
-        A sweep's folder is above those of its jobs; another one is not believed.
+        A sweep folder must be a parent of the run folder.
 
         Raises:
             StorageError: where they are missing, unreadable, or name a file that is not in the folder.

@@ -96,8 +96,9 @@ def original_of(folder: Path, content: Mapping[str, Any]) -> Path | None:
 def known_hashes(folder: Path, same_version: bool) -> frozenset[str]:
     """The config hashes that checkpoints of the run may have; empty where they are not known.
 
-    Two versions of this package can have different hashes for the same settings. ``run.json`` notes the hashes of all
-    sessions; earlier versions noted that of the first one, which says nothing about checkpoints of other versions.
+    Two versions of this package can have different hashes for the same settings. ``run.json`` lists the hashes of all
+    sessions. Earlier versions of this package listed the first session's only; it says nothing about checkpoints that
+    another version wrote.
 
     Args:
         folder: the run folder.

@@ -49,7 +49,7 @@ def ignore_signals() -> None:
 
 
 def signals_to_answer() -> list[signal.Signals]:
-    """The signals of ``STOPPING``; without SIGHUP under ``nohup`` or after the first one, and others ignored so."""
+    """The signals of ``STOPPING``, without those that are ignored, such as SIGHUP under ``nohup``."""
     always = (signal.SIGINT, signal.SIGTERM)
     left_alone = (signal.SIG_IGN, None)  # None: a handler that is not Python's
     return [number for number in STOPPING if number in always or signal.getsignal(number) not in left_alone]

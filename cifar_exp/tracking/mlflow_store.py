@@ -189,7 +189,7 @@ class MLflowStore:
         return None
 
     def own_run(self, client: "MlflowClient", run: RunInfo) -> RunInfo:
-        """``run``; with a new key where a copy of its folder has continued the run that is in the store."""
+        """If a copy of the folder continued this MLflow run, give this run a new key."""
         if run.sessions and (identity := self.find_run(client, run)):
             last = client.get_run(identity).data.tags.get(SESSION_TAG)
             if last and last not in run.sessions:

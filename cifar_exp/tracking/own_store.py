@@ -1,4 +1,4 @@
-"""Which store a run's folder may name: anybody may have made the folder, and runs are sent to that address."""
+"""Which MLflow store a run folder may name: the folder may come from another user, and runs are sent to the store."""
 
 import shlex
 import sqlite3
@@ -68,7 +68,7 @@ def own_address(uri: str | None, run_dir: Path) -> str | None:
 
 
 def sync_command(folder: Path) -> str:
-    """The command that delivers what a tracker lacks of a run or a sweep, with the store that must be typed."""
+    """The `cifar-exp sync` command that delivers what the tracker lacks, with ``tracking.uri`` where it is needed."""
     command = run_folder.sync_command(folder)
     with suppress(StorageError):
         uri = stored_tracking(folder).get("uri")

@@ -168,7 +168,7 @@ class Recording:
 
 
 def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
-    """What to tell where the page or figure is not as it should be: storage is blamed for its own errors alone.
+    """The error for a page or figure that failed: a storage error only if storage caused it.
 
     Args:
         error: why.

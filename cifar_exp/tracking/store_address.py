@@ -90,7 +90,7 @@ def follow_moved_store(database: Path) -> None:
 def _folders_before(store: sqlite3.Connection, new: Path) -> set[Path]:
     """The folders that the store was in before it came to ``new``, by the addresses of its experiments.
 
-    A folder with artifacts that somebody chose looks alike, but it is still there, and the store was not made in it.
+    A folder that a user chose for artifacts does not count: it still exists, and the store was not created in it.
     """
     made_in, found = None, set()
     for identity, name, location in store.execute("SELECT experiment_id, name, artifact_location FROM experiments"):
