@@ -58,14 +58,14 @@ def limited(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loaded(load: Callable[..., Any], text: str, name: str) -> Any:
-    check(text, name)
+    check_limits(text, name)
     try:
         return load(_Text(text, name))
     except RecursionError as error:  # brackets within an interpolation
         raise TooLargeError("it is nested too deeply") from error
 
 
-def check(text: str, name: str) -> None:
+def check_limits(text: str, name: str) -> None:
     """Check a YAML text against the limits, in time that grows with its length alone.
 
     Raises:

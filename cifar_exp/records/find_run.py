@@ -87,7 +87,7 @@ def _candidates(name: str) -> Iterator[Path]:
     if _is_folder(name):
         yield Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
-        with suppress(OSError, ValueError):  # that folder is not the one, or not to be read
+        with suppress(OSError, ValueError):  # not that run, or unreadable
             if journal.run_id(path.parent) == name:
                 yield path.parent
 

@@ -16,9 +16,9 @@ from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
 from cifar_exp.study.group import SIGNIFICANT, Group
 from cifar_exp.study.intervals import Interval, Means, adjusted, difference
-from cifar_exp.study.report import interval_text
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import accuracy_means, by_count, log_means
+from cifar_exp.study.speedup_study import interval_text
 from cifar_exp.system.atomic_files import write_atomically, write_csv
 
 TEST = (

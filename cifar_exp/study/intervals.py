@@ -4,8 +4,9 @@ A run is one observation, however many blocks of steps it has. The blocks of one
 placement and load; these differ in the next run. Resampling blocks alone would make intervals too narrow. So with
 repeats, intervals are Student's t over runs. The noise may differ between device counts, so degrees of freedom are
 Welch's. Two other methods were simulated for three seeds with such noise. Their intervals contained the truth in 73 to
-91 % of sweeps (one variance for all counts) and in 69 to 96 % (percentile bootstrap over three runs). Without repeats, blocks are
-resampled within each run, and the report says so. See Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time".
+91 % of sweeps (one variance for all counts) and in 69 to 96 % (percentile bootstrap over three runs). Without repeats,
+blocks are resampled within each run, and the report says so. See Kalibera and Jones 2013, "Rigorous benchmarking in
+reasonable time".
 ``benchmarks/interval_coverage.py`` counts how often intervals contain the truth.
 """
 

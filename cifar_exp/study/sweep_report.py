@@ -9,7 +9,7 @@ from cifar_exp.records.find_run import find_runs
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
-from cifar_exp.study.report import Study
+from cifar_exp.study.speedup_study import Study
 
 
 def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, price_per_hour: float | None) -> Study:

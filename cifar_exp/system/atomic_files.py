@@ -1,4 +1,4 @@
-"""Atomic writes: whoever reads a file or a folder finds the old content or the new one, never a part of it.
+"""Atomic writes: readers of a file or a folder find the old content or the new one, never a part of it.
 
 Files and folders that must never be read half-written are written here; the journal and locks are not. The policy:
 

@@ -1,4 +1,4 @@
-"""What the environment tells of a launcher or a scheduler that has started this process."""
+"""Detect from environment variables which launcher or scheduler started this process."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ LAUNCHERS = (
 )
 INTERACTIVE_STEP = "4294967290"  # Slurm's number for the step of an interactive allocation
 RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued this job; missing before the first time
-LOCAL_JOB = "SUBMITIT_LOCAL_JOB_ID"  # submitit restarts a job with the same number, and counts for nobody
+LOCAL_JOB = "SUBMITIT_LOCAL_JOB_ID"  # submitit restarts a job with the same number and sets no restart count
 JOB_TAG = "submitit_job"
 
 

@@ -17,7 +17,7 @@ from cifar_exp.system.bugs import bug_text, is_bug
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking.deadlines import CLOSING_SECONDS, Deadlines
 from cifar_exp.tracking.own_store import sync_command
-from cifar_exp.tracking.store_problems import advice, shortened
+from cifar_exp.tracking.store_problems import advice, shortened_error
 
 BATCH = 500  # entries that are read, and held in memory, at a time
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the pause doubles with each failure
@@ -102,7 +102,7 @@ class Follower(threading.Thread):
             self._status = status
             self._looks_wanted += 1
             self._changed.notify_all()
-        # Not joined: if a signal raises in Thread.join, Python 3.11 takes the thread for ended.
+        # Not joined: if a signal raises in Thread.join, Python 3.11 marks the thread as ended.
         while not self._is_over.is_set() and (left := self._seconds_left()) > 0:
             self._is_over.wait(min(left, 0.2))  # the deadline moves
         with self._changed:
@@ -156,7 +156,7 @@ class Follower(threading.Thread):
         return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
 
     def _report_failure(self, state: RetryCallState) -> None:
-        """Note the error. The user is told at the second failure: one alone is soon mended (a closed connection)."""
+        """Note the error. The second failure is reported. A single one, such as a closed connection, usually passes."""
         assert state.outcome
         error = state.outcome.exception()
         assert isinstance(error, Exception)
@@ -164,7 +164,7 @@ class Follower(threading.Thread):
         if state.attempt_number == 2 and not self._is_outage_reported:
             self._is_outage_reported = True
             problem = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
-            self._print(f"{problem}, training continues, retrying: {shortened(error)}")
+            self._print(f"{problem}, training continues, retrying: {shortened_error(error)}")
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next try; once the run has ended, the pause is the shortest one."""
@@ -181,12 +181,12 @@ class Follower(threading.Thread):
                 self._changed.notify_all()
 
     def _print(self, line: str) -> None:
-        if not self._is_abandoned:  # else the user has been told what to do
+        if not self._is_abandoned:  # else the message of `finish` says what to do
             tell(line)
 
     def _fail(self, error: Exception) -> None:
-        """After a final error the sink is only told how the run ended, which it may still accept."""
-        self._print(f"{type(self.sink).__name__} failed, training continues: {shortened(error)}")
+        """After a final error, deliver only how the run ended: the sink may still accept that."""
+        self._print(f"{type(self.sink).__name__} failed, training continues: {shortened_error(error)}")
         self._set_error(error)
         with self._changed:
             self._changed.wait_for(lambda: self._status is not None)
@@ -203,7 +203,7 @@ def undelivered_message(error: Exception, folder: Path) -> str:
     if is_bug(error):
         why, then = f"{bug_text(error)}\n", "Once that is mended,"
     else:
-        why, then = f"{shortened(error).rstrip('.')}. ", "Once the tracker can be reached,"
+        why, then = f"{shortened_error(error).rstrip('.')}. ", "Once the tracker can be reached,"
         if isinstance(error, TrackingError):  # its message has the remedy
             then = "Then"
         elif remedy := advice(error):

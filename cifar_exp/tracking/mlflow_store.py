@@ -95,7 +95,7 @@ class MLflowStore:
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        for name in ("mlflow", "alembic"):  # they log at length what they also raise
+        for name in ("mlflow", "alembic"):  # libraries log the errors that they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         check_variables()
         if self.uri is None:
@@ -198,7 +198,7 @@ class MLflowStore:
         return run
 
     def open_parent(self, client: "MlflowClient", folder: Path, restores: bool = True) -> str | None:
-        """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
+        """The parent run of the sweep in ``folder``. The first job that calls this starts it."""
         if not (folder / SWEEP_RUN_FILE).exists():
             return None
         with locks.acquired(folder / ".mlflow.lock", LOCK_TIMEOUT):
@@ -244,7 +244,7 @@ class MLflowStore:
 
 
 def _make_or_follow(database: Path) -> None:
-    """Create a missing SQLite store atomically: it takes MLflow seconds, and a half-made store is useless."""
+    """Create a missing SQLite store atomically: MLflow takes seconds for it, and an incomplete store is useless."""
     if database.exists():
         follow_moved_store(database)
         return

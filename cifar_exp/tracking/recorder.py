@@ -20,7 +20,7 @@ from cifar_exp.system.bugs import BugError, described, is_bug
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking import deadlines
 from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, undelivered_message
-from cifar_exp.tracking.store_problems import shortened
+from cifar_exp.tracking.store_problems import shortened_error
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Recording:
                 raise problems[0]
             if self._stopped and isinstance(error, CifarExpError):
                 problems.append(error)
-            for problem in problems:  # beside the worse error, which is raised
+            for problem in problems:  # the worse error is raised
                 tell(problem)
             if self._stopped:
                 raise self._stopped
@@ -141,7 +141,7 @@ class Recording:
             one.finish(status, deadlines.CLOSING_SECONDS)
 
     def _write_last_entry(self) -> None:
-        """After the ranks have ended, add the total time and the parts of it that only the parent knows."""
+        """After the ranks have ended, add the total time and the times that only the parent measures."""
         ranks_ended = time.monotonic()
         for one in self._followers:
             if not self._stopped:
@@ -177,9 +177,9 @@ def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
     """
     problem = f"{run_dir}: {well}its page or figure could not be"
     if isinstance(error, StorageError | GivenUpError):
-        return StorageError(f"{problem} written: {shortened(error)}")
+        return StorageError(f"{problem} written: {shortened_error(error)}")
     if isinstance(error, OSError):
-        return StorageError(f"{problem} written: {shortened(error)}. {FREE_SPACE}")
+        return StorageError(f"{problem} written: {shortened_error(error)}. {FREE_SPACE}")
     if is_bug(error):
         return BugError(error, f"{run_dir}: {well}its page or figure was not drawn: ")
     return StorageError(f"{problem} drawn: {described(error)}")

@@ -15,8 +15,8 @@ from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, overlapping, results_by_group
-from cifar_exp.study.report import Study
 from cifar_exp.study.report_page import report_html
+from cifar_exp.study.speedup_study import Study
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 

@@ -116,7 +116,7 @@ def test_figures_are_drawn_where_pyplot_draws_elsewhere(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, matplotlib; matplotlib.rcParams['backend'] = 'svg';"
         "from cifar_exp.display import training_figure as figures;"
-        "facts = figures.RunFacts('', 'finished', 1, 1, [], {}); "
+        "facts = figures.PageFacts('', 'finished', 1, 1, [], {}); "
         "figures.draw_training([], facts, pathlib.Path(sys.argv[1]));"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

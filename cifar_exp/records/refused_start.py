@@ -9,7 +9,7 @@ from pathlib import Path
 from cifar_exp.errors import ConfigError, DataError, MachineError
 from cifar_exp.records.run_folder import LOCK_FILE
 
-REFUSALS = (ConfigError, DataError, MachineError)  # nothing was started
+REFUSING_ERRORS = (ConfigError, DataError, MachineError)  # nothing was started
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")  # in hydra.output_subdir
 
 
@@ -29,7 +29,7 @@ class Before:
 
     @classmethod
     def of(cls, folder: Path) -> "Before":
-        """The state now."""
+        """The present state."""
         folder = folder.absolute()
         names = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
         return cls(folder, [place for place in (folder, *folder.parents) if not place.exists()], names)
