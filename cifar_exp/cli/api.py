@@ -10,7 +10,7 @@ from omegaconf import open_dict, read_write
 from cifar_exp.cli.hydra_app import composed
 from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.errors import storage_errors
-from cifar_exp.records.refused import REFUSALS, Before
+from cifar_exp.records.refused_start import REFUSING_ERRORS, Before
 from cifar_exp.records.run_folder import make_folder
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.train_composed import train_composed
@@ -57,7 +57,7 @@ def _folder_with_log(run_dir: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
-    except REFUSALS:
+    except REFUSING_ERRORS:
         before.restore([LOG_FILE])
         raise
     finally:

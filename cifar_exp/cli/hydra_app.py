@@ -13,17 +13,17 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from cifar_exp.cli.options import refuse_unknown_options
+from cifar_exp.cli.options import refuse_unknown_options, split_options
 from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.config import hydra_versions
 from cifar_exp.config.defaults import conf_dir
+from cifar_exp.config.hydra_errors import explained
 from cifar_exp.config.hydra_section import check_typed_trust
 from cifar_exp.config.reading import register_resolvers
-from cifar_exp.config.refusals import explained
 from cifar_exp.config.targets import ALLOWED
 from cifar_exp.errors import CifarExpError, Stopped, storage_errors
 from cifar_exp.records.folder_check import check_folder
-from cifar_exp.records.refused import REFUSALS, Before
+from cifar_exp.records.refused_start import REFUSING_ERRORS, Before
 from cifar_exp.records.run_folder import RUN_FILE, make_folder, make_job_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
@@ -81,7 +81,7 @@ class Jobs:
         except Exception as error:
             if signalled := swallowed():  # the cause: numpy cannot be imported again after an interrupted import
                 raise StoppedJobError from signalled
-            if isinstance(error, REFUSALS):
+            if isinstance(error, REFUSING_ERRORS):
                 self._remove_new_folder(folder, is_single, hydra.output_subdir)
             raise
 
@@ -100,7 +100,7 @@ class Jobs:
     def before_folder(self, folder: Path) -> None:
         """Note what there is before Hydra creates ``folder``, and create it for this user alone.
 
-        In a folder that exists there must be no links of somebody else.
+        An existing folder must contain no links.
         """
         check_folder(folder)
         self._before = Before.of(folder)
@@ -143,7 +143,7 @@ def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None
         refuse_unusable_names(words)
         allow_open_files()
         refuse_unknown_options(words, hydra_versions.options())
-        hydra_versions.run_command(jobs, conf_dir(), ALLOWED_TARGETS, jobs.before_folder)
+        hydra_versions.run_hydra_main(jobs, conf_dir(), ALLOWED_TARGETS, jobs.before_folder)
     except CifarExpError as error:
         raise_swallowed()
         return _print_failure(error)
@@ -162,19 +162,7 @@ def _print_failure(failure: CifarExpError) -> int:
 
 def options_first(words: Sequence[str]) -> list[str]:
     """``words`` with Hydra's options and their values first: argparse takes the overrides only as one group."""
-    known = hydra_versions.options()
-    options, overrides, rest = list[str](), list[str](), list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        options.append(word)
-        action = known.get(word)
-        if action is None or not rest:
-            continue
-        if action.nargs is None or (action.nargs == "?" and rest[0] in (action.choices or ())):
-            options.append(rest.pop(0))
+    options, overrides = split_options(words, hydra_versions.options())
     return [*options, *overrides]
 
 
@@ -210,7 +198,7 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> DictConfig:
         The configuration, including the section ``hydra``.
 
     Raises:
-        ConfigError: it cannot be composed; the message is that of :func:`cifar_exp.config.refusals.explained`.
+        ConfigError: it cannot be composed; the message is that of :func:`cifar_exp.config.hydra_errors.explained`.
     """
     register_resolvers()
     quoted = str(Path(folder).resolve()).replace('"', '\\"') if folder else ""

@@ -1,5 +1,6 @@
 """The command `cifar-exp`: its subcommands and their common error handling."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -32,8 +33,12 @@ Examples:
 """
 
 
+# Options of subcommands that take the next word as their value.
+OWN_VALUE_OPTIONS = ("--to", "--port")
+
+
 class Commands(click.Group):
-    """Subcommands that are imported on use. If the first word has ``=`` or ``-``, the subcommand is ``train``."""
+    """Subcommands that are imported on use. A command line of options and overrides alone is one of ``train``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -49,16 +54,41 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = {"--help", "--version"}
-        if not args or (args[0] not in own and ("=" in args[0] or args[0].startswith("-"))):
-            args = ["train", *args]
-        elif args[0] not in COMMANDS and "." in args[0]:
+        args = with_subcommand_first(args)
+        if args[0] not in COMMANDS and "." in args[0]:
             from cifar_exp.config.defaults import default_settings
 
             if args[0] in default_settings():
                 value = args[1] if len(args) > 1 else "<value>"
                 raise ConfigError(f"{args[0]}: a setting is written as key=value. Set {args[0]}={value}")
         return super().parse_args(ctx, args)
+
+
+def with_subcommand_first(args: Sequence[str]) -> list[str]:
+    """The words of a command line, with the subcommand as the first one.
+
+    The subcommand may stand anywhere: it is the first word that is no option, no option's value and no override.
+    ``--version`` is the package's with every subcommand.
+    """
+    if any(word.startswith("--v") and "--version".startswith(word) for word in args):
+        return ["--version"]
+    if COMMANDS.keys() & set(args[1:]) and args[0] not in COMMANDS:
+        from cifar_exp.cli.options import split_options
+        from cifar_exp.config import hydra_versions
+
+        own = {name: argparse.Action([name], name) for name in OWN_VALUE_OPTIONS}
+        options, words = split_options(args, hydra_versions.options() | own)
+        first = next((word for word in words if not _is_override(word)), None)
+        if first in COMMANDS:
+            words.remove(first)
+            return [first, *options, *words]
+    if not args or (args[0] != "--help" and (args[0].startswith("-") or _is_override(args[0]))):
+        return ["train", *args]
+    return list(args)
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word or word.startswith(("+", "~"))
 
 
 @click.group(cls=Commands, epilog=EXAMPLES, context_settings={"max_content_width": 100})

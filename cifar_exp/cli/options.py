@@ -1,10 +1,33 @@
-"""Options that Hydra does not have, such as ``--epochs 5``: what to write instead."""
+"""The options of a command line, such as ``--cfg job``, and what to write instead of those that do not exist."""
 
-from collections.abc import Collection, Sequence
+import argparse
+from collections.abc import Collection, Mapping, Sequence
 
 from cifar_exp.config.defaults import default_settings
 from cifar_exp.config.messages import nearest
 from cifar_exp.errors import ConfigError
+
+
+def split_options(words: Sequence[str], known: Mapping[str, argparse.Action]) -> tuple[list[str], list[str]]:
+    """Split ``words`` into options with their values, and the other words.
+
+    Args:
+        words: the words of a command line.
+        known: options: spelling -> argparse action. The value of an option is the next word.
+    """
+    options, others, rest = list[str](), list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        options.append(word)
+        action = known.get(word)
+        if action is None or not rest:
+            continue
+        if action.nargs is None or (action.nargs == "?" and rest[0] in (action.choices or ())):
+            options.append(rest.pop(0))
+    return options, others
 
 
 def refuse_unknown_options(words: Sequence[str], known: Collection[str]) -> None:

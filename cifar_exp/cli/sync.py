@@ -9,21 +9,24 @@ SETTINGS = ("tracking.uri", "tracking.experiment")
 
 
 @click.command("sync")
-@click.argument("words", nargs=-1, required=True, metavar="FOLDER...")
+@click.argument("words", nargs=-1, required=True, metavar="RUN|SWEEP...")
 def command(words: tuple[str, ...]) -> int:
     """Deliver to MLflow what runs hold on disk and their store lacks.
 
-    FOLDER is a run's or a sweep's folder, or one that holds several. Sends the run, params, tags, metrics, files and
-    final status. Each point is sent once. All runs are tried; the exit code is that of the first failure.
+    RUN and SWEEP are a folder, an MLflow run id, or `latest` (the latest run). A folder may hold several runs, as
+    outputs does. Sends the run, params, tags, metrics, files and final status. Each point is sent once. All runs are
+    tried; the exit code is that of the first failure.
 
     \b
     tracking.uri=<address>      another MLflow store, or the run's own with its password (run folders never keep it)
     tracking.experiment=<name>  another experiment
     """
+    from cifar_exp.records.find_run import find_runs
+    from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE
     from cifar_exp.system.printable import tell
     from cifar_exp.system.redaction import masked_text
     from cifar_exp.system.surroundings import set_up_environment
-    from cifar_exp.tracking.deliveries import deliver_all, folder_of
+    from cifar_exp.tracking.deliveries import deliver_all
 
     set_up_environment()
     typed, folders = settings_in(words, SETTINGS)
@@ -31,7 +34,7 @@ def command(words: tuple[str, ...]) -> int:
     failures: list[CifarExpError] = []
     try:
         for word in folders:
-            failures += deliver_all(folder_of(word), settings)
+            failures += deliver_all(find_runs(word, RUN_FILE, SWEEP_RUN_FILE), settings)
     except CifarExpError as error:
         failures.append(error)
     for failure in failures:

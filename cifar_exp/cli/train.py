@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wr
     from cifar_exp.runs.context import RunContext
 
 # Hydra's options that train nothing.
-QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
+QUESTIONS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
 @click.command("train", add_help_option=False, context_settings={"ignore_unknown_options": True})

@@ -67,13 +67,13 @@ def verify(words: Sequence[str]) -> bool:
     configs, folder = configurations(words)
     components = [build_components(config) for config in configs]
 
-    from cifar_exp.parity.run import check, prepared
+    from cifar_exp.parity.run import check_parity, prepared
     from cifar_exp.system.terminal import Terminal
 
     cases = prepared(configs, components)
     _open(folder)
     console = Terminal(quiet=configs[0].progress == "quiet", soft_wrap=True)
-    report = check(cases, shlex.join(["cifar-exp", "verify", *masked(list(words))]), console)
+    report = check_parity(cases, shlex.join(["cifar-exp", "verify", *masked(list(words))]), console)
     report.print(console)
     print(f"{report.verdict}: {report.write(folder)}")
     return report.holds

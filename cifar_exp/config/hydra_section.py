@@ -41,7 +41,7 @@ def check_hydra_section(config: DictConfig, trusted: Iterable[str]) -> None:
 
 
 def check_typed_trust(config: Mapping[Any, Any] | DictConfig, overrides: Sequence[str]) -> None:
-    """Check that ``trusted_modules`` was typed. What a file says of trust does not count.
+    """Check that ``trusted_modules`` was typed. `trusted_modules` in a file is ignored.
 
     Raises:
         ConfigError: it was not.

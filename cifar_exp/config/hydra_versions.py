@@ -34,7 +34,7 @@ RERUN_SOURCE = (
 _BASE: dict[str, Any] = {} if _LIMITS_TARGETS else {"version_base": "1.3"}
 
 
-def run_command(
+def run_hydra_main(
     job: Callable[[DictConfig], Any], folder: Path, trusted: Iterable[str], before_folder: Callable[[Path], None]
 ) -> None:
     """Let Hydra parse ``sys.argv`` and run ``job``, once or for each job of a sweep.

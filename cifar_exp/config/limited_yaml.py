@@ -1,7 +1,6 @@
 """Read YAML that anybody may have written: limits on its size, its depth, and on what its aliases unfold to.
 
-The safe loader refuses tags that name Python objects. But an alias stands for a copy of what it names, so that a
-kilobyte of nested aliases can stand for more values than memory holds.
+The safe loader refuses tags that name Python objects. Nested aliases can expand a kilobyte beyond memory.
 """
 
 import io
@@ -59,14 +58,14 @@ def limited(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loaded(load: Callable[..., Any], text: str, name: str) -> Any:
-    check(text, name)
+    check_limits(text, name)
     try:
         return load(_Text(text, name))
     except RecursionError as error:  # brackets within an interpolation
         raise TooLargeError("it is nested too deeply") from error
 
 
-def check(text: str, name: str) -> None:
+def check_limits(text: str, name: str) -> None:
     """Check a YAML text against the limits, in time that grows with its length alone.
 
     Raises:

@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 from cifar_exp.data.cifar10_archive import ARCHIVE_FILE
 from cifar_exp.errors import ConfigError, DataError, storage_errors
+from cifar_exp.system.atomic_files import complete
 from cifar_exp.system.locks import locked
 from cifar_exp.system.progress_line import Progress
 
@@ -67,7 +68,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
         part = target.with_suffix(".gz.part")
         with storage_errors(target, advice):
             _download(address, part, advice)
-            part.replace(target)
+            complete(part, target)
         return target
 
 

@@ -57,10 +57,10 @@ def _collate(images: list[Tensor | str]) -> Images:
 
 
 def _sendable(batch: Tensor) -> Images:
-    """A worker's batch in shared memory; as an array, which goes through a pipe, where that is full or missing.
+    """A worker's batch in shared memory. If that is full or missing: a NumPy array, which is sent through a pipe.
 
-    Containers often have 64 MB of it. A tensor would be moved there later by a thread whose errors nobody sees, and the
-    rank would wait for the batch forever.
+    Containers often have 64 MB of shared memory. Without this, a background thread of torch would move the tensor
+    there. If that failed, no error would be raised, and the rank would wait for the batch forever.
     """
     if get_worker_info() is None:  # this is the rank itself
         return batch

@@ -90,7 +90,7 @@ def fetch(source: Source, places: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def opened(files: DatasetFiles, device: torch.device, threads: int) -> Iterator[tuple[Source, Source]]:
+def open_sources(files: DatasetFiles, device: torch.device, threads: int) -> Iterator[tuple[Source, Source]]:
     """Training and test images for ``device``.
 
     Args:

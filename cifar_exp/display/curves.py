@@ -13,7 +13,7 @@ Point = tuple[float, float]  # (iteration, value)
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class PageFacts:
     """Facts about a run for page and figure, beside the journal.
 
     Attributes:
@@ -110,7 +110,7 @@ def _stretches(start: int, end: int, count: int) -> Iterator[tuple[int, int]]:
     return pairwise(start + (end - start) * number // count for number in range(count + 1))
 
 
-def axis_epochs(step: int, facts: RunFacts) -> int:
+def axis_epochs(step: int, facts: PageFacts) -> int:
     """The epochs that the plot shows: all, half, a quarter, ... of them, as long as the completed steps fit.
 
     So the curves fill at least half of the plot, and the scale changes only a few times in a run.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifar_exp.display import page, training_figure
-from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.curves import PageFacts
 from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import Status
 from cifar_exp.system.surroundings import in_notebook
@@ -24,7 +24,7 @@ PAGE_SHARE = 0.002  # of the time may go into drawing the page again
 class Display:
     """Shows progress in the terminal or notebook, as a line per epoch, or not at all, and always draws the page."""
 
-    def __init__(self, run_dir: Path, facts: RunFacts, mode: Mode, console: Console, started: float) -> None:
+    def __init__(self, run_dir: Path, facts: PageFacts, mode: Mode, console: Console, started: float) -> None:
         self._run_dir, self._facts, self._console = run_dir, facts, console
         self._mode = suitable(console) if mode == "auto" else mode
         self._started = started
@@ -98,7 +98,7 @@ class Display:
 
     def _draw_page(self, status: str) -> None:
         began = time.monotonic()
-        facts = RunFacts(**{**vars(self._facts), "status": status})
+        facts = PageFacts(**{**vars(self._facts), "status": status})
         page.write_progress_page(self._run_dir, self._entries, facts, time.monotonic() - self._started)
         cost = time.monotonic() - began
         self._next_page = began + max(PAGE_PAUSE, cost / PAGE_SHARE)

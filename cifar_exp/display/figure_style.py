@@ -1,6 +1,9 @@
 """The colours and the look of all figures."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cifar_exp.system.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +24,12 @@ def empty_figure(height: float) -> "Figure":
     figure = Figure(figsize=(10, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def tidy_axes(axes: "Axes") -> None:

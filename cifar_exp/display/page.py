@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cifar_exp.display.curves import Curves, RunFacts, axis_epochs, loss_top
+from cifar_exp.display.curves import Curves, PageFacts, axis_epochs, loss_top
 from cifar_exp.display.svg import ABSENT, PLANE, Axis, Plot, number_text
 from cifar_exp.display.templates import rendered
 from cifar_exp.errors import FREE_SPACE, storage_errors
@@ -21,7 +21,7 @@ PAGE_FILE = "progress.html"
 LIVE = ("starting", "running")
 
 
-def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> Path:
+def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: PageFacts, elapsed: float) -> Path:
     """Write ``progress.html`` atomically to the run's folder.
 
     Args:
@@ -43,7 +43,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: RunFacts
     return page
 
 
-def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
+def page_html(entries: Sequence[Entry], facts: PageFacts, elapsed: float) -> str:
     """The page as HTML. While its status is starting or running it reloads every two seconds.
 
     Two minutes after its last drawing, as after SIGKILL, it says so and reloads every half minute.
@@ -87,7 +87,7 @@ def page_html(entries: Sequence[Entry], facts: RunFacts, elapsed: float) -> str:
     )
 
 
-def seconds_left(entries: Sequence[Entry], facts: RunFacts) -> float | None:
+def seconds_left(entries: Sequence[Entry], facts: PageFacts) -> float | None:
     """Estimated time left, from the pace since the first entry; None while the pace is unknown."""
     if not entries or entries[-1].step <= entries[0].step:
         return None
@@ -107,7 +107,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _tiles(
-    latest: Mapping[str, float], accuracy: Curves, facts: RunFacts, elapsed: float, left: float | None
+    latest: Mapping[str, float], accuracy: Curves, facts: PageFacts, elapsed: float, left: float | None
 ) -> dict[str, str]:
     rate = latest.get("steady_images_per_second", latest.get("step/images_per_second"))
     tiles = {

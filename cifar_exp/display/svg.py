@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cifar_exp.display.curves import Curves, Point, RunFacts, tick_step
+from cifar_exp.display.curves import Curves, PageFacts, Point, tick_step
 
 PLANE = 1000  # units of the curves' plane, each way
 MAX_BANDS = 40  # epoch bands; narrower ones flicker
@@ -46,7 +46,7 @@ class Axis:
     drops: Sequence[LearningRateDrop]
 
     @classmethod
-    def of(cls, epochs: int, facts: RunFacts) -> "Axis":
+    def of(cls, epochs: int, facts: PageFacts) -> "Axis":
         """The axis of the run's first ``epochs`` epochs."""
         steps = facts.steps_per_epoch
         end = epochs * steps

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_exp.display.curves import Curves, Point, RunFacts, axis_epochs, loss_top, tick_step
-from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, empty_figure, tidy_axes
+from cifar_exp.display.curves import Curves, PageFacts, Point, axis_epochs, loss_top, tick_step
+from cifar_exp.display.figure_style import BAND, BLUE, INK, PURPLE, SOFT, VERMILION, empty_figure, save_png, tidy_axes
 from cifar_exp.records.journal import Entry
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_training(entries: Sequence[Entry], facts: RunFacts, path: Path) -> None:
+def draw_training(entries: Sequence[Entry], facts: PageFacts, path: Path) -> None:
     """Loss and accuracy over the iterations as a PNG at ``path``. ``entries``: the run's journal."""
-    training_figure(entries, facts).savefig(path)
+    save_png(training_figure(entries, facts), path)
 
 
-def training_figure(entries: Sequence[Entry], facts: RunFacts) -> "Figure":
+def training_figure(entries: Sequence[Entry], facts: PageFacts) -> "Figure":
     """Two plots over one iteration axis, as on the run's page."""
     figure = empty_figure(height=6.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -66,7 +66,7 @@ def _shade_epochs(axes: "Axes", epochs: int, steps_per_epoch: int) -> None:
         axes.axvspan(start * steps_per_epoch, end * steps_per_epoch, color=BAND, linewidth=0, zorder=0)
 
 
-def _label_drops(axes: "Axes", epochs: int, facts: RunFacts) -> None:
+def _label_drops(axes: "Axes", epochs: int, facts: PageFacts) -> None:
     """The epoch count on an axis above, and the new learning rates at their lines."""
     steps = facts.steps_per_epoch
     every = max(1, round(tick_step(epochs, 10)))

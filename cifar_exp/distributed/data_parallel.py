@@ -107,7 +107,7 @@ def _uses_all(model: nn.Module) -> bool:
 
 
 def _silence_search_warning(device: torch.device) -> None:
-    """Have torch's C++ code say here, unseen, what it says once: that the search may not be needed."""
+    """Trigger torch's one-time warning here and suppress it: that the search may not be needed."""
     saved = os.dup(2)
     try:
         with Path(os.devnull).open("w") as nothing:

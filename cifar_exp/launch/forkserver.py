@@ -8,8 +8,7 @@ On macOS forking is not safe (see :func:`cifar_exp.system.host.start_method`). T
 PyTorch itself.
 """
 
-import multiprocessing.util
-import shutil
+import multiprocessing
 import tempfile
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -18,6 +17,7 @@ from cifar_exp.errors import MachineError, storage_errors
 from cifar_exp.system import host
 from cifar_exp.system.import_path import SafeHelpers
 from cifar_exp.system.signals import blocked_signals
+from cifar_exp.system.surroundings import make_socket_folder
 
 
 def start_fork_server() -> None:
@@ -32,7 +32,8 @@ def start_fork_server() -> None:
             f"{host.SHARED_MEMORY}: ranks and their parent share locks, and none can be made there: {problem}. Free "
             f"space there or allow writing; for a container, set --shm-size=1g or --ipc=host"
         )
-    _make_socket_folder()
+    with storage_errors(Path(tempfile.gettempdir()), "Set TMPDIR=<a folder that you may write to>"):
+        make_socket_folder()
     # Ranks, fork server and resource tracker leave signals to the parent. The resource tracker's start unblocks SIGINT
     # and SIGTERM here, so it comes first, in a block of its own. The tracker itself ignores these two.
     with blocked_signals(), SafeHelpers():
@@ -44,18 +45,6 @@ def start_fork_server() -> None:
         forkserver.set_forkserver_preload(["cifar_exp.launch.forkserver_preload"])
         with blocked_signals(), SafeHelpers():
             forkserver.ensure_running()
-
-
-def _make_socket_folder() -> None:
-    """Make the folder of multiprocessing's sockets, which is removed when this process ends.
-
-    Python would make it, too, but show a traceback at the end if something else has removed it.
-    """
-    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    if "tempdir" not in config:
-        with storage_errors(Path(tempfile.gettempdir()), "Set TMPDIR=<a folder that you may write to>"):
-            config["tempdir"] = tempfile.mkdtemp(prefix="pymp-")
-        multiprocessing.util.Finalize(None, shutil.rmtree, args=(config["tempdir"], True), exitpriority=-100)
 
 
 def _set_known_start_method() -> None:

@@ -40,7 +40,7 @@ gc.disable()
 
 import torch._dynamo  # noqa: E402, F401
 
-with suppress(Exception):  # each rank says why it cannot fuse its layers
+with suppress(Exception):  # each rank reports why it cannot fuse its layers
     from cifar_exp.cpu_kernels.fuse import preload
 
     preload()

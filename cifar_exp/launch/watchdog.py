@@ -52,7 +52,7 @@ class Watchdog:
         interval = min(1.0, self.timeout / 10)
         quiet, absent, before = 0.0, 0.0, self._beats()
         while not self._closed.wait(interval):
-            if not self.ipc_dir.exists():  # a clean-up of the temporary folder: nothing can be told or asked any more
+            if not self.ipc_dir.exists():  # the temporary folder was removed: ranks cannot be reached any more
                 rank_processes.kill_ranks()
                 os.kill(os.getpid(), signal.SIGQUIT)
                 return

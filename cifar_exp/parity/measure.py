@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_exp.data.batches import TrainBatches
-from cifar_exp.data.sources import Source, fetch, opened
+from cifar_exp.data.sources import Source, fetch, open_sources
 from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
@@ -97,7 +97,7 @@ def measure_ranks(job: Job, ipc_dir: Path) -> None:
 
 def _measure_to(job: Job, world: World, control: RankControl, file: str | None, reference_file: str | None) -> None:
     reference = Measurement.load(job.run_dir / reference_file) if reference_file else None
-    with opened(job.data, world.device, job.threads) as (train_images, test_images):
+    with open_sources(job.data, world.device, job.threads) as (train_images, test_images):
         training, _ = split_source(train_images, job.data)
         measured = measure(job, world, control, training, test_images, reference)
     measured.save(job.run_dir / (file or rank_file(world.rank)))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.parity.checks import Check, Subject
-from cifar_exp.system.atomic_files import write_json
+from cifar_exp.system.atomic_files import write_atomically, write_json
 
 REPORT_FILES = ("parity.md", "parity.json")
 FAILED = "DOES NOT HOLD"
@@ -123,7 +123,7 @@ class ParityReport:
         page, figures = (folder / name for name in REPORT_FILES)
         with storage_errors(folder, FREE_SPACE):
             write_json(figures, self.content())
-            page.write_text(self.markdown(), encoding="utf-8")
+            write_atomically(page, self.markdown())
         return page
 
     def content(self) -> dict[str, Any]:

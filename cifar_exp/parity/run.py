@@ -76,7 +76,7 @@ def prepared(configs: Sequence[Config], components: Sequence[Components]) -> lis
     return cases
 
 
-def check(cases: Sequence[Case], command: str, console: Console) -> ParityReport:
+def check_parity(cases: Sequence[Case], command: str, console: Console) -> ParityReport:
     """Measure each number of ranks and compare it with one rank.
 
     Args:

@@ -72,7 +72,7 @@ class CheckpointPosition:
         global_batch_size: images per step over all ranks.
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
-        config_hash: sha256 of the settings that bear on the result, in hex.
+        config_hash: sha256 of the settings that affect the result, in hex.
         seconds: time that the run had taken, over all its sessions.
         best_step: step of the best checkpoint so far; kept until a better one is saved; None without a validation
             split.
@@ -221,7 +221,7 @@ def _unsealed(path: Path) -> Manifest:
 
 
 def _check_known(path: Path, fields: Mapping[str, Any], kind: type, version: object) -> None:
-    """A later version may need what this one does not know: such a checkpoint is neither damaged nor usable here.
+    """Refuse fields that this version does not know: a later version wrote the checkpoint and may need them.
 
     Raises:
         StorageError: there is such a field.

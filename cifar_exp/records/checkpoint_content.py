@@ -1,4 +1,4 @@
-"""Read a checkpoint that anybody may have made: no code is run, and no more memory is used than the file has bytes.
+"""Read an untrusted checkpoint: no code is run, and no more memory is used than the file has bytes.
 
 ``torch.load`` with ``weights_only`` runs no code. It would unpack compressed entries, though, and returns tensors that
 claim any shape, or values of any kind.
@@ -75,7 +75,7 @@ def _check_values(content: Any) -> None:
 
 
 def _check_fields(content: Any) -> None:
-    """Check the kind of what prediction and resuming use; a missing field is told by its name."""
+    """Check the kind of what prediction and resuming use; the error names a missing field."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError("it holds no fields")
     sound = {

@@ -9,7 +9,7 @@ from cifar_exp.records import journal
 from cifar_exp.records.checkpoint_files import manifests
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import RUN_ID_FILE
-from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE, SWEEP_RUN_FILE
+from cifar_exp.records.run_folder import CHECKPOINTS, OUTPUTS, RUN_FILE
 
 LATEST = "latest"
 
@@ -27,20 +27,12 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
         ConfigError: where there is no such run.
         StorageError: where a file of the run is a link, or no regular file.
     """
-    marker_file = CHECKPOINTS if with_checkpoint else RUN_FILE
+    folder = find_folder(name, CHECKPOINTS if with_checkpoint else RUN_FILE)
+    if folder:
+        return checked(folder)
     if name == LATEST:
-        paths = list(OUTPUTS.rglob(marker_file))
-        if with_checkpoint:
-            paths = [path for folder in paths for path in manifests(folder.parent)]
-        paths = [path for path in paths if path.is_file()]
-        found = sorted(paths, key=lambda path: path.stat().st_mtime)
-        if not found:
-            what = "run with a checkpoint" if with_checkpoint else "run"
-            raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
-        return checked(found[-1].parents[1] if with_checkpoint else found[-1].parent)
-    for folder in _candidates(name):
-        if (folder / marker_file).exists():
-            return checked(folder)
+        what = "run with a checkpoint" if with_checkpoint else "run"
+        raise ConfigError(f"{setting}={LATEST}: there is no {what} under {OUTPUTS}/ yet. Run cifar-exp first")
     choices = "never, auto, latest" if setting == "resume" else LATEST
     raise ConfigError(
         f"{setting}={name}: there is no such run under {OUTPUTS}/. Set {setting}= to {choices}, the folder of a run, "
@@ -48,17 +40,40 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     )
 
 
-def find_folder(name: str, marker_file: str = SWEEP_RUN_FILE) -> Path | None:
-    """The folder of a sweep, or of a run: ``latest``, a folder, or an MLflow run id; None where this disk has none.
+def find_runs(name: str, *marker_files: str) -> Path:
+    """The folder that holds the runs to read: any folder, else that of the run or sweep with this id, or the latest.
 
-    ``marker_file``: a folder with this file is such a folder.
+    Args:
+        name: ``latest``, a folder, or an MLflow run id.
+        marker_files: as for :func:`find_folder`. The first one that is found counts.
+
+    Returns:
+        ``name`` as a path where this disk has no such folder.
+    """
+    if name != LATEST and _is_folder(name):
+        return Path(name)
+    found = (find_folder(name, marker_file) for marker_file in marker_files)
+    return next(filter(None, found), Path(name))
+
+
+def find_folder(name: str, marker_file: str) -> Path | None:
+    """The folder of a run or a sweep; None where this disk has none.
+
+    Args:
+        name: ``latest``, a folder, or an MLflow run id.
+        marker_file: only a folder that holds a file or folder of this name is meant.
     """
     if name == LATEST:
-        found = sorted(OUTPUTS.rglob(marker_file), key=lambda path: path.stat().st_mtime)
-        return found[-1].parent if found else None
-    with suppress(OSError):  # a name that no file can have
-        return next((folder for folder in _candidates(name) if (folder / marker_file).exists()), None)
-    return None
+        changed = {path.parent: _changed(path) for path in OUTPUTS.rglob(marker_file)}
+        found = {folder: seconds for folder, seconds in changed.items() if seconds is not None}
+        return max(found, key=found.__getitem__, default=None)
+    return next((folder for folder in _candidates(name) if (folder / marker_file).exists()), None)
+
+
+def _changed(marker: Path) -> float | None:
+    """When a run or sweep last wrote this marker, in seconds since the epoch. For ``checkpoints/``: a checkpoint."""
+    files = manifests(marker.parent) if marker.name == CHECKPOINTS else [marker]
+    return max((path.stat().st_mtime for path in files if path.is_file()), default=None)
 
 
 def checked(folder: Path) -> Path:
@@ -69,10 +84,15 @@ def checked(folder: Path) -> Path:
 
 def _candidates(name: str) -> Iterator[Path]:
     """The folder ``name``, then the folders under ``outputs/`` with that MLflow run id."""
-    with suppress(OSError):  # a name that no file can have
-        if Path(name).is_dir():
-            yield Path(name)
+    if _is_folder(name):
+        yield Path(name)
     for path in OUTPUTS.rglob(RUN_ID_FILE):
-        with suppress(OSError, ValueError):  # that folder is not the one, or not to be read
+        with suppress(OSError, ValueError):  # not that run, or unreadable
             if journal.run_id(path.parent) == name:
                 yield path.parent
+
+
+def _is_folder(name: str) -> bool:
+    with suppress(OSError, ValueError):  # a name that no file can have
+        return Path(name).is_dir()
+    return False

@@ -1,4 +1,4 @@
-"""Check a run's or sweep's folder before a file in it is read or written: anybody may have made it.
+"""Check a run's or sweep's folder before a file in it is read or written: it is untrusted.
 
 A link in it could let this program show, send or overwrite a file elsewhere, and reading a FIFO would never end.
 """
@@ -38,7 +38,7 @@ def check_folder(folder: Path) -> None:
     _check_entries(folder / ".hydra", lambda _: True)
 
 
-def check_jobs(sweep_dir: Path) -> None:
+def check_job_folders(sweep_dir: Path) -> None:
     """Check that the folders in a sweep's folder are its own: jobs are continued in them.
 
     Raises:

@@ -84,9 +84,9 @@ class RunInfo:
 
     @classmethod
     def load(cls, folder: Path) -> "RunInfo":
-        """The facts that :meth:`save` or :meth:`save_sweep` wrote. Anybody may have made the folder.
+        """The facts that :meth:`save` or :meth:`save_sweep` wrote. The folder may come from another user.
 
-        A sweep's folder is above those of its jobs; another one is not believed.
+        A sweep folder must be a parent of the run folder.
 
         Raises:
             StorageError: where they are missing, unreadable, or name a file that is not in the folder.
@@ -141,7 +141,7 @@ class Outcome:
 
 
 def lock_run_folder(run_dir: Path, patience: float = 0.5) -> locks.Held:
-    """Lock a run's folder until this process ends. The kernel frees the lock whatever the process dies of.
+    """Lock a run's folder until this process ends. The kernel frees the lock however the process ends.
 
     Args:
         run_dir: the folder.
@@ -203,8 +203,8 @@ def mark_delivered(run_dir: Path, store: str) -> str:
     return ""
 
 
-def sync_command(folder: Path) -> str:
-    """The command that delivers what a tracker lacks of a run or a sweep."""
+def plain_sync_command(folder: Path) -> str:
+    """The `cifar-exp sync` command for a run or a sweep, without a store."""
     return f"{uv_prefix()}cifar-exp sync {shlex.quote(os.path.relpath(folder))}"
 
 

@@ -1,10 +1,10 @@
 """Which folder a run belongs to, so that a copy of the folder is a run of its own.
 
-``run.json`` holds a random key, by which a tracker knows the run. A copied folder has the same key. Two things tell a
-copy from the original:
+``run.json`` holds a random key, by which a tracker recognises the run. A copied folder has the same key. Two things
+distinguish a copy from the original:
 
 - The place: the path and inode of the folder. A folder is a copy where both differ and the folder at the noted path
-  still has the same key. A folder that was moved, renamed or restored from a backup is none.
+  still has the same key. A folder that was moved, renamed or restored from a backup is no copy.
 - The sessions: each start adds a random id to ``run.json`` and then to the tracker's run. Where the tracker's run has
   the id of a session that ``run.json`` lacks, another copy has continued it, perhaps on another machine.
 """
@@ -55,7 +55,7 @@ def claimed(folder: Path, config_hash: str) -> tuple[RunInfo, Path | None]:
     return replace(RunInfo.load(folder), sessions=tuple(sessions)), original if known else None
 
 
-def claimed_sweep(folder: Path) -> RunInfo:
+def claimed_parent_run(folder: Path) -> RunInfo:
     """The parent run of the sweep in ``folder``, with a new key if the folder is a copy. The caller saves it."""
     run, content = RunInfo.load(folder), _content(folder / SWEEP_RUN_FILE)
     if original := original_of(folder, content):
@@ -96,8 +96,9 @@ def original_of(folder: Path, content: Mapping[str, Any]) -> Path | None:
 def known_hashes(folder: Path, same_version: bool) -> frozenset[str]:
     """The config hashes that checkpoints of the run may have; empty where they are not known.
 
-    Two versions of this package can have different hashes for the same settings. ``run.json`` notes the hashes of all
-    sessions; earlier versions noted that of the first one, which says nothing about checkpoints of other versions.
+    Two versions of this package can have different hashes for the same settings. ``run.json`` lists the hashes of all
+    sessions. Earlier versions of this package listed the first session's only; it says nothing about checkpoints that
+    another version wrote.
 
     Args:
         folder: the run folder.

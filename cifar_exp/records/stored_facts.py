@@ -1,4 +1,4 @@
-"""The types of the facts in ``run.json``, ``sweep_run.json`` and ``outcome.json``, which anybody may have written."""
+"""The types of the facts in ``run.json``, ``sweep_run.json`` and ``outcome.json``, which are untrusted."""
 
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NotRequired

@@ -38,7 +38,7 @@ class Classifier:
         Args:
             run_dir: the run's folder. It may be untrusted: ``trusted_modules`` in its config.yaml is ignored.
             which: ``best``, ``last``, or neither for the best one where one is kept.
-            trusted: modules beside this package, torch and torchvision whose code may be run.
+            trusted: further modules whose code may run, besides this package, torch and torchvision.
 
         Raises:
             ConfigError: the best one is wanted and none is kept.
@@ -100,7 +100,7 @@ def _model_section(path: Path) -> dict[str, Any]:
 
 
 def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
-    """The files among ``paths`` and the image files in the folders among them; what those folders hold besides.
+    """The files among ``paths`` and the image files in the folders among them. Also what else those folders hold.
 
     Raises:
         DataError: where a path does not exist or a folder holds no image.

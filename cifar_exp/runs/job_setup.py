@@ -59,6 +59,6 @@ def title(config: Config) -> str:
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
     data = config.data["_target_"].rpartition(".")[2]
-    if data == "folders":  # the root's name is the better name of the dataset
+    if data == "folders":  # the root folder's name says more than `folders`
         data = Path(config.data["root"]).resolve().name
     return printable(f"{model} {size} on {data}".replace("  ", " "))

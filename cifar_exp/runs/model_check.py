@@ -136,7 +136,7 @@ class _Trial:
             with refusing("train.weight_averaging: the network cannot be copied", trusted, "Set it to 0"):
                 copy.deepcopy(self.model)
         scales = self.plan.image_scales
-        # Training, evaluation, training: what one pass leaves behind may break the next.
+        # Training, evaluation, training: state that one pass leaves may break the next.
         self._at_scale(scales[0], self._train)
         unused = tuple(name for name, value in self.model.named_parameters() if value.requires_grad and no_grad(value))
         check_optimizer(self.config, components.make_optimizer, self.model, self.plan.learning_rates[0])

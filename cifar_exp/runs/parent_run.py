@@ -14,7 +14,7 @@ from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.errors import FREE_SPACE, Stopped, StorageError, TrackingError, storage_errors
 from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
-from cifar_exp.records.run_identity import claimed_sweep
+from cifar_exp.records.run_identity import claimed_parent_run
 from cifar_exp.runs.components import build_tracker
 from cifar_exp.system.printable import tell
 from cifar_exp.tracking.tracker import NoTracker, Tracker, tracking_lines
@@ -36,7 +36,7 @@ class ParentRun:
         section = OmegaConf.to_container(config.tracking, resolve=True) if "tracking" in config else {}
         self.lines = tracking_lines(with_environment(cast("dict[str, Any]", section)), tracker)  # about the store
         new = RunInfo(f"sweep {sweep_dir.name}", sweep_dir, {}, tags, time.time())
-        self._info = claimed_sweep(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
+        self._info = claimed_parent_run(sweep_dir) if (sweep_dir / SWEEP_RUN_FILE).exists() else new
         self._info.save_sweep()
         self._tracker = tracker
         self.is_new, self._is_discarded = self._info is new, False
@@ -69,7 +69,7 @@ class ParentRun:
         writer.close()
 
     def discard(self) -> None:
-        """All jobs were refused: nothing is recorded of the sweep, on disk or in the tracker."""
+        """All jobs were refused: record nothing of the sweep, on disk or in the tracker."""
         self._is_discarded = True
         (self._info.run_dir / SWEEP_RUN_FILE).unlink(missing_ok=True)
 
@@ -84,14 +84,8 @@ class ParentRun:
         Raises:
             TrackingError: all jobs succeeded, but not everything could be delivered to the tracker.
         """
-        from cifar_exp.tracking.follower import (
-            ANSWER_SECONDS,
-            CLOSING_SECONDS,
-            LEAST_SECONDS,
-            STOPPED_SECONDS,
-            Follower,
-            undelivered_message,
-        )
+        from cifar_exp.tracking.deadlines import ANSWER_SECONDS, seconds_after_signal
+        from cifar_exp.tracking.follower import Follower, undelivered_message
 
         if self._is_discarded:
             return
@@ -109,10 +103,10 @@ class ParentRun:
         follower = Follower(self._info.run_dir, sink, interval=ANSWER_SECONDS)
         follower.start()
         if isinstance(error, Stopped):
-            left = max(LEAST_SECONDS, error.received + STOPPED_SECONDS - time.monotonic())
+            left = seconds_after_signal(error.received)
             follower.finish(status, left, left)
         else:
-            follower.finish(status, ANSWER_SECONDS, CLOSING_SECONDS)
+            follower.finish(status, ANSWER_SECONDS)
         if follower.error:
             undelivered = undelivered_message(follower.error, self._info.run_dir)
             message = f"tracking.uri: of the sweep's parent run {undelivered}"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cifar_exp.config.schema import Config
 from cifar_exp.data.validation_split import hold_out
-from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.curves import PageFacts
 from cifar_exp.runs import plan_summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Components
@@ -22,7 +22,7 @@ from cifar_exp.worker.job import Job
 
 def plan_job(
     config: Config, components: Components, context: RunContext, start: RunStart, console: Console
-) -> tuple[Job, RunFacts]:
+) -> tuple[Job, PageFacts]:
     """Read the images, make the plan, check the network, and print the plan.
 
     Returns:
@@ -52,7 +52,7 @@ def plan_job(
     plan_summary.print_plan(console, details)
     if context.is_single:  # not for each job of a sweep
         plan_summary.print_layers(console, model, data.image_size)
-    facts = RunFacts(
+    facts = PageFacts(
         title=start.title,
         status="starting",
         epochs=plan.epochs,

@@ -210,7 +210,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
         return None
     source, step = started_from
     places = (OUTPUTS.resolve(), folder.resolve().parent)
-    if not any(source.resolve().is_relative_to(place) for place in places):  # anybody may have made the folder
+    if not any(source.resolve().is_relative_to(place) for place in places):  # the folder may come from another user
         raise StorageError(
             f"{folder}: the run had no checkpoint yet and names {source}, which is not under {OUTPUTS}/, as the run "
             f"that it started from. Set {argument('resume', str(source))} for a new run from there, or resume=never"
@@ -249,7 +249,7 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
 def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     """The newest interrupted run under ``outputs/`` with these settings; None if there is none.
 
-    If only runs with other settings were interrupted, ``warn`` is told in what the newest of them differs.
+    If only runs with other settings were interrupted, ``warn`` gets the settings in which the newest of them differs.
     """
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     other: str | None = None
@@ -258,7 +258,7 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
         try:
             content = foreign_files.read_json(path)
             if original_of(folder, content):
-                continue  # a backup is not what was interrupted
+                continue  # a backup of the interrupted run
             if has_same_settings(content, config):
                 if not is_finished(folder) and not is_locked(folder):
                     return folder

@@ -11,7 +11,7 @@ from cifar_exp.display.display import Display
 from cifar_exp.distributed.stop_requests import Request
 from cifar_exp.errors import Stopped
 from cifar_exp.records import checkpoint, journal, model_export
-from cifar_exp.records.refused import REFUSALS
+from cifar_exp.records.refused_start import REFUSING_ERRORS
 from cifar_exp.records.run_folder import is_undelivered
 from cifar_exp.runs import result_summary
 from cifar_exp.runs.announce import say, warn
@@ -55,7 +55,7 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
         recording = Recording(start.folder, start.started, sink, store)
         try:
             job, facts = plan_job(config, components, context, start, console)
-        except REFUSALS:  # nothing is recorded of what was not started
+        except REFUSING_ERRORS:  # nothing is recorded of what was not started
             remove_new_run(start)
             raise
         except BaseException:

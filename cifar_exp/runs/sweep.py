@@ -20,7 +20,7 @@ from cifar_exp.config.mlflow_settings import with_environment
 from cifar_exp.config.reading import read_section
 from cifar_exp.config.schema import Devices, ReportSettings
 from cifar_exp.errors import CifarExpError, ConfigError, Stopped
-from cifar_exp.records.refused import Before
+from cifar_exp.records.refused_start import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
 from cifar_exp.runs.sweep_check import check_jobs

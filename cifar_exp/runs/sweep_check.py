@@ -23,8 +23,8 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
         check: is called with each job's configuration and raises a ``CifarExpError``; None: composing is all.
 
     Raises:
-        CifarExpError: ``check`` refuses every job, or one of them since the machine lacks something: the first refusal.
-            A sweep of which some jobs are sound is started, and the others are reported as they fail.
+        CifarExpError: All jobs are refused, or one raises MachineError. It is the first refusal. Otherwise the sweep
+            starts, and each refused job is reported when its turn comes.
     """
     refusals: list[CifarExpError] = []
     for number, overrides in enumerate(jobs):

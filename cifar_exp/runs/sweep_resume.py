@@ -10,7 +10,7 @@ from cifar_exp.config.arguments import argument
 from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.folder_check import check_jobs
+from cifar_exp.records.folder_check import check_job_folders
 from cifar_exp.records.run_folder import OUTPUTS, is_locked, lock_run_folder, make_folder
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.config_changes import UNREADABLE
@@ -47,7 +47,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
             continue
         if content["arguments"] == arguments:
             with lock_run_folder(path.parent):
-                check_jobs(path.parent)
+                check_job_folders(path.parent)
                 yield path.parent
             return
         overrides = shlex.join(content["arguments"])

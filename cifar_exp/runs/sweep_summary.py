@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import CifarExpError, TrackingError
-from cifar_exp.records.refused import REFUSALS
+from cifar_exp.records.refused_start import REFUSING_ERRORS
 from cifar_exp.system.bugs import described, exit_code, is_bug
 from cifar_exp.system.redaction import masked_text
 
@@ -35,8 +35,8 @@ class JobRow:
 
     @property
     def is_refused(self) -> bool:
-        """Whether nothing was started and nothing was left."""
-        return isinstance(self.failure, REFUSALS) and not self.run_dir.exists()
+        """Whether the job was refused before it started and left no folder."""
+        return isinstance(self.failure, REFUSING_ERRORS) and not self.run_dir.exists()
 
     @property
     def is_finished(self) -> bool:
@@ -63,7 +63,7 @@ def print_summary(
         The parent run's metrics as (name, value, step), and the files of the report.
     """
     from cifar_exp.study.finished_runs import overlapping
-    from cifar_exp.study.report import Study
+    from cifar_exp.study.speedup_study import Study
     from cifar_exp.system.terminal import Terminal
 
     console = Terminal(quiet=quiet)
@@ -90,7 +90,7 @@ def _reason(row: JobRow) -> str:
     assert row.failure
     if isinstance(row.failure, CifarExpError) and str(row.failure):
         why = masked_text(str(row.failure)).splitlines()[0]
-    else:  # another class says nothing without its name
+    else:  # the message of other classes needs the class name
         why = f"{'this is a bug: ' if is_bug(row.failure) else ''}{described(row.failure)}"
     return f"failed ({row.exit_code}): {why}"
 

@@ -39,7 +39,7 @@ def train_composed(
 
 
 def check_composed(composed: DictConfig) -> Config:
-    """The typed configuration of a job that is not started yet. Its settings are checked, and where its images are.
+    """The typed configuration of a job that is not started yet. Its settings and the folder of its images are checked.
 
     Raises:
         CifarExpError: something is wrong.
@@ -60,7 +60,7 @@ def build_components(config: Config) -> "Components":
     from cifar_exp.runs.components import build
     from cifar_exp.system.surroundings import set_up_environment
 
-    check_presence(config.data)  # before anything is imported for seconds
+    check_presence(config.data)  # before the imports that take seconds
     set_up_environment()
     start_fork_server()
     return build(config)

@@ -1,6 +1,5 @@
 """Compare two sweeps, before and after a change or on two machines, and test each difference."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp
@@ -17,9 +16,10 @@ from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, results_by_group
 from cifar_exp.study.group import SIGNIFICANT, Group
 from cifar_exp.study.intervals import Interval, Means, adjusted, difference
-from cifar_exp.study.report import interval_text
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import accuracy_means, by_count, log_means
+from cifar_exp.study.speedup_study import interval_text
+from cifar_exp.system.atomic_files import write_atomically, write_csv
 
 TEST = (
     "Welch's t test of each difference (throughput and times in logarithms, each device count with its own noise); "
@@ -131,15 +131,11 @@ class Comparison:
         """
         table, figure, page = (folder / f"comparison.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):
-            with table.open("w", newline="", encoding="utf-8") as file:
-                rows = [_csv_row(item) for item in self.differences]
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(table, [_csv_row(item) for item in self.differences])
             drawn = [(name, Group.of(one), Group.of(two), self._ratios(name)) for name, one, two in self.pairs]
             figures.draw_comparison(self.names, drawn, figure, self.simulated)
             sections = [("Differences", self._cells(), self.notes)]
-            page.write_text(report_page.report_html(self._title(), figure, sections, ()), encoding="utf-8")
+            write_atomically(page, report_page.report_html(self._title(), figure, sections, ()))
         return [table, figure, page]
 
     def _title(self) -> str:

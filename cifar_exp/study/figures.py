@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_exp.display.figure_style import SERIES_COLOURS, SOFT, empty_figure, tidy_axes
+from cifar_exp.display.figure_style import SERIES_COLOURS, SOFT, empty_figure, save_png, tidy_axes
 from cifar_exp.study.group import Group
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.speedup import SpeedupRow
@@ -26,12 +26,12 @@ def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> No
         path: where to write.
         simulated: whether the devices were ranks on one CPU; the title says so.
     """
-    speedup_figure(groups, simulated).savefig(path)
+    save_png(speedup_figure(groups, simulated), path)
 
 
 def draw_comparison(names: tuple[str, str], pairs: Sequence[Pair], path: Path, simulated: bool) -> None:
     """Two sweeps over the device count as a PNG at ``path``; see :func:`comparison_figure`."""
-    comparison_figure(names, pairs, simulated).savefig(path)
+    save_png(comparison_figure(names, pairs, simulated), path)
 
 
 def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":

@@ -11,7 +11,7 @@ from cifar_exp.config.result_settings import distinguishes_groups
 from cifar_exp.config.stored import stored_params
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
-from cifar_exp.records.find_run import LATEST, find_folder
+from cifar_exp.records.find_run import find_runs
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
@@ -123,18 +123,16 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
     Raises:
         ConfigError: where there is no such sweep.
     """
-    if sweep == LATEST:
-        sweep = str(find_folder(LATEST) or sweep)
-    folder = Path(sweep)
+    folder = find_runs(sweep, SWEEP_RUN_FILE)
     if uri is None and folder.is_dir():
         sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})
         if len(sweeps) > 1:  # their runs would be taken for repeats
-            raise ConfigError(f"{sweep}: there are {len(sweeps)} sweeps in this folder. Name one, as {sweeps[-1]}")
+            raise ConfigError(f"{folder}: there are {len(sweeps)} sweeps in this folder. Name one, as {sweeps[-1]}")
         found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
         if found:
             runs = [folder_run(path.parent) for path in found]
             return [run for run in runs if run and "time/total_seconds" in run.metrics]
-    return stored_children(MLflowTracker(uri=uri or from_environment("uri")), sweep)
+    return stored_children(MLflowTracker(uri=uri or from_environment("uri")), str(folder))
 
 
 def folder_run(run_dir: Path) -> FinishedRun | None:

@@ -1,11 +1,12 @@
 """95 % intervals and tests for means over a few repeats, with numpy and scipy.
 
-A run is one observation, however many blocks of steps it has. The blocks of one run share clocks, memory placement and
-neighbours, which differ in the next run; resampling blocks alone would make intervals too narrow. So with repeats,
-intervals are Student's t over runs. The noise may differ between device counts, so degrees of freedom are Welch's. One
-variance for all counts held the truth in 73 to 91 % of simulated sweeps of three seeds where the noise did differ, a
-percentile bootstrap over three runs in 69 to 96 %. Without repeats, blocks are resampled within each run, and the
-report says so. See Kalibera and Jones 2013, "Rigorous benchmarking in reasonable time".
+A run is one observation, however many blocks of steps it has. The blocks of one run share clock frequency, memory
+placement and load; these differ in the next run. Resampling blocks alone would make intervals too narrow. So with
+repeats, intervals are Student's t over runs. The noise may differ between device counts, so degrees of freedom are
+Welch's. Two other methods were simulated for three seeds with such noise. Their intervals contained the truth in 73 to
+91 % of sweeps (one variance for all counts) and in 69 to 96 % (percentile bootstrap over three runs). Without repeats,
+blocks are resampled within each run, and the report says so. See Kalibera and Jones 2013, "Rigorous benchmarking in
+reasonable time".
 ``benchmarks/interval_coverage.py`` counts how often intervals contain the truth.
 """
 
@@ -22,7 +23,7 @@ CONFIDENCE = 0.95
 BLOCK_DRAWS = 1000
 ROUNDING = 1e-12  # logarithms and accuracies that differ by less are equal
 SEED = 0  # the same figures from the same runs
-FEWEST_FREEDOM = 1.0  # below it Student's t has no mean, and an interval would only pretend
+FEWEST_FREEDOM = 1.0  # with fewer degrees of freedom no interval is given: Student's t has no mean
 MOST_CONDITION = 1e12  # of a covariance that is inverted
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from cifar_exp.config.schema import ReportSettings
 from cifar_exp.errors import ConfigError
-from cifar_exp.records.find_run import find_folder
-from cifar_exp.records.run_folder import RUN_FILE, Outcome, RunInfo
+from cifar_exp.records.find_run import find_runs
+from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
-from cifar_exp.study.report import Study
+from cifar_exp.study.speedup_study import Study
 
 
 def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, price_per_hour: float | None) -> Study:
@@ -45,7 +45,7 @@ def _settings(
 
 
 def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) -> Study:
-    study = Study.of(runs, settings, _unfinished(find_folder(sweep) or Path(sweep)))
+    study = Study.of(runs, settings, _unfinished(find_runs(sweep, SWEEP_RUN_FILE)))
     if study is None:
         raise ConfigError(
             f"{sweep}: a speedup needs finished runs with at least two device counts, found {len(runs)} run(s). Run "

@@ -1,22 +1,24 @@
-"""Atomic writes: whoever reads a file or a folder finds the old content or the new one, never a part of it.
+"""Atomic writes: readers of a file or a folder find the old content or the new one, never a part of it.
 
-Files and folders that must never be read half-written are written here. Not so: the journal, locks and figures. The
-policy:
+Files and folders that must never be read half-written are written here; the journal and locks are not. The policy:
 
 - New content goes into a temporary file beside the target, ``.<name>.cifar-exp-tmp``, and is renamed when it is
-  complete. Nobody else gives files such names.
+  complete. No other program gives files such names. A download keeps its own partial file to be resumed, and
+  :func:`complete` renames that one.
 - Content and name are forced to disk (``fsync``), so that either version survives a crash of the machine. A file that
   nobody needs after such a crash is written with ``durable=False``.
 - Where writing fails or a signal interrupts it, the temporary file is removed. After SIGKILL it stays, and the next
   write of the same file replaces it.
 """
 
+import csv
 import errno
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV atomically. The first row's keys are the heading."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path to write a file to; the file is renamed to ``path`` when the block ends."""
@@ -49,13 +60,18 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
         yield temporary
-        if durable:
-            _sync_file(temporary)
-        temporary.replace(path)
+        complete(temporary, path, durable)
     except BaseException:  # signals raise, too
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def complete(unfinished: Path, path: Path, durable: bool = True) -> None:
+    """Rename a file to ``path`` once its content is complete. Both are in the same folder."""
+    if durable:
+        _sync_file(unfinished)
+    unfinished.replace(path)
     if durable:
         _sync_names(path.parent)
 

@@ -20,7 +20,7 @@ from cifar_exp.errors import CifarExpError, StorageError
 from cifar_exp.system.redaction import masked_text
 
 # Errors of the machine: the disk is full, access is denied, too many files are open, the device is broken.
-REFUSALS = {
+MACHINE_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM),
 }
@@ -84,7 +84,7 @@ def bug_text(error: BaseException) -> str:
 
 
 def _is_of_the_machine(error: BaseException) -> TypeGuard[OSError]:
-    return isinstance(error, OSError) and error.errno in REFUSALS
+    return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
 
 
 def exit_code(error: BaseException) -> int:

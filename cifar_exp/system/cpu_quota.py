@@ -17,7 +17,7 @@ from cifar_exp.system import host
 def usable_cores() -> int:
     """How many threads of this process can run all the time: its cores, or fewer by a quota; at least one.
 
-    A quota of 1.5 cores counts as one: of two threads each would stop a quarter of the time, and the other waits.
+    A quota is rounded down. With 1.5 cores, two threads would be throttled a quarter of the time.
     """
     quota = cpu_quota()
     cores = len(host.own_cores())

@@ -1,4 +1,4 @@
-"""Read files of a folder that anybody may have made: regular files alone, no links, of limited size and depth."""
+"""Read files of an untrusted folder: regular files only, no links, of limited size and depth."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 
 
 def read_json(path: Path, limit: int = LIMIT) -> Any:
-    """The content of a JSON file; for the errors see :func:`opened`. What is no JSON is a ``ValueError``."""
+    """The content of a JSON file; for the errors see :func:`opened`. Other content is a ``ValueError``."""
     return from_json(read_text(path, limit))
 
 

@@ -41,7 +41,7 @@ class SafeHelpers:
 def safe_variables() -> "dict[str, str]":
     """Environment variables for a Python process that must not search the current folder when it starts.
 
-    It searches it all the same where it would not find this package, or another copy of it, elsewhere.
+    If this package is not installed, its folder stays in PYTHONPATH, even if that is the current folder.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [entry for entry in entries if not _is_current(entry)]  # an empty entry is the current folder

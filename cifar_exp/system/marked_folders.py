@@ -1,7 +1,7 @@
 """Mark temporary folders, so that a later start removes what a killed process left and nothing else.
 
-A name proves nothing: other people have folders of the same name. The mark holds the folder's device and inode, so a
-copy of a marked folder is not marked.
+The name alone proves nothing: another user may have a folder of this name. The mark holds the folder's device and
+inode, so a copy of a marked folder is not marked.
 """
 
 import json

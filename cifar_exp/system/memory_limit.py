@@ -1,4 +1,4 @@
-"""Limit the memory of this process for a while, so that what anybody made cannot use up the machine."""
+"""Limit the memory of this process for a while, so that an untrusted file cannot use up the machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -9,7 +9,7 @@ from typing import Any
 from cifar_exp.system.printable import printable_text
 
 MASK = "***"
-# Variables whose values are taken out of texts wherever they stand: libraries repeat them in errors.
+# The values of these variables are masked in all texts: libraries repeat them in errors.
 SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 SHORTEST_SECRET = 6  # characters; a shorter value would be found in unrelated words
 _NAME = (

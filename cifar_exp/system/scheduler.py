@@ -1,4 +1,4 @@
-"""What the environment tells of a launcher or a scheduler that has started this process."""
+"""Detect from environment variables which launcher or scheduler started this process."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ LAUNCHERS = (
 )
 INTERACTIVE_STEP = "4294967290"  # Slurm's number for the step of an interactive allocation
 RESTARTS = "SLURM_RESTART_COUNT"  # how often Slurm has requeued this job; missing before the first time
-LOCAL_JOB = "SUBMITIT_LOCAL_JOB_ID"  # submitit restarts a job with the same number, and counts for nobody
+LOCAL_JOB = "SUBMITIT_LOCAL_JOB_ID"  # submitit restarts a job with the same number and sets no restart count
 JOB_TAG = "submitit_job"
 
 
@@ -40,13 +40,13 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
     once = "srun --ntasks=1 --cpus-per-task=<cores> cifar-exp" if launcher == "srun" else "cifar-exp"
     raise ConfigError(
         f"{size}={count}: {launcher} has started {count} processes, and each would train the whole run. Start the "
-        f"command once, on one host; it starts its ranks itself. Type {once} <settings> devices.count={count}. If no "
-        f"{launcher} is at work, or each process is to train a run of its own, type env {unset} cifar-exp <settings>"
+        f"command once, on one host; it starts its ranks itself. Run {once} <settings> devices.count={count}. If no "
+        f"{launcher} is at work, or each process is to train a run of its own, run env {unset} cifar-exp <settings>"
     )
 
 
 def job_tags() -> dict[str, str]:
-    """The tag of a run by which its job knows it again after a restart, where the scheduler does not count these."""
+    """The job-id tag; it identifies the run after a restart. Empty where the scheduler counts restarts."""
     return {JOB_TAG: os.environ[LOCAL_JOB]} if LOCAL_JOB in os.environ else {}
 
 

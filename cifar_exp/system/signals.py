@@ -12,7 +12,7 @@ from types import FrameType
 from cifar_exp.errors import Stopped
 
 Handler = Callable[[int, FrameType | None], None]
-# What asks a run to end: Ctrl-C, `timeout`, a closed terminal, a scheduler that preempts. A terminal, a scheduler and a
+# The stop signals: Ctrl-C, `timeout`, a closed terminal, a scheduler that preempts. A terminal, a scheduler and a
 # container send it to every process of the run. The parent alone answers: it asks the ranks to finish their step and
 # save. All other processes are started with these signals blocked, and ignore them.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,21 +49,21 @@ def ignore_signals() -> None:
 
 
 def signals_to_answer() -> list[signal.Signals]:
-    """The signals of ``STOPPING``; without SIGHUP under ``nohup`` or after the first one, and others ignored so."""
+    """The signals of ``STOPPING``, without those that are ignored, such as SIGHUP under ``nohup``."""
     always = (signal.SIGINT, signal.SIGTERM)
     left_alone = (signal.SIG_IGN, None)  # None: a handler that is not Python's
     return [number for number in STOPPING if number in always or signal.getsignal(number) not in left_alone]
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore what asks a run to end: this process is one of a run, and ends with its parent."""
+    """Ignore the stop signals in a child process: the parent ends it."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Block these signals in the block: processes that are started in it have them blocked from their first moment."""
+    """Block these signals in the block. Processes that are started in it inherit the blocked signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -72,7 +72,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 def is_repeated(first: Stopped, number: int) -> bool:
-    """Whether a signal is the first one again, sent twice by one sender."""
+    """Whether the first signal was sent a second time by the same sender."""
     return first.number == number and time.monotonic() - first.received < REPEAT_SECONDS
 
 

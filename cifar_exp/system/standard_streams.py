@@ -1,4 +1,4 @@
-"""Standard input and output as they may be: closed, a pipe without a reader, a full disk, another encoding."""
+"""Handle unusual standard streams: closed, a pipe without a reader, a full disk, another encoding."""
 
 import logging
 import os

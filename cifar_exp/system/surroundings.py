@@ -83,21 +83,36 @@ def cache_folder() -> Path:
     return _temporary()
 
 
+def make_socket_folder(base: str | None = None) -> None:
+    """Make the folder of multiprocessing's sockets unless there is one. It is removed when this process ends.
+
+    Python would make it, too, but show a traceback at the end if something else has removed it.
+
+    Args:
+        base: the folder to make it in; None for the temporary folder.
+
+    Raises:
+        OSError: ``base`` cannot be written.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" not in config:
+        config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=base)
+        multiprocessing.util.Finalize(None, shutil.rmtree, args=(config["tempdir"], True), exitpriority=-100)
+
+
 def _shorten_sockets() -> None:
     """Use another folder for multiprocessing's sockets if the path of the temporary folder is too long for them.
 
-    Python 3.14 does the same. The folder is removed when this process ends; child processes use it, too.
+    Python 3.14 does the same. Child processes use that folder, too.
 
     Raises:
         StorageError: no other folder is writable.
     """
-    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    if len(os.fsencode(_temporary_base())) <= SOCKET_BASE or "tempdir" in config:
+    if len(os.fsencode(_temporary_base())) <= SOCKET_BASE:
         return
     for base in SHORT_BASES:
         with suppress(OSError):
-            config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=base)
-            multiprocessing.util.Finalize(None, shutil.rmtree, args=(config["tempdir"], True), exitpriority=-100)
+            make_socket_folder(base)
             return
     raise StorageError(
         f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, since sockets are created there. Set "

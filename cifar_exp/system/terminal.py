@@ -1,4 +1,4 @@
-"""Output on the terminal of texts that hold names which other people chose."""
+"""Print texts with names that other users chose on the terminal."""
 
 from typing import Any
 
@@ -15,5 +15,5 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """All texts come by here, those in the cells of tables, too."""
+        """Every text passes here, including table cells."""
         return super().render_str(printable_text(text), **settings)

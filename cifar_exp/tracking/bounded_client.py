@@ -1,4 +1,4 @@
-"""An MLflow client whose calls end. MLflow limits the seconds without data alone: a server that drips never ends."""
+"""An MLflow client whose calls have a time limit. MLflow limits only the seconds without data: a slow server passes."""
 
 import contextvars
 import os
@@ -13,7 +13,7 @@ from cifar_exp.system.redaction import masked_text
 
 CALL_SECONDS = 60.0  # for a call with a small answer; twice MLFLOW_HTTP_REQUEST_TIMEOUT if that is longer
 SLOWEST_UPLOAD = 50_000  # bytes a second
-MOST_HANGING = 8  # calls of a process that have not ended though their time is over
+MOST_HANGING = 8  # calls of a process that are over their limit and still running
 
 
 class NoAnswerError(Exception):
@@ -26,7 +26,7 @@ _hanging: list[threading.Thread] = []  # of this process
 class BoundedClient:
     """Passes calls on to an MLflow client; each has a limit of time.
 
-    A call that is over its limit stays in its own thread until the server closes the connection. With
+    A call over its limit keeps its thread until the server closes the connection. With
     ``MOST_HANGING`` of them, further calls fail at once.
     """
 

@@ -28,7 +28,7 @@ def owner_tags(run_dir: Path) -> dict[str, str]:
 def is_dead(tags: Mapping[str, str], identity: str) -> bool:
     """Whether the process named by these tags of the run ``identity`` ran on this host and has ended.
 
-    Containers number their processes separately. The kernel is the same, so the lock of the run's folder tells.
+    Containers number their processes separately. They share the kernel, so the lock of the run's folder decides.
     """
     owner = _owner(tags)
     if owner is None:
@@ -39,8 +39,8 @@ def is_dead(tags: Mapping[str, str], identity: str) -> bool:
 def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
     """Close the experiment's RUNNING runs whose process on this host, in any container, has ended.
 
-    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed. Of another host's
-    run the lock tells nothing certain, so the user is told what to do if it has ended.
+    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed. For a
+    run of another host the lock proves nothing, so a message says what to do if it has ended.
     """
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
     for run in running:
@@ -79,6 +79,6 @@ def _owner(tags: Mapping[str, str]) -> Owner | None:
 
 def _outcome(tags: Mapping[str, str], identity: str) -> Outcome | None:
     folder = Path(tags.get(FOLDER_TAG, ""))
-    with suppress(OSError, ValueError):  # the store names the folder, and it may be anybody's
+    with suppress(OSError, ValueError):  # the store names the folder, and it may be another user's
         return Outcome.of(folder) if run_id(folder) == identity else None
     return None

@@ -1,11 +1,10 @@
-"""Deliver to MLflow what runs hold on disk and their store lacks, after an outage or a crash."""
+"""Deliver to MLflow what is on disk and missing in the store, after an outage or a crash."""
 
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
-from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
 from cifar_exp.system.bugs import BugError
@@ -14,13 +13,8 @@ from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from cifar_exp.tracking.own_store import own_address, stored_tracking
 
 
-def folder_of(word: str) -> Path:
-    """A folder as typed, or the folder of the run that ``word`` names."""
-    return Path(word) if Path(word).is_dir() else find_folder(word, RUN_FILE) or find_folder(word) or Path(word)
-
-
 def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:
-    """Deliver the runs in ``folder``, printing a line for each; what failed."""
+    """Deliver the runs in ``folder`` and print a line for each. Returns the failures."""
     failures: list[CifarExpError] = []
     for run_dir in runs_in(folder):
         try:
@@ -43,9 +37,9 @@ def runs_in(folder: Path) -> list[Path]:
     if not runs and not sweeps:
         raise ConfigError(f"{folder}: there is no run in this folder. Give the folder of a run or a sweep")
     for run_dir in runs:
-        with suppress(StorageError):  # told when the run's turn comes
+        with suppress(StorageError):  # reported when this run is delivered
             sweep_dir = RunInfo.load(run_dir).sweep_dir
-            # One that is still running closes its parent run itself.
+            # A sweep that is still running closes its parent run itself.
             if sweep_dir and (sweep_dir / SWEEP_RUN_FILE).exists() and not is_locked(sweep_dir):
                 sweeps.setdefault(sweep_dir.resolve(), sweep_dir)
     return [*runs, *(path for _, path in sorted(sweeps.items()))]
@@ -57,8 +51,8 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     Other settings in the folder are ignored: it may be untrusted.
 
     Raises:
-        ConfigError: where the run was not to be tracked, or its store is not known to be the user's own, and no store
-            was typed.
+        ConfigError: where the run was not to be tracked, or its store may be another user's and no store was
+            typed.
         StorageError: where its configuration cannot be read.
     """
     check_folder(run_dir)

@@ -93,12 +93,12 @@ class ExperimentChoice:
         problem = f"tracking.experiment_id={self.given_id}: {masked_text(self.address)} has no such experiment"
         if self.is_chosen_store:
             raise TrackingError(f"{problem}. Set tracking.experiment=<name>, or unset MLFLOW_EXPERIMENT_ID")
-        # A notebook that has called mlflow.set_experiment means MLflow's own default store.
+        # The id may come from mlflow.set_experiment in a notebook, which uses MLflow's own default store.
         tell(f"{problem}, so the run goes to {self.name}. For another store set tracking.uri")
         return client.get_experiment_by_name(self.name)
 
     def _created(self, client: "MlflowClient", beside: Path | None) -> "Experiment | None":
-        """Create it; the experiment of another process that was faster, else None."""
+        """Create it. Returns the experiment if another process created it first, else None."""
         from mlflow.exceptions import MlflowException
 
         # By default MLflow puts the artifacts of an SQLite store into the current folder, maybe read-only.

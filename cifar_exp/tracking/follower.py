@@ -1,6 +1,5 @@
 """Follow the journal of a run and deliver its lines to one sink, with retries after an outage."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,18 +15,12 @@ from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
 from cifar_exp.records.run_folder import Status
 from cifar_exp.system.bugs import bug_text, is_bug
 from cifar_exp.system.printable import tell
+from cifar_exp.tracking.deadlines import CLOSING_SECONDS, Deadlines
 from cifar_exp.tracking.own_store import sync_command
-from cifar_exp.tracking.store_problems import advice, shortened
+from cifar_exp.tracking.store_problems import advice, shortened_error
 
 BATCH = 500  # entries that are read, and held in memory, at a time
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; the pause doubles with each failure
-# Seconds after the end of a run. A sink has two deadlines: it must accept something by the first one, which moves with
-# every success, and it must be closed by the second one.
-ANSWER_SECONDS, CLOSING_SECONDS = 30.0, 120.0
-# Replaces ANSWER_SECONDS when every call so far has failed and the run lasted longer than ANSWER_SECONDS.
-REFUSED_SECONDS = 5.0
-STOPPED_SECONDS = 8.2  # both deadlines after a signal, counted from it; the ranks may have used most of them
-LEAST_SECONDS = 0.8  # that a sink gets in any case; page, tracker and sweep together then take less than ten seconds
 
 
 class Sink(Protocol):
@@ -69,10 +62,8 @@ class Follower(threading.Thread):
         self.error: Exception | None = None
         self._journal, self._interval = JournalReader(run_dir), interval
         self._status: Status | None = None  # how the run ended
-        self._began, self._ended = time.monotonic(), math.inf
-        self._answer_seconds = math.inf
-        self._answer_by, self._close_by = math.inf, math.inf  # the two deadlines, on the monotonic clock
-        self._has_answered = self._is_outage_reported = self._is_abandoned = False
+        self._deadlines = Deadlines()
+        self._is_outage_reported = self._is_abandoned = False
         self._looks_wanted = self._looks_done = 0
         self._changed, self._is_over = threading.Condition(), threading.Event()
 
@@ -103,34 +94,24 @@ class Follower(threading.Thread):
 
         Args:
             status: how the run ended.
-            answer_seconds: seconds without a successful call before the sink is abandoned. If every call has failed so
-                far, it is REFUSED_SECONDS; while the sink opens, it is longer (see `_deadline`).
-            closing_seconds: the sink is abandoned after so long in any case.
+            answer_seconds: as for :meth:`Deadlines.run_ended`.
+            closing_seconds: likewise.
         """
         with self._changed:
-            self._ended = time.monotonic()
-            self._answer_seconds, self._answer_by = answer_seconds, self._ended + answer_seconds
-            self._close_by = self._ended + closing_seconds
+            self._deadlines.run_ended(answer_seconds, closing_seconds)
             self._status = status
             self._looks_wanted += 1
             self._changed.notify_all()
-        # Not joined: if a signal raises in Thread.join, Python 3.11 takes the thread for ended.
-        while not self._is_over.is_set() and (left := self._deadline() - time.monotonic()) > 0:
+        # Not joined: if a signal raises in Thread.join, Python 3.11 marks the thread as ended.
+        while not self._is_over.is_set() and (left := self._seconds_left()) > 0:
             self._is_over.wait(min(left, 0.2))  # the deadline moves
         with self._changed:
             if not self._is_over.is_set():
                 self._is_abandoned = True
                 self.error = self.error or GivenUpError("no answer in time")
 
-    def _deadline(self) -> float:
-        """Until when the sink is tried, on the monotonic clock; infinite before the run has ended."""
-        if self._has_answered:
-            answer_by = self._answer_by
-        elif self.error:  # it has refused all along
-            answer_by = max(self._ended + REFUSED_SECONDS, min(self._answer_by, self._began + ANSWER_SECONDS))
-        else:  # it is slow to open, as on a busy machine
-            answer_by = max(self._answer_by, self._began + CLOSING_SECONDS)
-        return min(answer_by, self._close_by)
+    def _seconds_left(self) -> float:
+        return self._deadlines.left(has_failed=self.error is not None)
 
     def _look(self) -> bool:
         """Wait for the next look and deliver what is new; True after the last look."""
@@ -153,7 +134,7 @@ class Follower(threading.Thread):
         """
 
         def attempt() -> None:
-            if self._is_abandoned or time.monotonic() > self._deadline():
+            if self._is_abandoned or self._seconds_left() < 0:
                 raise GivenUpError("there was no time left")
             action()
 
@@ -164,8 +145,7 @@ class Follower(threading.Thread):
             sleep=self._pause,
         )
         retrying(attempt)
-        self._has_answered = True
-        self._answer_by = min(time.monotonic() + self._answer_seconds, self._ended + CLOSING_SECONDS)
+        self._deadlines.answered()
         self._set_error(None)
         if self._is_outage_reported:
             self._is_outage_reported = False
@@ -176,7 +156,7 @@ class Follower(threading.Thread):
         return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
 
     def _report_failure(self, state: RetryCallState) -> None:
-        """Note the error. The user is told at the second failure: one alone is soon mended (a closed connection)."""
+        """Note the error. The second failure is reported. A single one, such as a closed connection, usually passes."""
         assert state.outcome
         error = state.outcome.exception()
         assert isinstance(error, Exception)
@@ -184,7 +164,7 @@ class Follower(threading.Thread):
         if state.attempt_number == 2 and not self._is_outage_reported:
             self._is_outage_reported = True
             problem = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
-            self._print(f"{problem}, training continues, retrying: {shortened(error)}")
+            self._print(f"{problem}, training continues, retrying: {shortened_error(error)}")
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next try; once the run has ended, the pause is the shortest one."""
@@ -201,12 +181,12 @@ class Follower(threading.Thread):
                 self._changed.notify_all()
 
     def _print(self, line: str) -> None:
-        if not self._is_abandoned:  # else the user has been told what to do
+        if not self._is_abandoned:  # else the message of `finish` says what to do
             tell(line)
 
     def _fail(self, error: Exception) -> None:
-        """After a final error the sink is only told how the run ended, which it may still accept."""
-        self._print(f"{type(self.sink).__name__} failed, training continues: {shortened(error)}")
+        """After a final error, deliver only how the run ended: the sink may still accept that."""
+        self._print(f"{type(self.sink).__name__} failed, training continues: {shortened_error(error)}")
         self._set_error(error)
         with self._changed:
             self._changed.wait_for(lambda: self._status is not None)
@@ -223,7 +203,7 @@ def undelivered_message(error: Exception, folder: Path) -> str:
     if is_bug(error):
         why, then = f"{bug_text(error)}\n", "Once that is mended,"
     else:
-        why, then = f"{shortened(error).rstrip('.')}. ", "Once the tracker can be reached,"
+        why, then = f"{shortened_error(error).rstrip('.')}. ", "Once the tracker can be reached,"
         if isinstance(error, TrackingError):  # its message has the remedy
             then = "Then"
         elif remedy := advice(error):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cifar_exp.system.printable import printable, tell
-from cifar_exp.tracking.store_problems import is_hopeless, shortened
+from cifar_exp.tracking.store_problems import is_hopeless, shortened_error
 
 LONGEST_NAME = 250  # MLflow's limit
 LONGEST_VALUE = 6000  # of a param; a tag may have more
@@ -20,8 +20,8 @@ _TOO_LARGE = "error code 413"
 def allowed_name(name: str) -> str:
     """The name under which MLflow takes a param, tag or metric.
 
-    Characters that it refuses become underscores, and so do slashes and dots that would make it another path: MLflow
-    takes a name for the path of a file. A long name is cut and gets a hash of the whole.
+    Characters that MLflow refuses become underscores. So do slashes and dots that would change the path: MLflow uses
+    the name as a file path. A long name is cut and gets a hash of the whole.
     """
     allowed = re.sub(r"[^\w\-. :/]", "_", name)
     parts = [part if part.strip(".") else "_" * max(1, len(part)) for part in allowed.split("/")]
@@ -55,7 +55,7 @@ def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], ob
         items: entities of MLflow, all of one kind.
         limit: items in a batch.
         log: logs a batch.
-        told: names of items whose refusal has been told; extended.
+        told: names of items whose refusal was reported; extended.
 
     Raises:
         Exception: from ``log``, where it is not about single items.
@@ -69,7 +69,8 @@ def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], ob
             if item.key not in told:
                 told.add(item.key)
                 kind = type(item).__name__.lower().removeprefix("run")
-                tell(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {shortened(error)}")
+                why = shortened_error(error)
+                tell(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {why}")
 
 
 def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> list[tuple[Any, Any]]:

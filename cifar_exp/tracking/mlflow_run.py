@@ -16,7 +16,7 @@ from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.tracking.dead_runs import close_dead_runs
 from cifar_exp.tracking.mlflow_items import METRICS, PARAMS_OR_TAGS, allowed_name, log_each, with_allowed_names
 from cifar_exp.tracking.mlflow_store import ADOPTED_TAG, PARENT_TAG, MLflowStore
-from cifar_exp.tracking.store_problems import advice, is_hopeless, optional_modules, shortened
+from cifar_exp.tracking.store_problems import advice, is_hopeless, optional_modules, shortened_error
 
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
@@ -28,7 +28,7 @@ class MLflowRun:
         """``restores``: whether the run is restored if it was deleted in MLflow."""
         self._store, self._run, self._restores = store, run, restores
         self.run_id: str | None = None
-        self._refused: set[str] = set()  # names of params and metrics whose refusal has been told
+        self._refused: set[str] = set()  # names of params and metrics whose refusal was reported
 
     def open(self) -> None:
         """Import mlflow (seconds), create the store if needed, start the run, log its params.
@@ -111,7 +111,7 @@ class MLflowRun:
             self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
 
     def _check_place(self) -> None:
-        """Check where the store keeps the run's files: the store may be anybody's.
+        """Check where the store keeps the run's files: the store may be another user's.
 
         Raises:
             TrackingError: the place is no folder of the run, or the default store names another machine.
@@ -147,7 +147,7 @@ class MLflowRun:
 
     def _of_this_file(self, path: Path, error: Exception) -> TrackingError | None:
         """What is wrong with a file or the place for it; None for the store's other errors."""
-        problem = f"{path.name} cannot be stored at {printable(masked_text(self._place))}: {shortened(error)}"
+        problem = f"{path.name} cannot be stored at {printable(masked_text(self._place))}: {shortened_error(error)}"
         if isinstance(error, TrackingError):
             return error
         if isinstance(error, OSError) and error.errno in NO_RIGHT:

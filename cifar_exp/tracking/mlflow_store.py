@@ -96,7 +96,7 @@ class MLflowStore:
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         check_variables()
-        for name in ("mlflow", "alembic"):  # they log at length what they also raise; importing MLflow sets the level
+        for name in ("mlflow", "alembic"):  # they log what they also raise; importing MLflow resets the level
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             make_folder(OUTPUTS)
@@ -189,7 +189,7 @@ class MLflowStore:
         return None
 
     def own_run(self, client: "MlflowClient", run: RunInfo) -> RunInfo:
-        """``run``; with a new key where a copy of its folder has continued the run that is in the store."""
+        """If a copy of the folder continued this MLflow run, give this run a new key."""
         if run.sessions and (identity := self.find_run(client, run)):
             last = client.get_run(identity).data.tags.get(SESSION_TAG)
             if last and last not in run.sessions:
@@ -198,7 +198,7 @@ class MLflowStore:
         return run
 
     def open_parent(self, client: "MlflowClient", folder: Path, restores: bool = True) -> str | None:
-        """The parent run of the sweep in ``folder``; the first job that gets here starts it."""
+        """The parent run of the sweep in ``folder``. The first job that calls this starts it."""
         if not (folder / SWEEP_RUN_FILE).exists():
             return None
         with locks.acquired(folder / ".mlflow.lock", LOCK_TIMEOUT):
@@ -244,7 +244,7 @@ class MLflowStore:
 
 
 def _make_or_follow(database: Path) -> None:
-    """Create a missing SQLite store atomically: it takes MLflow seconds, and a half-made store is useless."""
+    """Create a missing SQLite store atomically: MLflow takes seconds for it, and an incomplete store is useless."""
     if database.exists():
         follow_moved_store(database)
         return

@@ -1,4 +1,4 @@
-"""Which store a run's folder may name: anybody may have made the folder, and runs are sent to that address."""
+"""Which MLflow store a run folder may name: the folder may come from another user, and runs are sent to the store."""
 
 import shlex
 import sqlite3
@@ -68,8 +68,8 @@ def own_address(uri: str | None, run_dir: Path) -> str | None:
 
 
 def sync_command(folder: Path) -> str:
-    """The command that delivers what a tracker lacks of a run or a sweep, with the store that must be typed."""
-    command = run_folder.sync_command(folder)
+    """The `cifar-exp sync` command that delivers what the tracker lacks, with ``tracking.uri`` where it is needed."""
+    command = run_folder.plain_sync_command(folder)
     with suppress(StorageError):
         uri = stored_tracking(folder).get("uri")
         try:
@@ -80,7 +80,7 @@ def sync_command(folder: Path) -> str:
 
 
 def _is_own_file(uri: str, run_dir: Path) -> bool:
-    """Whether the address is a file in ``outputs/`` or the current folder, not in ``run_dir``, maybe yet to be made."""
+    """Whether the address is a file in ``outputs/`` or the current folder, not in ``run_dir``. It need not exist."""
     name = uri.removeprefix(_SQLITE)
     if name == uri or not name or {"?", ":", "%"} & {*name}:
         return False
@@ -99,7 +99,7 @@ def is_store(database: Path) -> bool:
 
 
 def foreign_place(database: Path) -> str | None:
-    """Where an SQLite store keeps files of runs, if that is another machine or a folder that is not the store's.
+    """Where an SQLite store keeps files of runs, if that is another machine or outside the store's folder.
 
     MLflow's pages show each file there. A folder that does not exist, as after a move of the store, does not count.
     """

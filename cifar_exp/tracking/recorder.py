@@ -18,9 +18,9 @@ from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_undelivered
 from cifar_exp.system.bugs import BugError, described, is_bug
 from cifar_exp.system.printable import tell
-from cifar_exp.tracking import follower
+from cifar_exp.tracking import deadlines
 from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, undelivered_message
-from cifar_exp.tracking.store_problems import shortened
+from cifar_exp.tracking.store_problems import shortened_error
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Recording:
     final_metrics: dict[str, float] = field(default_factory=dict)
     _followers: list[Follower] = field(default_factory=list)
     _stopped: Stopped | None = None
-    _deadline: float = math.inf  # after a signal
+    _signalled: float = math.inf  # when the first signal was received, on the monotonic clock
     _waited: float = 0.0  # seconds for the tracker after the end of training
 
     def __enter__(self) -> "Recording":
@@ -93,7 +93,7 @@ class Recording:
                 raise problems[0]
             if self._stopped and isinstance(error, CifarExpError):
                 problems.append(error)
-            for problem in problems:  # beside the worse error, which is raised
+            for problem in problems:  # the worse error is raised
                 tell(problem)
             if self._stopped:
                 raise self._stopped
@@ -109,7 +109,7 @@ class Recording:
             action()
 
     def _hurry(self, received: float) -> None:
-        self._deadline = min(self._deadline, received + follower.STOPPED_SECONDS)
+        self._signalled = min(self._signalled, received)
 
     def _close(self, status: Status) -> list[CifarExpError]:
         """Save how the run ended, on disk and then in the sinks; returns the errors."""
@@ -132,21 +132,21 @@ class Recording:
         return problems
 
     def _finish(self, one: Follower, status: Status) -> None:
-        if math.isfinite(self._deadline):
-            left = max(follower.LEAST_SECONDS, self._deadline - time.monotonic())
+        if math.isfinite(self._signalled):
+            left = deadlines.seconds_after_signal(self._signalled)
             one.finish(status, left, left)
         elif one.sink is self.tracker:
-            one.finish(status, max(follower.LEAST_SECONDS, follower.ANSWER_SECONDS - self._waited))
+            one.finish(status, max(deadlines.LEAST_SECONDS, deadlines.ANSWER_SECONDS - self._waited))
         else:
-            one.finish(status, follower.CLOSING_SECONDS)
+            one.finish(status, deadlines.CLOSING_SECONDS)
 
     def _write_last_entry(self) -> None:
-        """After the ranks have ended, add the total time and the parts of it that only the parent knows."""
+        """After the ranks have ended, add the total time and the times that only the parent measures."""
         ranks_ended = time.monotonic()
         for one in self._followers:
             if not self._stopped:
                 began = time.monotonic()
-                one.flush(follower.ANSWER_SECONDS)
+                one.flush(deadlines.ANSWER_SECONDS)
                 if one.sink is self.tracker:
                     self._waited = time.monotonic() - began
         entries = read(self.run_dir)
@@ -168,7 +168,7 @@ class Recording:
 
 
 def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
-    """What to tell where the page or figure is not as it should be: storage is blamed for its own errors alone.
+    """The error for a page or figure that failed: a storage error only if storage caused it.
 
     Args:
         error: why.
@@ -177,9 +177,9 @@ def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
     """
     problem = f"{run_dir}: {well}its page or figure could not be"
     if isinstance(error, StorageError | GivenUpError):
-        return StorageError(f"{problem} written: {shortened(error)}")
+        return StorageError(f"{problem} written: {shortened_error(error)}")
     if isinstance(error, OSError):
-        return StorageError(f"{problem} written: {shortened(error)}. {FREE_SPACE}")
+        return StorageError(f"{problem} written: {shortened_error(error)}. {FREE_SPACE}")
     if is_bug(error):
         return BugError(error, f"{run_dir}: {well}its page or figure was not drawn: ")
     return StorageError(f"{problem} drawn: {described(error)}")

@@ -1,6 +1,6 @@
-"""Addresses of an SQLite store and of its files, made from paths, and what follows when its folder was moved.
+"""Convert paths to addresses of an SQLite store and of its files, and mend the addresses after its folder was moved.
 
-``?``, ``#`` and ``%`` mean something else in an address than in a path. So no address is pasted together anywhere else.
+``?``, ``#`` and ``%`` mean something else in an address than in a path. So addresses are built only here.
 """
 
 import re
@@ -70,7 +70,7 @@ def make_sqlite_store(database: Path) -> None:
 
 
 def follow_moved_store(database: Path) -> None:
-    """Let a store's runs and experiments have their files beside the database after its folder was moved or copied.
+    """Point a store's runs and experiments to the files in its folder after that was moved or copied.
 
     MLflow keeps absolute addresses. Without this the files of new runs go where the folder was before. Where the
     artifacts stayed there, and only the database was copied, nothing is changed.
@@ -90,7 +90,7 @@ def follow_moved_store(database: Path) -> None:
 def _folders_before(store: sqlite3.Connection, new: Path) -> set[Path]:
     """The folders that the store was in before it came to ``new``, by the addresses of its experiments.
 
-    A folder with artifacts that somebody chose looks alike, but it is still there, and the store was not made in it.
+    A folder that a user chose for artifacts does not count: it still exists, and the store was not created in it.
     """
     made_in, found = None, set()
     for identity, name, location in store.execute("SELECT experiment_id, name, artifact_location FROM experiments"):

@@ -21,7 +21,7 @@ OTHER_SERVER = (
 )
 UPGRADE = "Back up the store, then run mlflow db upgrade <its address>"
 _LOGIN_CODES = ("CUSTOMER_UNAUTHORIZED", "UNAUTHENTICATED", "PERMISSION_DENIED")
-# Part of an error's text -> what to do about it, and whether all further tries are in vain.
+# Part of an error's text -> what to do about it, and whether further tries are useless.
 _KNOWN = (
     (r"error code 40[13]\b|40[13] Client Error", LOGIN, True),
     (r"Databricks credential|Databricks authentication", "Set DATABRICKS_HOST and DATABRICKS_TOKEN", True),
@@ -66,10 +66,10 @@ def advice(error: BaseException) -> str:
     return next((remedy for text, remedy, _ in _KNOWN if re.search(text, _named(error))), "")
 
 
-def shortened(error: Exception) -> str:
+def shortened_error(error: Exception) -> str:
     """First line of the error, at most 260 characters.
 
-    The first 180 are kept, so that MLflow's advice ``mlflow db upgrade`` is. A newer store needs another one.
+    The first 180 are kept: they hold MLflow's advice ``mlflow db upgrade``. A newer store needs other advice.
     """
     if is_bug(error):
         return described(error)
@@ -95,7 +95,7 @@ def store_errors(problem: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # MLflow raises whatever its store does
         if is_bug(error):
             raise
-        raise TrackingError(f"{problem}: {shortened(error)}. {advice(error) or remedy}") from error
+        raise TrackingError(f"{problem}: {shortened_error(error)}. {advice(error) or remedy}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cifar_exp.data.sources import Source, opened
+from cifar_exp.data.sources import Source, open_sources
 from cifar_exp.data.validation_split import split_source
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
@@ -36,7 +36,7 @@ def run_rank(job: Job, ipc_dir: Path) -> None:
 def _train(job: Job, world: World, control: RankControl) -> None:
     """Train on this rank's device, and write journal and checkpoints on rank 0."""
     with (
-        opened(job.data, world.device, job.threads) as (images, test_images),
+        open_sources(job.data, world.device, job.threads) as (images, test_images),
         JournalWriter(job.run_dir) if world.is_first else nullcontext() as journal,
     ):
         train_images, held_out = split_source(images, job.data)

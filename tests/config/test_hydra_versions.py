@@ -109,7 +109,9 @@ def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(hydra_versions, "_LIMITS_TARGETS", True)
     monkeypatch.setattr(hydra_versions, "_BASE", {})
     monkeypatch.setattr(hydra_versions.hydra, "main", lambda **settings: given.update(settings) or (lambda job: job))
-    hydra_versions.run_command(lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch.*"], print)
+    hydra_versions.run_hydra_main(
+        lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch.*"], print
+    )
     assert given["execution_whitelist"] == ["torch.*"]
     assert given["ran"]
     assert "version_base" not in given

@@ -25,7 +25,7 @@ from cifar_exp.data.dataset_files import DatasetFiles, Split
 from cifar_exp.data.image_files import ImageFiles
 from cifar_exp.data.image_reader import Preprocessing, read_image
 from cifar_exp.data.prefetch import prefetched
-from cifar_exp.data.sources import HostSource, Source, fetch, opened, residency_on
+from cifar_exp.data.sources import HostSource, Source, fetch, open_sources, residency_on
 from cifar_exp.distributed.process_group import World
 from cifar_exp.errors import ConfigError, DataError, MachineError, StorageError
 from cifar_exp.runs.classifier import Classifier
@@ -62,7 +62,7 @@ def sources(equal: Path) -> Iterator[Callable[..., tuple[Source, Source]]]:
         def make(choice: Any, workers: int = 0, root: Path = equal) -> tuple[Source, Source]:
             size = SIDE if choice == "loader" else None
             files = folders(root, residency=choice, image_size=size, workers=workers)
-            return closing.enter_context(opened(files, CPU, threads=1))
+            return closing.enter_context(open_sources(files, CPU, threads=1))
 
         yield make
 
@@ -153,7 +153,7 @@ def test_files_of_other_sizes_are_resized_as_torchvision_does(mixed: Path, worke
     for path in sorted((mixed / "train").rglob("*.png")):
         image = functional.pil_to_tensor(Image.open(path))
         expected.append(functional.center_crop(functional.resize(image, [SIDE], antialias=True), [SIDE, SIDE]))
-    with opened(files, CPU, threads=1) as (train, test):
+    with open_sources(files, CPU, threads=1) as (train, test):
         images, labels = fetch(train, torch.arange(26))
         assert len(test) == 11
     assert images.shape == (26, 3, SIDE, SIDE)
@@ -184,7 +184,7 @@ def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
     me = psutil.Process()
     before = set(me.children())
     files = folders(equal, residency="loader", image_size=SIDE, workers=2)
-    with opened(files, CPU, threads=1) as (train, test):
+    with open_sources(files, CPU, threads=1) as (train, test):
         workers = set(me.children()) - before
         assert len(workers) == 2
         for epoch in (1, 2):
@@ -199,7 +199,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
     before = set(psutil.Process().children())
 
     def killed() -> None:
-        with opened(files, CPU, threads=1) as (train, _):
+        with open_sources(files, CPU, threads=1) as (train, _):
             fetch(train, torch.arange(3))
             for worker in set(psutil.Process().children()) - before:
                 worker.kill()
@@ -215,7 +215,7 @@ def test_without_shared_memory_images_arrive_all_the_same(
 ) -> None:
     """Containers have little of it: the worker would hand its batch to a thread that fails, and training would hang."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
-    with opened(files, CPU, threads=1) as (train, _):
+    with open_sources(files, CPU, threads=1) as (train, _):
         expected = fetch(train, torch.arange(5))
 
     def refuse(_: object) -> None:
@@ -223,7 +223,7 @@ def test_without_shared_memory_images_arrive_all_the_same(
 
     monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", refuse)
     monkeypatch.setattr("torch.UntypedStorage.share_memory_", refuse)
-    with opened(files, CPU, threads=1) as (train, _):
+    with open_sources(files, CPU, threads=1) as (train, _):
         images, labels = fetch(train, torch.arange(5))
     assert torch.equal(images, expected[0])
     assert torch.equal(labels, expected[1])
@@ -239,7 +239,7 @@ def test_workers_that_cannot_be_started_are_told_with_what_to_type(
     told = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
     with (
         pytest.raises(MachineError, match=told),
-        opened(folders(equal, residency="loader", image_size=SIDE, workers=1), CPU, 1),
+        open_sources(folders(equal, residency="loader", image_size=SIDE, workers=1), CPU, 1),
     ):
         pass
 
@@ -248,7 +248,7 @@ def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixtu
     """A terminal sends it to every process: workers print nothing, and end when their rank does."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     before = set(psutil.Process().children())
-    with opened(files, CPU, threads=1) as (train, _):
+    with open_sources(files, CPU, threads=1) as (train, _):
         fetch(train, torch.arange(3))  # the worker has begun
         for worker in set(psutil.Process().children()) - before:
             worker.send_signal(signal.SIGINT)
@@ -268,7 +268,7 @@ def test_auto_is_a_worker_a_thread_and_at_most_eight(
 
     monkeypatch.setattr(file_source, "DataLoader", noted)
     files = folders(equal, residency="loader", image_size=SIDE)
-    with pytest.raises(KeyboardInterrupt), opened(files, CPU, threads):
+    with pytest.raises(KeyboardInterrupt), open_sources(files, CPU, threads):
         pass
     assert asked == [expected]
 
@@ -278,7 +278,7 @@ def test_a_file_that_breaks_later_is_a_data_error_with_its_path(tmp_path: Path, 
     files = folders(tree(tmp_path), residency="loader", image_size=SIDE, workers=workers)
     (tmp_path / "train" / "bee" / "03.png").write_bytes(b"no image")
     (tmp_path / "test" / "ant" / "02.png").unlink()
-    with opened(files, CPU, threads=1) as (train, test):
+    with open_sources(files, CPU, threads=1) as (train, test):
         with pytest.raises(DataError, match=r"train/bee/03\.png: is no image of a known format\. Replace"):
             list(batches(train, 0, 1, batch_size=13).micro_batches(1))
         with pytest.raises(DataError, match=r"test/ant/02\.png: .*No such file"):
@@ -393,7 +393,7 @@ def test_a_dataset_of_ones_own_need_not_know_of_residency(equal: Path) -> None:
     known = {name: value for name, value in vars(folders(equal)).items() if name != "residency"}
     files = DatasetFiles(**known)
     assert files.residency == "auto"
-    with opened(files, CPU, threads=1) as (train, _):
+    with open_sources(files, CPU, threads=1) as (train, _):
         assert isinstance(train, Split)
 
 

@@ -24,9 +24,9 @@ from cifar_exp.data import class_folders
 from cifar_exp.data.augment import Identity
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
 from cifar_exp.data.dataset_files import DatasetFiles, Split
-from cifar_exp.data.sources import opened
+from cifar_exp.data.sources import open_sources
 from cifar_exp.data.validation_split import hold_out, split_indices, split_source
-from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.curves import PageFacts
 from cifar_exp.display.display import Display
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import checkpoint, journal
@@ -79,7 +79,7 @@ def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Pat
     files = hold_out(folders(tmp_path, residency=choice, image_size=size, workers=0), 0.25)
     assert (files.train_count, files.validation_count) == (20, 6)
     rest, kept = split_indices(whole.labels, 6)
-    with opened(files, CPU, threads=1) as (train, _):
+    with open_sources(files, CPU, threads=1) as (train, _):
         trained, validated = split_source(train, files)
         assert validated is not None
         for source, places in ((trained, rest), (validated, kept)):
@@ -100,7 +100,7 @@ def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Pat
 def test_nothing_is_wrapped_where_no_images_are_kept_apart(tmp_path: Path) -> None:
     files = hold_out(folders(tree(tmp_path)), 0.0)
     with ExitStack() as closing:
-        train, _ = closing.enter_context(opened(files, CPU, threads=1))
+        train, _ = closing.enter_context(open_sources(files, CPU, threads=1))
         assert split_source(train, files) == (train, None)
 
 
@@ -403,11 +403,11 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
 def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, word: str
 ) -> None:
-    drawn: list[RunFacts] = []
+    drawn: list[PageFacts] = []
     monkeypatch.setattr(
         "cifar_exp.display.training_figure.draw_training", lambda _entries, facts, _path: drawn.append(facts)
     )
-    facts = RunFacts("a run", "starting", 20, 10, [(15, 0.1)], {"devices": "one", "epochs": "20 (200 steps)"})
+    facts = PageFacts("a run", "starting", 20, 10, [(15, 0.1)], {"devices": "one", "epochs": "20 (200 steps)"})
     display = Display(tmp_path, facts, "quiet", Console(quiet=True), started=0.0)
     display.open()
     display.write([Entry(50, 5, 1.0, {"val/accuracy": 0.5}), Entry(50, 5, 2.0, {"stopped_epoch": 5})])

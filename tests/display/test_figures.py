@@ -17,8 +17,8 @@ from PIL import Image
 from cifar_exp.display.curves import (
     MAX_POINTS,
     Curves,
+    PageFacts,
     Point,
-    RunFacts,
     averaged,
     axis_epochs,
     loss_top,
@@ -37,7 +37,7 @@ from cifar_exp.study.intervals import Interval
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.system.printable import printable_text
 
-FACTS = RunFacts(
+FACTS = PageFacts(
     title="convnet 32x4 on CIFAR-10",
     status="running",
     epochs=4,
@@ -300,7 +300,7 @@ def test_ranks_do_without_pages() -> None:
 def test_page_does_without_matplotlib() -> None:
     code = (
         "import sys, cifar_exp.display.training_figure as f; from cifar_exp.display.page import page_html; "
-        "page_html([], f.RunFacts('', 'running', 1, 1, [], {}), 0.0); sys.exit('matplotlib' in sys.modules)"
+        "page_html([], f.PageFacts('', 'running', 1, 1, [], {}), 0.0); sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cifar_exp.display import display
-from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.curves import PageFacts
 from cifar_exp.display.display import Display, LiveLine, suitable
 from cifar_exp.errors import FREE_SPACE, StorageError
 from cifar_exp.records.journal import Entry, JournalWriter
@@ -16,7 +16,7 @@ from cifar_exp.system.bugs import BugError
 from cifar_exp.system.surroundings import in_notebook
 from cifar_exp.tracking.recorder import Recording
 
-FACTS = RunFacts("net", "starting", epochs=2, steps_per_epoch=50, lr_drops=[], details={})
+FACTS = PageFacts("net", "starting", epochs=2, steps_per_epoch=50, lr_drops=[], details={})
 EPOCH = {
     **{"train/loss": 1.5, "train/accuracy": 0.25, "val/loss": 1.25, "val/accuracy": 0.5},
     **{"lr": 0.1, "images_per_second": 1234.0, "time/epoch_seconds": 3.0},

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from cifar_exp.config.defaults import conf_dir, default_settings
+from cifar_exp.config.hydra_errors import explained
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.reading import read_config, register_resolvers
-from cifar_exp.config.refusals import explained
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 from cifar_exp.runs.components import build
 from tests.faults.registry import case

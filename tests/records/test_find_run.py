@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cifar_exp.errors import ConfigError
-from cifar_exp.records.find_run import find_folder, find_run
+from cifar_exp.records.find_run import find_folder, find_run, find_runs
+from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE
 
 
 @pytest.fixture
@@ -46,7 +47,19 @@ def test_latest_needs_a_run(workplace: Path) -> None:  # noqa: ARG001
 
 
 def test_a_sweep_is_found_or_not(runs: Path) -> None:
-    assert find_folder("latest") is None
+    assert find_folder("latest", SWEEP_RUN_FILE) is None
     (runs / "old" / "sweep_run.json").touch()
-    assert find_folder("latest") == find_folder("id-old") == runs / "old"
-    assert find_folder("id-new") is None
+    assert find_folder("latest", SWEEP_RUN_FILE) == find_folder("id-old", SWEEP_RUN_FILE) == runs / "old"
+    assert find_folder("id-new", SWEEP_RUN_FILE) is None
+
+
+def test_a_report_and_a_delivery_read_any_folder_a_run_and_a_sweep(runs: Path) -> None:
+    assert find_runs("outputs", SWEEP_RUN_FILE) == runs
+    assert find_runs("latest", SWEEP_RUN_FILE) == Path("latest")
+    assert find_runs("x" * 300, SWEEP_RUN_FILE) == Path("x" * 300)
+    (runs / "old" / SWEEP_RUN_FILE).touch()
+    for name in ("latest", "id-old", "outputs/old"):
+        assert find_runs(name, SWEEP_RUN_FILE) == runs / "old"
+    for name in ("latest", "id-new"):
+        assert find_runs(name, RUN_FILE, SWEEP_RUN_FILE) == runs / "new"
+    assert find_runs("id-new", SWEEP_RUN_FILE) == Path("id-new")

@@ -15,7 +15,7 @@ from cifar_exp.config.stored import stored_config
 from cifar_exp.errors import StorageError
 from cifar_exp.records import journal
 from cifar_exp.records.find_run import find_run
-from cifar_exp.records.folder_check import FILES, check_folder, check_jobs
+from cifar_exp.records.folder_check import FILES, check_folder, check_job_folders
 from cifar_exp.records.run_folder import Outcome, RunInfo, lock_run_folder
 from cifar_exp.study.finished_runs import folder_run
 from cifar_exp.system import foreign_files
@@ -111,10 +111,10 @@ def test_control_characters_of_a_name_and_of_a_links_target_are_escaped(run: Pat
 def test_jobs_of_a_sweep_are_continued_in_its_own_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "sweep" / "1").mkdir(parents=True)
-    check_jobs(tmp_path / "sweep")
+    check_job_folders(tmp_path / "sweep")
     (tmp_path / "sweep" / "0").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="sweep/0: it is a link"):
-        check_jobs(tmp_path / "sweep")
+        check_job_folders(tmp_path / "sweep")
 
 
 def test_a_temporary_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cifar_exp.records.journal import RUN_ID_FILE
 from cifar_exp.records.run_folder import RunInfo
-from cifar_exp.records.run_identity import claimed, claimed_sweep, known_hashes, original_of
+from cifar_exp.records.run_identity import claimed, claimed_parent_run, known_hashes, original_of
 from cifar_exp.tracking.mlflow_run import MLflowRun
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from tests.helpers.mlflow_runs import all_runs, client
@@ -82,8 +82,8 @@ def test_the_parent_run_of_a_copied_sweep_is_another_one(workplace: Path) -> Non
     parent = RunInfo("sweep", workplace / "sweep", {}, {}, time.time())
     parent.save_sweep()
     shutil.copy(workplace / "sweep" / "sweep_run.json", workplace / "copy")
-    assert claimed_sweep(workplace / "sweep").key == parent.key
-    assert claimed_sweep(workplace / "copy").key != parent.key
+    assert claimed_parent_run(workplace / "sweep").key == parent.key
+    assert claimed_parent_run(workplace / "copy").key != parent.key
 
 
 def test_a_run_of_an_earlier_version_keeps_its_key(run: RunInfo, workplace: Path) -> None:

@@ -1,7 +1,9 @@
 """A study's table, CSV, page and metrics say what its runs say; two sweeps are compared figure by figure."""
 
 import csv
+import errno
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, overlapping, results_by_group
-from cifar_exp.study.report import Study
 from cifar_exp.study.report_page import report_html
+from cifar_exp.study.speedup_study import Study
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 
@@ -56,6 +58,21 @@ def test_the_csv_keeps_its_columns_and_gains_the_intervals(tmp_path: Path) -> No
     assert float(second["steady_seconds"]) == pytest.approx(40 * 128 / 190)
     assert float(second["total_seconds"]) == pytest.approx(40 * 128 / 190 + 9)
     assert (second["blocks"], second["reached"]) == ("19", "")
+
+
+def test_a_study_that_cannot_be_written_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, comparison = Study.of(RUNS), Comparison.of(("A: old", "B: new"), RUNS, RUNS)
+    assert study is not None
+    kept = {path: path.read_bytes() for path in (*study.write(tmp_path), *comparison.write(tmp_path))}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for report in (study, comparison):
+        with pytest.raises(StorageError, match="No space left"):
+            report.write(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
 def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cifar_exp.config import refusals
+from cifar_exp.config import hydra_errors
+from cifar_exp.config.hydra_errors import causing_words, explained
 from cifar_exp.config.reading import register_resolvers
-from cifar_exp.config.refusals import causing_words, explained
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.system import bugs, supported
 from cifar_exp.system.bugs import BugError, as_user_error, is_bug
 from cifar_exp.tracking.follower import undelivered_message
-from cifar_exp.tracking.store_problems import shortened
+from cifar_exp.tracking.store_problems import shortened_error
 from tests.conftest import REPO, environment, the_run
 
 TINY = (
@@ -169,10 +169,10 @@ def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     register_resolvers()
     typed = ["seed=3", "data=null", "-m"]
-    assert refusals._fails_alike(ValueError(), ["data=null"])
-    assert not refusals._fails_alike(TypeError(), ["data=null"])
+    assert hydra_errors._fails_alike(ValueError(), ["data=null"])
+    assert not hydra_errors._fails_alike(TypeError(), ["data=null"])
     assert explained(ValueError("elsewhere"), typed) is None  # Hydra has not raised it
-    monkeypatch.setattr(refusals, "origin", lambda *_: "hydra")
+    monkeypatch.setattr(hydra_errors, "origin", lambda *_: "hydra")
     assert causing_words(ValueError(), typed) == ["data=null"]
     assert causing_words(TypeError(), typed) == []
 
@@ -216,7 +216,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tracker_with_a_bug_says_so() -> None:
-    assert shortened(TypeError("a\nb")) == "TypeError: a b"
+    assert shortened_error(TypeError("a\nb")) == "TypeError: a b"
     assert "Once the tracker can be reached" in undelivered_message(ConnectionError("away"), Path("run"))
     assert "Once that is mended" in undelivered_message(TypeError("x"), Path("run"))
 

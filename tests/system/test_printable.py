@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cifar_exp.cli.predict import _classify
 from cifar_exp.config.messages import shown
-from cifar_exp.display.curves import RunFacts
+from cifar_exp.display.curves import PageFacts
 from cifar_exp.display.page import page_html
 from cifar_exp.study import finished_runs, report_page
 from cifar_exp.system.printable import printable, printable_text, tell
@@ -66,7 +66,7 @@ def test_the_log_shows_them() -> None:
 
 
 def test_pages_show_them() -> None:
-    facts = RunFacts(EVIL, "running", 2, 3, [], {"folder": EVIL})
+    facts = PageFacts(EVIL, "running", 2, 3, [], {"folder": EVIL})
     page = page_html([], facts, 1.0)
     assert page.count(r"a\x1b[2J\r") == 3
     assert "\x1b" not in page

@@ -54,7 +54,7 @@ ONE = {
 def test_one_of_several_processes_is_refused_with_what_to_type(variables: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"has started 2 processes.*once.* devices\.count=2\. ") as refused:
         refuse_many_processes(variables)
-    typed = str(refused.value).rpartition("type env ")[2].split()
+    typed = str(refused.value).rpartition("run env ")[2].split()
     unset = {name for option, name in pairwise(typed) if option == "-u"}
     refuse_many_processes({name: value for name, value in variables.items() if name not in unset})
 

@@ -114,9 +114,10 @@ def test_figures_are_drawn_where_pyplot_draws_elsewhere(tmp_path: Path) -> None:
         found = re.findall(r"import pyplot|matplotlib\.pyplot|matplotlib\.use\(|switch_backend", path.read_text())
         assert not found, path
     code = (
-        "import sys, matplotlib; matplotlib.rcParams['backend'] = 'svg';"
+        "import sys, pathlib, matplotlib; matplotlib.rcParams['backend'] = 'svg';"
         "from cifar_exp.display import training_figure as figures;"
-        "facts = figures.RunFacts('', 'finished', 1, 1, [], {}); figures.draw_training([], facts, sys.argv[1]);"
+        "facts = figures.PageFacts('', 'finished', 1, 1, [], {}); "
+        "figures.draw_training([], facts, pathlib.Path(sys.argv[1]));"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "figure.png")], check=True, timeout=120)

@@ -20,7 +20,7 @@ from cifar_exp.records.run_folder import (
     mark_delivered,
     mark_undelivered,
 )
-from cifar_exp.tracking import follower
+from cifar_exp.tracking import deadlines, follower
 from cifar_exp.tracking.follower import Follower
 from cifar_exp.tracking.recorder import Recording
 
@@ -68,7 +68,7 @@ def journal(run_dir: Path, count: int) -> list[Entry]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "SHORTEST_PAUSE", 0.01)
-    monkeypatch.setattr(follower, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(deadlines, "REFUSED_SECONDS", 0.3)
 
 
 def test_what_is_refused_is_delivered_later_once_and_told_once(
@@ -123,9 +123,9 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
-    monkeypatch.setattr(follower, "CLOSING_SECONDS", 10_000.0)  # of a run that was not
-    monkeypatch.setattr(follower, "STOPPED_SECONDS", 0.3)
-    monkeypatch.setattr(follower, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(deadlines, "CLOSING_SECONDS", 10_000.0)  # of a run that was not
+    monkeypatch.setattr(deadlines, "STOPPED_SECONDS", 0.3)
+    monkeypatch.setattr(deadlines, "LEAST_SECONDS", 0.1)
     answer = threading.Event()
     sink = Unreliable(lambda name: None if name != hangs else answer.wait() and None)
 
@@ -142,8 +142,8 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
 
 
 def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(follower, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(deadlines, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(deadlines, "LEAST_SECONDS", 0.01)
     page = Unreliable(lambda name: time.sleep(1.5) if name == "close" else None)
     tracker = Unreliable(lambda name: time.sleep(0.3) if name == "close" else None)
     with Recording(tmp_path, time.monotonic(), tracker) as closing:
@@ -204,7 +204,7 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
         with record:
             record.start(display)
             for follower in record._followers:
-                follower._began -= 100  # it has refused for longer than anyone would wait
+                follower._deadlines._began -= 100  # it has refused for longer than anyone would wait
             journal(tmp_path, 3)
 
     with pytest.raises(TrackingError) as caught:

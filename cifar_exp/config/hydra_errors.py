@@ -36,7 +36,7 @@ from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.messages import nearest, unknown_setting
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
-from cifar_exp.system.bugs import REFUSALS, origin
+from cifar_exp.system.bugs import MACHINE_ERRNOS, origin
 
 OWN, HYDRA = "cifar_exp", "hydra"
 # These errors are about a value that the user wrote, whichever package raises them.
@@ -180,7 +180,9 @@ def _fails_alike(error: Exception, overrides: Iterable[str]) -> bool:
 
 def _of_the_disk(error: OSError) -> CifarExpError | None:
     """The message for a file error. Hydra only reads the configuration and creates the run folder and its log."""
-    if error.errno not in REFUSALS and not isinstance(error, FileExistsError | NotADirectoryError | FileNotFoundError):
+    if error.errno not in MACHINE_ERRNOS and not isinstance(
+        error, FileExistsError | NotADirectoryError | FileNotFoundError
+    ):
         return None
     with suppress(TypeError, ValueError):
         if str(error.filename).endswith((".yaml", ".yml")) and origin(error, OWN, HYDRA) == HYDRA:

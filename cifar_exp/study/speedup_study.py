@@ -1,6 +1,5 @@
 """The speedup study of a sweep: tables, figure, page, CSV, and metrics of the parent run."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from cifar_exp.study.intervals import Interval
 from cifar_exp.study.report_page import Section
 from cifar_exp.study.speedup import SPEEDUP_ALONE, WITH_INTERVAL, SpeedupRow
 from cifar_exp.study.time_breakdown import PARTS, rank_table
+from cifar_exp.system.atomic_files import write_atomically, write_csv
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,18 @@ class Study:
         """
         table, figure, page = (folder / f"speedup.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):
-            with table.open("w", newline="", encoding="utf-8") as file:
-                rows = [
-                    {"group": name, "cpu_simulated": self.simulated} | csv_row(row)
-                    for name, group in self.groups.items()
-                    for row in group.rows
-                ]
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            rows = [
+                {"group": name, "cpu_simulated": self.simulated} | csv_row(row)
+                for name, group in self.groups.items()
+                for row in group.rows
+            ]
+            write_csv(table, rows)
             figures.draw_speedup(self.groups, figure, self.simulated)
             title = "Speedup by device count" + self._label()
             sections = self._sections()
             if self.missing:
                 sections.append(("Jobs that did not finish", [[]], self.missing))
-            page.write_text(report_page.report_html(title, figure, sections, self.machines), encoding="utf-8")
+            write_atomically(page, report_page.report_html(title, figure, sections, self.machines))
         return [table, figure, page]
 
     def metrics(self) -> list[tuple[str, float, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from cifar_exp.errors import ConfigError, DataError, MachineError
 from cifar_exp.records.run_folder import LOCK_FILE
 
-REFUSALS = (ConfigError, DataError, MachineError)  # nothing was started
+REFUSING_ERRORS = (ConfigError, DataError, MachineError)  # nothing was started
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")  # in hydra.output_subdir
 
 
@@ -29,13 +29,13 @@ class Before:
 
     @classmethod
     def of(cls, folder: Path) -> "Before":
-        """The state now."""
+        """The present state."""
         folder = folder.absolute()
         names = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
         return cls(folder, [place for place in (folder, *folder.parents) if not place.exists()], names)
 
     def restore(self, files: Iterable[str] = (), subfolder: str | None = None) -> None:
-        """Remove what was added since, as far as it is known whose it is. Logs that are open there are closed.
+        """Remove only files that this start wrote. Its open log files are closed first.
 
         Args:
             files: names of the files that were written for the refused run, besides its log and its lock.
