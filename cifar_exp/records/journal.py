@@ -90,7 +90,13 @@ class JournalWriter:
             force_to_disk(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Write what is still buffered.
+
+        Raises:
+            StorageError: where the file system refuses; the file is closed all the same.
+        """
+        with storage_errors(Path(self._file.name), FREE_SPACE):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +164,8 @@ def read(run_dir: Path) -> list[Entry]:
         entries.extend(JournalReader(run_dir).new_entries())
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"{path}: the journal cannot be read after {len(entries)} lines: {error}. Restore that file"
+            f"{path}: the journal cannot be read after {len(entries)} lines: {error}. Restore that file, or set "
+            f"resume=never for a new run"
         ) from error
     return entries
 

@@ -58,7 +58,7 @@ def all_terminated_in_evaluation(scene: Scene) -> None:
 
 @case("SIGTERM of every process in a save", racy=True)
 def all_terminated_in_save(scene: Scene) -> None:
-    plan: dict[str, object] = {"point": "fsync", "file": "*.pt.tmp", "rank": 0, "number": 2, "do": "announce"}
+    plan: dict[str, object] = {"point": "fsync", "file": "*.pt.cifar-exp-tmp", "rank": 0, "number": 2, "do": "announce"}
     fault = "SIGTERM of every process in a save"
     interrupt_at(scene, fault, Running.until_announced, plan, signal.SIGTERM)
 
