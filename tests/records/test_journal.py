@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cifar_exp.errors import StorageError
 from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader, JournalWriter, last_values, parse, read
+from tests.helpers.marks import linux
 
 FIRST = Entry(0, 0, 0.25, {"a": 1.0})
 SECOND = Entry(195, 1, 12.5, {"train/loss": 1.25, "val/accuracy": 0.1, "epoch": 1})
@@ -115,3 +117,14 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     rest = Entry(195, 1, 30.0, {"train/loss": 1.5, "lr": 0.1})
     written(tmp_path, FIRST, rest, THIRD)
     assert read(tmp_path) == [FIRST, SECOND, Entry(195, 1, 30.0, {"lr": 0.1}), THIRD]
+
+
+@linux
+def test_a_full_disk_is_told_at_the_write_and_at_the_end(tmp_path: Path) -> None:
+    """What could not be written stays in the buffer, and is refused once more when the file is closed."""
+    writer = JournalWriter(tmp_path)
+    writer._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        writer.write(FIRST)
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        writer.close()
