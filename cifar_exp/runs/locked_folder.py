@@ -37,7 +37,8 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
         ConfigError: the folder has another run, or another process uses it.
     """
     new = replace(start.info, sessions=(uuid.uuid4().hex,))
-    with lock_run_folder(new.run_dir):
+    chosen = start.resumed.lock if start.resumed else None
+    with chosen or lock_run_folder(new.run_dir):
         if not start.is_new:
             _remove_stop_file(new.run_dir)
             run, original = claimed(new.run_dir, start.config_hash)

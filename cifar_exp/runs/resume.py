@@ -22,11 +22,13 @@ from cifar_exp.records.run_folder import (
     RunInfo,
     is_finished,
     is_locked,
+    lock_run_folder,
 )
 from cifar_exp.records.run_identity import known_hashes, original_of
 from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_hash, config_of, has_same_settings
 from cifar_exp.system import foreign_files
 from cifar_exp.system.bugs import is_bug, keep_traceback
+from cifar_exp.system.locks import Held
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Resumption:
         changes: settings that differ from the run to continue: name -> (old, new).
         in_place: whether the run continues in its own folder. If not, a new run starts from its checkpoint.
         source: the folder of the run that has the checkpoint: ``run_dir``, or the run that ``run_dir`` started from.
+        lock: of ``run_dir``, where ``auto`` has chosen the run: another start must not choose it meanwhile.
     """
 
     run_dir: Path
@@ -50,6 +53,7 @@ class Resumption:
     changes: Mapping[str, tuple[Any, Any]]
     in_place: bool
     source: Path
+    lock: Held | None = None
 
     @property
     def kept_batch(self) -> int | None:
@@ -117,12 +121,13 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     if config.resume == "never":
         return None
     folder: Path | None
+    lock: Held | None = None
     if config.resume != "auto":
         folder = find_run(config.resume, "resume")
     elif (run_dir / RUN_FILE).exists():
         folder = checked(run_dir)
     else:
-        folder = _interrupted(config, warn) if anywhere else None
+        folder, lock = (_interrupted(config, warn) if anywhere else None) or (None, None)
     if folder is None:
         return None
     try:
@@ -138,7 +143,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
                 f"folder, or {other} for a new run that starts from its checkpoint"
             )
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
-        return _resumption(folder, config, changes, in_place, warn)
+        return replace(_resumption(folder, config, changes, in_place, warn), lock=lock)
     except UNREADABLE as error:
         # The cause is most likely a damaged file, but a bug would look the same.
         kept = f" (its traceback is in {keep_traceback(error)})" if is_bug(error) else ""
@@ -246,8 +251,8 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
         )
 
 
-def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
-    """The newest interrupted run under ``outputs/`` with these settings; None if there is none.
+def _interrupted(config: Config, warn: Callable[[str], None]) -> tuple[Path, Held] | None:
+    """The newest interrupted run under ``outputs/`` with these settings, and its lock; None if there is none.
 
     If only runs with other settings were interrupted, ``warn`` gets the settings in which the newest of them differs.
     """
@@ -260,8 +265,8 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
             if original_of(folder, content):
                 continue  # a backup of the interrupted run
             if has_same_settings(content, config):
-                if not is_finished(folder) and not is_locked(folder):
-                    return folder
+                if not is_finished(folder) and (lock := _lock(folder)):
+                    return folder, lock
             elif other is None and not _has_finished(folder) and not is_locked(folder):
                 other = _other_settings(folder, config)
         except (*UNREADABLE, StorageError) as error:
@@ -269,6 +274,14 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> Path | None:
     if other:
         warn(other)
     return None
+
+
+def _lock(folder: Path) -> Held | None:
+    """The lock of a run's folder; None where another process trains in it."""
+    try:
+        return lock_run_folder(folder)
+    except ConfigError:
+        return None
 
 
 def _has_finished(folder: Path) -> bool:

@@ -138,6 +138,17 @@ def test_a_run_from_before_a_setting_is_resumed_with_its_default(runs: Path, wan
     assert (found.in_place, found.changes) == (True, {})
 
 
+def test_a_run_that_auto_has_chosen_is_not_chosen_by_another_start(runs: Path) -> None:
+    without(runs / "run", NEW)
+    config = read_config(composed(*TYPED, "resume=auto"))
+    first = resume.find(config, Path("new"), anywhere=True, warn=pytest.fail)
+    assert first
+    assert first.lock
+    assert resume.find(config, Path("other"), anywhere=True, warn=pytest.fail) is None
+    first.lock.release()
+    assert resume.find(config, Path("other"), anywhere=True, warn=pytest.fail)
+
+
 def test_a_run_from_before_a_setting_is_not_resumed_with_another_value(runs: Path) -> None:
     without(runs / "run", NEW)
     other = [*TYPED, "train.mirrored_evaluation=true"]

@@ -145,13 +145,13 @@ def test_ranks_that_die_are_replaced_and_training_goes_on(cifar_exp: Command, wo
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(started: Start, workplace: Path) -> None:
-    process = started(*ENDLESS, "devices.count=2", "launcher.timeout=3", "tracking=none")
+    process = started(*ENDLESS, "devices.count=2", "launcher.timeout=15", "tracking=none")
     ranks = training_ranks(process, workplace)
     ranks[1].send_signal(signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 7
     assert "rank 1 hung after step " in errors
-    assert "(no heartbeat for launcher.timeout=3 s, it is stopped)" in errors
+    assert "(no heartbeat for launcher.timeout=15 s, it is stopped)" in errors
     assert "Traceback" not in errors
 
 
