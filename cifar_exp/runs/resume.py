@@ -285,8 +285,7 @@ def _lock(folder: Path) -> Held | None:
 
 
 def _has_finished(folder: Path) -> bool:
-    outcome = Outcome.of(folder)
-    return outcome is not None and outcome.status == "FINISHED"
+    return (outcome := Outcome.of(folder)) is not None and outcome.status == "FINISHED"
 
 
 def _other_settings(folder: Path, config: Config) -> str:
