@@ -18,7 +18,7 @@ from tests.helpers.configs import default_config
 def start(folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     info = RunInfo("a run", folder, {}, {}, time.time(), ARTIFACTS)
-    return SimpleNamespace(info=info, is_new=True, folder=folder, config_hash="hash")
+    return SimpleNamespace(info=info, is_new=True, resumed=None, folder=folder, config_hash="hash")
 
 
 @pytest.mark.parametrize(
