@@ -54,7 +54,8 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
     Returns:
         The message; None if the error is a bug.
     """
-    if (file := hydra_versions.given_options(typed).get("experimental_rerun")) is not None:
+    file = hydra_versions.given_options(typed).get("experimental_rerun")
+    if file is not None and origin(error, OWN, HYDRA) == HYDRA:  # Hydra reads that file, and nothing else before a job
         return ConfigError(
             f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Set it to "
             f"{hydra_versions.RERUN_SOURCE}"

@@ -12,8 +12,16 @@ if TYPE_CHECKING:
 
 
 def rendered(template: Path, **values: Any) -> str:
-    """The template with ``values``, which are escaped. A template reads others of its own folder."""
-    return _environment(template.parent).get_template(template.name).render(values)
+    """The template with ``values``, which are escaped. A template reads others of its own folder.
+
+    Raises:
+        RuntimeError: the installation lacks the template, a style or a script. Jinja2's own error for that, and
+            Python's, is an ``OSError``, which callers take for a full disk.
+    """
+    try:
+        return _environment(template.parent).get_template(template.name).render(values)
+    except OSError as error:
+        raise RuntimeError(f"{template}: the installation lacks a file of it: {error}") from error
 
 
 @cache

@@ -246,11 +246,7 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
         fields = checkpoint_content.load(path)
         _check_known(path, fields, Checkpoint, manifest.cifar_exp)
         return Checkpoint(**fields)
-    except StorageError:
-        raise
-    except KeyError as error:
-        raise StorageError(f"{path}: the checkpoint cannot be read: it has no {error}") from error
-    except Exception as error:  # torch.load has no common class for errors of damaged files
+    except (OSError, ValueError) as error:
         raise StorageError(f"{path}: the checkpoint cannot be read: {error}") from error
 
 

@@ -19,6 +19,7 @@ from cifar_exp.system import foreign_files
 MOST_VALUES = 2_000_000
 MOST_CLASSES = 100_000
 MOST_PIXELS = 2**26  # as of an image
+FIELDS = ("model", "trained", "training", "classes", "shift", "scale", "image_size")  # that each checkpoint has
 
 
 def sha256(path: Path, size: int) -> str | None:
@@ -37,11 +38,16 @@ def load(path: Path) -> dict[str, Any]:
     """The fields of a checkpoint.
 
     Raises:
-        ValueError: it is no checkpoint, or claims more than the file holds.
-        Exception: what ``torch.load`` raises for a damaged file.
+        ValueError: it is no checkpoint, is damaged, or claims more than the file holds.
+        OSError: it cannot be read.
     """
-    _check_archive(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # torch.load has no common class for errors of damaged files
+        raise ValueError(str(error) or type(error).__name__) from error
     _check_values(content)
     _check_fields(content)
     fields: dict[str, Any] = content
@@ -78,6 +84,8 @@ def _check_fields(content: Any) -> None:
     """Check the kind of what prediction and resuming use; the error names a missing field."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError("it holds no fields")
+    if lacking := [name for name in FIELDS if name not in content]:
+        raise ValueError(f"it has no {lacking[0]}")
     sound = {
         "model": _is_state(content["model"]),
         "trained": _is_state(content["trained"]),

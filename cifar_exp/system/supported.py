@@ -6,6 +6,7 @@ Older versions of Python must be able to read this module, or they would show a 
 import sys
 
 OLDEST, NEWEST = (3, 11), (3, 14)
+STARTS = ("cifar_exp.cli.entry", "cifar_exp.cli.main")
 WINDOWS = """native Windows is not supported. Use WSL2, the Linux in Windows:
   wsl --install     once, in PowerShell as administrator
   wsl               opens it: there, in a clone of the project, the two commands of the README"""
@@ -24,9 +25,18 @@ def refusal(version: "tuple[int, ...]", platform: str) -> str:
     )
 
 
+def misstarted(words: "list[str]") -> str:
+    """Why ``python -m cifar_exp.<part>`` does nothing, and what to type; empty for other command lines of Python."""
+    first = [number for number, word in enumerate(words) if number and not word.startswith("-")][:1]
+    module = words[first[0]] if first and words[first[0] - 1] == "-m" else ""
+    if not module.startswith("cifar_exp.cli.") or module in STARTS:
+        return ""
+    return f"{module} is a part of the command and does nothing alone. Run python -m cifar_exp"
+
+
 def refuse_others() -> None:
     """End with exit code 2 and one message where the package cannot be used."""
-    problem = refusal(sys.version_info[:3], sys.platform)
+    problem = refusal(sys.version_info[:3], sys.platform) or misstarted(sys.orig_argv)
     if problem:
         sys.stderr.write(f"cifar-exp: {problem}\n")
         sys.exit(2)

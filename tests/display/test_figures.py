@@ -28,6 +28,7 @@ from cifar_exp.display.curves import (
 )
 from cifar_exp.display.page import duration, page_html, seconds_left, write_progress_page
 from cifar_exp.display.svg import line_path
+from cifar_exp.display.templates import rendered
 from cifar_exp.display.training_figure import draw_training, training_figure
 from cifar_exp.errors import StorageError
 from cifar_exp.records.journal import Entry
@@ -414,3 +415,9 @@ def test_comparison_figure_shows_both_sweeps_and_their_ratio() -> None:
     (segment,) = bars.get_segments()  # type: ignore[attr-defined]
     assert [float(end[1]) for end in segment] == pytest.approx([1.01, 1.1])
     assert ratios.get_title() == "Images/s of B over those of A"
+
+
+def test_a_template_that_the_installation_lacks_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    """Jinja2's error for it is an OSError, which is what a full disk raises where the page is written."""
+    with pytest.raises(RuntimeError, match=r"page\.html: the installation lacks a file of it"):
+        rendered(tmp_path / "page.html")

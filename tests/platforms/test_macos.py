@@ -17,6 +17,7 @@ from tests.conftest import TINY
 from tests.helpers.marks import linux
 from tests.helpers.mlflow_runs import all_runs, client
 from tests.helpers.processes import assert_nothing_is_left, wait_for
+from tests.helpers.readme import folders
 
 Start = Callable[..., "subprocess.Popen[str]"]
 pytestmark = linux
@@ -59,6 +60,20 @@ def test_ranks_are_spawned_tracked_and_reported_with_the_accuracy_of_linux(
         mac, linux = (journal.last_values(workplace / name / job) for name in ("mac", "linux"))
         assert mac["test/accuracy"] == linux["test/accuracy"]
         assert mac["test/loss"] == pytest.approx(linux["test/loss"], rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_processes_that_read_image_files_are_spawned_too(on_macos: Start, started: Start, workplace: Path) -> None:
+    folders(workplace / "images")
+    settings = [*TINY, "data=folders", "data.root=images", "data.residency=loader", "data.image_size=32"]
+    settings = [setting for setting in settings if not setting.startswith(("data=synthetic", "data.t"))]
+    settings += ["train.batch_size=16", "devices.count=2", "tracking=none", "train.precision=fp32", "progress=quiet"]
+    for start, name in ((on_macos, "mac"), (started, "linux")):
+        _, errors = start(*settings, f"hydra.run.dir={name}").communicate(timeout=280)
+        assert errors == ""
+    mac, linux = (journal.last_values(workplace / name) for name in ("mac", "linux"))
+    assert mac["test/accuracy"] == linux["test/accuracy"]
+    assert mac["test/loss"] == pytest.approx(linux["test/loss"], rel=1e-5)
 
 
 @pytest.mark.timeout(900)

@@ -85,7 +85,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path)
     torch.save({name: value for name, value in vars(SOUND).items() if name != "classes"}, path)
     vouched(path)
-    with pytest.raises(StorageError, match=r"cannot be read: it has no 'classes'"):
+    with pytest.raises(StorageError, match=r"cannot be read: it has no classes"):
         checkpoint.newest(tmp_path, silent)
 
 

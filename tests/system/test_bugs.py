@@ -172,6 +172,7 @@ def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hydra_errors._fails_alike(ValueError(), ["data=null"])
     assert not hydra_errors._fails_alike(TypeError(), ["data=null"])
     assert explained(ValueError("elsewhere"), typed) is None  # Hydra has not raised it
+    assert explained(ValueError("elsewhere"), ["--experimental-rerun", "kept"]) is None
     monkeypatch.setattr(hydra_errors, "origin", lambda *_: "hydra")
     assert causing_words(ValueError(), typed) == ["data=null"]
     assert causing_words(TypeError(), typed) == []

@@ -16,6 +16,7 @@ import pytest
 from cifar_exp.system import host
 from cifar_exp.system.cpu_quota import cpu_quota, throttled_seconds
 from cifar_exp.system.locks import Owner
+from cifar_exp.system.supported import misstarted
 from tests.conftest import REPO, environment
 from tests.helpers.marks import linux
 
@@ -224,6 +225,25 @@ def test_windows_is_refused_at_once_with_what_to_type(module: str) -> None:
     assert [line.split("  ")[1] for line in commands] == ["wsl --install", "wsl"]
     assert "the two commands of the README" in commands[1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (REPO / "cifar_exp" / "cli").glob("[a-z]*.py")))
+def test_a_part_of_the_command_that_is_started_alone_says_what_to_type(module: str) -> None:
+    if (module := f"cifar_exp.cli.{module}") in MODULES:
+        return
+    done = subprocess.run([sys.executable, "-m", module], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"cifar-exp: {module} is a part of the command and does nothing alone. Run python -m cifar_exp\n"
+    )
+
+
+def test_only_a_started_module_is_looked_at() -> None:
+    """Not what a program of the user's has among its arguments."""
+    assert misstarted(["python", "-B", "-m", "cifar_exp.cli.train", "seed=1"])
+    assert not misstarted(["python", "program.py", "-m", "cifar_exp.cli.train"])
+    assert not misstarted(["python", "-m", "cifar_exp", "-m", "cifar_exp.cli.train"])
+    assert not misstarted(["python", "-m"])
 
 
 @pytest.mark.parametrize("module", MODULES)
