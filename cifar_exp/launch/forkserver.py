@@ -49,5 +49,5 @@ def start_fork_server() -> None:
 
 def _set_known_start_method() -> None:
     """Replace a default start method that a library added, such as joblib's ``loky``: ranks would not know it."""
-    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *host.START_METHODS):
         multiprocessing.set_start_method(host.start_method(), force=True)

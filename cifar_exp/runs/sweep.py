@@ -102,13 +102,17 @@ class StudySweeper(Sweeper):
         size = self.max_batch_size or len(jobs)
         return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
+    def _is_ours(self) -> bool:
+        """Whether the configuration is this package's; other programs use the sweeper as a plugin of Hydra's."""
+        return self.config is not None and "resume" in self.config
+
     def _claim_and_run(self, arguments: list[str]) -> Sequence[JobReturn]:
         assert self.config is not None
         assert self.hydra_context is not None
         jobs = self._jobs(arguments)
         check_jobs(self.hydra_context, self.config, jobs, getattr(self._task, "check", None))
         wanted = Path(self.config.hydra.sweep.dir)
-        if "resume" not in self.config:  # another program's configuration
+        if not self._is_ours():
             wanted.mkdir(parents=True, exist_ok=True)
             return self._sweep(wanted, jobs)
         from cifar_exp.runs import sweep_resume
@@ -215,6 +219,8 @@ class StudySweeper(Sweeper):
                     if stopped := Stopped.cause_of(job._return_value):
                         raise stopped
                     forget_frames(job._return_value)  # they reference all objects of the job
+                if self._is_ours():  # another program may read the configurations of the jobs
+                    _forget_config(job)
             if start == 0:  # objects of the first job stay alive; frozen, they do not slow down later collections
                 gc.collect()
                 gc.freeze()
@@ -256,6 +262,13 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
         if not Stopped.cause_of(error):
             tell(masked_text(f"job {hydra.job.num} failed: {as_user_error(error)}"))
         raise
+
+
+def _forget_config(job: JobReturn) -> None:
+    """Keep of a job's configuration only what is read later. Hydra returns two copies of it, 0.14 MB each."""
+    assert job.hydra_cfg is not None
+    job.cfg = None
+    job.hydra_cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": job.hydra_cfg.hydra.runtime.output_dir}}})
 
 
 def _row(number: int, job: JobReturn) -> JobRow:

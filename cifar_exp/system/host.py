@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
+START_METHODS = get_args(StartMethod)
 
 PROC = Path("/proc")  # Linux only
 SYS = Path("/sys")

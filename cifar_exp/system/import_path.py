@@ -14,11 +14,13 @@ import sys
 def use_safe_path() -> None:
     """Search the current folder last, in this process; its children do not search it when they start.
 
-    For commands. A user's own program keeps its search path.
+    For commands. A user's own program keeps its search path. A package that is not installed stays before what is.
     """
-    here = [entry for entry in sys.path if _is_current(entry)]
-    if here:
-        sys.path[:] = [entry for entry in sys.path if not _is_current(entry)] + [os.getcwd()]  # noqa: PTH109
+    others = [entry for entry in sys.path if not _is_current(entry)]
+    if len(others) < len(sys.path):
+        libraries = [place for place, entry in enumerate(others) if _is_of_libraries(entry)]
+        place = len(others) if _IS_INSTALLED or not libraries else libraries[0]
+        sys.path[:] = [*others[:place], os.getcwd(), *others[place:]]  # noqa: PTH109
     SafeHelpers().__enter__()
 
 
@@ -56,12 +58,15 @@ def _is_current(entry: str) -> bool:
         return False
 
 
+def _is_of_libraries(entry: str) -> bool:
+    return os.path.basename(entry) in ("site-packages", "dist-packages")  # noqa: PTH119
+
+
 def _is_installed() -> bool:
     """Whether other Python processes find this copy of the package, wherever they are started."""
     if not _is_current(_ROOT):
         return True
-    names = [os.path.basename(entry) for entry in sys.path]  # noqa: PTH119
-    behind = [place for place, name in enumerate(names) if name in ("site-packages", "dist-packages")]
+    behind = [place for place, entry in enumerate(sys.path) if _is_of_libraries(entry)]
     return bool(behind) and any(map(_is_current, sys.path[behind[0] :]))  # of an editable installation
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cifar_exp.cli import ui
+from cifar_exp.system import import_path
 from cifar_exp.system.import_path import SafeHelpers, use_safe_path
 from tests.conftest import TINY, the_run
 
@@ -61,3 +62,17 @@ def test_a_run_in_such_a_folder_finds_the_users_own_module(
     _, errors = process.communicate(timeout=200)
     assert (process.returncode, errors) == (0, "")
     assert (the_run(shadowed) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("installed", "place"), [(True, 3), (False, 1)])
+def test_a_copy_that_is_not_installed_is_found_before_one_that_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool, place: int
+) -> None:
+    """Python 3.14's fork server has the search path of its parent, and would take the installed one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(import_path, "_IS_INSTALLED", installed)
+    monkeypatch.setattr(import_path.SafeHelpers, "__enter__", lambda _: None)
+    others = ["/python/lib", "/python/site-packages", "/installed"]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
+    use_safe_path()
+    assert sys.path == [*others[:place], str(tmp_path), *others[place:]]

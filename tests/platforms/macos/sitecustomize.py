@@ -35,6 +35,8 @@ def c_function(library: ctypes.CDLL, name: str) -> Any:
 
 for name in [name for name in dir(os) if name.lower().startswith("sched_")]:
     delattr(os, name)
+if sys.version_info >= (3, 13):
+    os.process_cpu_count = os.cpu_count  # which is what it is where there is no sched_getaffinity
 del time.CLOCK_BOOTTIME
 linux, ctypes.CDLL.__getattr__ = ctypes.CDLL.__getattr__, c_function  # type: ignore[method-assign]
 os.fork = forbidden
