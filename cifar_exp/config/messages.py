@@ -15,10 +15,19 @@ from cifar_exp.system.printable import printable
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``Did you mean X?`` if a valid name is close to ``name``, else the valid names or how to list them."""
     names = sorted(valid)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    # That two settings are of one section makes them no closer.
+    close = [found for found in get_close_matches(name, names, n=3, cutoff=0.6) if _is_close(_key(name), _key(found))]
     if close:
         return f"Did you mean {close[0]}?"
     return f"Valid: {', '.join(names)}" if len(names) <= 12 else "cifar-exp --help lists them all"
+
+
+def _is_close(name: str, other: str) -> bool:
+    return bool(get_close_matches(name, [other], n=1, cutoff=0.6))
+
+
+def _key(setting: str) -> str:
+    return setting.rpartition(".")[2]
 
 
 def invalid_setting(error: ValidationError, prefix: str) -> str:
@@ -66,6 +75,9 @@ def unknown_setting(setting: str) -> str:
             f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"
         )
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    of_another_section = [name for name in default_settings() if _key(name) == _key(setting)]
+    if "." in setting and len(of_another_section) == 1:
+        return f"{setting}: there is no such setting. Did you mean {of_another_section[0]}?"
     valid = default_settings() if "." in setting else [*groups, *default_settings()]
     return f"{setting}: there is no such setting. {nearest(setting, valid)}"
 

@@ -138,6 +138,8 @@ REFUSED = {
     "+optimizer.nesterv=true": ("optimizer.nesterv=true", "Did you mean optimizer.nesterov?"),
     "+optimizer.params=3": ("optimizer.params=3", "no such setting"),
     "+train.epoch=3": ("train.epoch", "Did you mean train.epochs?"),
+    "+train.depth=3": ("train.depth", "Did you mean model.depth?"),
+    "+tracking.tags=a": ("tracking.tags=a", "Valid: tracking.experiment"),
     "+sed=1": ("sed", "Did you mean seed?"),
     "model._target_=os.system": ("model._target_=os.system", "trusted_modules=[os]"),
     "model._target_=torch.os.system": ("model._target_=torch.os.system", "in model it must be from"),
