@@ -36,7 +36,7 @@ from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.hydra_versions import composing
 from cifar_exp.config.messages import nearest, unknown_setting
 from cifar_exp.errors import CifarExpError, ConfigError, StorageError
-from cifar_exp.system.bugs import MACHINE_ERRNOS, origin
+from cifar_exp.system.bugs import MACHINE_ERRNOS, is_bug, origin
 
 OWN, HYDRA = "cifar_exp", "hydra"
 # These errors are about a value that the user wrote, whichever package raises them.
@@ -55,7 +55,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         The message; None if the error is a bug.
     """
     file = hydra_versions.given_options(typed).get("experimental_rerun")
-    if file is not None and origin(error, OWN, HYDRA) == HYDRA:  # Hydra reads that file, and nothing else before a job
+    if file is not None and not (is_bug(error) and origin(error, OWN, HYDRA) == OWN):  # before a job, Hydra reads it
         return ConfigError(
             f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Set it to "
             f"{hydra_versions.RERUN_SOURCE}"

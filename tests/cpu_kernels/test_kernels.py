@@ -29,7 +29,7 @@ NATIVE = resolve_precision("auto", torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("precision", sorted({torch.float32, NATIVE}, key=str))
+@pytest.mark.parametrize("precision", sorted({torch.float32, NATIVE}, key=str), ids=str)
 def test_no_convolution_of_the_step_runs_on_a_reference_kernel(precision: torch.dtype) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STEP.format(precision=precision)],

@@ -166,13 +166,20 @@ def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     assert "bug" not in done.stderr
 
 
+def test_a_bug_of_this_package_is_not_blamed_on_the_file_of_a_rerun() -> None:
+    typed = ["--experimental-rerun", "kept"]
+    with pytest.raises(AttributeError) as bug:
+        causing_words(None, 1)  # type: ignore[arg-type]
+    assert explained(bug.value, typed) is None
+    assert str(explained(FileNotFoundError("kept"), typed)).startswith("--experimental-rerun=kept: it cannot be read")
+
+
 def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     register_resolvers()
     typed = ["seed=3", "data=null", "-m"]
     assert hydra_errors._fails_alike(ValueError(), ["data=null"])
     assert not hydra_errors._fails_alike(TypeError(), ["data=null"])
     assert explained(ValueError("elsewhere"), typed) is None  # Hydra has not raised it
-    assert explained(ValueError("elsewhere"), ["--experimental-rerun", "kept"]) is None
     monkeypatch.setattr(hydra_errors, "origin", lambda *_: "hydra")
     assert causing_words(ValueError(), typed) == ["data=null"]
     assert causing_words(TypeError(), typed) == []
