@@ -72,7 +72,7 @@ def _lookup(cache: Path, fingerprint: str) -> DatasetFiles | None:
 
 
 def _read_index(cache: Path) -> dict[str, str]:
-    """Content hash by fingerprint; empty where the index is missing or unreadable."""
+    """Content hash by fingerprint; empty if the index is missing or unreadable."""
     try:
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def _read_index(cache: Path) -> dict[str, str]:
 
 
 def _open_dataset(folder: Path) -> DatasetFiles | None:
-    """The dataset in ``folder``; None where it is missing, incomplete or altered."""
+    """The dataset in ``folder``; None if it is missing, incomplete or altered."""
     meta = read_meta(folder, _FORMAT, _NAMES)
     if meta is None:
         return None

@@ -23,7 +23,7 @@ def write_meta(folder: Path, version: int, names: Sequence[str], fields: Mapping
 
 
 def read_meta(folder: Path, version: int, names: Sequence[str]) -> dict[str, Any] | None:
-    """What :func:`write_meta` wrote; None where that or a file is missing, altered or of another version.
+    """What :func:`write_meta` wrote; None if that or a file is missing, altered or of another version.
 
     Every byte is read: a bit that flipped on the disk would spoil images unseen. 150 MB take 0.05 s from the page
     cache, and training reads them anyhow.

@@ -73,7 +73,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
 
 
 def _problem(path: Path) -> str | None:
-    """How a file differs from the release's size and sha256; None where it does not."""
+    """How a file differs from the release's size and sha256; None if it does not."""
     found_size = path.stat().st_size
     if found_size != SIZE:
         return f"{found_size:,} bytes where {SIZE:,} are expected"

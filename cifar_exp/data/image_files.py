@@ -135,7 +135,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
 
 
 def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of the dataset in ``folder``; None where it is missing, incomplete or altered."""
+    """Mean and standard deviation of the dataset in ``folder``; None if it is missing, incomplete or altered."""
     meta = read_meta(folder, _FORMAT, [name for split in SPLITS for name in _list_names(split)])
     return None if meta is None else (list(meta["mean"]), list(meta["std"]))
 

@@ -35,7 +35,7 @@ class LeftOut(Counter[str]):
     """Entries of folders that are not used, counted by kind: a suffix of a file's name, or one of the kinds above."""
 
     def line(self) -> str:
-        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty where nothing is left out."""
+        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty if nothing is left out."""
         suffixes = {kind: count for kind, count in self.items() if kind.startswith(".") or not kind}
         named = sorted(suffixes, key=lambda kind: (-suffixes[kind], kind))
         shown = [printable(kind)[:20] or "no suffix" for kind in named[:_MAX_SUFFIXES_SHOWN]]

@@ -34,7 +34,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: PageFact
         The page's path.
 
     Raises:
-        StorageError: where the file system refuses.
+        StorageError: a file cannot be written.
     """
     page = run_dir / PAGE_FILE
     text = page_html(entries, facts, elapsed)

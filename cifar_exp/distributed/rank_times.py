@@ -91,7 +91,7 @@ def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:
 
 
 def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
-    """A sentence about the straggler; None where there is none.
+    """A sentence about the straggler; None if there is none.
 
     A straggler is the slowest rank in more than half of the steps, and the others wait for it for more than 2 % of
     their training time.

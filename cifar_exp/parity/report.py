@@ -118,7 +118,7 @@ class ParityReport:
         """``parity.md`` and ``parity.json`` in ``folder``; the former's path.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         page, figures = (folder / name for name in REPORT_FILES)
         with storage_errors(folder, FREE_SPACE):

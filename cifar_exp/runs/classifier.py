@@ -42,7 +42,7 @@ class Classifier:
 
         Raises:
             ConfigError: the best one is wanted and none is kept.
-            StorageError: where it holds no readable checkpoint.
+            StorageError: it holds no readable checkpoint.
         """
         saved = None if which == "last" else checkpoint.best(run_dir, tell)
         if saved is None and which == "best":
@@ -78,7 +78,7 @@ class Classifier:
         """An image file as (3, H, W) uint8, read as the training images were.
 
         Raises:
-            DataError: where it is no readable image.
+            DataError: it is no readable image.
         """
         image = read_image(path, self.preprocessing)
         if isinstance(image, str):
@@ -91,7 +91,7 @@ def _model_section(path: Path) -> dict[str, Any]:
     """``model`` of a run's configuration.
 
     Raises:
-        StorageError: where there is none that can be read.
+        StorageError: there is none that can be read.
     """
     try:
         return dict(stored_config(path)["model"])
@@ -103,7 +103,7 @@ def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
     """The files among ``paths`` and the image files in the folders among them. Also what else those folders hold.
 
     Raises:
-        DataError: where a path does not exist or a folder holds no image.
+        DataError: a path does not exist or a folder holds no image.
     """
     files: list[Path] = []
     left_out = LeftOut()

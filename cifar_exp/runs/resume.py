@@ -277,7 +277,7 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> tuple[Path, Hel
 
 
 def _lock(folder: Path) -> Held | None:
-    """The lock of a run's folder; None where another process trains in it."""
+    """The lock of a run's folder; None if another process trains in it."""
     try:
         return lock_run_folder(folder)
     except ConfigError:

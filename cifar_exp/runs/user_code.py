@@ -35,7 +35,7 @@ def refusing(what: str, trusted: Sequence[str], remedy: str) -> Iterator[None]:
 
 
 def _line(error: BaseException, trusted: Sequence[str]) -> str:
-    """File and line of the user's code; empty where none of it was running."""
+    """File and line of the user's code; empty if none of it was running."""
     packages = {module.partition(".")[0] for module in trusted}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:

@@ -44,7 +44,7 @@ class Difference:
         first: median in the first sweep.
         second: median in the second sweep.
         change: second / first; for the accuracy second - first.
-        interval: 95 % interval of the change; None where the noise is unknown.
+        interval: 95 % interval of the change; None if the noise is unknown.
         probability: p value of the difference, adjusted for the number of differences.
     """
 
@@ -87,7 +87,7 @@ class Comparison:
         """Compare the common groups and device counts of two sweeps.
 
         Raises:
-            ConfigError: where there are none.
+            ConfigError: there are none.
         """
         pairs = _common_groups(results_by_group(first), results_by_group(second))
         found = [item for pair in pairs for item in _differences(*pair)]
@@ -127,7 +127,7 @@ class Comparison:
         """``comparison.csv``, ``comparison.png`` and ``comparison.html`` in ``folder``.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         table, figure, page = (folder / f"comparison.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):

@@ -22,7 +22,7 @@ def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> No
     """Speedup, efficiency, training time and test accuracy over the device count as a PNG at ``path``.
 
     Args:
-        groups: by the group's name (empty where there is one group).
+        groups: by the group's name (empty if there is one group).
         path: where to write.
         simulated: whether the devices were ranks on one CPU; the title says so.
     """

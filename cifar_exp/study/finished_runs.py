@@ -34,7 +34,7 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
         overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
 
     Returns:
-        A name for each job, such as ``strong``; empty where nothing else differs.
+        A name for each job, such as ``strong``; empty if nothing else differs.
     """
     rest = [[text for text in job if distinguishes_groups(text.split("=")[0].lstrip("+"))] for job in overrides]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
@@ -54,7 +54,7 @@ class FinishedRun:
         metrics: the last value of each metric.
         series: all values of the metrics in ``SERIES``.
         params: the resolved configuration, flattened; as text where it comes from MLflow.
-        started: when it began, in seconds since the epoch; None where unknown.
+        started: when it began, in seconds since the epoch; None if unknown.
     """
 
     tags: Mapping[str, str]
@@ -121,7 +121,7 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
     """The finished runs of a sweep: from its folder unless ``uri`` is given, else from MLflow.
 
     Raises:
-        ConfigError: where there is no such sweep.
+        ConfigError: there is no such sweep.
     """
     folder = find_runs(sweep, SWEEP_RUN_FILE)
     if uri is None and folder.is_dir():
@@ -153,8 +153,8 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
     """The finished runs of a sweep, from MLflow.
 
     Raises:
-        ConfigError: where there is no such sweep in the store.
-        TrackingError: where the store cannot be read.
+        ConfigError: there is no such sweep in the store.
+        TrackingError: the store cannot be read.
     """
     problem = f"tracking.uri={masked_text(tracker.address())}: {sweep} cannot be read there"
     with store_errors(problem, "Start that server, or set another address"):

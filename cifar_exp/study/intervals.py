@@ -76,7 +76,7 @@ class Means:
 
     Attributes:
         values: (k,) the means.
-        errors: (k,) their standard errors; NaN where unknown.
+        errors: (k,) their standard errors; NaN if unknown.
         freedoms: (k,) degrees of freedom of each error; 0 where unknown.
     """
 
@@ -98,7 +98,7 @@ class Means:
         ``weights``: (k,). Means of weight 0 do not matter.
 
         Returns:
-            None where the noise of the sum is not known: of a single run, of too few blocks, or where repeats do not
+            None if the noise of the sum is not known: of a single run, of too few blocks, or where repeats do not
             differ at all, which is not the absence of noise.
         """
         used = np.asarray(weights) != 0
@@ -119,7 +119,7 @@ class Means:
             values: (m,) the sums.
 
         Returns:
-            None where the noise is not known.
+            None if the noise is not known.
         """
         if np.any(self.freedoms < FEWEST_FREEDOM):
             return None
@@ -178,7 +178,7 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(first: Estimate | None, second: Estimate | None) -> Estimate | None:
-    """``second`` - ``first`` of two independent estimates (Welch 1947); None where the noise of one is not known."""
+    """``second`` - ``first`` of two independent estimates (Welch 1947); None if the noise of one is not known."""
     # scipy.stats.ttest_ind compares two samples; here each side can be a sum of means.
     if not (first and second):
         return None

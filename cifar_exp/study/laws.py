@@ -30,7 +30,7 @@ class Fit:
     Attributes:
         law: ``Amdahl`` or ``Gustafson``.
         serial_fraction: as fitted; outside 0 to 1 the law does not describe the measurements.
-        interval: of the serial fraction; None where the noise is unknown.
+        interval: of the serial fraction; None if the noise is unknown.
         devices: the largest measured device count.
         gain: predicted throughput of twice as many devices / throughput of ``devices``.
         gain_interval: of the gain.

@@ -18,12 +18,12 @@ class RunResult:
         images_per_second: steady-state throughput over all ranks.
         train_seconds: time spent training, evaluation excluded.
         test_accuracy: 0 to 1.
-        total_seconds: of the whole run, with start-up, compilation and evaluation; None where unknown.
-        steady_seconds: of its training steps at steady-state throughput; None where unknown.
+        total_seconds: of the whole run, with start-up, compilation and evaluation; None if unknown.
+        steady_seconds: of its training steps at steady-state throughput; None if unknown.
         block_rates: images/s of each block of ``train.log_every`` steps but the first, which is warm-up.
         progress: seconds since the start and validation accuracy, after each epoch.
         disturbances: sentences with a placeholder for an amount, and the amounts.
-        steps: training steps; None where unknown.
+        steps: training steps; None if unknown.
         times: its time metrics.
     """
 
@@ -67,5 +67,5 @@ class RunResult:
         )
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Seconds from the start to the first validation with at least ``accuracy``; None where it was not reached."""
+        """Seconds from the start to the first validation with at least ``accuracy``; None if it was not reached."""
         return next((seconds for seconds, reached in self.progress if reached >= accuracy), None)

@@ -28,12 +28,12 @@ class SpeedupRow:
         train_seconds: median training time.
         time_ratio: training time of the smallest count / training time.
         test_accuracy: median, 0 to 1.
-        steady_seconds: median time of the training steps at steady-state throughput; None where unknown.
-        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None where unknown.
+        steady_seconds: median time of the training steps at steady-state throughput; None if unknown.
+        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None if unknown.
         blocks: steady-state blocks of steps in the run with the fewest.
         disturbed: number of disturbed runs.
         reached: runs that reached ``report.target_accuracy``; None without one.
-        seconds_to_accuracy: median time from the start to that accuracy over these runs; None where none reached it.
+        seconds_to_accuracy: median time from the start to that accuracy over these runs; None if none reached it.
         device_seconds_to_accuracy: that time multiplied by the number of devices.
         price_to_accuracy: its price at ``report.price_per_hour``.
         intervals: the known 95 % intervals by figure.
@@ -115,7 +115,7 @@ def speedup_rows(
 
 
 def _medians(count: int, results: Sequence[RunResult], first: SpeedupRow | None) -> SpeedupRow:
-    """The row of one device count without intervals. ``first``: that of the smallest count; None where it is this."""
+    """The row of one device count without intervals. ``first``: that of the smallest count; None if it is this."""
     rate = median(result.images_per_second for result in results)
     seconds = median(result.train_seconds for result in results)
     speedup = rate / first.images_per_second if first else 1.0

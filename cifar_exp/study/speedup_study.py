@@ -24,7 +24,7 @@ class Study:
     """Speedup by device count, in groups of runs that otherwise differ only in their seed.
 
     Attributes:
-        groups: by the group's name (empty where there is one group).
+        groups: by the group's name (empty if there is one group).
         simulated: whether the devices were ranks on one CPU.
         machines: one line for each machine of the runs.
         missing: one line for each unfinished job, such as one that diverged.
@@ -41,7 +41,7 @@ class Study:
     def of(
         cls, runs: Sequence[FinishedRun], report: ReportSettings = SPEEDUP_ALONE, unfinished: Sequence[str] = ()
     ) -> "Study | None":
-        """The study of ``runs``; None where no group has two device counts.
+        """The study of ``runs``; None if no group has two device counts.
 
         ``unfinished``: one line for each job of the sweep that is not among them.
         """
@@ -72,7 +72,7 @@ class Study:
         """``speedup.csv``, ``speedup.png`` and ``speedup.html`` in ``folder``.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         table, figure, page = (folder / f"speedup.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):
@@ -176,7 +176,7 @@ def interval_text(interval: Interval, form: str) -> str:
 
 
 def _optional(value: float | None, form: str) -> str:
-    """The formatted value; empty where it is unknown."""
+    """The formatted value; empty if it is unknown."""
     return "" if value is None else format(value, form)
 
 

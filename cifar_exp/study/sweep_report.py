@@ -22,7 +22,7 @@ def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, pri
         price_per_hour: in place of the sweep's own ``report.price_per_hour``.
 
     Raises:
-        ConfigError: where it has no finished runs with two device counts.
+        ConfigError: it has no finished runs with two device counts.
     """
     runs = finished_runs(sweep, uri)
     settings = _settings(runs, target_accuracy, price_per_hour)

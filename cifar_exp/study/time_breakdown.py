@@ -66,7 +66,7 @@ class Breakdown:
 
 
 def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
-    """A row for each rank of each device count, headings first; empty where all runs had a single rank."""
+    """A row for each rank of each device count, headings first; empty if all runs had a single rank."""
     rows = [
         [
             str(breakdown.devices),

@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> 
     """Write a file atomically; text as UTF-8.
 
     Raises:
-        OSError: where the file system refuses; the old content stays and nothing else is left behind.
+        OSError: the file system refuses; the old content stays and nothing else is left behind.
     """
     with atomic_path(path, durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

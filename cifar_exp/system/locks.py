@@ -75,7 +75,7 @@ class HeldError(Exception):
 
     Attributes:
         holder: that process, for example ``process 123 on host``.
-        marker: the file to remove if that process is gone; None where the kernel frees the lock.
+        marker: the file to remove if that process is gone; None if the kernel frees the lock.
     """
 
     def __init__(self, path: Path, holder: str, marker: Path | None) -> None:
@@ -132,7 +132,7 @@ def acquire(path: Path, timeout: float | None = 0) -> Held:
         timeout: seconds to wait for another holder; None waits as long as it takes.
 
     Raises:
-        HeldError: where another process holds it for longer.
+        HeldError: another process holds it for longer.
         OSError: the file cannot be written.
     """
     patience, marker = -1 if timeout is None else timeout, None

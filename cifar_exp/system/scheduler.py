@@ -46,7 +46,7 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
 
 
 def job_tags() -> dict[str, str]:
-    """The job-id tag; it identifies the run after a restart. Empty where the scheduler counts restarts."""
+    """The job-id tag; it identifies the run after a restart. Empty if the scheduler counts restarts."""
     return {JOB_TAG: os.environ[LOCAL_JOB]} if LOCAL_JOB in os.environ else {}
 
 

@@ -18,7 +18,7 @@ def private_folder() -> Iterator[Path]:
     """A new folder of mode 0700, removed when the block ends. Folders of killed processes are removed, too.
 
     Raises:
-        OSError: where it cannot be created.
+        OSError: it cannot be created.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         _remove_abandoned(folder)

@@ -96,7 +96,7 @@ class Trainer:
         """Train and validate epoch by epoch, until ``epochs`` are done or early stopping ends training.
 
         Returns:
-            The last validation; None where training was interrupted, to be resumed later.
+            The last validation; None if training was interrupted, to be resumed later.
         """
         averages: MetricValues | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
@@ -251,7 +251,7 @@ class Trainer:
         return self.control.agreed(StopPoint(self.step)) if self.step % self.control.every == 0 else None
 
     def _validate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> MetricValues | None:
-        """Evaluate on ``validation``; None where training was interrupted before all images were evaluated."""
+        """Evaluate on ``validation``; None if training was interrupted before all images were evaluated."""
 
         def may_continue() -> bool:
             self.control.approach(StopPoint(self.step, in_evaluation=True))
