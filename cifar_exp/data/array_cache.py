@@ -33,7 +33,7 @@ def prepare(
 ) -> DatasetFiles:
     """The dataset's files: looked up by fingerprint, then by content hash, else decoded and written.
 
-    A cache that holds the dataset is only read. It may lie on read-only storage and needs no lock.
+    A cache that has the dataset is only read. It may be on read-only storage and needs no lock.
 
     Args:
         cache: absolute folder of all cached datasets of a source.
@@ -41,7 +41,7 @@ def prepare(
         content_hash: computes sha256 of the content in hex, which is slow.
         decode: returns class names and arrays.
         setting: the setting that names ``cache``, for messages.
-        too_large: what else to do where the arrays do not fit on the disk, in one sentence.
+        too_large: a sentence with another remedy if the arrays do not fit on the disk.
 
     Raises:
         StorageError: the cache cannot be written.
