@@ -44,7 +44,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: PageFact
 
 
 def page_html(entries: Sequence[Entry], facts: PageFacts, elapsed: float) -> str:
-    """The page as HTML. While its status is starting or running it reloads every two seconds.
+    """The page as HTML. While its status is starting or running, it reloads every two seconds.
 
     Two minutes after its last drawing, as after SIGKILL, it says so and reloads every half minute.
     """

@@ -39,7 +39,7 @@ class Request(NamedTuple):
 
 
 def agree(ipc_dir: Path, point: StopPoint, request: Request) -> None:
-    """Let all ranks stop at ``point``, unless they already stop somewhere."""
+    """Make all ranks stop at ``point``, unless a stop point was already chosen."""
     agreed = ipc_dir / _AGREED_FILE
     if not agreed.exists():
         text = f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}"

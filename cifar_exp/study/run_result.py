@@ -1,4 +1,4 @@
-"""The figures of one finished run that a study uses."""
+"""The results of one finished run that a study uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Sample = tuple[int, float, float]  # step, seconds since the start of the run, v
 
 @dataclass(frozen=True)
 class RunResult:
-    """The figures of one finished run.
+    """The results of one finished run.
 
     Attributes:
         devices: number of ranks that trained.
@@ -24,7 +24,7 @@ class RunResult:
         progress: seconds since the start and validation accuracy, after each epoch.
         disturbances: sentences with a placeholder for an amount, and the amounts.
         steps: training steps; None if unknown.
-        times: its time metrics.
+        times: the time metrics.
     """
 
     devices: int
@@ -47,7 +47,7 @@ class RunResult:
         series: Mapping[str, Sequence[Sample]] | None = None,
         disturbances: Mapping[str, float] | None = None,
     ) -> "RunResult":
-        """From the last values of a finished run's metrics, and all values of some of them."""
+        """Build it from the last values of a finished run's metrics, and from all values of some of them."""
         blocks = (series or {}).get("step/images_per_second", ())
         epochs = (series or {}).get("val/accuracy", ())
         images = epochs[-1][0] * metrics["global_batch_size"] if epochs else None
