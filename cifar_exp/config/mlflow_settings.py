@@ -1,4 +1,4 @@
-"""The settings of the MLflow store: what is typed, else MLflow's environment variables, else the default."""
+"""The settings of the MLflow store: from the command line, else MLflow's environment variables, else the default."""
 
 import os
 from collections.abc import Mapping

@@ -72,7 +72,8 @@ class Comparison:
         names: the names of the sweeps.
         pairs: the name of each common group, and its results in each sweep.
         differences: of all quantities at all common device counts.
-        simulated: whether the devices of a sweep were ranks on one CPU. notes: sentences below the table.
+        simulated: whether the devices of a sweep were ranks on one CPU.
+        notes: sentences below the table.
     """
 
     names: tuple[str, str]
