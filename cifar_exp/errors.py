@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with the exit code that scripts rely on.
+"""The errors that a user can see, each with the exit code that scripts rely on.
 
 An error of these classes is shown as its message alone. Any other error is a bug, and its traceback is kept.
 """
@@ -60,7 +60,7 @@ class StorageError(CifarExpError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end. It is no ``Exception``, so that it ends a whole sweep and not one job of it."""
+    """A signal stopped the run. It is not an ``Exception``, so that it ends the whole sweep and not only one job."""
 
     def __init__(self, signal_number: int, received: float | None = None) -> None:
         """``received``: when the signal came, on the monotonic clock; None: now."""
@@ -70,7 +70,7 @@ class Stopped(KeyboardInterrupt):
 
     @classmethod
     def cause_of(cls, error: BaseException | None) -> "Stopped | None":
-        """The signal that ``error`` comes from: Python 3.11 wraps what is raised while it makes a class, in imports."""
+        """The signal that caused ``error``. Python 3.11 wraps an exception that is raised while a class is created."""
         while error is not None and not isinstance(error, cls):
             error = error.__cause__
         return error
@@ -82,7 +82,7 @@ LET_WRITE = "Allow writing there and start again"
 
 @contextmanager
 def storage_errors(path: Path, advice: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the block, which writes to ``path``, into a ``StorageError`` that ends with ``advice``."""
+    """Raise a ``StorageError`` that ends with ``advice`` for an ``OSError`` in the block, which writes to ``path``."""
     try:
         yield
     except OSError as error:

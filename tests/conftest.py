@@ -1,4 +1,4 @@
-"""What several tests need: a tiny run, a place to run it in, and the command line as a real process."""
+"""Shared fixtures: a tiny run, a folder to run it in, and the command line as a real process."""
 
 import os
 import shutil
@@ -33,28 +33,28 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """More than cores, since many tests wait; as many as memory holds, with the commands that each of them starts."""
+    """More workers than cores, since many tests wait; limited by memory for them and their commands."""
     memory = psutil.virtual_memory().available
     return max(2, min(2 * (os.cpu_count() or 1), memory // WORKERS_MEMORY, MOST_WORKERS))
 
 
 @pytest.fixture
 def only_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A real group that the test is the only rank of."""
+    """A real process group with the test as its only rank."""
     with world_of_one(tmp_path_factory.mktemp("group")) as world:
         yield world
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, where a user would stand."""
+    """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first tracked command in a folder makes; it takes MLflow seconds, and one serves all workers."""
+    """The store that the first tracked command in a folder creates. That takes seconds, so all workers share one."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty-store"
     folder.mkdir(exist_ok=True)
@@ -69,14 +69,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(workplace: Path, empty_store: Path) -> Path:
-    """The empty store that commands in ``workplace`` find, made before."""
+    """An empty store for the commands in ``workplace``, created in advance."""
     (workplace / "outputs").mkdir(mode=0o700)
     return Path(shutil.copy(empty_store, workplace / "outputs"))
 
 
 @pytest.fixture
 def no_store(store: Path) -> None:
-    """There is none: a command has to make it."""
+    """No store: the command has to create it."""
     shutil.rmtree(store.parent)
 
 
@@ -102,7 +102,7 @@ def cifar_exp(store: Path) -> Command:
 
 @pytest.fixture
 def started(store: Path) -> Iterator[Callable[..., ForkedCommand]]:
-    """Like ``cifar_exp``, but does not wait; whatever is still running at the end of the test is ended."""
+    """Like ``cifar_exp``, but does not wait. Processes that still run at the end of the test are killed."""
     processes: list[ForkedCommand] = []
 
     def start(*arguments: str, module: str = "cifar_exp.cli.main") -> ForkedCommand:
@@ -117,7 +117,7 @@ def started(store: Path) -> Iterator[Callable[..., ForkedCommand]]:
 
 @pytest.fixture
 def born(store: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Like ``started``, but as users' commands are: a new interpreter, which imports what it needs."""
+    """Like ``started``, but in a new interpreter, as for a user's command."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -147,7 +147,7 @@ def the_run(folder: Path) -> Path:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """As many for torch, whatever the machine has."""
+    """Two threads for torch, whatever the machine has."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

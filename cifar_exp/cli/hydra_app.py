@@ -43,19 +43,19 @@ ALLOWED_TARGETS = (
 
 
 class StoppedJobError(Exception):
-    """A signal ended the job. ``Stopped`` is the cause. Hydra 1.3 tells callbacks of the end for an Exception alone."""
+    """A signal ended the job; ``Stopped`` is the cause. Hydra 1.3 tells its callbacks only about an Exception."""
 
 
 class Jobs:
-    """What Hydra calls: for a single run, and for each job of a sweep, perhaps in another process.
+    """The task function for Hydra: it runs a single run, or each job of a sweep, perhaps in another process.
 
     Attributes:
         begun: whether a job was called here. An error before the first one may come from the command line.
-        exit_code: of the first job of a sweep that failed; 0 if none did.
+        exit_code: exit code of the first failed job of a sweep; 0 if none failed.
     """
 
     def __init__(self, job: Job, check: Callable[[DictConfig], None] | None, is_rerun: bool) -> None:
-        """``check``: raises what can be told of a configuration at once."""
+        """``check``: called with a configuration; raises the errors that can be found without training."""
         self._job, self._check, self._is_rerun = job, check, is_rerun
         self._before: Before | None = None  # Hydra creates the folder of a single run
         self.begun, self.exit_code = False, 0
@@ -86,19 +86,19 @@ class Jobs:
             raise
 
     def _remove_new_folder(self, folder: Path, is_single: bool, subfolder: str | None) -> None:
-        """Nothing is left of a refused job, unless it was begun before."""
+        """Remove the folder of a refused job, unless the job had been started before."""
         if is_single and self._before:
             self._before.restore(subfolder=subfolder)
         elif not is_single and not (folder / RUN_FILE).exists():
             Before(folder, [folder], frozenset()).restore(subfolder=subfolder)
 
     def check(self, composed: DictConfig) -> None:
-        """Raise a ``CifarExpError`` for what is wrong with a job's configuration and can be told at once."""
+        """Raise a ``CifarExpError`` for an error in a job's configuration that can be found without training."""
         if self._check:
             self._check(composed)
 
     def before_folder(self, folder: Path) -> None:
-        """Note what there is before Hydra creates ``folder``, and create it for this user alone.
+        """Note the state of the disk before Hydra creates ``folder``, and create it only for this user.
 
         An existing folder must contain no links.
         """
@@ -108,11 +108,11 @@ class Jobs:
             make_folder(folder)
 
     def sweep_failed(self, exit_code: int) -> None:
-        """Some jobs of a sweep failed, and each was reported."""
+        """Note that some jobs of a sweep failed. Each was reported."""
         self.exit_code = exit_code
 
     def _set_new_folder(self, hydra: Any) -> None:
-        """A run that is started again from its pickled configuration gets a folder of its own."""
+        """Give a run that is started again from its pickled configuration a new folder."""
         setup_globals()  # the name of the folder has the time in it, and the pickled one is remembered
         OmegaConf.clear_cache(hydra._get_root())
         folder = Path(hydra.run.dir).absolute()
@@ -129,7 +129,7 @@ def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None
     Args:
         job: called with the composed configuration, and the folder, overrides and sweep of the run.
         words: the words of the command line: overrides and Hydra's options.
-        check: raises what can be told of a configuration at once.
+        check: called with a configuration; raises the errors that can be found without training.
 
     Returns:
         The exit code. An error that the user can fix is printed as one message.

@@ -38,7 +38,7 @@ OWN_VALUE_OPTIONS = ("--to", "--port")
 
 
 class Commands(click.Group):
-    """Subcommands that are imported on use. A command line of options and overrides alone is one of ``train``."""
+    """Subcommands that are imported on use. A command line with only options and overrides means ``train``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -67,8 +67,8 @@ class Commands(click.Group):
 def with_subcommand_first(args: Sequence[str]) -> list[str]:
     """The words of a command line, with the subcommand as the first one.
 
-    The subcommand may stand anywhere: it is the first word that is no option, no option's value and no override.
-    ``--version`` is the package's with every subcommand.
+    The subcommand may be anywhere: it is the first word that is not an option, an option's value or an override.
+    ``--version`` always prints the package's version.
     """
     if any(word.startswith("--v") and "--version".startswith(word) for word in args):
         return ["--version"]
@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     install_signal_handlers()
     open_closed_streams()
-    ignore_broken(sys.stderr)  # a message that nobody can read must not change the exit code
+    ignore_broken(sys.stderr)  # a message that cannot be printed must not change the exit code
     code = run_command(sys.argv[1:] if args is None else list(args))
     ignore_signals()
     end_process(code)
@@ -117,10 +117,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def run_command(args: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit code. An error is printed as one message."""
     try:
-        # Not `commands.main`: click would print an empty line for Ctrl-C, and make another error of it.
+        # Not `commands.main`: for Ctrl-C, click would print an empty line and raise another error.
         with commands.make_context("cifar-exp", list(args)) as context:
             code: object = commands.invoke(context)
-        sys.stdout.flush()  # a pipe without a reader or a full disk is noticed here
+        sys.stdout.flush()  # a closed pipe or a full disk is noticed here
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:  # of --help and --version
         return ended.exit_code

@@ -1,4 +1,4 @@
-"""The options of a command line, such as ``--cfg job``, and what to write instead of those that do not exist."""
+"""The options of a command line, such as ``--cfg job``, and suggestions for unknown ones."""
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
@@ -31,7 +31,7 @@ def split_options(words: Sequence[str], known: Mapping[str, argparse.Action]) ->
 
 
 def refuse_unknown_options(words: Sequence[str], known: Collection[str]) -> None:
-    """Refuse an option that is none of Hydra's, and name the setting that it may stand for.
+    """Refuse an option that is not one of Hydra's, and suggest the setting that may be meant.
 
     Args:
         words: the words of the command line.
@@ -43,7 +43,7 @@ def refuse_unknown_options(words: Sequence[str], known: Collection[str]) -> None
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         is_long = name.startswith("--") and len(name) > 2
-        # argparse takes the beginning of a long option, and short options without a space before their value.
+        # argparse accepts abbreviated long options, and short options without a space before their value.
         if not is_long or any(option.startswith(name) for option in known):
             continue
         following = words[place + 1] if place + 1 < len(words) else ""

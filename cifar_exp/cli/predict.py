@@ -60,7 +60,7 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
 
 
 def _classify(classifier: "Classifier", files: Sequence[Path], as_json: bool) -> list[str]:
-    """Print a line for every image that can be read; what is wrong with the others."""
+    """Print a line for every readable image. Returns the problems of the others."""
     images: dict[Path, Tensor] = {}
     broken: list[str] = []
     for path in files:

@@ -49,7 +49,7 @@ def command(words: tuple[str, ...], to: Path) -> None:
 
 
 def _number(typed: Mapping[str, str], name: str, highest: float) -> float | None:
-    """A setting that must be more than 0 and at most ``highest``; None where it was not set."""
+    """A setting that must be more than 0 and at most ``highest``; None if it was not set."""
     if name not in typed:
         return None
     try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wr
 
     from cifar_exp.runs.context import RunContext
 
-# Hydra's options that train nothing.
+# Hydra's options that only print something.
 QUESTIONS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
@@ -27,7 +27,7 @@ def command(words: tuple[str, ...]) -> int:
 
 
 def check(composed: "DictConfig") -> None:
-    """Check what can be told of a job of a sweep before the first one starts.
+    """Check a job of a sweep before the first one starts.
 
     Raises:
         CifarExpError: something is wrong.
@@ -46,5 +46,5 @@ def run_job(composed: "DictConfig", context: "RunContext") -> float:
     """Train one run: a single one, or a job of a sweep. Returns the test accuracy, 0 to 1, for Hydra's sweepers."""
     from cifar_exp.runs.train_composed import train_composed
 
-    refuse_many_processes()  # a launcher of Hydra's may have started this process
+    refuse_many_processes()  # a Hydra launcher may have started this process
     return train_composed(composed, context).test_accuracy

@@ -1,4 +1,4 @@
-"""The words of a command line: settings (`key=value`) and the rest, and names that cannot be used."""
+"""The words of a command line: separate settings (`key=value`) from other words, and refuse unusable names."""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -36,13 +36,13 @@ def settings_in(words: Sequence[str], allowed: Collection[str]) -> tuple[dict[st
 
 
 def refuse_unusable_names(words: Iterable[object]) -> None:
-    """Refuse names that are no UTF-8: configuration, journal and MLflow are UTF-8 and cannot hold them.
+    """Refuse names that are not UTF-8: configuration, journal and MLflow cannot store them.
 
     Args:
-        words: words that may be or hold a path; the current folder is checked, too.
+        words: words that may be or contain a path; the current folder is checked, too.
 
     Raises:
-        ConfigError: one of them is no UTF-8, or the current folder does not exist any more.
+        ConfigError: one of them is not UTF-8, or the current folder no longer exists.
     """
     try:
         here = Path.cwd()

@@ -12,7 +12,7 @@ def argument(name: str, value: object) -> str:
 
     Args:
         name: the dotted name of a setting.
-        value: its value; a text is written so that it is read as that text, not as a number or a list.
+        value: its value; a string is quoted so that it is read as a string, not as a number or a list.
     """
     if not isinstance(value, str):
         return shlex.quote(f"{name}={value}")
@@ -33,5 +33,5 @@ def _is_read_as(word: str, value: str) -> bool:
         return isinstance(found, str) and OmegaConf.create({"value": found}).value == value
     except (HydraException, ValueError, KeyError):
         return False
-    except Exception:  # an interpolation that nothing here resolves
+    except Exception:  # an interpolation that cannot be resolved here
         return "${" in value

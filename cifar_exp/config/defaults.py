@@ -45,8 +45,8 @@ def defaults_beside(targets: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that belong to the chosen components: nested settings.
 
     Args:
-        targets: section -> its `_target_`, today's name. The section has the defaults of the first choice with that
-            `_target_`. A section that is not among them has those of the group's default choice.
+        targets: section -> its `_target_`, by its current name. A section gets the defaults of the first choice with
+            that `_target_`. Any other section gets those of the group's default choice.
     """
     defaults: dict[str, Any] = {}
     for content in _contents():

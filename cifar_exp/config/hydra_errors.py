@@ -1,4 +1,4 @@
-"""Sort Hydra's errors by cause: the command line, the disk, or a bug.
+"""Classify Hydra's errors by cause: the command line, the disk, or a bug.
 
 Exceptions of Hydra's and OmegaConf's own classes are about the command line. For other exceptions, such as a bare
 ``ValueError``, the configuration is composed once more with single overrides. An override is the cause if composing
@@ -39,7 +39,7 @@ from cifar_exp.errors import CifarExpError, ConfigError, StorageError
 from cifar_exp.system.bugs import MACHINE_ERRNOS, is_bug, origin
 
 OWN, HYDRA = "cifar_exp", "hydra"
-# These errors are about a value that the user wrote, whichever package raises them.
+# These errors are about a value from the user, whichever package raises them.
 OF_THE_VALUE = (InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue)
 PLAIN = "seed=0"  # an override that always composes
 
@@ -91,7 +91,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
 
 
 def _of_an_option(error: Exception, typed: Sequence[str]) -> ConfigError | None:
-    """The message where ``--config-name``, ``--config-path`` or ``--config-dir`` names nothing that exists."""
+    """The message for a ``--config-name``, ``--config-path`` or ``--config-dir`` that does not exist."""
     if not isinstance(error, MissingConfigException | SearchPathException):
         return None
     given = hydra_versions.given_options(typed)
@@ -112,7 +112,7 @@ def _of_an_option(error: Exception, typed: Sequence[str]) -> ConfigError | None:
 
 
 def _of_a_sweep(error: Exception, typed: Sequence[str]) -> ConfigError | None:
-    """The message where an override has several values, but ``-m`` is missing."""
+    """The message for an override with several values without ``-m``."""
     if not isinstance(error, HydraException) or hydra_versions.given_options(typed).get("multirun"):
         return None
     for word in typed:
@@ -137,7 +137,7 @@ def _not_utf8(typed: Sequence[str]) -> Path | None:
 
 
 def _unreadable(word: str) -> str:
-    """The message about a word that Hydra's grammar does not read, with the word as it can be typed."""
+    """The message for a word that Hydra's grammar cannot parse, with the corrected word."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         return f"{word}: it cannot be read as an override. Write key=value, as in train.epochs=5"
@@ -158,7 +158,7 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def causing_words(error: Exception, typed: Sequence[str]) -> list[str]:
-    """The words that cause this error; none if Hydra fails without them, too, or for another reason."""
+    """The words that cause this error; empty if Hydra also fails without them, or for another reason."""
     if origin(error, OWN, HYDRA) != HYDRA or _fails_alike(error, [PLAIN]):
         return []
     overrides = [word for word in typed if not word.startswith("-")]

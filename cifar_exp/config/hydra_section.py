@@ -1,7 +1,7 @@
 """Check what a composed configuration would make Hydra call: callbacks, and the classes of Python's logging.
 
-Anybody may have written a preset. What was typed, as in ``+hydra.callbacks.mine._target_=mine.Callback``, is the user's
-own. Hydra 1.4 has such a check of its own, Hydra 1.3 has not.
+A preset may be untrusted. A setting on the command line, such as ``+hydra.callbacks.mine._target_=mine.Callback``, is
+trusted. Hydra 1.4 has its own check of this kind; Hydra 1.3 has none.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ def check_hydra_section(config: DictConfig, trusted: Iterable[str]) -> None:
         trusted: the allowed `_target_`s: dotted paths, or modules with ``.*``.
 
     Raises:
-        ConfigError: it names something else. The message has the setting.
+        ConfigError: a `_target_` is not allowed. The message names the setting.
     """
     section: Any = OmegaConf.to_container(config.hydra, resolve=False)
     typed = (section.get("overrides") or {}).get("hydra") or ()

@@ -47,7 +47,7 @@ def run_hydra_main(
         before_folder: is called with the folder of a single run before Hydra creates it.
 
     Raises:
-        Exception: that of ``job``. Hydra's callbacks were told of it before, and Hydra prints nothing.
+        Exception: the exception of ``job``. Hydra's callbacks have been called, and Hydra prints nothing.
     """
     allowed = list(trusted)
     limit: dict[str, Any] = {"execution_whitelist": allowed} if _LIMITS_TARGETS else {}
@@ -61,11 +61,11 @@ def options() -> dict[str, argparse.Action]:
 
 
 def given_options(words: Sequence[str]) -> dict[str, Any]:
-    """The values of Hydra's options in a command line by argparse's names, such as ``config_dir``; overrides beside."""
+    """The values of Hydra's options in a command line, by argparse's names (``config_dir``), and the overrides."""
     try:
         with redirect_stderr(io.StringIO()):
             return vars(_parser().parse_known_args(list(words))[0])
-    except SystemExit:  # argparse refuses the words
+    except SystemExit:  # argparse rejects the words
         return {}
 
 
@@ -98,7 +98,7 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
 
 @contextmanager
 def ending_sweep(context: HydraContext, config: DictConfig) -> Iterator[None]:
-    """Tell Hydra's callbacks of the end of a sweep that an error ends. Hydra 1.4 does so itself."""
+    """Call Hydra's callbacks at the end of a sweep that fails. Hydra 1.4 calls them itself."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Read YAML that anybody may have written: limits on its size, its depth, and on what its aliases unfold to.
+"""Read untrusted YAML, with limits on its size, its depth, and its size after alias expansion.
 
 The safe loader refuses tags that name Python objects. Nested aliases can expand a kilobyte beyond memory.
 """
@@ -22,7 +22,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Text(io.StringIO):
-    """A text with the name of its file, which messages about its syntax have."""
+    """A text with its file name, for messages about its syntax."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class _Text(io.StringIO):
 
 
 class TooLargeError(yaml.YAMLError):
-    """The YAML is too large, too deep, or its aliases unfold to too much."""
+    """The YAML is too large, too deep, or its aliases expand to too much."""
 
 
 def load_file(path: Path) -> Any:
@@ -66,11 +66,11 @@ def _loaded(load: Callable[..., Any], text: str, name: str) -> Any:
 
 
 def check_limits(text: str, name: str) -> None:
-    """Check a YAML text against the limits, in time that grows with its length alone.
+    """Check a YAML text against the limits, in time proportional to its length.
 
     Raises:
-        TooLargeError: it is beyond one of them.
-        YAMLError: it is no YAML.
+        TooLargeError: it exceeds a limit.
+        YAMLError: it is not valid YAML.
     """
     if len(text) > MOST_BYTES:
         raise TooLargeError(f"it has more than {MOST_BYTES:,} characters")

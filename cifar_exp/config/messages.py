@@ -45,7 +45,7 @@ def invalid_setting(error: ValidationError, prefix: str) -> str:
 
 
 def _without_package(group: str, content: Any) -> str | None:
-    """The message about a preset whose settings have become settings of its group; None if it is no preset."""
+    """The message about a preset whose settings ended up in its group; None if it is not a preset."""
     tops = {name.partition(".")[0] for name in default_settings()}
     own = [str(key) for key in content if str(key) in tops] if isinstance(content, Mapping) else []
     if not own and not (conf_dir() / group).is_dir():
@@ -69,7 +69,7 @@ def invalid_value(setting: str, value: Any, problems: Sequence[Mapping[str, Any]
 
 def unknown_setting(setting: str) -> str:
     """The message for a setting that does not exist."""
-    if setting in default_settings():  # it belongs to another choice of the group
+    if setting in default_settings():  # another choice of the group has this setting
         group = setting.partition(".")[0]
         return (
             f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"

@@ -1,4 +1,4 @@
-"""The settings of the MLflow store: what is typed, else MLflow's environment variables, else the default."""
+"""The settings of the MLflow store: from the command line, else MLflow's environment variables, else the default."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 
 
 def from_environment(name: str) -> str | None:
-    """The value of the variable of the setting ``tracking.<name>``; None where it is unset or empty.
+    """The value of the variable of the setting ``tracking.<name>``; None if it is unset or empty.
 
     Raises:
         ConfigError: it is no address of a store.

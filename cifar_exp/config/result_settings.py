@@ -1,6 +1,6 @@
 """The settings that affect a run's result. Resuming, sweeps and studies use this one list."""
 
-# Sections that may change on resume. `devices` may: a resumed run keeps its global batch on any number of ranks.
+# Sections that may change on resume. `devices` is one: a resumed run keeps its global batch on any number of ranks.
 NO_EFFECT_SECTIONS = (
     "resume",
     "progress",

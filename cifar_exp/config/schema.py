@@ -1,4 +1,4 @@
-"""The typed configuration: type, meaning, unit and range of each setting. ``conf/`` has the defaults, this file none.
+"""The typed configuration: type, meaning, unit and range of each setting. The defaults are in ``conf/``.
 
 These are plain classes, and every module may import them. ``reading.py`` converts composed YAML to these classes
 and reports wrong settings.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Required
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
+from typing_extensions import TypedDict  # before Python 3.12 pydantic does not support the TypedDict of typing
 
 Count = Annotated[int, Ge(1)]
 NonNegativeCount = Annotated[int, Ge(0)]
@@ -103,7 +103,7 @@ class EarlyStoppingSettings:
     patience: Count | None
     """Consecutive epochs without improvement after which training stops; null means no early stopping."""
     metric: Literal["val/loss", "val/accuracy"]
-    """Figure that selects the best epoch: the lowest loss or the highest accuracy."""
+    """Metric that selects the best epoch: the lowest loss or the highest accuracy."""
     min_delta: NonNegativeFloat
     """Smallest change, in the metric's unit, that counts as an improvement."""
 

@@ -1,8 +1,8 @@
-"""Read the configuration that a run stored, maybe of an earlier version: today's names, defaults for new settings,
-and none that are gone.
+"""Read the stored configuration of a run, perhaps of an earlier version: rename old settings, add defaults for new
+ones, drop removed ones.
 
-A setting that an earlier version did not have counts as set to its default: such a run is resumed, predicted with and
-compared like one of today.
+A setting that an earlier version did not have counts as its default, so the run can be resumed, predicted with and
+compared like a new run.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from cifar_exp.config.limited_yaml import load_file
 from cifar_exp.config.targets import RENAMED, with_names
 
 _TARGET = "._target_"
-# `_target_` -> settings that it had in version 0.1. They said of the release what it is, so no result depends on them.
+# `_target_` -> settings that it had in version 0.1. They described the release and do not affect results.
 REMOVED = {"cifar_exp.data.cifar10.cifar10": ("size", "sha256")}
 
 
@@ -40,7 +40,7 @@ def stored_config(path: Path) -> dict[str, Any]:
 
 
 def stored_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for the configuration as dotted names, as trackers and ``run.json`` have it."""
+    """The same for a configuration with dotted names, as in trackers and ``run.json``."""
     targets = {name: RENAMED.get(str(value), value) for name, value in params.items() if name.endswith(_TARGET)}
     defaults = defaults_beside({name.removesuffix(_TARGET): target for name, target in targets.items()})
     filled = flattened(defaults) | dict(params) | targets

@@ -33,7 +33,7 @@ def prepare(
 ) -> DatasetFiles:
     """The dataset's files: looked up by fingerprint, then by content hash, else decoded and written.
 
-    A cache that holds the dataset is only read. It may lie on read-only storage and needs no lock.
+    A cache that has the dataset is only read. It may be on read-only storage and needs no lock.
 
     Args:
         cache: absolute folder of all cached datasets of a source.
@@ -41,7 +41,7 @@ def prepare(
         content_hash: computes sha256 of the content in hex, which is slow.
         decode: returns class names and arrays.
         setting: the setting that names ``cache``, for messages.
-        too_large: what else to do where the arrays do not fit on the disk, in one sentence.
+        too_large: a sentence with another remedy if the arrays do not fit on the disk.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -72,7 +72,7 @@ def _lookup(cache: Path, fingerprint: str) -> DatasetFiles | None:
 
 
 def _read_index(cache: Path) -> dict[str, str]:
-    """Content hash by fingerprint; empty where the index is missing or unreadable."""
+    """Content hash by fingerprint; empty if the index is missing or unreadable."""
     try:
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def _read_index(cache: Path) -> dict[str, str]:
 
 
 def _open_dataset(folder: Path) -> DatasetFiles | None:
-    """The dataset in ``folder``; None where it is missing, incomplete or altered."""
+    """The dataset in ``folder``; None if it is missing, incomplete or altered."""
     meta = read_meta(folder, _FORMAT, _NAMES)
     if meta is None:
         return None

@@ -24,7 +24,7 @@ class Augmentation(Protocol):
     """The interface of ``conf/augment``: a small picklable object."""
 
     def parameters(self, order: Tensor, seed: int, epoch: int) -> Tensor:
-        """A row for each position of the epoch: (N, K) float32. ``order``: (N,) the image at each position."""
+        """Draw a row for each position of the epoch: (N, K) float32. ``order``: (N,) the image at each position."""
         ...
 
     def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def shard(count: int, rank: int, world_size: int) -> range:
-    """The images that a rank evaluates: a contiguous range without padding; ranks differ by at most one image."""
+    """The images that a rank evaluates: a contiguous range without padding. Shard sizes differ by at most one image."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
@@ -36,7 +36,7 @@ def shard(count: int, rank: int, world_size: int) -> range:
 class Normalization:
     """``(pixel - shift) * scale`` per channel; pixels and ``shift`` in 0..255.
 
-    Applied after the augmentation. So the border that a translation leaves empty is black (0) before normalization.
+    It is applied after the augmentation, so the empty border of a translation is black (0) before normalization.
     """
 
     shift: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -44,7 +44,7 @@ class Normalization:
 
     @classmethod
     def of(cls, kind: str, mean: tuple[float, ...], std: tuple[float, ...]) -> "Normalization":
-        """The choice of ``train.normalization`` with the training set's figures (per channel, 0..255)."""
+        """Build the choice of ``train.normalization`` from the training set's statistics (per channel, 0..255)."""
         if kind == "zerocenter":
             return cls(shift=mean)
         if kind == "zscore":
@@ -75,7 +75,7 @@ class TrainBatches:
     """One rank's training batches, epoch by epoch.
 
     Attributes:
-        source: the training images; it delivers them on the training device.
+        source: returns the training images on the training device.
         augmentation: applied to whole batches on that device.
         normalization: applied after the augmentation.
         seed: seed of image order, augmentation and dropout.
@@ -103,7 +103,7 @@ class TrainBatches:
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch; the last partial global batch is dropped."""
+        """Steps per epoch; the last, partial global batch is dropped."""
         return len(self.source) // (self.batch_size * self.world_size * self.accumulate)
 
     def micro_batches(self, epoch: int, done: int = 0) -> Iterator[MicroBatch]:
@@ -113,7 +113,7 @@ class TrainBatches:
     def covering(self, epoch: int) -> Iterator[MicroBatch]:
         """The micro-batches of an epoch, and the images that no step takes: all ranks together cover every image once.
 
-        A single image is not left alone, since batch norm cannot normalize by it.
+        No batch has a single image, since batch norm cannot normalize it.
         """
         count, ranks = len(self.source), self.world_size * self.accumulate
         ends = [*range(self.batch_size, count - 1, self.batch_size), count]
@@ -145,7 +145,7 @@ class TrainBatches:
         return self.scales[epoch - 1] if self.scales else 1.0
 
     def make(self, *micro_batch: Tensor, scale: float = 1.0) -> Batch:
-        """Images and labels: gathered, augmented, normalised and resized on the training device."""
+        """Gather, augment, normalise and resize the images on the training device. Returns images and labels."""
         *drawn, parameters = micro_batch
         images, labels = self.source.pick(tuple(drawn))
         return resized(self.normalization(self.augmentation(images, parameters)), scale), labels

@@ -1,4 +1,4 @@
-"""The description of a cached data set, which says whether the files beside it are as they were written."""
+"""The description of a cached data set, by which altered or missing files are detected."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ def write_meta(folder: Path, version: int, names: Sequence[str], fields: Mapping
 
 
 def read_meta(folder: Path, version: int, names: Sequence[str]) -> dict[str, Any] | None:
-    """What :func:`write_meta` wrote; None where that or a file is missing, altered or of another version.
+    """What :func:`write_meta` wrote; None if that or a file is missing, altered or of another version.
 
-    Every byte is read: a bit that flipped on the disk would spoil images unseen. 150 MB take 0.05 s from the page
-    cache, and training reads them anyhow.
+    Every byte is read, since a flipped bit on the disk would corrupt images silently. 150 MB take 0.05 s from the page
+    cache, and training reads them anyway.
     """
     try:
         meta: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))

@@ -18,8 +18,8 @@ def cifar10(
 ) -> DatasetFiles:
     """CIFAR-10 as released: 50,000 training and 10,000 test images of 32 x 32 pixels in 10 classes, lossless.
 
-    Once it is decoded, neither the network nor the archive is needed. Source: Krizhevsky, Learning Multiple Layers of
-    Features from Tiny Images, 2009.
+    Once the archive is decoded, neither a download nor the archive is needed again. Source: Krizhevsky, Learning
+    Multiple Layers of Features from Tiny Images, 2009.
 
     Args:
         root: folder that the archive is downloaded to.
@@ -29,7 +29,7 @@ def cifar10(
         residency: where the images lie while ranks train, as in ``DatasetFiles``.
 
     Raises:
-        ConfigError: the mirror is no http or https address, or the residency is unknown.
+        ConfigError: the mirror is not an http or https address, or the residency is unknown.
         DataError: the archive cannot be downloaded or read, or its size or sha256 is wrong.
         StorageError: ``root`` or the cache cannot be written.
     """

@@ -41,13 +41,13 @@ def folders(
 ) -> DatasetFiles:
     """Images in ``<root>/train/<class>/`` and ``<root>/test/<class>/``; labels by sorted class name.
 
-    Images in sub-folders of a class belong to it. Hidden files and files that are no images are left out and counted.
-    How a file becomes pixels is told in ``image_reader.py``. With ``image_size`` all images are resized and cropped to
-    it, wherever they lie; without it they must have one size.
+    Images in sub-folders of a class belong to it. Hidden files and files that are not images are skipped and counted.
+    ``image_reader.py`` describes how a file is decoded. With ``image_size`` all images are resized and cropped to it,
+    for every residency; without it they must have the same size.
 
     ``loader`` reads images while training. Mean and standard deviation come from a sample of at most 5,000 training
-    images. The content hash covers paths, sizes and times of the files and ``image_size``. So touching a file changes
-    it.
+    images. The content hash covers ``image_size`` and the paths, sizes and times of the files, so touching a file
+    changes it.
 
     Args:
         root: folder that holds ``train`` and ``test``.
@@ -187,7 +187,7 @@ def _shown(lines: list[str]) -> str:
 
 
 def _fingerprint(root: Path, files: list[_ImageFile]) -> str:
-    """The location of a tree, and path, size and time of its files: what is known without reading them."""
+    """The location of a tree, and path, size and time of its files; no file is read."""
     return f"folders {_hash_listing(os.fsencode(root.absolute()), files)}"
 
 
@@ -245,7 +245,7 @@ def _resized(path: Path, size: int) -> NDArray[np.uint8] | str:
 
 
 def _stack(root: Path, decoded: dict[Path, NDArray[np.uint8] | str]) -> NDArray[np.uint8]:
-    """The images by path as one array (N, 3, H, W); refused where one is broken or differs in size from the others."""
+    """Stack the images to one array (N, 3, H, W). Refused if an image is broken or differs in size from the others."""
     broken = [f"{path}: {problem}" for path, problem in decoded.items() if isinstance(problem, str)]
     if broken:
         raise DataError(

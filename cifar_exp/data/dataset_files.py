@@ -46,7 +46,7 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """The same images on ``device``; nothing is copied if they are there already."""
+        """The same images on ``device``; not copied if they are already there."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor]]:
@@ -77,7 +77,7 @@ class DatasetFiles:
         residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
             chooses between the two by the device's free memory. ``loader`` reads files and needs ``ImageFiles``.
         validation_count: training images that are held out as the validation split (``validation_split.py``).
-        left_out: what of the source is not used, in one line; empty if all of it is.
+        left_out: the files of the source that are not used, in one line; empty if all are used.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ class DatasetFiles:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a file is read so that it is like the images of this dataset."""
+        """The preprocessing that makes a file like the images of this dataset."""
         return Preprocessing(self.image_size)
 
     def load(self, split: SplitName) -> Split:

@@ -1,4 +1,4 @@
-"""Download the CIFAR-10 archive once, resume an interrupted download, and verify size and sha256 always.
+"""Download the CIFAR-10 archive once, resume an interrupted download, and always verify size and sha256.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html
 """
@@ -39,7 +39,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
     Args:
         root: folder for the download, created if missing.
         mirror: address to download from instead of the release's own.
-        archive: a local copy; then there is no network access, and ``root`` is not touched.
+        archive: a local copy; then the network and ``root`` are not used.
 
     Raises:
         ConfigError: the mirror is no http or https address.
@@ -73,7 +73,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
 
 
 def _problem(path: Path) -> str | None:
-    """How a file differs from the release's size and sha256; None where it does not."""
+    """How a file differs from the release's size and sha256; None if it does not."""
     found_size = path.stat().st_size
     if found_size != SIZE:
         return f"{found_size:,} bytes where {SIZE:,} are expected"
@@ -106,7 +106,7 @@ def _download(address: str, part: Path, advice: str) -> None:
 
 
 def _receive(address: str, part: Path, begun: int, advice: str) -> None:
-    """Append the bytes from ``begun`` on to ``part``, or write the whole file if the server sends it."""
+    """Append the bytes from position ``begun`` to ``part``, or write the whole file if the server sends all of it."""
     with _network_errors(address), _request(address, begun) as response:
         resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
         received = begun if resumes else 0
@@ -142,7 +142,7 @@ def _receive(address: str, part: Path, begun: int, advice: str) -> None:
 
 
 def _request(address: str, begun: int) -> Any:
-    """The server's open response; the whole file if the range from ``begun`` cannot be had."""
+    """Open the server's response. It has the whole file if the server cannot send the range from ``begun``."""
     if not begun:
         return _open(address, {})
     try:

@@ -76,13 +76,13 @@ def _received(images: Images) -> Tensor:
 
 
 def _begin_worker(_number: int) -> None:
-    """Leave signals to the parent, wherever this worker was forked: torch's handler would end it at any SIGTERM."""
+    """Leave signals to the parent. Otherwise torch's handler would end this worker at any SIGTERM."""
     leave_signals_to_parent()
     end_with_parent()
 
 
 def _end_workers(iterator: Any) -> None:
-    """Ask the workers to end, and kill those that read on: they take no SIGTERM, and Python would wait for them."""
+    """Ask the workers to end, and kill those that do not: they ignore SIGTERM, and Python would wait for them."""
     iterator._shutdown_workers()
     for worker in iterator._workers:
         if worker.is_alive():

@@ -1,7 +1,7 @@
 """A dataset of image files that are read while training.
 
-It suits sets larger than memory and images of several sizes. The cache holds the list of files, the labels,
-and the channel statistics of a sample.
+Use it for datasets larger than memory and for images of several sizes. The cache has the list of files, the labels, and
+the channel statistics of a sample.
 """
 
 import os
@@ -81,7 +81,7 @@ class Listing:
         labels: one for each path.
         train_count: training images.
         digest: hash of the listing and of the files' sizes and times, in hex.
-        left_out: what of the tree is not used, in one line.
+        left_out: the files of the tree that are not used, in one line.
     """
 
     root: Path
@@ -135,7 +135,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
 
 
 def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of the dataset in ``folder``; None where it is missing, incomplete or altered."""
+    """Mean and standard deviation of the dataset in ``folder``; None if it is missing, incomplete or altered."""
     meta = read_meta(folder, _FORMAT, [name for split in SPLITS for name in _list_names(split)])
     return None if meta is None else (list(meta["mean"]), list(meta["std"]))
 

@@ -1,6 +1,6 @@
-"""How an image file becomes pixels: one reader and one resize rule for training, evaluation and prediction.
+"""Decode image files: one reader and one resize rule for training, evaluation and prediction.
 
-The rule is stored with every network (:class:`Preprocessing`), so that whoever uses it reads images as training did.
+The rule is stored with every network (:class:`Preprocessing`), so that other programs can read images as training did.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ _RULE = "cover, crop"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are read, as it is stored with a network.
+    """How images are read. It is stored with a network.
 
-    An image is turned as its EXIF data says, converted to RGB with 8 bits a channel, resized with antialiasing until it
-    just covers ``image_size``, and cropped at its centre.
+    An image is rotated as its EXIF data says, converted to RGB with 8 bits per channel, resized with antialiasing until
+    it just covers ``image_size``, and cropped at its centre.
 
     Attributes:
         image_size: height and width in pixels after the crop.
@@ -68,7 +68,7 @@ class Preprocessing:
 
 
 def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
-    """The image (3, H, W) uint8, or what is wrong with the file.
+    """The image (3, H, W) uint8, or a description of the problem.
 
     ``turned``: apply the EXIF orientation.
     """
@@ -89,7 +89,7 @@ def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
 
 
 def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image | str:
-    """The image with 8 bits a channel, or why there is no rule for it.
+    """The image with 8 bits per channel, or the reason why it cannot be converted.
 
     Of 16 bits the upper 8 are kept, as Pillow does for colours; Pillow's own conversion would clip grey to white.
     """
@@ -104,11 +104,11 @@ def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image | st
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is where its EXIF data are damaged."""
+    """The image, rotated by its EXIF orientation; unchanged if its EXIF data are damaged."""
     image.load()  # TIFF files are turned by Pillow as they are loaded
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # there are as many ways to damage EXIF data as parsers
+    except Exception:  # damaged EXIF data can raise many kinds of errors
         return image
 
 
@@ -118,7 +118,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path, rule: Preprocessing) -> Tensor | str:
-    """The image (3, *rule.image_size) uint8, or what is wrong with the file, its path first.
+    """The image (3, *rule.image_size) uint8, or a description of the problem that begins with the path.
 
     Training, evaluation and prediction all read images of a set size by this function. An image of that size stays
     unchanged.

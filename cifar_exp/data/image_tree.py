@@ -1,4 +1,4 @@
-"""The image files of a folder and its sub-folders, and a count of what is left out. No image is read."""
+"""Find the image files of a folder and its sub-folders, and count the other files. No image is read."""
 
 import os
 from collections import Counter
@@ -32,10 +32,10 @@ class Found(NamedTuple):
 
 
 class LeftOut(Counter[str]):
-    """Entries of folders that are not used, counted by kind: a suffix of a file's name, or one of the kinds above."""
+    """Counts of unused folder entries by kind: a file suffix, or one of the kinds above."""
 
     def line(self) -> str:
-        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty where nothing is left out."""
+        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty if nothing is left out."""
         suffixes = {kind: count for kind, count in self.items() if kind.startswith(".") or not kind}
         named = sorted(suffixes, key=lambda kind: (-suffixes[kind], kind))
         shown = [printable(kind)[:20] or "no suffix" for kind in named[:_MAX_SUFFIXES_SHOWN]]
@@ -69,7 +69,7 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Found]:
                     left_out[HIDDEN] += 1
                 elif entry.is_dir():
                     identity = _identity(entry.stat())
-                    if identity in seen:  # links may lead in a circle
+                    if identity in seen:  # links may form a cycle
                         left_out[_REPEATED] += 1
                     else:
                         seen.add(identity)

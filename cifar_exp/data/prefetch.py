@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 def prefetched(items: Iterable[T], count: int, enter: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """The same items, produced by a thread that runs up to ``count`` items ahead. It ends with this iterator.
+    """Yield the same items, produced by a thread that is up to ``count`` items ahead. It ends with this iterator.
 
     Args:
         items: produced in the thread; their exceptions are raised here.
-        count: most items that wait.
+        count: the maximum number of waiting items.
         enter: called first in the thread.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)

@@ -1,4 +1,4 @@
-"""Check that a data set is where the settings say, before anything else of it is imported or read."""
+"""Check that the folders of a data set exist, before the slow imports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ FOLDERS = "cifar_exp.data.class_folders.folders"
 
 
 def check_presence(section: Mapping[str, Any]) -> None:
-    """Check that the folders of ``data=folders`` exist. Other data sets are made or downloaded, or lie in a cache.
+    """Check that the folders of ``data=folders`` exist. Other data sets are generated, downloaded or cached.
 
     Args:
         section: the settings ``data``.

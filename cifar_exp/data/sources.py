@@ -19,7 +19,7 @@ from cifar_exp.data.image_files import ImageFiles
 from cifar_exp.data.prefetch import prefetched
 from cifar_exp.system.accelerator import free_bytes, supports_async_copies
 
-PREFETCHED_STEPS = 3  # enough to hide a slow one
+PREFETCHED_STEPS = 3  # steps ahead: enough to hide a slow batch
 MAX_DEVICE_SHARE = 0.5  # of a device's free memory for images; activations need the rest
 
 
@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
     def draws(self, order: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, ...]]:
-        """A draw for each part of ``order`` ((N,) int64, on the host): the tensors that :meth:`pick` takes.
+        """Yield a draw for each part of ``order`` ((N,) int64, on the host): the tensors for :meth:`pick`.
 
         The next parts may be prefetched.
 
@@ -57,10 +57,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ForwardingSource:
-    """A source that delivers what another one does. Subclasses change a part of that.
+    """A source that wraps another one. Subclasses change a part of it.
 
     Attributes:
-        source: delivers the images.
+        source: the wrapped source.
     """
 
     source: Source
@@ -110,7 +110,7 @@ def open_sources(files: DatasetFiles, device: torch.device, threads: int) -> Ite
 
 
 def residency_on(device: torch.device, choice: Residency, images_bytes: int) -> Residency:
-    """The residency that ``auto`` means for a training set of so many bytes; other choices are returned unchanged.
+    """Resolve ``auto`` for a training set of this size in bytes; other choices are returned unchanged.
 
     On the CPU ``device`` copies nothing: images are memory-mapped, one copy for all ranks.
     """

@@ -17,7 +17,7 @@ from cifar_exp.data.dataset_files import Arrays, DatasetFiles
 from cifar_exp.data.presence import SPLITS
 from cifar_exp.errors import ConfigError
 
-VERSION = 1  # to be raised whenever the images change
+VERSION = 1  # increase it whenever the images change
 _SHAPES = ("cross", "disc", "ring", "square", "triangle")
 CLASSES = tuple(f"{shape}-{texture}" for shape in _SHAPES for texture in ("checks", "stripes"))
 _NOISE = 16.0  # largest change of a pixel by noise
@@ -59,7 +59,7 @@ def _draw(labels: NDArray[np.int64], image_size: int, rng: np.random.Generator) 
     columns, rows = (np.floor((along + uniform(0, 8) * unit) / period).astype(np.int32) & 1 for along in (x, y))
     stripes = np.where(uniform(0, 1) < 0.5, columns, rows)  # horizontal or vertical
     texture = np.where(labels[:, None, None, None] % 2 == 0, columns ^ rows, stripes)
-    # Either sign for each channel: the mean image of a class is flat, so a linear model finds nothing.
+    # Either sign for each channel: the mean image of a class is flat, so a linear model cannot learn it.
     contrast = uniform(50, 100, 3) * np.where(uniform(0, 1, 3) < 0.5, -1, 1).astype(np.float32)
     background = uniform(80, 176, 3)
     noise = rng.integers(0, 256, (len(labels), 3, image_size, image_size), dtype=np.uint8).astype(np.float32)

@@ -20,7 +20,7 @@ def hold_out(files: DatasetFiles, share: float) -> DatasetFiles:
     """The same dataset with a ``share`` (0 to 1) of its training images held out.
 
     Raises:
-        ConfigError: where that is no image, or all of them.
+        ConfigError: the share amounts to no image or to all images.
     """
     count = round(share * files.train_count)
     if share and not 0 < count < files.train_count:

@@ -1,1 +1,1 @@
-"""What a person sees of one run: terminal, live page, figures."""
+"""Show one run to the user: terminal, live page, figures."""

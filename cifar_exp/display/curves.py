@@ -7,14 +7,14 @@ from itertools import pairwise
 
 from cifar_exp.records.journal import Entry
 
-MAX_POINTS = 600  # a curve; more than the pixels they would share tells nothing
+MAX_POINTS = 600  # per curve; more points than pixels show nothing more
 SMOOTHING_EPOCHS = 0.25  # time constant of the smoothed curves
 Point = tuple[float, float]  # (iteration, value)
 
 
 @dataclass(frozen=True)
 class PageFacts:
-    """Facts about a run for page and figure, beside the journal.
+    """Facts about a run for the page and the figure, in addition to the journal.
 
     Attributes:
         title: for example ``convnet 32x4 on CIFAR-10``.
@@ -64,14 +64,14 @@ def series(entries: Sequence[Entry], name: str) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], steps: float) -> list[Point]:
-    """Exponential average over about ``steps`` iterations. A value that is not finite stays, and is not averaged."""
+    """Exponential average over about ``steps`` iterations. A value that is not finite is kept, but not averaged."""
     result: list[Point] = []
     total = weight = previous = 0.0
     for step, value in points:
         if math.isfinite(value):
             decay = math.exp((previous - step) / steps)
             total = total * decay + value
-            weight = weight * decay + 1  # sum of the weights, so that the first values are not biased towards zero
+            weight = weight * decay + 1  # sum of the weights, which corrects the bias of the first values towards zero
             previous, value = step, total / weight
         result.append((step, value))
     return result
@@ -80,7 +80,7 @@ def smoothed(points: Sequence[Point], steps: float) -> list[Point]:
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> Sequence[Point]:
     """At most ``limit`` points: the first, the last, and the lowest and highest of each stretch between them.
 
-    A stretch with values that are not finite keeps one of them, so that the gap stays, and the highest value.
+    A stretch with values that are not finite keeps one of them, which leaves a gap, and its highest value.
     """
     if len(points) <= limit:
         return points

@@ -17,8 +17,8 @@ from cifar_exp.system.surroundings import in_notebook
 
 Mode = Literal["auto", "bar", "live", "lines", "quiet"]
 LIVE_PAUSE = 1.0  # minimum seconds between updates of the live line, because a notebook stores every update
-PAGE_PAUSE = 2.0  # seconds between two drawings of the page, at least
-PAGE_SHARE = 0.002  # of the time may go into drawing the page again
+PAGE_PAUSE = 2.0  # minimum seconds between two updates of the page
+PAGE_SHARE = 0.002  # maximum share of the time for updating the page
 
 
 class Display:
@@ -39,7 +39,7 @@ class Display:
     def open(self) -> None:
         """Draw the empty page and bar."""
         self._draw_page("starting")
-        self._next_page = time.monotonic() + PAGE_PAUSE  # its cost, which includes the import of Jinja2, does not recur
+        self._next_page = time.monotonic() + PAGE_PAUSE  # not counted: it includes the import of Jinja2
         if self._mode == "bar":
             columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
@@ -67,7 +67,7 @@ class Display:
             self._console.print(epoch_line(entry, self._facts.epochs), highlight=False)
 
     def close(self, status: Status) -> None:
-        """The last state of the page, and the figure."""
+        """Draw the final page and the figure."""
         if self._line:
             self._line.clear()
         if self._bar:
@@ -86,7 +86,7 @@ class Display:
             training_figure.draw_training(self._entries, self._facts, self._run_dir / "training.png")
 
     def is_final(self, error: Exception) -> bool:  # noqa: ARG002
-        """Always true: nothing is shown twice."""
+        """Always true: a failed call is not repeated."""
         return True
 
     def _state(self, epoch: int) -> str:
@@ -105,7 +105,7 @@ class Display:
 
 
 class LiveLine:
-    """A line that is written over, by a carriage return alone: notebooks know no codes that move the cursor."""
+    """A line that is overwritten after a carriage return. Notebooks support no control codes that move the cursor."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._width, self._next = console, 0, 0.0
@@ -118,12 +118,12 @@ class LiveLine:
             self._width = len(text)
 
     def replace(self, text: str) -> None:
-        """Write ``text`` over what is there, for good; what follows goes below."""
+        """Replace the line by ``text``, which stays; later output is written below it."""
         self._write(f"\r{text:<{self._width}}\n" if self._width else f"{text}\n")
         self._width = 0
 
     def clear(self) -> None:
-        """Take away what is there."""
+        """Erase the line."""
         if self._width:
             self._write(f"\r{'':<{self._width}}\r")
             self._width = 0
@@ -141,7 +141,7 @@ def suitable(console: Console) -> Literal["bar", "live", "lines"]:
 
 
 def short_epoch_line(entry: Entry, epochs: int) -> str:
-    """One epoch in 80 characters: more is broken in the cell of a notebook."""
+    """One epoch in 80 characters: a notebook cell wraps longer lines."""
     metrics = entry.metrics
     return (
         f"epoch {entry.epoch:>{len(str(epochs))}}/{epochs}  loss {metrics['train/loss']:.3f}  "

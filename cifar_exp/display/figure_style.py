@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colours, which colour-blind people can distinguish: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#8a3f74"
 SERIES_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, SOFT, BAND = "#1b1f24", "#59636e", "#f2f4f7"
@@ -17,7 +17,7 @@ DPI = 120  # 10 inches wide: 1200 pixels
 
 
 def empty_figure(height: float) -> "Figure":
-    """10 inches wide, ``height`` inches high, on a canvas that draws to files whatever the environment names."""
+    """10 inches wide, ``height`` inches high, on a canvas that draws to files, whatever ``MPLBACKEND`` is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ def save_png(figure: "Figure", path: Path) -> None:
 
 
 def tidy_axes(axes: "Axes") -> None:
-    """A light grid behind the data, and no frame above and at the right."""
+    """Draw a light grid behind the data, and no frame at the top and on the right."""
     axes.grid(color="#e2e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

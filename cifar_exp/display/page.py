@@ -34,7 +34,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: PageFact
         The page's path.
 
     Raises:
-        StorageError: where the file system refuses.
+        StorageError: a file cannot be written.
     """
     page = run_dir / PAGE_FILE
     text = page_html(entries, facts, elapsed)
@@ -44,7 +44,7 @@ def write_progress_page(run_dir: Path, entries: Sequence[Entry], facts: PageFact
 
 
 def page_html(entries: Sequence[Entry], facts: PageFacts, elapsed: float) -> str:
-    """The page as HTML. While its status is starting or running it reloads every two seconds.
+    """The page as HTML. While its status is starting or running, it reloads every two seconds.
 
     Two minutes after its last drawing, as after SIGKILL, it says so and reloads every half minute.
     """

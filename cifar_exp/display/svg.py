@@ -1,4 +1,4 @@
-"""What the plots of the page show: curves as SVG paths, ticks and grid as places and texts, for ``plots.html``."""
+"""The content of the page's plots for ``plots.html``: curves as SVG paths, ticks and grid as positions and texts."""
 
 import math
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ class Plot:
     Attributes:
         quantity: ``accuracy`` or ``loss``.
         unit: ``%`` or none.
-        label: the plot in a sentence, for those who cannot see it.
+        label: a description of the plot for screen readers.
         top: upper end of the value axis, in the unit.
         grid: heights in percent, and the numbers beside them.
         raw: path of the training curve as measured.
@@ -144,7 +144,7 @@ def line_path(points: Sequence[Point], end: float, top: float) -> str:
 
 
 def dots_path(points: Sequence[Point], end: float, top: float) -> str:
-    """SVG path of lines without length, which round caps make into dots that no stretching deforms."""
+    """SVG path of lines without length. Round caps draw them as dots, which stretching does not deform."""
     return "".join(f"M{_place(step, value, end, top)}h0" for step, value in points if math.isfinite(value))
 
 

@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates. ``asset("page.css")`` in a template inserts a file that lies beside this module."""
+"""HTML pages from Jinja2 templates. ``asset("page.css")`` inserts a file from the folder of this module."""
 
 from functools import cache
 from pathlib import Path

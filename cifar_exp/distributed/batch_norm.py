@@ -1,8 +1,8 @@
 """Batch-norm statistics over ranks: the choices of ``train.batch_norm``.
 
 In training, a layer normalizes by the mean and variance of a batch: the batch of its rank, or of all ranks under
-``synchronized``. In evaluation it uses running statistics. Each rank has collected its own, so
-:func:`combine_over_ranks` makes them equal before they are used or saved.
+``synchronized``. In evaluation it uses running statistics. Each rank has its own, so :func:`combine_over_ranks` makes
+them equal before they are used or saved.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,10 +28,10 @@ from cifar_exp.system.accelerator import exact
 def combine_over_ranks(model: nn.Module, choice: BatchNorm) -> None:
     """Make the running statistics equal on all ranks.
 
-    - ``local``: take those of rank 0, as DDP's broadcast of buffers does.
-    - any other: take those of all ranks' images together. The mean is the mean over ranks. The variance is the mean of
-      the variances plus the variance of the means (law of total variance); a mean of variances would lack the second
-      part. Ranks have batches of equal size. Bessel's correction is neglected: 1 / images of the variance.
+    - ``local``: use the statistics of rank 0, as DDP's broadcast of buffers does.
+    - any other: use the statistics of the images of all ranks. The mean is the mean over ranks. The variance is the
+      mean of the variances plus the variance of the means (law of total variance); a mean of variances would lack the
+      second part. Ranks have batches of equal size. Bessel's correction is neglected: 1 / images of the variance.
     """
     if choice == "local":
         broadcast_buffers(model)
@@ -50,7 +50,7 @@ def _add(buffer: Tensor, more: Tensor) -> None:
 
 
 def load_combined(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> None:
-    """Load the saved buffers of several ranks, combined as :func:`combine_over_ranks` does it.
+    """Load the saved buffers of several ranks, combined as in :func:`combine_over_ranks`.
 
     ``of_ranks``: ``model.buffers()`` of each rank. The buffers of a single rank are loaded unchanged.
     """
@@ -65,7 +65,7 @@ def load_combined(model: nn.Module, of_ranks: Sequence[Sequence[Tensor]]) -> Non
 
 
 def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics by those of ``batches`` on all ranks, as MATLAB's ``trainNetwork`` does at its end
+    """Recompute the running statistics over ``batches`` on all ranks, as MATLAB's ``trainNetwork`` does at its end
     (``BatchNormalizationStatistics="population"`` in ``trainingOptions``).
 
     Each batch norm normalizes by the batch, so its inputs are what they were in training. All other layers are in
@@ -73,7 +73,7 @@ def recompute(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: on the device of ``batches``.
-        batches: this rank's images, (B, C, H, W) each. Where no rank has any, the statistics stay.
+        batches: this rank's images, (B, C, H, W) each. If no rank has any, the statistics stay unchanged.
     """
     layers = batch_norms(model)
     moments = [exact(_statistics(layer)[0].new_zeros((3, layer.num_features))) for layer in layers]

@@ -35,7 +35,7 @@ def all_gather_numbers(values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def wait_for_all() -> None:
-    """Return when all ranks have called this."""
+    """Wait until all ranks have called this (a barrier)."""
     dist.barrier()
 
 

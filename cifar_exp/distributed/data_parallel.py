@@ -24,8 +24,8 @@ class Communication:
     """Time of the gradient all-reduce, by the host's clock. CPU ranks only: GPU kernels are asynchronous.
 
     Attributes:
-        exposed: exposed communication in seconds, one value per step. It lasts from the moment when the last bucket of
-            gradients is complete to the end of the backward pass. Nothing is computed in this time.
+        exposed: exposed communication in seconds, one value per step. It lasts from the completion of the last bucket
+            of gradients to the end of the backward pass. The rank computes nothing in this time.
         averaging: seconds with at least one all-reduce in flight, including the wait for the straggler.
     """
 
@@ -37,27 +37,27 @@ class Communication:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # gloo calls back from its own thread
 
     def bucket_complete(self) -> None:
-        """The gradients of a bucket are computed; their averaging starts."""
+        """Called when the gradients of a bucket are computed and their averaging starts."""
         with self._lock:
             self._last_bucket = time.perf_counter()
             self._since = self._since if self._in_flight else self._last_bucket
             self._in_flight += 1
 
     def bucket_averaged(self) -> None:
-        """The averaging of a bucket has ended."""
+        """Called when the averaging of a bucket has ended."""
         with self._lock:
             self._in_flight -= 1
             if not self._in_flight:
                 self.averaging += time.perf_counter() - self._since
 
     def backward_done(self) -> None:
-        """The backward pass has ended, and all averaging with it."""
+        """Called when the backward pass, and with it all averaging, has ended."""
         if self._last_bucket is not None:
             self.exposed.append(time.perf_counter() - self._last_bucket)
             self._last_bucket = None
 
     def take(self) -> tuple[list[float], float]:
-        """The exposed seconds of each step, and the overlapped seconds of all steps. Counting starts again at zero."""
+        """Return the exposed seconds of each step and the overlapped seconds of all steps, and reset both."""
         exposed, averaging = self.exposed, self.averaging
         self.exposed, self.averaging = [], 0.0
         return exposed, max(0.0, averaging - sum(exposed))
@@ -69,8 +69,8 @@ def data_parallel(model: nn.Module, world: World, has_unused: bool = False) -> t
     DDP does not broadcast buffers at each step: that would be one more collective. ``batch_norm.combine_over_ranks``
     combines them before they are used.
 
-    Where a parameter may get no gradient in a step (``has_unused``, or code of a user's in the network), DDP searches
-    for such parameters in each step. One that no rank used keeps no gradient, as on a single rank.
+    If a parameter may get no gradient in a step (``has_unused``, or a network with a user's code), DDP searches for
+    such parameters in each step. A parameter that no rank has used gets no gradient, as on a single rank.
     """
     communication = Communication()
     if world.size == 1:
@@ -93,13 +93,13 @@ def data_parallel(model: nn.Module, world: World, has_unused: bool = False) -> t
     return parallel, communication
 
 
-# Modules whose layers pass every parameter in every step. A user's may leave some out, as stochastic depth does.
+# Modules that use every parameter in every step. A user's module may skip some, as stochastic depth does.
 STATIC = ("torch.nn.", "torchvision.", "cifar_exp.models.")
 FUSED = ("cifar_exp.cpu_kernels.", "cifar_exp.distributed.")
 
 
 def _uses_all(model: nn.Module) -> bool:
-    """Whether the network is of known layers alone, as they were written."""
+    """Whether the network has only known, unmodified layers."""
     return all(
         type(module).__module__.startswith((*STATIC, *FUSED)) and "forward" not in vars(module)
         for module in model.modules()
@@ -107,7 +107,7 @@ def _uses_all(model: nn.Module) -> bool:
 
 
 def _silence_search_warning(device: torch.device) -> None:
-    """Trigger torch's one-time warning here and suppress it: that the search may not be needed."""
+    """Trigger and suppress torch's one-time warning that the search may not be needed."""
     saved = os.dup(2)
     try:
         with Path(os.devnull).open("w") as nothing:

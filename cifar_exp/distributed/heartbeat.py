@@ -1,4 +1,4 @@
-"""Heartbeats: each rank writes its progress to a file of its own, which the launcher reads."""
+"""Heartbeats: each rank writes its progress to its own file, which the launcher reads."""
 
 import struct
 from pathlib import Path
@@ -14,8 +14,8 @@ class Heartbeat(NamedTuple):
 
     Attributes:
         process: process id of the rank.
-        point: the stop point that the rank is on its way to.
-        stage: waits for other ranks that the rank has reached on its way there.
+        point: the next stop point of the rank.
+        stage: number of waits for other ranks that the rank has reached since the previous stop point.
         beats: heartbeats of the rank so far.
     """
 
@@ -26,7 +26,7 @@ class Heartbeat(NamedTuple):
 
     @property
     def progress(self) -> tuple[StopPoint, int]:
-        """How far the rank is. Of several ranks that wait for each other, the hung one has the lowest progress."""
+        """The rank's progress, for comparison. Of ranks that wait for each other, the hung rank has the lowest."""
         return self.point, self.stage
 
     @property

@@ -1,4 +1,4 @@
-"""The bytes that ranks send in an all-reduce, and how fast the link between them carries these."""
+"""The bytes that ranks send in an all-reduce, and the bandwidth of the link between them."""
 
 import time
 from statistics import median

@@ -49,12 +49,12 @@ def joined_world(accelerator: str, rendezvous_dir: Path, timeout: float) -> Iter
     device = device_of(accelerator, int(os.environ["LOCAL_RANK"]))
     if accelerator == "gpu":
         torch.cuda.set_device(device)
-    # All ranks are on this machine, so the loopback interface is enough. A cluster's environment may name another one.
+    # All ranks are on this machine, so loopback is enough. A cluster's environment may name another interface.
     os.environ["NCCL_SOCKET_IFNAME" if accelerator == "gpu" else "GLOO_SOCKET_IFNAME"] = host.loopback()
     # NCCL's watchdog breaks CUDA graph capture, so it is off. The launcher's watchdog detects dead ranks instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # Not by an address: `?` and `#` in a path would change its meaning.
+    # Not as a URL: `?` and `#` in a path would change its meaning.
     store = dist.FileStore(str(rendezvous_dir / f"ranks-{attempt}"), size)  # type: ignore[attr-defined]
     # On one core, gloo's reader thread preempts the writer and spins on its lock. SCHED_BATCH threads do not preempt.
     # Figures: benchmarks/README.md.

@@ -17,8 +17,8 @@ class RankControl:
         ipc_dir: the folder that ranks and launcher share; None for a single rank without a launcher.
         run_dir: the run folder.
         rank: this rank.
-        every: steps between two stop points. 1 on CPUs, where DDP makes the ranks wait in each step. On GPUs, where the
-            host runs ahead, the steps between two reads of the loss.
+        every: steps between two stop points. 1 on CPUs, where ranks wait for each other in each step. On GPUs, where
+            the host runs ahead, the steps between two reads of the loss.
         seconds: training finishes after so many seconds from now; None: no limit.
     """
 
@@ -39,14 +39,14 @@ class RankControl:
             self.beat()
 
     def beat(self) -> None:
-        """Give a heartbeat, with the progress of this rank."""
+        """Send a heartbeat with the progress of this rank."""
         if self._file is not None:
             self._beats += 1
             beat = Heartbeat(os.getpid(), self._point, self._stage, self._beats)
             os.pwrite(self._file, beat.packed(), 0)
 
     def next_stage(self) -> None:
-        """Call before this rank may wait for others on its way to a stop point. All ranks have the same stages.
+        """Call before each wait for other ranks between two stop points. All ranks have the same stages.
 
         When ranks wait for each other, the hung rank is the one at the lowest stage.
         """
@@ -67,7 +67,7 @@ class RankControl:
         return found[1] if found and point >= found[0] else None
 
     def done(self) -> None:
-        """Note that this rank has done its work: from now on its process may end."""
+        """Mark this rank's work as done: from now on its process may end."""
         if self.ipc_dir:
             (self.ipc_dir / f"done-{os.getpid()}").touch()
 

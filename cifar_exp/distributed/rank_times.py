@@ -1,4 +1,4 @@
-"""Where each rank's time went, and which rank the others waited for. Pure arithmetic.
+"""How each rank spent its time, and for which rank the others waited. Pure arithmetic.
 
 Ranks share no clock. In each step all ranks wait until gradients are averaged. The slowest rank, the straggler, comes
 last, so its all-reduce time is the shortest. A rank's waiting time is its all-reduce time minus the straggler's.
@@ -17,8 +17,8 @@ CLOCKED = (
     "waiting",
 )  # known only where the averaging of each step is measured
 PREFIX = "rank_time/"
-OFTEN = 0.5  # share of the steps: a straggler is last in more of them
-NOTABLE = 0.02  # share of the others' training time: they wait for a straggler longer than that
+OFTEN = 0.5  # share of the steps; a straggler is last in a larger share
+NOTABLE = 0.02  # share of the other ranks' training time; they wait longer than that for a straggler
 
 
 @dataclass
@@ -72,11 +72,11 @@ class RankTimes:
         return figures | {f"{PREFIX}{rank}/last_share": count / steps for rank, count in enumerate(self.last) if steps}
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes."""
+        """The state for :meth:`load_state_dict`."""
         return deepcopy(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Load a state."""
         self.__init__(**deepcopy(dict(state)))  # type: ignore[misc]
 
 
@@ -91,7 +91,7 @@ def by_rank(metrics: Mapping[str, float]) -> list[dict[str, float]]:
 
 
 def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
-    """A sentence about the straggler; None where there is none.
+    """A sentence about the straggler; None if there is none.
 
     A straggler is the slowest rank in more than half of the steps, and the others wait for it for more than 2 % of
     their training time.

@@ -39,7 +39,7 @@ class Request(NamedTuple):
 
 
 def agree(ipc_dir: Path, point: StopPoint, request: Request) -> None:
-    """Let all ranks stop at ``point``, unless they already stop somewhere."""
+    """Make all ranks stop at ``point``, unless a stop point was already chosen."""
     agreed = ipc_dir / _AGREED_FILE
     if not agreed.exists():
         text = f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}"
@@ -47,13 +47,13 @@ def agree(ipc_dir: Path, point: StopPoint, request: Request) -> None:
 
 
 def ended_by(ipc_dir: Path) -> Request | None:
-    """The request that ended training before its last step; None where there was none."""
+    """The request that ended training before its last step; None if there was none."""
     found = agreement(ipc_dir)
     return found[1] if found else None
 
 
 def agreement(ipc_dir: Path) -> tuple[StopPoint, Request] | None:
-    """Where and why all ranks stop; None where they do not."""
+    """Where and why all ranks stop; None if they do not."""
     try:
         step, in_evaluation, kind, reason = (ipc_dir / _AGREED_FILE).read_text().split(" ", 3)
     except FileNotFoundError:

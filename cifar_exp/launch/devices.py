@@ -17,7 +17,7 @@ class DeviceSet:
         accelerator: ``cpu``, ``gpu`` or ``mps``.
         world_size: number of ranks.
         threads: CPU threads per rank.
-        found: number of GPUs, or of cores that this process may use by its affinity and its container's CPU quota.
+        found: number of GPUs; on CPUs, number of cores that CPU affinity and the container's CPU quota allow.
         oversubscribed: whether ranks share a core.
     """
 
@@ -82,7 +82,7 @@ def _by_quota() -> str:
 
 
 def check_apples_gpu(wanted: Devices) -> None:
-    """Check the devices of a run on Apple's GPU; runs on others are left to :func:`find_devices`.
+    """Check the devices of a run on Apple's GPU. Other devices are checked by :func:`find_devices`.
 
     Raises:
         MachineError: PyTorch finds no such GPU, or more than one rank is requested.

@@ -67,8 +67,8 @@ class ElasticLauncher:
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, ipc_dir)`` in ``job.plan.world_size`` processes.
 
-        On SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 the ranks finish their step and save. They are killed at a second
-        signal or after ``GRACE_SECONDS`` seconds.
+        On SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 the ranks finish their step and save. They are killed at
+        a second signal or after ``GRACE_SECONDS`` seconds.
 
         Args:
             function: called in each rank with the job and the folder that ranks and launcher share.
@@ -80,7 +80,7 @@ class ElasticLauncher:
         Raises:
             WorkerError: a rank raised, died or hung, and no restart is left. The message has the traceback of the rank
                 that failed first.
-            CifarExpError: a rank raised this error, which the user can fix.
+            CifarExpError: a rank raised an error that the user can fix.
             StorageError: the temporary folder cannot be written, or was removed while the ranks trained.
             Stopped: one of these signals arrived; all ranks have ended.
         """
@@ -118,8 +118,8 @@ class ElasticLauncher:
             local_addr="127.0.0.1",
             start_method=host.start_method(),
             logs_specs=DefaultLogsSpecs(log_dir=str(ipc_dir / "logs")),
-            # This launcher answers the signals that ask a run to end. Elastic's handlers raise an exception, and parts
-            # of elastic catch it. They also end a run under nohup.
+            # This launcher handles the signals that stop a run. Elastic's handlers raise an exception, and parts of
+            # elastic catch it. They also end a run under nohup.
             signals_to_handle="SIGQUIT",
         )
 
@@ -138,7 +138,7 @@ def _shared_folder() -> Iterator[Path]:
 
 
 def _log_to_the_runs_file() -> None:
-    """Send elastic's log of failing workers to the run's log only. The user gets one message from this launcher."""
+    """Write elastic's log of failed workers only to the run's log. The user gets one message from this launcher."""
     for name in ("torch.distributed", "torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
@@ -146,7 +146,7 @@ def _log_to_the_runs_file() -> None:
 
 
 def _name_callers_cheaply() -> None:
-    """Name the caller of each rendezvous event by its frame. torch reads all frames' sources, 18 times a start."""
+    """Name the caller of each rendezvous event by its frame. torch reads the source of every frame, 18 times."""
     if hasattr(dynamic_rendezvous, "get_method_name"):
         dynamic_rendezvous.get_method_name = _caller
 

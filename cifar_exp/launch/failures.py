@@ -1,4 +1,4 @@
-"""Why the ranks of a run have failed: the error for the user."""
+"""Find out why the ranks failed, and raise the error for the user."""
 
 import multiprocessing
 import signal
@@ -29,12 +29,12 @@ DEATHS = {
 
 @contextmanager
 def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: StoppingInOrder, max_restarts: int) -> Iterator[None]:
-    """Raise what torch elastic raises inside this context as an error of this package.
+    """Convert an exception of torch elastic inside this context to an error of this package.
 
     Args:
         ipc_dir: the folder that ranks and launcher share.
-        watchdog: of the ranks.
-        stopping: of the ranks.
+        watchdog: the watchdog of the ranks.
+        stopping: handles the stop signals.
         max_restarts: the number of restarts.
 
     Raises:
@@ -72,10 +72,10 @@ def _vanished(watchdog: Watchdog) -> WorkerError:
 
 
 def first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, max_restarts: int) -> CifarExpError:
-    """The cause of a failed run.
+    """Find the cause of a failed run.
 
-    A killed rank leaves no failure file, and its peers fail because of it. So a rank without a file is the cause; if
-    there is none, the rank that failed first is.
+    A killed rank leaves no failure file, and the other ranks fail because of it. So a rank without a file is the cause.
+    If every rank has a file, the cause is the rank that failed first.
     """
     if is_removed(ipc_dir):
         return _removed(ipc_dir)
@@ -103,7 +103,7 @@ def first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, ma
 
 
 def is_removed(ipc_dir: Path) -> bool:
-    """Whether the ranks' folder was removed, or that of the fork server's socket."""
+    """Whether the ranks' folder or the folder of the fork server's socket was removed."""
     sockets = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
     return not ipc_dir.exists() or (sockets is not None and not Path(sockets).exists())
 

@@ -35,10 +35,10 @@ def spawning_with_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def without_main_module() -> Iterator[None]:
-    """Processes that multiprocessing starts in the block do not import the program's main module.
+    """Inside this context multiprocessing starts processes that do not import the program's main module.
 
-    It may be a user's script without ``if __name__ == "__main__"``, which would train again in each rank. The pickled
-    ``Job`` refers to nothing in that module.
+    That module may be a user's script without ``if __name__ == "__main__"``, which would train again in
+    each rank. The pickled ``Job`` does not refer to it.
     """
     main = sys.modules["__main__"]
     hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}

@@ -1,4 +1,4 @@
-"""The launcher's answer to signals that ask a run to end: ranks save, then end."""
+"""How the launcher handles signals that stop a run: the ranks save, then end."""
 
 import signal
 import threading
@@ -19,12 +19,12 @@ GRACE_SECONDS = 7.0  # seconds after a signal in which ranks may finish their st
 
 @dataclass
 class StoppingInOrder:
-    """Stop the ranks gracefully on a signal that asks the run to end, while the context is open.
+    """Stop the ranks gracefully on a stop signal, while the context is open.
 
-    At the first signal the ranks are asked to finish their step and save. They are killed after ``GRACE_SECONDS``
-    seconds (elastic would wait half a minute for a suspended rank) or at the second signal. A handler that the program
-    around this one had for the signal is called once the ranks have ended: submitit's requeues the job. The end of the
-    context raises ``Stopped`` of the first signal. A thread other than the main one answers no signals.
+    The first signal asks the ranks to finish their step and save. They are killed after ``GRACE_SECONDS`` seconds
+    (elastic would wait half a minute for a suspended rank) or at the second signal. If the calling program had its own
+    handler for the signal, it is called after the ranks have ended: submitit's handler requeues the job. The end of the
+    context raises ``Stopped`` for the first signal. Outside the main thread, signals are not handled.
 
     Attributes:
         ipc_dir: the folder that ranks and launcher share.

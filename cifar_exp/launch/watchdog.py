@@ -18,9 +18,9 @@ ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
 class Watchdog:
     """A thread in the launcher that kills hung ranks and detects ranks whose process ended without an error.
 
-    If no rank sends a heartbeat for ``timeout`` seconds, some rank is hung and the others wait for it. Ranks whose
-    process is suspended are hung. If there is none, the ranks with the lowest progress are. The number of heartbeats
-    says nothing: a rank with a larger share of the evaluation sends more of them.
+    If no rank sends a heartbeat for ``timeout`` seconds, at least one rank is hung and the others wait for it. The hung
+    ranks are those whose process is suspended; if no process is, those with the lowest progress. The number of
+    heartbeats is not compared: a rank with a larger evaluation shard sends more of them.
 
     Attributes:
         ipc_dir: the folder that ranks and launcher share.
@@ -78,8 +78,8 @@ class Watchdog:
     def _find_dead_ranks(self, beats: dict[int, Heartbeat]) -> bool:
         """Update ``vanished`` with ranks that ended before their work was done.
 
-        Elastic treats exit code 0 as success. It would report the peers, which fail as a consequence. With one rank it
-        would wait forever.
+        Elastic treats exit code 0 as success. It would report the other ranks, which fail as a consequence. With a
+        single rank it would wait forever.
 
         Returns:
             Whether no rank is left.

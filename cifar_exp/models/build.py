@@ -28,9 +28,9 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def seeded(factory: ModelFactory, num_classes: int, seed: int, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """Build the network with initial weights drawn from ``seed``, without an effect on torch's own generator.
+    """Build the network with initial weights drawn from ``seed``. torch's global generator is not affected.
 
-    ``image_size``: height and width, from which lazy layers take their shapes; None: they stay as they are.
+    ``image_size``: height and width, from which lazy layers get their shapes; None: lazy layers stay uninitialized.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def _is_lazy(model: nn.Module) -> bool:
 
 
 def arrange(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """Lay out the weights of 2-D convolutions. ``Module.to`` would fail on those of 3-D ones."""
+    """Set the memory format of 2-D convolution weights. ``Module.to`` would fail for 3-D convolutions."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.to(memory_format=memory_format)
@@ -69,7 +69,7 @@ class _Layers(nn.Sequential):
 
 
 def compile_in_place(model: nn.Module) -> None:
-    """``model.compile()``. Before torch 2.14 that skips an ``nn.Sequential``: its ``forward`` is PyTorch's own."""
+    """Call ``model.compile()``. Before torch 2.14 it skips an ``nn.Sequential``, whose ``forward`` is PyTorch's own."""
     if type(model) is nn.Sequential:
         model.__class__ = _Layers
     model.compile()

@@ -1,4 +1,4 @@
-"""Networks with width and depth, as functions of ``num_classes``. They take images (N, 3, H, W) float."""
+"""Functions that build networks from ``width``, ``depth`` and ``num_classes``. They take images (N, 3, H, W) float."""
 
 from collections import OrderedDict
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The base class of layers that replace a network's batch norms: fused ones, and ones synchronized over ranks."""
+"""The base class of layers that replace a network's batch norms: fused layers, and layers synchronized over ranks."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""A network that learns in few epochs: a fixed whitening layer, few convolutions, early pooling.
+"""A network that trains in few epochs: a fixed whitening layer, few convolutions, early pooling.
 
 The architecture is that of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
 arXiv:2404.00498).
@@ -19,7 +19,8 @@ SMALLEST_VARIANCE = 5e-4
 
 
 class Whitening(nn.Conv2d):
-    """Decorrelates patches: outputs are the principal components of a patch at unit variance, and their negatives.
+    """Decorrelates patches. The outputs are a patch's principal components, scaled to unit variance, and their
+    negatives.
 
     The weights are computed from training images and not trained. Learning them would use up many of the few steps
     (Page 2019, "How to Train Your ResNet", part 8).
@@ -77,7 +78,7 @@ def speednet(
         num_classes: number of labels.
         widths: channels of the three blocks.
         depth: convolutions per block.
-        whitening: whether the first layer whitens; otherwise it is trained like the others.
+        whitening: whether the first layer is a fixed whitening layer; otherwise it is trained like the others.
         batch_norm_momentum: weight of a batch in the running statistics; 0.1 is too slow for 200 steps.
         logit_scale: standard deviation of the classifier's initial weights.
     """

@@ -97,7 +97,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether the deviation is within the tolerance; NaN is not."""
+        """Whether the deviation is within the tolerance; False for NaN."""
         return self.measured <= self.tolerance
 
 
@@ -105,9 +105,9 @@ def compared(reference: Measurement, ranks: Sequence[Measurement], plan: Plan, a
     """All checks.
 
     Args:
-        reference: of one rank that accumulates the micro-batches of all ranks.
-        ranks: of each rank, in order.
-        plan: of these ranks.
+        reference: the measurement of one rank that accumulates the micro-batches of all ranks.
+        ranks: the measurement of each rank, in order.
+        plan: the plan of these ranks.
         allowed: the tolerances.
     """
     return [

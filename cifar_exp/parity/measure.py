@@ -69,13 +69,13 @@ class Measurement:
     network: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write it atomically."""
+        """Write the measurement atomically."""
         with atomic_path(path, durable=False) as temporary:
             torch.save(vars(self) | {"evaluated": vars(self.evaluated)}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Read what :meth:`save` wrote."""
+        """Read a measurement that :meth:`save` wrote."""
         content = torch.load(path, map_location="cpu", weights_only=True)
         return cls(**content | {"evaluated": MetricValues(**content["evaluated"])})
 
@@ -113,7 +113,7 @@ def measure(
 ) -> Measurement:
     """Hash one epoch's batches, train ``STEPS`` steps, evaluate.
 
-    The process exits when the launcher asks its ranks to leave.
+    The process exits if the launcher asks the ranks to stop.
 
     Args:
         job: the run.

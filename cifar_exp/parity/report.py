@@ -51,7 +51,7 @@ class ParityResult:
     """The checks for one number of ranks.
 
     Attributes:
-        ranks: how many.
+        ranks: the number of ranks.
         devices: in words.
         checks: the same ones for each number of ranks.
         figures: further measurements for the JSON file.
@@ -115,10 +115,10 @@ class ParityReport:
             console.print(table)
 
     def write(self, folder: Path) -> Path:
-        """``parity.md`` and ``parity.json`` in ``folder``; the former's path.
+        """Write ``parity.md`` and ``parity.json`` to ``folder``. Returns the path of ``parity.md``.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         page, figures = (folder / name for name in REPORT_FILES)
         with storage_errors(folder, FREE_SPACE):
@@ -194,7 +194,7 @@ def _cell(check: Check) -> str:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """One text if all are equal, else all of them."""
+    """A single text if all are equal, else all of them."""
     return ", ".join(dict.fromkeys(filter(None, texts))) if len(set(texts)) == 1 else ", ".join(texts)
 
 

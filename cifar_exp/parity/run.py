@@ -67,8 +67,8 @@ def prepared(configs: Sequence[Config], components: Sequence[Components]) -> lis
     """A case for each configuration.
 
     Raises:
-        ConfigError: where ranks cannot share the batch, or one rank cannot train on it.
-        MachineError: where there are too few devices.
+        ConfigError: ranks cannot share the batch, or one rank cannot train on it.
+        MachineError: there are too few devices.
     """
     cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, components, strict=True)]
     for case in cases:

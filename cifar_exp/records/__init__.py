@@ -1,1 +1,1 @@
-"""A run's folder on disk: journal, checkpoints, exported model, and how a run is found."""
+"""The run folder on disk: journal, checkpoints, exported model. Also finds a run's folder."""

@@ -42,14 +42,14 @@ class Checkpoint:
     """A network in training: enough to predict with it and to resume its training bit for bit.
 
     Attributes:
-        model: state dict of the network to predict with, buffers included; with an EMA of the weights, of that.
-        trained: state dict of the network to train; equal to ``model`` without an EMA.
+        model: state dict of the network to predict with, buffers included: the EMA of the weights if there is one.
+        trained: state dict of the network in training; equal to ``model`` without an EMA.
         training: the trainer's state: optimizer, epoch, step, times.
         classes: class names in the order of their labels.
         shift: subtracted from each channel, 0..255.
-        scale: multiplied to each channel after that.
+        scale: each channel is then multiplied by it.
         image_size: height and width of the images that the network was evaluated on.
-        preprocessing: how an image file is read for it, as ``Preprocessing`` stores it; None before version 0.2.
+        preprocessing: how image files are read, as stored by ``Preprocessing``; None before version 0.2.
     """
 
     model: Mapping[str, Tensor]
@@ -73,11 +73,11 @@ class CheckpointPosition:
         world_size: number of ranks.
         data_hash: sha256 of the images, in hex.
         config_hash: sha256 of the settings that affect the result, in hex.
-        seconds: time that the run had taken, over all its sessions.
-        best_step: step of the best checkpoint so far; kept until a better one is saved; None without a validation
-            split.
+        seconds: time of the run so far, over all its sessions.
+        best_step: step of the best checkpoint so far, which is kept until a better one is saved; None without a
+            validation split.
         best_value: ``early_stopping.metric`` of that epoch.
-        run_id: the tracker's id of the run; None where no tracker had opened it yet.
+        run_id: the tracker's id of the run; None if no tracker had opened it yet.
     """
 
     epoch: int
@@ -94,7 +94,7 @@ class CheckpointPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(CheckpointPosition):
-    """Facts about a checkpoint that are known without reading it.
+    """The description of a checkpoint, stored in its own file.
 
     Attributes:
         file: name of the checkpoint, in the same folder.
@@ -120,7 +120,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
     """Write a checkpoint, then delete all but the ``keep`` newest ones and the best ones that their manifests name.
 
     Raises:
-        StorageError: where the file system refuses; earlier checkpoints stay.
+        StorageError: the checkpoint cannot be written; earlier ones are kept.
     """
     folder = run_dir / CHECKPOINTS
     path = free_path(checkpoint_path(run_dir, position.step))
@@ -144,7 +144,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
         write_atomically(manifest_path, sealed(asdict(manifest)))
         delete_checkpoint(manifest_path, but=path)
         saved = manifests(run_dir)
-        # This one is not the newest where the run resumed before a damaged checkpoint.
+        # This one is not the newest if the run resumed from before a damaged checkpoint.
         newest = {*saved[-keep:], manifest_path}
         for old in set(saved) - newest - set(map(best_named_by, newest)):
             old.unlink()  # first: a checkpoint without a manifest is ignored
@@ -154,14 +154,14 @@ def save(run_dir: Path, checkpoint: Checkpoint, position: CheckpointPosition, ke
 
 
 def newest_intact_manifest(run_dir: Path, warn: Callable[[str], None]) -> Manifest | None:
-    """The manifest of the newest checkpoint whose size and sha256 match it. None where no checkpoint was completed.
+    """The manifest of the newest checkpoint whose size and sha256 match it. None if no checkpoint was completed.
 
     Args:
         run_dir: the run's folder.
         warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        StorageError: where all checkpoints are damaged.
+        StorageError: all checkpoints are damaged.
     """
     paths = manifests(run_dir)[::-1]
     for path in paths:
@@ -196,7 +196,7 @@ def _verified(path: Path, warn: Callable[[str], None]) -> Manifest | None:
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """The content of a manifest's file, with a sha256 of its fields in `seal`, so that an altered field is detected."""
+    """The content of a manifest file. `seal` is the sha256 of the fields, so that an altered field is detected."""
     seal = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     return json.dumps({**fields, "seal": seal}, indent=1).encode()
 
@@ -205,8 +205,8 @@ def _unsealed(path: Path) -> Manifest:
     """The manifest at ``path``.
 
     Raises:
-        ValueError: where the seal is wrong, or a field is missing or of another kind.
-        StorageError: where it has fields that this version does not know.
+        ValueError: the seal is wrong, or a field is missing or has the wrong type.
+        StorageError: it has fields that this version does not know.
     """
     content = foreign_files.read_text(path)
     fields = dict(foreign_files.from_json(content))
@@ -239,7 +239,7 @@ def load(run_dir: Path, manifest: Manifest) -> Checkpoint:
     """A checkpoint that :func:`newest_intact_manifest` has verified; no code in it is executed (``weights_only``).
 
     Raises:
-        StorageError: where it cannot be read, or is no checkpoint of this package.
+        StorageError: the file cannot be read, or is not a checkpoint of this package.
     """
     path = run_dir / CHECKPOINTS / manifest.file
     try:
@@ -254,7 +254,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
     """The newest intact checkpoint of a run.
 
     Raises:
-        StorageError: where it has none.
+        StorageError: it has none.
     """
     manifest = newest_intact_manifest(run_dir, warn)
     if manifest is None:
@@ -263,10 +263,10 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
 
 
 def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint of a run's best epoch, as the newest intact manifest names it; None without a best epoch.
+    """The checkpoint of a run's best epoch, which the newest intact manifest names; None without a best epoch.
 
     Raises:
-        StorageError: where it is damaged or missing.
+        StorageError: it is damaged or missing.
     """
     manifest = newest_intact_manifest(run_dir, warn)
     if manifest is None or manifest.best_step is None:
@@ -283,7 +283,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def own_version() -> str:
-    """The version of this package; empty where it is not installed."""
+    """The version of this package; empty if it is not installed."""
     try:
         return version("cifar-exp")
     except PackageNotFoundError:  # source code that is not installed

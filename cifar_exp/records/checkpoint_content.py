@@ -1,7 +1,7 @@
-"""Read an untrusted checkpoint: no code is run, and no more memory is used than the file has bytes.
+"""Read an untrusted checkpoint: no code is run, and no more memory is used than the size of the file.
 
-``torch.load`` with ``weights_only`` runs no code. It would unpack compressed entries, though, and returns tensors that
-claim any shape, or values of any kind.
+``torch.load`` with ``weights_only`` runs no code. But it unpacks compressed entries, and it returns tensors that claim
+any shape and values of any type.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ FIELDS = ("model", "trained", "training", "classes", "shift", "scale", "image_si
 
 
 def sha256(path: Path, size: int) -> str | None:
-    """The sha256 of a file in hex; None where it has another size.
+    """The sha256 of a file in hex; None if it has another size.
 
     Raises:
-        OSError: it cannot be read, is a link, or is larger than the memory.
+        OSError: it cannot be read, is a link, or is larger than the machine's memory.
     """
     with foreign_files.opened(path, psutil.virtual_memory().total) as file:
         if path.stat().st_size != size:
@@ -38,7 +38,7 @@ def load(path: Path) -> dict[str, Any]:
     """The fields of a checkpoint.
 
     Raises:
-        ValueError: it is no checkpoint, is damaged, or claims more than the file holds.
+        ValueError: it is not a checkpoint, is damaged, or claims more than the file holds.
         OSError: it cannot be read.
     """
     try:
@@ -65,7 +65,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_values(content: Any) -> None:
-    """Check each tensor, and that there are not too many values. An object is visited once: it may be in many lists."""
+    """Check each tensor and the number of values. An object that is in several lists is visited only once."""
     waiting, seen = [content], set[int]()
     while waiting:
         value = waiting.pop()
@@ -81,7 +81,7 @@ def _check_values(content: Any) -> None:
 
 
 def _check_fields(content: Any) -> None:
-    """Check the kind of what prediction and resuming use; the error names a missing field."""
+    """Check the types of the fields that prediction and resuming use."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError("it holds no fields")
     if lacking := [name for name in FIELDS if name not in content]:

@@ -1,4 +1,4 @@
-"""The names of checkpoint files. Other files in ``checkpoints/`` are the user's: not counted and not removed."""
+"""The names of checkpoint files. Other files in ``checkpoints/`` belong to the user: ignored, never removed."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def manifests(run_dir: Path) -> list[Path]:
-    """The files with the name of a manifest, by their step."""
+    """The manifest files, sorted by step."""
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return []
@@ -45,7 +45,7 @@ def free_path(path: Path) -> Path:
     """
     try:
         named = foreign_files.read_json(path.with_suffix(".json"))["file"]
-    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+    except (OSError, ValueError, TypeError, KeyError):  # no manifest, or a damaged one
         return path
     return path.with_stem(f"{path.stem}-again") if named == path.name else path
 

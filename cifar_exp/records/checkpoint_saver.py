@@ -24,7 +24,7 @@ class CheckpointSaver:
         """Copy ``checkpoint`` and write it in the background; waits for the previous save.
 
         Raises:
-            StorageError: where the previous save has failed.
+            StorageError: the previous save has failed.
         """
         self.wait()
         copy = Checkpoint(**_on_cpu(vars(checkpoint)))
@@ -34,7 +34,7 @@ class CheckpointSaver:
         """Wait until everything is on disk.
 
         Raises:
-            StorageError: where a checkpoint could not be written.
+            StorageError: a checkpoint could not be written.
         """
         if self._saving:
             saving, self._saving = self._saving, None
@@ -54,7 +54,7 @@ class CheckpointSaver:
 
 
 def _on_cpu(state: Any) -> Any:
-    """A copy of nested state with its tensors on the CPU, which training does not change."""
+    """A deep copy of nested state on the CPU, which training does not modify."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):

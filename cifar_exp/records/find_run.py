@@ -20,12 +20,11 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
     Args:
         name: ``latest``, a folder, or an MLflow run id.
         setting: what the user set to ``name``, for the message.
-        with_checkpoint: find runs that can be predicted with. Such a folder may hold nothing but ``config.yaml`` and
-            ``checkpoints/``.
+        with_checkpoint: find a run to predict with. Its folder may hold only ``config.yaml`` and ``checkpoints/``.
 
     Raises:
-        ConfigError: where there is no such run.
-        StorageError: where a file of the run is a link, or no regular file.
+        ConfigError: there is no such run.
+        StorageError: a file of the run is a link, or no regular file.
     """
     folder = find_folder(name, CHECKPOINTS if with_checkpoint else RUN_FILE)
     if folder:
@@ -41,14 +40,15 @@ def find_run(name: str, setting: str = "run", with_checkpoint: bool = False) -> 
 
 
 def find_runs(name: str, *marker_files: str) -> Path:
-    """The folder that holds the runs to read: any folder, else that of the run or sweep with this id, or the latest.
+    """The folder with the runs to read: ``name`` itself if it is a folder, else the run or sweep with this id, or the
+    latest.
 
     Args:
         name: ``latest``, a folder, or an MLflow run id.
-        marker_files: as for :func:`find_folder`. The first one that is found counts.
+        marker_files: as for :func:`find_folder`; the first one that is found decides.
 
     Returns:
-        ``name`` as a path where this disk has no such folder.
+        The folder, or ``name`` as a path if there is none.
     """
     if name != LATEST and _is_folder(name):
         return Path(name)
@@ -57,11 +57,11 @@ def find_runs(name: str, *marker_files: str) -> Path:
 
 
 def find_folder(name: str, marker_file: str) -> Path | None:
-    """The folder of a run or a sweep; None where this disk has none.
+    """The folder of a run or a sweep; None if there is none on this disk.
 
     Args:
         name: ``latest``, a folder, or an MLflow run id.
-        marker_file: only a folder that holds a file or folder of this name is meant.
+        marker_file: the folder must contain a file or folder of this name.
     """
     if name == LATEST:
         changed = {path.parent: _changed(path) for path in OUTPUTS.rglob(marker_file)}
@@ -71,13 +71,13 @@ def find_folder(name: str, marker_file: str) -> Path | None:
 
 
 def _changed(marker: Path) -> float | None:
-    """When a run or sweep last wrote this marker, in seconds since the epoch. For ``checkpoints/``: a checkpoint."""
+    """When the marker was last written, in seconds since the epoch. For ``checkpoints/``: when a checkpoint was."""
     files = manifests(marker.parent) if marker.name == CHECKPOINTS else [marker]
     return max((path.stat().st_mtime for path in files if path.is_file()), default=None)
 
 
 def checked(folder: Path) -> Path:
-    """``folder``, once :func:`check_folder` has found nothing wrong."""
+    """Run :func:`check_folder`, then return ``folder``."""
     check_folder(folder)
     return folder
 

@@ -1,6 +1,6 @@
 """Check a run's or sweep's folder before a file in it is read or written: it is untrusted.
 
-A link in it could let this program show, send or overwrite a file elsewhere, and reading a FIFO would never end.
+A link in the folder could make this program show, send or overwrite a file elsewhere. Reading a FIFO would never end.
 """
 
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 from cifar_exp.errors import StorageError
 from cifar_exp.system.printable import printable
 
-# Folders of a run whose files are read or written. Further files of the run lie beside them.
+# Subfolders of a run folder whose files are read or written.
 FOLDERS = ("checkpoints", ".hydra")
-# Names of files that a run or a sweep reads or writes, and the ends of such names.
+# Names of files that a run or a sweep reads or writes, and suffixes of such names.
 FILES = frozenset(
     (
         *("config.yaml", "run.json", "outcome.json", "metrics.jsonl", "mlflow_run_id", ".undelivered", ".lock", "stop"),
@@ -39,7 +39,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_job_folders(sweep_dir: Path) -> None:
-    """Check that the folders in a sweep's folder are its own: jobs are continued in them.
+    """Check that the job folders of a sweep are no links, since jobs are continued in them.
 
     Raises:
         StorageError: one is a link.

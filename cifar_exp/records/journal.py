@@ -25,8 +25,8 @@ from cifar_exp.system.atomic_files import force_to_disk
 
 JOURNAL_FILE = "metrics.jsonl"
 RUN_ID_FILE = "mlflow_run_id"
-LONGEST_LINE = 2**20  # bytes; a line of a run on 1,000 ranks has some 300,000
-MOST_BYTES = 2**28  # of a journal that is read whole; a line has some 300
+LONGEST_LINE = 2**20  # bytes; a line of a run on 1,000 ranks has about 300,000
+MOST_BYTES = 2**28  # of a journal that is read at once; a line has about 300
 _RUN_ID = re.compile(r"[\w-]{1,64}")
 
 
@@ -50,7 +50,7 @@ class Entry:
 class JournalWriter:
     """Appends entries; each is flushed to the operating system at once.
 
-    A resumed run repeats the steps after its checkpoint. The journal may have them already; they are not written twice.
+    A resumed run repeats the steps after its checkpoint. Steps that the journal already has are not written twice.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -61,10 +61,10 @@ class JournalWriter:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: Entry) -> None:
-        """Append one entry. JSON has no NaN or infinity: they are written as strings that ``float`` reads.
+        """Append one entry. JSON has no NaN or infinity, so they are written as strings that ``float`` can read.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         metrics = {
             name: value if math.isfinite(value) else str(value)
@@ -82,7 +82,7 @@ class JournalWriter:
         """Force the journal to disk, so that it survives a crash of the machine.
 
         Raises:
-            StorageError: where the file system refuses, or the file was deleted.
+            StorageError: the file cannot be written, or was deleted.
         """
         with storage_errors(Path(self._file.name), FREE_SPACE):
             if os.fstat(self._file.fileno()).st_nlink == 0:
@@ -90,10 +90,10 @@ class JournalWriter:
             force_to_disk(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is still buffered.
+        """Write the buffered lines and close the file.
 
         Raises:
-            StorageError: where the file system refuses; the file is closed all the same.
+            StorageError: the lines cannot be written; the file is closed nevertheless.
         """
         with storage_errors(Path(self._file.name), FREE_SPACE):
             self._file.close()
@@ -106,7 +106,7 @@ class JournalWriter:
 
 
 def _drop_partial_line(path: Path) -> None:
-    """Remove the partial last line of a killed writer, which would corrupt the next line. No reader has used it."""
+    """Remove the partial last line of a killed writer, which would corrupt the next line. Readers have ignored it."""
     if path.exists():
         foreign_files.opened(path, MOST_BYTES).close()
         with path.open("rb+") as file:
@@ -154,7 +154,7 @@ def read(run_dir: Path) -> list[Entry]:
     """All complete lines of the run's journal, in order.
 
     Raises:
-        StorageError: it is damaged, no regular file or too large.
+        StorageError: it is damaged, not a regular file, or too large.
     """
     path = run_dir / JOURNAL_FILE
     entries: list[Entry] = []
@@ -179,7 +179,7 @@ def last_values(run_dir: Path) -> dict[str, float]:
 
 
 def run_id(folder: Path) -> str | None:
-    """The tracker's id of the run or sweep in ``folder``; None where no tracker has opened it yet."""
+    """The tracker's id of the run or sweep in ``folder``; None if no tracker has opened it yet."""
     path = folder / RUN_ID_FILE
     if not path.exists():
         return None

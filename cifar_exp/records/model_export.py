@@ -17,7 +17,7 @@ MODEL_FILE = "model.safetensors"
 
 
 def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]) -> Path:
-    """Write the network of a run's best epoch if there is one, else that of the last epoch.
+    """Write the network of the run's best epoch if there is one, else the network of the last epoch.
 
     Each entry of the file's metadata is JSON: ``classes``, ``shift`` and ``scale`` (of each channel, 0 to 255: the
     network takes ``(pixel - shift) * scale``), ``image_size`` (height and width that it takes), ``preprocessing`` (how
@@ -29,7 +29,7 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
         warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        StorageError: where the checkpoint cannot be read, or the file cannot be written.
+        StorageError: the checkpoint cannot be read, or the file cannot be written.
     """
     saved = checkpoint.best(run_dir, warn) or checkpoint.newest(run_dir, warn)
     path = run_dir / MODEL_FILE
@@ -39,8 +39,8 @@ def publish(run_dir: Path, model: Mapping[str, Any], warn: Callable[[str], None]
 
 
 def _content(saved: Checkpoint, model: Mapping[str, Any]) -> bytes:
-    # Contiguous copies: the format has neither strides nor shared tensors.
-    # State that is no tensor (``get_extra_state``) is in checkpoints alone.
+    # Contiguous copies: the format has neither strides nor shared tensors. Only tensors are exported: other state
+    # (``get_extra_state``) is only in checkpoints.
     weights = {
         name: value.contiguous().clone() for name, value in saved.model.items() if isinstance(value, torch.Tensor)
     }

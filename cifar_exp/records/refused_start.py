@@ -1,4 +1,4 @@
-"""Remove what was written for a run or sweep that was refused: nothing of it stays behind."""
+"""Remove everything that was written for a run or sweep that was refused."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,12 @@ HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")  # in hydra.output
 
 @dataclass(frozen=True)
 class Before:
-    """What there was before the folder of a run or sweep was created.
+    """The state of the disk before the folder of a run or sweep was created.
 
     Attributes:
         folder: that folder.
-        missing: it and its parents, innermost first, as far as they did not exist.
-        names: of the files and folders in it.
+        missing: the folder and its parents that did not exist, innermost first.
+        names: names of the files and folders in it.
     """
 
     folder: Path
@@ -35,7 +35,7 @@ class Before:
         return cls(folder, [place for place in (folder, *folder.parents) if not place.exists()], names)
 
     def restore(self, files: Iterable[str] = (), subfolder: str | None = None) -> None:
-        """Remove only files that this start wrote. Its open log files are closed first.
+        """Remove only files that this start has written. Its open log files are closed first.
 
         Args:
             files: names of the files that were written for the refused run, besides its log and its lock.

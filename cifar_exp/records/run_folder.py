@@ -1,6 +1,6 @@
 """Files of the run folder: lock, ``run.json``, ``outcome.json``, ``.undelivered``.
 
-Whatever MLflow gets is written here first, so that it can be delivered after an outage.
+Everything that MLflow gets is written here first, so that it can be delivered after an outage.
 """
 
 import os
@@ -48,7 +48,7 @@ class RunInfo:
         sweep_dir: the folder of the run's sweep; None for a single run.
         started_from: folder and step of the checkpoint that a new run started from; None for a run from scratch.
         key: unique key by which a tracker recognises the run after a lost response; empty in old runs.
-        sessions: random ids of the run's sessions, this one's last; empty where nothing is trained.
+        sessions: random ids of the run's sessions, the current one last; empty if nothing is trained.
     """
 
     name: str
@@ -89,7 +89,7 @@ class RunInfo:
         A sweep folder must be a parent of the run folder.
 
         Raises:
-            StorageError: where they are missing, unreadable, or name a file that is not in the folder.
+            StorageError: the facts are missing or unreadable, or name a file outside the folder.
         """
         path = next((path for path in (folder / RUN_FILE, folder / SWEEP_RUN_FILE) if path.exists()), folder / RUN_FILE)
         try:
@@ -141,15 +141,15 @@ class Outcome:
 
 
 def lock_run_folder(run_dir: Path, patience: float = 0.5) -> locks.Held:
-    """Lock a run's folder until this process ends. The kernel frees the lock however the process ends.
+    """Lock a run folder until this process ends. The kernel releases the lock even if the process is killed.
 
     Args:
         run_dir: the folder.
         patience: seconds to wait for another process, which may only be testing the lock.
 
     Raises:
-        ConfigError: where another process is training in it.
-        StorageError: where a file of the run is a link, or no regular file, or the lock cannot be opened.
+        ConfigError: another process is training in it.
+        StorageError: a file of the run is a link or not a regular file, or the lock cannot be opened.
     """
     check_folder(run_dir)
     lock = run_dir / LOCK_FILE
@@ -193,7 +193,7 @@ def is_undelivered(run_dir: Path) -> bool:
 
 
 def mark_delivered(run_dir: Path, store: str) -> str:
-    """Note that ``store`` has everything; returns the store that still lacks a part, or an empty text."""
+    """Note that ``store`` has everything. Returns the store that still lacks a part, or an empty string."""
     path = run_dir / UNDELIVERED_FILE
     with suppress(OSError):
         owed = foreign_files.read_text(path)
@@ -209,9 +209,9 @@ def plain_sync_command(folder: Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder of a run or a sweep, and ``outputs/`` if that is missing: mode 0700, for the user alone.
+    """Create the folder of a run or a sweep, and ``outputs/`` if it is missing, with mode 0700: only for this user.
 
-    Folders that were there before keep their mode, and other parents get the usual one: they may be shared.
+    Existing folders keep their mode. Other parents get the default mode, since they may be shared.
     """
     for new in (OUTPUTS, folder):
         if folder.absolute().is_relative_to(new.absolute()):
@@ -222,7 +222,7 @@ def make_folder(folder: Path) -> None:
 def make_job_private(folder: Path) -> None:
     """Set the mode of a sweep's job folder to 0700 right after Hydra has created it.
 
-    A folder with files of others or of an earlier start was there before, and keeps its mode.
+    A folder that already has other files, or files of an earlier start, keeps its mode.
     """
     with suppress(OSError):  # another user's folder, or a file system without modes
         names = {path.name for path in folder.iterdir()}

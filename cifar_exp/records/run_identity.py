@@ -1,12 +1,13 @@
-"""Which folder a run belongs to, so that a copy of the folder is a run of its own.
+"""Detect copies of a run folder, so that a copy becomes a separate run.
 
 ``run.json`` holds a random key, by which a tracker recognises the run. A copied folder has the same key. Two things
 distinguish a copy from the original:
 
-- The place: the path and inode of the folder. A folder is a copy where both differ and the folder at the noted path
-  still has the same key. A folder that was moved, renamed or restored from a backup is no copy.
-- The sessions: each start adds a random id to ``run.json`` and then to the tracker's run. Where the tracker's run has
-  the id of a session that ``run.json`` lacks, another copy has continued it, perhaps on another machine.
+- The place: the path and inode of the folder. A folder is a copy if both differ from those in ``run.json`` and the
+  folder at the noted path still has the same key. A folder that was moved, renamed or restored from a backup is not a
+  copy.
+- The sessions: each start adds a random id to ``run.json`` and then to the tracker's run. If the tracker's run has a
+  session id that ``run.json`` lacks, another copy has continued the run, perhaps on another machine.
 """
 
 import uuid
@@ -73,7 +74,7 @@ def as_another_run(run: RunInfo) -> RunInfo:
 
 
 def original_of(folder: Path, content: Mapping[str, Any]) -> Path | None:
-    """The folder that ``folder`` is a copy of; None where it is none.
+    """The folder that ``folder`` is a copy of; None if it is not a copy.
 
     Args:
         folder: the folder of a run or a sweep.
@@ -94,7 +95,7 @@ def original_of(folder: Path, content: Mapping[str, Any]) -> Path | None:
 
 
 def known_hashes(folder: Path, same_version: bool) -> frozenset[str]:
-    """The config hashes that checkpoints of the run may have; empty where they are not known.
+    """The config hashes that checkpoints of the run may have; empty if unknown.
 
     Two versions of this package can have different hashes for the same settings. ``run.json`` lists the hashes of all
     sessions. Earlier versions of this package listed the first session's only; it says nothing about checkpoints that

@@ -50,7 +50,7 @@ OUTCOME_FACTS = TypeAdapter(OutcomeFacts)
 
 
 def reason(error: Exception) -> str:
-    """Why facts were refused: the first of pydantic's problems on one line, or the text of another error."""
+    """Why facts were refused, in one line: pydantic's first problem, or the text of another error."""
     if not isinstance(error, ValidationError):
         return str(error)
     problem = error.errors(include_url=False)[0]

@@ -37,12 +37,12 @@ class Classifier:
 
         Args:
             run_dir: the run's folder. It may be untrusted: ``trusted_modules`` in its config.yaml is ignored.
-            which: ``best``, ``last``, or neither for the best one where one is kept.
-            trusted: further modules whose code may run, besides this package, torch and torchvision.
+            which: ``best`` or ``last``; empty: the best checkpoint if there is one, else the last.
+            trusted: modules outside this package, torch and torchvision whose code may run.
 
         Raises:
-            ConfigError: the best one is wanted and none is kept.
-            StorageError: where it holds no readable checkpoint.
+            ConfigError: the best checkpoint is requested, but the run has none.
+            StorageError: the folder has no readable checkpoint.
         """
         saved = None if which == "last" else checkpoint.best(run_dir, tell)
         if saved is None and which == "best":
@@ -63,22 +63,22 @@ class Classifier:
 
     @property
     def batch(self) -> int:
-        """How many images are labelled at a time: as many as have some 50 MB of pixels."""
+        """The batch size, in images: about 50 MB of pixels."""
         height, width = self.preprocessing.image_size
         return max(1, min(500, 50_000_000 // (3 * height * width)))
 
     def label(self, images: Sequence[Tensor]) -> list[tuple[str, float]]:
-        """``images``: each as :meth:`read` returns it -> for each its label and the label's probability."""
+        """``images``: as returned by :meth:`read` -> the label of each and its probability."""
         with within_available_memory(), refusing("model: it cannot label images", (), "Choose another run"):
             best = self.probabilities(torch.stack(list(images))).max(1)
         names = [self.classes[index] for index in best.indices.tolist()]
         return list(zip(names, best.values.tolist(), strict=True))
 
     def read(self, path: Path) -> Tensor:
-        """An image file as (3, H, W) uint8, read as the training images were.
+        """Read an image file as (3, H, W) uint8, preprocessed like the training images.
 
         Raises:
-            DataError: where it is no readable image.
+            DataError: the file is not a readable image.
         """
         image = read_image(path, self.preprocessing)
         if isinstance(image, str):
@@ -88,10 +88,10 @@ class Classifier:
 
 
 def _model_section(path: Path) -> dict[str, Any]:
-    """``model`` of a run's configuration.
+    """The section ``model`` of a run's configuration.
 
     Raises:
-        StorageError: where there is none that can be read.
+        StorageError: the configuration is missing or cannot be read.
     """
     try:
         return dict(stored_config(path)["model"])
@@ -100,10 +100,11 @@ def _model_section(path: Path) -> dict[str, Any]:
 
 
 def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
-    """The files among ``paths`` and the image files in the folders among them. Also what else those folders hold.
+    """The files in ``paths`` and the image files in the folders in ``paths``. Also a count of the other files in these
+    folders.
 
     Raises:
-        DataError: where a path does not exist or a folder holds no image.
+        DataError: a path does not exist or a folder holds no image.
     """
     files: list[Path] = []
     left_out = LeftOut()

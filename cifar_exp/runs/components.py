@@ -58,10 +58,10 @@ class Components:
 
 
 def build(config: Config) -> Components:
-    """Import the `_target_` of each section and bind its settings. ``read_config`` has checked that they are allowed.
+    """Import the `_target_` of each section and bind its settings. ``read_config`` has checked the allow-list.
 
     Raises:
-        ConfigError: a `_target_` is of another kind, cannot be imported, or does not accept its settings.
+        ConfigError: a `_target_` has the wrong kind, cannot be imported, or does not accept its settings.
     """
     bound = {name: _partial_of_target(name, getattr(config, name), config.trusted_modules) for name in SECTIONS}
     return Components(
@@ -95,7 +95,7 @@ def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelF
     """Bind the network of a run's configuration. No other section is read: the run may be untrusted.
 
     Args:
-        section: the section ``model``, with today's or older names.
+        section: the section ``model``, with current or older names.
         trusted: modules outside the allow-list whose code may run.
 
     Returns:
@@ -110,7 +110,7 @@ def model_factory(section: Mapping[str, Any], trusted: Sequence[str]) -> "ModelF
     return factory
 
 
-class _SettingsAcceptedError(BaseException):  # a user's optimizer may catch each Exception
+class _SettingsAcceptedError(BaseException):  # a user's optimizer may catch every Exception
     """Raised when an optimizer iterates over its parameters: it has accepted its settings by then."""
 
 

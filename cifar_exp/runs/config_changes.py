@@ -34,7 +34,7 @@ def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]
 
 
 def has_same_settings(info: Mapping[str, Any], config: Config) -> bool:
-    """Whether the run of a ``run.json`` has these settings. A setting that was not there yet counts as its default."""
+    """Whether the run of a ``run.json`` has these settings. A setting that it lacks counts as its default."""
     return info["config_hash"] == config_hash(config) or not _differences(stored_params(info["params"]), config)
 
 

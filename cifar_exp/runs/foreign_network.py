@@ -1,4 +1,4 @@
-"""Build the network of a run's folder: nothing is downloaded, and it takes no more memory than its checkpoint says."""
+"""Build the network of an untrusted run folder, without downloads and within the memory that its checkpoint claims."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +29,7 @@ def network_of(
 
     Raises:
         ConfigError: the network is not allowed, or cannot be built.
-        StorageError: the checkpoint is that of another network.
+        StorageError: the checkpoint belongs to another network.
     """
     target = str(section.get("_target_"))
     is_own = matches(target, allowed("model", trusted)[len(ALLOWED["model"]) :])
@@ -52,7 +52,7 @@ def network_of(
 
 @contextmanager
 def within_available_memory() -> Iterator[None]:
-    """Inside this context a network that needs more memory than there is raises a ConfigError."""
+    """Inside this context a network that needs more than the available memory raises a ConfigError."""
     with _within(available(), "the network"):
         yield
 

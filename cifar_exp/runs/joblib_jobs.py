@@ -1,4 +1,4 @@
-"""Jobs of a sweep that Hydra's joblib launcher runs at once, each in a worker process: let them save, and end them."""
+"""End the parallel jobs of a sweep with Hydra's joblib launcher, after they have saved. Each is a worker process."""
 
 import os
 import signal
@@ -21,12 +21,12 @@ SAVING_SECONDS = 8.0  # ranks get 7 of them
 
 @contextmanager
 def saving_jobs(sweep_dir: Path) -> Iterator[None]:
-    """At a signal in the block, pass it on to the jobs and wait until they have saved and closed their runs.
+    """Pass a signal in the block on to the jobs, and wait until they have saved and closed their runs.
 
     Joblib would kill them at once. They have ended when the locks of their folders are free.
 
     Raises:
-        Stopped: the signal, after that; at a second signal at once.
+        Stopped: for the signal, after the wait; for a second signal at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,7 +60,7 @@ def saving_jobs(sweep_dir: Path) -> Iterator[None]:
 
 
 def end_idle_workers() -> None:
-    """Tell joblib's worker processes to end. They would wait five minutes for more work, and this process for them."""
+    """End joblib's worker processes. They would wait five minutes for work, and this process for them."""
     if (executor := _executor()) is not None:
         executor.shutdown(wait=True, kill_workers=True)
 

@@ -31,7 +31,7 @@ from cifar_exp.system.redaction import masked
 def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
     """Lock the run folder inside the context. For a new run, write its tags and resolved configuration there.
 
-    A stop file that an earlier start has left there is removed: it would end this run at its first step.
+    A stop file that is left from an earlier start is removed: it would end this run at its first step.
 
     Raises:
         ConfigError: the folder has another run, or another process uses it.
@@ -55,14 +55,14 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
         _refuse_to_overwrite(new, resolved)
         _remove_stop_file(new.run_dir)
         write_atomically(new.run_dir / CONFIG_FILE, resolved)
-        new.save(start.config_hash)  # last, so that a run that can be found has its configuration
+        new.save(start.config_hash)  # last, so that every run that can be found has its configuration
         yield new
 
 
 def _refuse_to_overwrite(run: RunInfo, resolved: str) -> None:
-    """Check that the folder of a new run has no files of others with the names of a run's files.
+    """Check that a new run would not overwrite files in its folder.
 
-    The same resolved configuration is that of a start that was killed before its run began.
+    An identical resolved configuration is accepted: a start that was killed before its run began has left it.
     """
     folder = run.run_dir
     for name in (*run.artifacts, JOURNAL_FILE, RUN_ID_FILE, OUTCOME_FILE, CHECKPOINTS):

@@ -112,7 +112,7 @@ def try_out(config: Config, components: Components, plan: Plan, data: DatasetFil
     except ConfigError as error:
         if accelerator == "cpu" or not any(word in str(error.__cause__).lower() for word in OF_DEVICES):
             raise
-        model = checked_model(config, components, len(data.classes), size)  # a half step may have changed it
+        model = checked_model(config, components, len(data.classes), size)  # an incomplete step may have changed it
     return Tried(model, unused)
 
 
@@ -125,7 +125,7 @@ class _Trial:
     model: nn.Module
 
     def run(self, components: Components) -> tuple[str, ...]:
-        """Everything that a rank does with a network, once. Returns the parameters without a gradient."""
+        """Do once everything that a rank does with a network. Returns the parameters that got no gradient."""
         trusted, target = self.config.trusted_modules, self.config.model["_target_"]
         with refusing(f"model: {target} cannot be sent to the ranks", trusted, "Define it at the top of its module"):
             pickle.dumps(components.make_model)
@@ -136,7 +136,7 @@ class _Trial:
             with refusing("train.weight_averaging: the network cannot be copied", trusted, "Set it to 0"):
                 copy.deepcopy(self.model)
         scales = self.plan.image_scales
-        # Training, evaluation, training: state that one pass leaves may break the next.
+        # Train, evaluate, train: state that one pass leaves behind may break the next.
         self._at_scale(scales[0], self._train)
         unused = tuple(name for name, value in self.model.named_parameters() if value.requires_grad and no_grad(value))
         check_optimizer(self.config, components.make_optimizer, self.model, self.plan.learning_rates[0])
@@ -203,7 +203,7 @@ class _Trial:
         """The network's outputs for ``count`` images of noise, checked."""
         images = self._images(count, scale)
         shape, target = " x ".join(map(str, images.shape)), self.config.model["_target_"]
-        # On the CPU a GPU's half precision would tell nothing.
+        # A GPU's half precision is not tried: the CPU computes it in another way.
         precision = resolve_precision(self.config.train.precision, CPU) if self.accelerator == "cpu" else torch.float32
         with (
             refusing(f"model: {target} fails on {shape} images {mode}", self.config.trusted_modules, OTHER),

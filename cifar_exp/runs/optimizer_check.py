@@ -1,4 +1,4 @@
-"""Check that an optimizer works with plain steps: gradients are there, then ``step()`` is called."""
+"""Check that an optimizer works with plain steps: backward pass, then ``step()`` without a closure."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.runs.user_code import OTHER_OPTIMIZER, refusing
 from cifar_exp.training.optimizers import Muon
 
-# Their steps need no trial: building one imports torch's compiler, which takes seconds.
+# Not tried, since building one imports torch's compiler, which takes seconds.
 PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Muon)
 SPECIAL = {"foreach", "fused", "capturable", "differentiable"}
 

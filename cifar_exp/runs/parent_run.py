@@ -56,7 +56,7 @@ class ParentRun:
         with suppress(StorageError):  # a damaged journal is rewritten
             entries = journal.read(self._info.run_dir)
             known = {(name, value, entry.step) for entry in entries for name, value in entry.metrics.items()}
-        if known == set(metrics):  # a resumed sweep without new results: keep the points and their times
+        if known == set(metrics):  # a resumed sweep without new results keeps the points and their times
             return
         (self._info.run_dir / journal.JOURNAL_FILE).unlink(missing_ok=True)  # the summary is rewritten
         if not metrics:

@@ -60,7 +60,7 @@ def print_layers(console: Console, model: nn.Module, image_size: tuple[int, int]
     layers.add_column("parameters", justify="right")
     try:
         shapes = layer_shapes(model, image_size)
-    except Exception as error:  # the network has passed its trial: it is torchinfo that cannot follow it
+    except Exception as error:  # the network works, but torchinfo cannot list its layers
         console.print(f"the layers cannot be listed: {described(error)}", highlight=False)
         return
     for name, shape, count in shapes:
@@ -109,11 +109,11 @@ def _steps(count: int, plan: Plan) -> str:
 
 
 def _moving(rates: Sequence[float]) -> str:
-    """Such as ``0.05 to 0.04177``; rates that are written alike stand once."""
+    """Such as ``0.05 to 0.04177``; rates with the same text are listed once."""
     texts = [f"{rate:.4g}" for rate in rates]
     return " to ".join(text for place, text in enumerate(texts) if not place or text != texts[place - 1])
 
 
 def _shortened(ranges: list[tuple[int, int, tuple[float, ...]]]) -> list[tuple[int, int, tuple[float, ...]]]:
-    """All ranges of a schedule with up to six; else the first, the middle and the last one."""
+    """All ranges if there are up to six; else the first, the middle and the last one."""
     return ranges if len(ranges) <= 6 else [ranges[0], ranges[len(ranges) // 2], ranges[-1]]

@@ -12,7 +12,7 @@ from cifar_exp.training.throughput import ENOUGH_BLOCKS
 
 
 def print_outcome(console: Console, metrics: Mapping[str, float], simulated: bool) -> None:
-    """Print accuracy, throughput and the split of the time, then a straggler and disturbances if there were any.
+    """Print accuracy, throughput and the time breakdown, then stragglers and disturbances.
 
     Args:
         console: the terminal.
@@ -40,7 +40,7 @@ def print_outcome(console: Console, metrics: Mapping[str, float], simulated: boo
 
 
 def _basis(metrics: Mapping[str, float]) -> str:
-    """The steps that the steady-state throughput rests on, and a mark where they are few."""
+    """The number of steps behind the steady-state throughput, and a mark if they are few."""
     if "steady_steps" not in metrics:
         return ""  # a run of an earlier version
     steps, blocks = int(metrics["steady_steps"]), int(metrics["steady_blocks"])

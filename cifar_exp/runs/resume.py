@@ -43,7 +43,7 @@ class Resumption:
         changes: settings that differ from the run to continue: name -> (old, new).
         in_place: whether the run continues in its own folder. If not, a new run starts from its checkpoint.
         source: the folder of the run that has the checkpoint: ``run_dir``, or the run that ``run_dir`` started from.
-        lock: of ``run_dir``, where ``auto`` has chosen the run: another start must not choose it meanwhile.
+        lock: the lock of ``run_dir`` if ``auto`` has chosen the run, so that no other start chooses it.
     """
 
     run_dir: Path
@@ -57,7 +57,7 @@ class Resumption:
 
     @property
     def kept_batch(self) -> int | None:
-        """The checkpoint's global batch size in images, which is kept on any number of devices.
+        """The checkpoint's global batch size in images. It is kept on any number of devices.
 
         None if the settings ask for another batch size or scaling.
         """
@@ -145,7 +145,7 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
         return replace(_resumption(folder, config, changes, in_place, warn), lock=lock)
     except UNREADABLE as error:
-        # The cause is most likely a damaged file, but a bug would look the same.
+        # The cause is most likely a damaged file, but it could be a bug.
         kept = f" (its traceback is in {keep_traceback(error)})" if is_bug(error) else ""
         raise StorageError(
             f"{folder}: the run cannot be read: {error}{kept}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
@@ -164,7 +164,7 @@ def _resumption(
         if not in_place:
             raise ConfigError(f"resume={config.resume}: {folder} has no checkpoint to start from. Set resume=never")
         begun = _beginning(folder, config, warn)
-        # A checkpoint is on disk before the following epoch ends. Later journal entries prove that there was one.
+        # A checkpoint is on disk before the next epoch ends, so later journal entries prove that there was one.
         every = int(config_of(folder)["checkpoint"]["every"])
         first = begun.manifest.epoch if begun and begun.manifest else 0
         if any(entry.epoch > first + every + 1 for entry in entries):
@@ -184,15 +184,15 @@ def _resumption(
 
 
 def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> None:
-    """Check that a checkpoint was trained with the settings of the run in whose folder it is.
+    """Check that a checkpoint was trained with the settings of the run that its folder belongs to.
 
     Args:
         folder: the run folder.
-        manifest: of the checkpoint.
-        now: the config hash of today, if the settings are those of the run.
+        manifest: the manifest of the checkpoint.
+        now: the current config hash if the settings equal the run's.
 
     Raises:
-        ConfigError: it is the checkpoint of another run.
+        ConfigError: the checkpoint belongs to another run.
     """
     known = known_hashes(folder, same_version=manifest.cifar_exp == checkpoint.own_version())
     if known and manifest.config_hash not in {*known, now}:
@@ -254,7 +254,7 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
 def _interrupted(config: Config, warn: Callable[[str], None]) -> tuple[Path, Held] | None:
     """The newest interrupted run under ``outputs/`` with these settings, and its lock; None if there is none.
 
-    If only runs with other settings were interrupted, ``warn`` gets the settings in which the newest of them differs.
+    If all interrupted runs have other settings, ``warn`` gets the settings in which the newest one differs.
     """
     found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
     other: str | None = None
@@ -277,7 +277,7 @@ def _interrupted(config: Config, warn: Callable[[str], None]) -> tuple[Path, Hel
 
 
 def _lock(folder: Path) -> Held | None:
-    """The lock of a run's folder; None where another process trains in it."""
+    """The lock of a run's folder; None if another process trains in it."""
     try:
         return lock_run_folder(folder)
     except ConfigError:

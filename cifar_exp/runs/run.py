@@ -55,7 +55,7 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
         recording = Recording(start.folder, start.started, sink, store)
         try:
             job, facts = plan_job(config, components, context, start, console)
-        except REFUSING_ERRORS:  # nothing is recorded of what was not started
+        except REFUSING_ERRORS:  # a run that was not started is not recorded
             remove_new_run(start)
             raise
         except BaseException:

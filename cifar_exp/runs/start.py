@@ -82,7 +82,7 @@ def begin(config: Config, context: RunContext) -> RunStart:
 
 
 def _wanted(config: Config, context: RunContext) -> Config:
-    """The configuration, with ``resume=auto`` for a requeued job: it starts by the same command in the same folder."""
+    """The configuration, with ``resume=auto`` for a requeued job: the scheduler repeats the same command."""
     if config.resume != "never" or "resume=never" in context.overrides:
         return config
     is_begun = (context.folder / RUN_FILE).exists()
@@ -121,7 +121,7 @@ def _run_info(
 ) -> RunInfo:
     tags = {"devices": str(devices.world_size), "accelerator": devices.accelerator}
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
-    tags["host"] = Owner.here().host  # jobs of a sweep that run at once there disturb each other
+    tags["host"] = Owner.here().host  # parallel jobs of a sweep on one host disturb each other
     tags |= job_tags()
     tags |= machine.description(devices.accelerator, devices.world_size)
     overrides = masked([override for override in context.overrides if not override.startswith("resume=")])

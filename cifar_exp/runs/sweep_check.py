@@ -17,14 +17,14 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
     """Compose the configuration of each job, so that a wrong setting is reported before the first one starts.
 
     Args:
-        context: Hydra's, with the loader of configurations.
+        context: Hydra's context, which has the configuration loader.
         config: the sweep's configuration.
         jobs: the overrides of each job.
-        check: is called with each job's configuration and raises a ``CifarExpError``; None: composing is all.
+        check: called with each job's configuration; raises a ``CifarExpError``. None: only compose.
 
     Raises:
-        CifarExpError: All jobs are refused, or one raises MachineError. It is the first refusal. Otherwise the sweep
-            starts, and each refused job is reported when its turn comes.
+        CifarExpError: the first error, if all jobs are refused or one raises MachineError. Otherwise the sweep starts,
+            and each refused job is reported in its turn.
     """
     refusals: list[CifarExpError] = []
     for number, overrides in enumerate(jobs):
@@ -41,7 +41,7 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
 
 
 def _call(check: Check, job: DictConfig, number: int) -> None:
-    """Call ``check`` with what the job will get. Interpolations of Hydra's own settings resolve meanwhile."""
+    """Call ``check`` with the configuration of the job. Interpolations of Hydra's settings can be resolved."""
     state = HydraConfig.instance()
     before = state.cfg
     settings = copy.deepcopy(job)

@@ -1,4 +1,4 @@
-"""Find the sweep to resume, and claim its folder."""
+"""Find the sweep to resume, and lock its folder."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ def _note_sweep(sweep_dir: Path, arguments: Sequence[str], finished: bool) -> No
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether no process uses the folder, and it may be used."""
+    """Whether the folder is valid and no process uses it."""
     try:
         return not is_locked(folder)
     except StorageError as error:

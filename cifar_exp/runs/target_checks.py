@@ -1,4 +1,4 @@
-"""Check a section before anything is called: its `_target_` has the right kind and takes these settings."""
+"""Check a section before anything is called: its `_target_` has the right kind and accepts the settings."""
 
 import importlib
 import inspect
@@ -63,9 +63,9 @@ NOUNS = {
 
 
 def check_kinds(name: str, content: Any, trusted: Sequence[str]) -> None:
-    """Import every `_target_` of a section and check its kind, such as a network for ``model``.
+    """Import every `_target_` of a section and check its kind: for ``model``, it must be a network.
 
-    An object that is defined in a trusted module may be of any kind. An object that such a module only imports may not.
+    An object that is defined in a trusted module may have any kind. An object that such a module imports may not.
 
     Raises:
         ConfigError: a `_target_` has the wrong kind.
@@ -135,7 +135,7 @@ def imported(path: str, setting: str) -> Any:
 
 
 def _check_type(setting: str, value: Any, annotation: Any) -> None:
-    """Check a value against an annotation that pydantic supports. Others, such as tensors, are left to the target."""
+    """Check a value against an annotation that pydantic supports. The target checks others, such as tensors."""
     if annotation is inspect.Parameter.empty:
         return
     try:

@@ -1,4 +1,4 @@
-"""From a composed configuration to a trained run. Heavy imports come after the settings were checked."""
+"""Train a run from a composed configuration. Slow imports come after the settings were checked."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ def train_composed(
     Args:
         composed: the composed configuration, without the section ``hydra``.
         context: the run folder, overrides and sweep.
-        opened: the run happens inside this context, which opens after the components were built.
+        opened: the context in which the run is trained. It is entered after the components were built.
 
     Raises:
         CifarExpError: a setting is wrong, or the run failed.
@@ -39,7 +39,7 @@ def train_composed(
 
 
 def check_composed(composed: DictConfig) -> Config:
-    """The typed configuration of a job that is not started yet. Its settings and the folder of its images are checked.
+    """Check the settings of a job and the folder of its images before it starts. Returns the typed configuration.
 
     Raises:
         CifarExpError: something is wrong.

@@ -1,4 +1,4 @@
-"""Turn what the code of a network, an optimizer or a schedule raises into a refusal that names the setting."""
+"""Convert exceptions of a user's network, optimizer or schedule to errors that name the setting."""
 
 import inspect
 import traceback
@@ -16,11 +16,11 @@ OTHER_OPTIMIZER = "Set optimizer=sgd, optimizer=adamw, or another one"
 
 @contextmanager
 def refusing(what: str, trusted: Sequence[str], remedy: str) -> Iterator[None]:
-    """Turn any exception of the block into a ConfigError.
+    """Convert any exception in the block to a ConfigError.
 
     Args:
         what: the setting and what failed, such as ``model: own.net cannot be built``.
-        trusted: the modules of ``trusted_modules``; the message has the innermost of their lines.
+        trusted: the modules of ``trusted_modules``; the message names the innermost line in them.
         remedy: a sentence without the full stop.
     """
     try:
@@ -35,7 +35,7 @@ def refusing(what: str, trusted: Sequence[str], remedy: str) -> Iterator[None]:
 
 
 def _line(error: BaseException, trusted: Sequence[str]) -> str:
-    """File and line of the user's code; empty where none of it was running."""
+    """File and line of the user's code; empty if it is not in the traceback."""
     packages = {module.partition(".")[0] for module in trusted}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:

@@ -1,4 +1,4 @@
-"""Compare two sweeps, before and after a change or on two machines, and test each difference."""
+"""Compare two sweeps, such as before and after a change or on two machines, and test each difference."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +44,7 @@ class Difference:
         first: median in the first sweep.
         second: median in the second sweep.
         change: second / first; for the accuracy second - first.
-        interval: 95 % interval of the change; None where the noise is unknown.
+        interval: 95 % interval of the change; None if the noise is unknown.
         probability: p value of the difference, adjusted for the number of differences.
     """
 
@@ -69,10 +69,10 @@ class Comparison:
     """Two sweeps.
 
     Attributes:
-        names: of the sweeps.
-        pairs: for each common group, its name and its results in each sweep.
+        names: the names of the sweeps.
+        pairs: the name of each common group, and its results in each sweep.
         differences: of all quantities at all common device counts.
-        simulated: whether the devices of one sweep were ranks on one CPU.
+        simulated: whether the devices of a sweep were ranks on one CPU.
         notes: sentences below the table.
     """
 
@@ -87,7 +87,7 @@ class Comparison:
         """Compare the common groups and device counts of two sweeps.
 
         Raises:
-            ConfigError: where there are none.
+            ConfigError: the sweeps have none in common.
         """
         pairs = _common_groups(results_by_group(first), results_by_group(second))
         found = [item for pair in pairs for item in _differences(*pair)]
@@ -127,7 +127,7 @@ class Comparison:
         """``comparison.csv``, ``comparison.png`` and ``comparison.html`` in ``folder``.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         table, figure, page = (folder / f"comparison.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):
@@ -149,7 +149,7 @@ class Comparison:
         }
 
     def _cells(self) -> list[list[str]]:
-        """Headings, then a row of texts a difference; interval and p stand below change and verdict."""
+        """The headings, then one row of texts per difference; interval and p are below change and verdict."""
         short = [name.partition(":")[0] for name in self.names]
         return [
             ["devices", "figure", *short, f"{short[1]} / {short[0]}, or minus", "difference"],
@@ -173,7 +173,7 @@ def _other_settings(names: tuple[str, str], first: Sequence[FinishedRun], second
 def _common_groups(
     first: Mapping[str, Sequence[RunResult]], second: Mapping[str, Sequence[RunResult]]
 ) -> list[tuple[str, Sequence[RunResult], Sequence[RunResult]]]:
-    """Groups of the same name. Two sweeps of one group each are compared whatever its name."""
+    """Groups of the same name. If each sweep has a single group, their names may differ."""
     if len(first) == len(second) == 1:
         ((name, two),) = second.items()
         return [(name, next(iter(first.values())), two)]
@@ -195,7 +195,7 @@ def _differences(group: str, first: Sequence[RunResult], second: Sequence[RunRes
 def _difference(
     group: str, one: RunsByCount, two: RunsByCount, quantity: str, devices: int, over: int | None = None
 ) -> Difference:
-    """The difference of one quantity at one device count. ``over``: of its ratio to the quantity at that count."""
+    """The difference of one quantity at one device count. ``over``: compare its ratio to the quantity at that count."""
     measured = "images_per_second" if quantity == "speedup" else quantity
     before, after = (
         _median(sweep[devices], measured) / (_median(sweep[over], measured) if over else 1) for sweep in (one, two)
@@ -243,7 +243,7 @@ def _texts(item: Difference) -> list[str]:
 
 
 def _csv_row(item: Difference) -> dict[str, object]:
-    # The file's column keeps the name by which scripts know it.
+    # The column in the file keeps its name, since scripts rely on it.
     columns = {"figure" if name == "quantity" else name: value for name, value in asdict(item).items()}
     del columns["interval"]
     ends = {"change_low": item.interval.low, "change_high": item.interval.high} if item.interval else {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BOTH_LAWS = 2  # most groups with both laws drawn; with more groups each has only the law for its way of scaling
+BOTH_LAWS = 2  # up to so many groups both laws are drawn; with more groups, only the law for the group's scaling
 Pair = tuple[str, Group, Group, Mapping[int, tuple[float, Interval | None]]]
 """A group's name, its figures in the first and second sweep, and the throughput ratios by device count."""
 
@@ -22,7 +22,7 @@ def draw_speedup(groups: Mapping[str, Group], path: Path, simulated: bool) -> No
     """Speedup, efficiency, training time and test accuracy over the device count as a PNG at ``path``.
 
     Args:
-        groups: by the group's name (empty where there is one group).
+        groups: by the group's name (empty if there is one group).
         path: where to write.
         simulated: whether the devices were ranks on one CPU; the title says so.
     """
@@ -119,7 +119,7 @@ def _draw_laws(axes: "Axes", group: Group, name: str, colour: str, both: bool) -
 def _draw_points(
     axes: "Axes", rows: Sequence[SpeedupRow], figure: str, scale: float, colour: str, label: str, line: str = "-"
 ) -> None:
-    """One figure of the rows, times ``scale``, as connected dots with error bars."""
+    """Draw one quantity of the rows, times ``scale``, as connected dots with error bars."""
     devices, values = [row.devices for row in rows], [getattr(row, figure) * scale for row in rows]
     axes.plot(devices, values, f"o{line}", color=colour, linewidth=2, markersize=5, label=label)
     intervals = [row.intervals.get(figure) for row in rows]
@@ -130,7 +130,7 @@ def _draw_points(
 def _draw_bars(
     axes: "Axes", devices: Sequence[int], values: Sequence[float], intervals: Sequence[Interval | None], colour: str
 ) -> None:
-    """Intervals as error bars."""
+    """Draw intervals as error bars."""
     known = [(*point, interval) for *point, interval in zip(devices, values, intervals, strict=True) if interval]
     if known:
         across, up, _ = zip(*known, strict=True)
@@ -138,12 +138,12 @@ def _draw_bars(
 
 
 def _reaches(points: Sequence[Sequence[Any]]) -> list[list[float]]:
-    """Distances of the intervals' ends from their values; each point ends with a value and its interval."""
+    """Distances of the intervals' ends from their values. Each point's last two items are value and interval."""
     return [[value - interval.low for *_, value, interval in points], [i.high - value for *_, value, i in points]]
 
 
 def _label_speedups(axes: "Axes", rows: Sequence[SpeedupRow], colour: str) -> None:
-    """Label the speedups below and right of their dots, where a rising line leaves room; not the smallest count."""
+    """Label the speedups below and to the right of their dots, where a rising line leaves room."""
     from matplotlib.patheffects import withStroke
 
     for row in rows[1:]:
@@ -185,7 +185,7 @@ def _all_doublings(counts: Sequence[int]) -> bool:
 
 
 def _draw_times(axes: "Axes", groups: Mapping[str, Sequence[SpeedupRow]], counts: Sequence[int]) -> None:
-    """Training times as grouped bars with intervals and labels."""
+    """Draw training times as grouped bars with intervals and labels."""
     longest = max(row.train_seconds for rows in groups.values() for row in rows)
     unit, seconds = ("min", 60) if longest >= 120 else ("s", 1)
     width = 0.75 / len(groups)

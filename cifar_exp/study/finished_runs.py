@@ -34,7 +34,7 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
         overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
 
     Returns:
-        A name for each job, such as ``strong``; empty where nothing else differs.
+        A name for each job, such as ``strong``; empty if nothing else differs.
     """
     rest = [[text for text in job if distinguishes_groups(text.split("=")[0].lstrip("+"))] for job in overrides]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
@@ -42,7 +42,7 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # splits a job's overrides
-SERIES = ("step/images_per_second", "val/accuracy")  # metrics of which a study needs all values, not the last one alone
+SERIES = ("step/images_per_second", "val/accuracy")  # metrics of which a study needs all values, not only the last one
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FinishedRun:
         tags: of the run.
         metrics: the last value of each metric.
         series: all values of the metrics in ``SERIES``.
-        params: the resolved configuration, flattened; as text where it comes from MLflow.
-        started: when it began, in seconds since the epoch; None where unknown.
+        params: the resolved configuration, flattened; as text if it comes from MLflow.
+        started: when it began, in seconds since the epoch; None if unknown.
     """
 
     tags: Mapping[str, str]
@@ -83,9 +83,9 @@ def overlapping(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 
 
 def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
-    """The results of the finished runs by group, without those that never count as speedup.
+    """The results of the finished runs by group, without runs that cannot measure speedup.
 
-    Oversubscribed runs are left out, and those that ran at the same time as another one.
+    Left out are oversubscribed runs, and runs that ran at the same time as another run.
     """
     shared = {id(run) for run in overlapping(runs)}
     counted = [
@@ -121,12 +121,12 @@ def finished_runs(sweep: str, uri: str | None) -> list[FinishedRun]:
     """The finished runs of a sweep: from its folder unless ``uri`` is given, else from MLflow.
 
     Raises:
-        ConfigError: where there is no such sweep.
+        ConfigError: there is no such sweep.
     """
     folder = find_runs(sweep, SWEEP_RUN_FILE)
     if uri is None and folder.is_dir():
         sweeps = sorted({path.parent for path in folder.rglob(SWEEP_RUN_FILE)})
-        if len(sweeps) > 1:  # their runs would be taken for repeats
+        if len(sweeps) > 1:  # the runs of several sweeps would count as repeats
             raise ConfigError(f"{folder}: there are {len(sweeps)} sweeps in this folder. Name one, as {sweeps[-1]}")
         found = sorted(folder.rglob(RUN_FILE), key=lambda path: (len(path.parent.name), path.parent.name))
         if found:
@@ -153,8 +153,8 @@ def stored_children(tracker: MLflowTracker, sweep: str) -> list[FinishedRun]:
     """The finished runs of a sweep, from MLflow.
 
     Raises:
-        ConfigError: where there is no such sweep in the store.
-        TrackingError: where the store cannot be read.
+        ConfigError: there is no such sweep in the store.
+        TrackingError: the store cannot be read.
     """
     problem = f"tracking.uri={masked_text(tracker.address())}: {sweep} cannot be read there"
     with store_errors(problem, "Start that server, or set another address"):

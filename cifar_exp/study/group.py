@@ -1,4 +1,4 @@
-"""Runs of one group -> speedup rows, fitted laws and notes. Pure arithmetic."""
+"""Compute speedup rows, fitted laws and notes from the runs of one group. No files and no MLflow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Group:
 
     @classmethod
     def of(cls, results: Sequence[RunResult], report: ReportSettings = SPEEDUP_ALONE) -> "Group":
-        """The study of one group. ``report``: what to compute beside the speedup."""
+        """The study of one group. ``report``: what to compute in addition to the speedup."""
         repeats = by_count(results)
         log_rates = log_means_or_blocks(repeats, lambda result: result.images_per_second)
         rows = speedup_rows(repeats, log_rates, report)

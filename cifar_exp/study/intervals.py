@@ -23,8 +23,8 @@ CONFIDENCE = 0.95
 BLOCK_DRAWS = 1000
 ROUNDING = 1e-12  # logarithms and accuracies that differ by less are equal
 SEED = 0  # the same figures from the same runs
-FEWEST_FREEDOM = 1.0  # with fewer degrees of freedom no interval is given: Student's t has no mean
-MOST_CONDITION = 1e12  # of a covariance that is inverted
+FEWEST_FREEDOM = 1.0  # with fewer degrees of freedom there is no interval, since Student's t has no mean
+MOST_CONDITION = 1e12  # condition number of a covariance that is inverted
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Means:
 
     Attributes:
         values: (k,) the means.
-        errors: (k,) their standard errors; NaN where unknown.
+        errors: (k,) their standard errors; NaN if unknown.
         freedoms: (k,) degrees of freedom of each error; 0 where unknown.
     """
 
@@ -98,8 +98,8 @@ class Means:
         ``weights``: (k,). Means of weight 0 do not matter.
 
         Returns:
-            None where the noise of the sum is not known: of a single run, of too few blocks, or where repeats do not
-            differ at all, which is not the absence of noise.
+            None if the noise of the sum is unknown: for a single run, for too few blocks, or if all repeats are equal,
+            which does not prove the absence of noise.
         """
         used = np.asarray(weights) != 0
         parts = (np.asarray(weights)[used] * self.errors[used]) ** 2
@@ -119,7 +119,7 @@ class Means:
             values: (m,) the sums.
 
         Returns:
-            None where the noise is not known.
+            None if the noise is not known.
         """
         if np.any(self.freedoms < FEWEST_FREEDOM):
             return None
@@ -161,10 +161,10 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
     and Romano 1992). The error is corrected for the small number of stretches, as a sample's standard deviation is.
 
     Args:
-        values: of the n blocks in time order.
+        values: the values of the n blocks in time order.
 
     Returns:
-        The standard error, and its degrees of freedom; (nan, 0) where there are too few blocks.
+        The standard error, and its degrees of freedom; (nan, 0) if there are too few blocks.
     """
     count = len(values)
     length = math.ceil(math.sqrt(count))  # scipy.stats.bootstrap resamples single values, as if they were independent
@@ -178,7 +178,7 @@ def block_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(first: Estimate | None, second: Estimate | None) -> Estimate | None:
-    """``second`` - ``first`` of two independent estimates (Welch 1947); None where the noise of one is not known."""
+    """``second`` - ``first`` of two independent estimates (Welch 1947); None if the noise of one is not known."""
     # scipy.stats.ttest_ind compares two samples; here each side can be a sum of means.
     if not (first and second):
         return None

@@ -1,4 +1,4 @@
-"""Fit Amdahl's and Gustafson's law to measured throughput: which share of the work do more devices not speed up?
+"""Fit Amdahl's and Gustafson's law to measured throughput, to estimate the serial fraction of the work.
 
 Both give the throughput of n devices relative to one, for a serial fraction f:
 
@@ -30,7 +30,7 @@ class Fit:
     Attributes:
         law: ``Amdahl`` or ``Gustafson``.
         serial_fraction: as fitted; outside 0 to 1 the law does not describe the measurements.
-        interval: of the serial fraction; None where the noise is unknown.
+        interval: of the serial fraction; None if the noise is unknown.
         devices: the largest measured device count.
         gain: predicted throughput of twice as many devices / throughput of ``devices``.
         gain_interval: of the gain.
@@ -72,7 +72,7 @@ def fitted(law: Name, counts: Sequence[int], log_rates: Means) -> Fit:
     The interval of the fraction is Welch's of its linearization in the logarithms (delta method).
 
     Args:
-        law: which one.
+        law: the law to fit.
         counts: the device counts, in ascending order.
         log_rates: means of the logarithms of their throughput.
     """
@@ -115,7 +115,7 @@ def _residuals(law: Name, devices: Array, log_rates: Array) -> Array:
     """(..., k) logarithms of throughput -> their distances from those of the fitted line."""
     start, slope = (end[..., None] for end in _line(law, devices, log_rates))
     line = start + slope * (1 / devices if law == "Amdahl" else devices)
-    if np.any(line <= 0):  # no throughput: the law is far from the measurements
+    if np.any(line <= 0):  # the law predicts no throughput there: it is far from the measurements
         return np.full_like(log_rates, math.nan)
     centered = log_rates - log_rates.mean(-1, keepdims=True)
     return np.asarray(centered - np.log(1 / line if law == "Amdahl" else line))
@@ -147,7 +147,7 @@ def _residual_warnings(law: Name, devices: Array, log_rates: Means) -> list[str]
     changes = _gradient(lambda rates: _residuals(law, devices, rates), log_rates.values)
     if free < 1 or not np.isfinite(changes).all():
         return []
-    # Two parameters were fitted: the residuals vary in the other directions alone.
+    # Two parameters were fitted, so the residuals only vary in the other directions.
     directions = np.linalg.svd(changes)[0][:, :free].T
     test = log_rates.deviation(directions @ changes, directions @ residuals)
     if not test or test.probability >= NOISE_LEVEL:

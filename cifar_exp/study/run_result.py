@@ -1,4 +1,4 @@
-"""The figures of one finished run that a study uses."""
+"""The results of one finished run that a study uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Sample = tuple[int, float, float]  # step, seconds since the start of the run, v
 
 @dataclass(frozen=True)
 class RunResult:
-    """The figures of one finished run.
+    """The results of one finished run.
 
     Attributes:
         devices: number of ranks that trained.
@@ -18,13 +18,13 @@ class RunResult:
         images_per_second: steady-state throughput over all ranks.
         train_seconds: time spent training, evaluation excluded.
         test_accuracy: 0 to 1.
-        total_seconds: of the whole run, with start-up, compilation and evaluation; None where unknown.
-        steady_seconds: of its training steps at steady-state throughput; None where unknown.
+        total_seconds: of the whole run, with start-up, compilation and evaluation; None if unknown.
+        steady_seconds: of its training steps at steady-state throughput; None if unknown.
         block_rates: images/s of each block of ``train.log_every`` steps but the first, which is warm-up.
         progress: seconds since the start and validation accuracy, after each epoch.
         disturbances: sentences with a placeholder for an amount, and the amounts.
-        steps: training steps; None where unknown.
-        times: its time metrics.
+        steps: training steps; None if unknown.
+        times: the time metrics.
     """
 
     devices: int
@@ -47,7 +47,7 @@ class RunResult:
         series: Mapping[str, Sequence[Sample]] | None = None,
         disturbances: Mapping[str, float] | None = None,
     ) -> "RunResult":
-        """From the last values of a finished run's metrics, and all values of some of them."""
+        """Build it from the last values of a finished run's metrics, and from all values of some of them."""
         blocks = (series or {}).get("step/images_per_second", ())
         epochs = (series or {}).get("val/accuracy", ())
         images = epochs[-1][0] * metrics["global_batch_size"] if epochs else None
@@ -67,5 +67,5 @@ class RunResult:
         )
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Seconds from the start to the first validation with at least ``accuracy``; None where it was not reached."""
+        """Seconds from the start to the first validation with at least ``accuracy``; None if it was not reached."""
         return next((seconds for seconds, reached in self.progress if reached >= accuracy), None)

@@ -28,15 +28,15 @@ class SpeedupRow:
         train_seconds: median training time.
         time_ratio: training time of the smallest count / training time.
         test_accuracy: median, 0 to 1.
-        steady_seconds: median time of the training steps at steady-state throughput; None where unknown.
-        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None where unknown.
-        blocks: steady-state blocks of steps in the run with the fewest.
+        steady_seconds: median time of the training steps at steady-state throughput; None if unknown.
+        total_seconds: median time of whole runs, with warm-up, compilation and evaluation; None if unknown.
+        blocks: the smallest number of steady-state blocks of steps in a run.
         disturbed: number of disturbed runs.
         reached: runs that reached ``report.target_accuracy``; None without one.
-        seconds_to_accuracy: median time from the start to that accuracy over these runs; None where none reached it.
+        seconds_to_accuracy: median time from the start to that accuracy over these runs; None if none reached it.
         device_seconds_to_accuracy: that time multiplied by the number of devices.
-        price_to_accuracy: its price at ``report.price_per_hour``.
-        intervals: the known 95 % intervals by figure.
+        price_to_accuracy: the price of these device-seconds at ``report.price_per_hour``.
+        intervals: the known 95 % intervals, by name of the quantity.
     """
 
     devices: int
@@ -59,7 +59,7 @@ class SpeedupRow:
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
 
-# The figures of a row that can have an interval, in the order of the CSV's columns.
+# The quantities of a row that can have an interval, in the order of the CSV's columns.
 WITH_INTERVAL = (
     "images_per_second",
     "speedup",
@@ -78,7 +78,7 @@ def by_count(results: Sequence[RunResult]) -> dict[int, list[RunResult]]:
 
 
 def log_means(repeats: Mapping[int, Sequence[RunResult]], value: Callable[[RunResult], float]) -> Means:
-    """Means of the logarithms of a throughput or time at each count: noise is relative, ratios become differences."""
+    """Means of the logarithms of a quantity at each count. Noise is relative, and ratios become differences."""
     return Means.of([[math.log(value(result)) for result in results] for results in repeats.values()])
 
 
@@ -99,12 +99,12 @@ def accuracy_means(repeats: Mapping[int, Sequence[RunResult]]) -> Means:
 def speedup_rows(
     repeats: Mapping[int, Sequence[RunResult]], log_rates: Means, report: ReportSettings
 ) -> list[SpeedupRow]:
-    """One row a device count, in ascending order, relative to the smallest count.
+    """One row per device count, in ascending order, relative to the smallest count.
 
     Args:
         repeats: the results by device count, as from :func:`by_count`.
         log_rates: means of the logarithms of their throughput.
-        report: what to compute beside the speedup.
+        report: what to compute in addition to the speedup.
     """
     rows: list[SpeedupRow] = []
     for place, (count, results) in enumerate(repeats.items()):
@@ -115,7 +115,7 @@ def speedup_rows(
 
 
 def _medians(count: int, results: Sequence[RunResult], first: SpeedupRow | None) -> SpeedupRow:
-    """The row of one device count without intervals. ``first``: that of the smallest count; None where it is this."""
+    """The row of one device count without intervals. ``first``: the smallest count's row; None if it is this one."""
     rate = median(result.images_per_second for result in results)
     seconds = median(result.train_seconds for result in results)
     speedup = rate / first.images_per_second if first else 1.0
@@ -187,7 +187,7 @@ def _with_cost(row: SpeedupRow, results: Sequence[RunResult], report: ReportSett
 def _cost_interval(
     repeats: Mapping[int, Sequence[RunResult]], place: int, report: ReportSettings
 ) -> dict[str, Interval]:
-    """The interval of the time to the accuracy. Only if every run reached it: else the slow ones would be missing."""
+    """The interval of the time to the accuracy. Only if every run reached it: else slow runs would be missing."""
     target = report.target_accuracy
     if target is None or any(result.seconds_to(target) is None for results in repeats.values() for result in results):
         return {}

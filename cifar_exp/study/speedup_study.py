@@ -24,11 +24,11 @@ class Study:
     """Speedup by device count, in groups of runs that otherwise differ only in their seed.
 
     Attributes:
-        groups: by the group's name (empty where there is one group).
+        groups: by the group's name (empty if there is one group).
         simulated: whether the devices were ranks on one CPU.
         machines: one line for each machine of the runs.
         missing: one line for each unfinished job, such as one that diverged.
-        report: what was computed beside the speedup.
+        report: what was computed in addition to the speedup.
     """
 
     groups: Mapping[str, Group]
@@ -41,9 +41,9 @@ class Study:
     def of(
         cls, runs: Sequence[FinishedRun], report: ReportSettings = SPEEDUP_ALONE, unfinished: Sequence[str] = ()
     ) -> "Study | None":
-        """The study of ``runs``; None where no group has two device counts.
+        """The study of ``runs``; None if no group has two device counts.
 
-        ``unfinished``: one line for each job of the sweep that is not among them.
+        ``unfinished``: one line for each job of the sweep that is not in ``runs``.
         """
         groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
         groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
@@ -52,7 +52,7 @@ class Study:
         return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
 
     def print(self, console: Console) -> None:
-        """For each group a table, the fitted laws, and the notes."""
+        """Print a table, the fitted laws and the notes for each group."""
         for title, cells, lines in self._sections():
             table = Table(title=title, title_justify="left")
             headings, *rows = cells
@@ -72,7 +72,7 @@ class Study:
         """``speedup.csv``, ``speedup.png`` and ``speedup.html`` in ``folder``.
 
         Raises:
-            StorageError: where the file system refuses.
+            StorageError: a file cannot be written.
         """
         table, figure, page = (folder / f"speedup.{kind}" for kind in ("csv", "png", "html"))
         with storage_errors(folder, FREE_SPACE):
@@ -106,7 +106,7 @@ class Study:
         return f"Speedup{self._label()}{f': {group}' if group else ''}"
 
     def _sections(self) -> list[Section]:
-        """For each group its figures, then its times by rank."""
+        """For each group the table of results, then the table of times by rank."""
         sections: list[Section] = []
         for name, group in self.groups.items():
             sections.append((self._title(name), self._cells(group), lines_below(group)))
@@ -115,7 +115,7 @@ class Study:
         return sections
 
     def _cells(self, group: Group) -> list[list[str]]:
-        """The device counts as headings, then a row of texts a figure; empty rows are left out."""
+        """The device counts as headings, then one row of texts per quantity; empty rows are left out."""
         rows = group.rows
         lines = {
             "runs": [str(row.repeats) for row in rows],
@@ -154,7 +154,7 @@ def lines_below(group: Group) -> list[str]:
 
 
 def csv_row(row: SpeedupRow) -> dict[str, object]:
-    """A row's figures by name, and the ends of their intervals as ``<name>_low`` and ``<name>_high``."""
+    """A row's values by name, and the ends of their intervals as ``<name>_low`` and ``<name>_high``."""
     figures = {column.name: getattr(row, column.name) for column in fields(row) if column.name != "intervals"}
     ends = {name: row.intervals.get(name) for name in WITH_INTERVAL}
     return figures | {
@@ -165,7 +165,7 @@ def csv_row(row: SpeedupRow) -> dict[str, object]:
 
 
 def with_interval(row: SpeedupRow, figure: str, form: str) -> str:
-    """A figure of the row, and its interval below if there is one."""
+    """A value of the row, and its interval below if there is one."""
     interval = row.intervals.get(figure)
     return _optional(getattr(row, figure), form) + (f"\n{interval_text(interval, form)}" if interval else "")
 
@@ -176,7 +176,7 @@ def interval_text(interval: Interval, form: str) -> str:
 
 
 def _optional(value: float | None, form: str) -> str:
-    """The formatted value; empty where it is unknown."""
+    """The formatted value; empty if it is unknown."""
     return "" if value is None else format(value, form)
 
 

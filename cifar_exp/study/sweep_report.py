@@ -18,11 +18,11 @@ def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, pri
     Args:
         sweep: its folder, its MLflow run id, or ``latest``.
         uri: address of the MLflow store; None: the one under ``outputs/``.
-        target_accuracy: in place of the sweep's own ``report.target_accuracy``.
-        price_per_hour: in place of the sweep's own ``report.price_per_hour``.
+        target_accuracy: replaces the sweep's ``report.target_accuracy``.
+        price_per_hour: replaces the sweep's ``report.price_per_hour``.
 
     Raises:
-        ConfigError: where it has no finished runs with two device counts.
+        ConfigError: the sweep has no finished runs with two device counts.
     """
     runs = finished_runs(sweep, uri)
     settings = _settings(runs, target_accuracy, price_per_hour)
@@ -30,7 +30,7 @@ def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, pri
 
 
 def compared_sweeps(sweeps: Sequence[str], uri: str | None) -> Comparison:
-    """What changed from the first of two sweeps to the second; each named as for :func:`sweep_report`."""
+    """Compare two sweeps. Each is named as for :func:`sweep_report`."""
     return _comparison(sweeps, [finished_runs(sweep, uri) for sweep in sweeps])
 
 

@@ -1,4 +1,4 @@
-"""Time breakdown of the runs at one device count: in all, by rank, and for all-reducing gradients."""
+"""Time breakdown of the runs at one device count: in total, by rank, and for the gradient all-reduce."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Breakdown:
 
 
 def rank_table(breakdowns: Sequence[Breakdown]) -> list[list[str]]:
-    """A row for each rank of each device count, headings first; empty where all runs had a single rank."""
+    """A row for each rank of each device count, headings first; empty if all runs had a single rank."""
     rows = [
         [
             str(breakdown.devices),
@@ -96,7 +96,7 @@ def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
         "data": seconds_of("data", "data"),
         "exposed all-reduce": seconds_of("communication", "communication"),
         "waiting for the slowest rank": seconds_of("waiting", ""),
-        "evaluation": split.get("evaluation", 0.0),  # with the final test, which ranks do not measure
+        "evaluation": split.get("evaluation", 0.0),  # it includes the final test, which ranks do not measure
     }
     seconds = {part: value for part, value in measured.items() if value is not None}
     seconds["start-up and other"] = total - sum(seconds.values())

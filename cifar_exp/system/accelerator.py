@@ -56,7 +56,7 @@ def layout(device: torch.device) -> torch.memory_format:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory of the device in bytes. It is infinite for CPUs, where images are memory-mapped from disk."""
+    """Free memory of the device in bytes. Infinite for CPUs, where images are memory-mapped from disk."""
     if _is_cuda(device):
         return float(torch.cuda.mem_get_info(device)[0])
     if _is_mps(device):  # memory is shared with the CPU: the recommended maximum minus this process's share

@@ -1,4 +1,4 @@
-"""Atomic writes: readers of a file or a folder find the old content or the new one, never a part of it.
+"""Atomic writes: readers of a file or a folder see the old content or the new content, never a part of it.
 
 Files and folders that must never be read half-written are written here; the journal and locks are not. The policy:
 
@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> 
     """Write a file atomically; text as UTF-8.
 
     Raises:
-        OSError: where the file system refuses; the old content stays and nothing else is left behind.
+        OSError: the file cannot be written; the old content stays and nothing else is left behind.
     """
     with atomic_path(path, durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -97,14 +97,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what killed processes left of :func:`atomic_folder`. The caller holds the lock of ``parent``."""
+    """Remove folders that killed processes left in :func:`atomic_folder`. The caller holds the lock of ``parent``."""
     for folder in parent.glob(f"{_UNFINISHED}*"):
         if is_marked(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def force_to_disk(descriptor: int) -> None:
-    """Force a file's content to disk, where its file system can do that.
+    """Force a file's content to disk (fsync), if its file system supports that.
 
     Raises:
         OSError: the disk is full or broken.

@@ -1,4 +1,4 @@
-"""The CPU quota of a container: for how many cores' worth of time its processes may run.
+"""The CPU quota of a container: the CPU time that its processes may use, in cores.
 
 ``docker run --cpus=1`` and Kubernetes' limits leave all cores visible and stop the container's processes when they have
 used their time. So more threads than the quota stop each other.
@@ -15,7 +15,7 @@ from cifar_exp.system import host
 
 
 def usable_cores() -> int:
-    """How many threads of this process can run all the time: its cores, or fewer by a quota; at least one.
+    """How many threads of this process can run all the time: its cores, or fewer under a quota; at least one.
 
     A quota is rounded down. With 1.5 cores, two threads would be throttled a quarter of the time.
     """

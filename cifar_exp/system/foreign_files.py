@@ -12,18 +12,18 @@ LIMIT = 4 * MIB  # bytes; a file of facts about a run has a few thousand
 
 
 class RefusedFileError(OSError):
-    """A file that is not read: a link, no regular file, or too large."""
+    """A file that is not read: a link, not a regular file, or too large."""
 
 
 def opened(path: Path, limit: float = LIMIT) -> BufferedReader:
-    """Open a file for reading. It never waits, as for the writer of a FIFO, and follows no link.
+    """Open a file for reading. It follows no link and never blocks, not even on a FIFO.
 
     Args:
         path: the file.
         limit: the largest size in bytes.
 
     Raises:
-        RefusedFileError: it is a link, no regular file, or too large.
+        RefusedFileError: it is a link, not a regular file, or too large.
         OSError: it cannot be opened.
     """
     if path.is_symlink():
@@ -54,7 +54,7 @@ def from_json(text: str | bytes) -> Any:
     """The content of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)

@@ -105,7 +105,7 @@ class GpuReadings:
     def _other_load(self) -> dict[str, float]:
         """The largest share of a GPU's time since the last sample that other processes' kernels took.
 
-        Empty where none of this run's processes is listed: in a container NVML may list other process ids, and this
+        Empty if none of this run's processes is listed: in a container NVML may list other process ids, and this
         run's kernels would be taken for others'.
         """
         own = {process.pid for process in (psutil.Process(), *psutil.Process().children(recursive=True))}

@@ -180,7 +180,7 @@ def control_groups() -> list[str]:
 
 
 def mounts() -> list[str]:
-    """The lines of ``/proc/self/mountinfo``: what this process has mounted where. Empty where the system tells none."""
+    """The lines of ``/proc/self/mountinfo``: the mounts of this process. Empty if the system does not list them."""
     return content(PROC / "self/mountinfo").splitlines()
 
 

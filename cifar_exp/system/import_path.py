@@ -1,4 +1,4 @@
-"""Keep files of the current folder from taking the place of modules of Python and of libraries.
+"""Keep files in the current folder from shadowing modules of Python and of libraries.
 
 A user's folder may have a ``types.py`` or ``socket.py``. Python puts the current folder first on its search path for
 ``python -m`` and ``python -c``, and multiprocessing starts its helpers (the fork server, the resource tracker, spawned

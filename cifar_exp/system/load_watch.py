@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 5.0
 
 
 def disturbances(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What slowed a run down, from its metrics; empty where nothing did.
+    """What slowed a run down, from its metrics; empty if nothing did.
 
     Returns:
         A sentence with a placeholder for each disturbance, and its amount: ``sentence.format(amount)``.

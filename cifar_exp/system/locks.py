@@ -1,4 +1,4 @@
-"""Lock files, and a description of the process that holds one, by which others can tell whether it still lives."""
+"""Lock files, with a description of the holder, so that other processes can find out whether it still runs."""
 
 import errno
 import fcntl
@@ -57,7 +57,7 @@ class Owner:
         return self.host.rpartition("-")[0]
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended; False where that is unknown here."""
+        """Whether the process has certainly ended; False if that is unknown."""
         if self.host != _host() or not self.boot_id or not host.boot_id():
             return False
         if self.boot_id != host.boot_id():
@@ -75,7 +75,7 @@ class HeldError(Exception):
 
     Attributes:
         holder: that process, for example ``process 123 on host``.
-        marker: the file to remove if that process is gone; None where the kernel frees the lock.
+        marker: the file to remove if that process is gone; None if the kernel frees the lock.
     """
 
     def __init__(self, path: Path, holder: str, marker: Path | None) -> None:
@@ -124,7 +124,7 @@ def locked(path: Path, advice: str) -> Iterator[None]:
 def acquire(path: Path, timeout: float | None = 0) -> Held:
     """Lock ``path`` until the returned lock is released or this process ends, and write the holder into the file.
 
-    Where the file system has no locks, as some network file systems, a file beside ``path`` marks it as locked. It is
+    If the file system has no locks, like some network file systems, a file beside ``path`` marks it as locked. It is
     ignored once its process on this host has ended.
 
     Args:
@@ -132,7 +132,7 @@ def acquire(path: Path, timeout: float | None = 0) -> Held:
         timeout: seconds to wait for another holder; None waits as long as it takes.
 
     Raises:
-        HeldError: where another process holds it for longer.
+        HeldError: another process still holds it after ``timeout``.
         OSError: the file cannot be written.
     """
     patience, marker = -1 if timeout is None else timeout, None

@@ -1,4 +1,4 @@
-"""Escape names that other users chose (of files, classes, runs) before they are printed.
+"""Escape untrusted names (of files, classes, runs) before they are printed.
 
 A control character in such a name could move the cursor, recolour the terminal or add a line to a log.
 """

@@ -19,7 +19,7 @@ def allow_open_files() -> None:
     """Raise the limit of open files for this process and its ranks if it is too low.
 
     Raises:
-        MachineError: where the hard limit is too low.
+        MachineError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < OPEN_FILES:  # -1 is no limit

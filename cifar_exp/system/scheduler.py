@@ -46,15 +46,15 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
 
 
 def job_tags() -> dict[str, str]:
-    """The job-id tag; it identifies the run after a restart. Empty where the scheduler counts restarts."""
+    """The job-id tag; it identifies the run after a restart. Empty if the scheduler counts restarts."""
     return {JOB_TAG: os.environ[LOCAL_JOB]} if LOCAL_JOB in os.environ else {}
 
 
 def requeued(tags: Mapping[str, str] | None = None) -> str:
-    """``NAME=value`` where a scheduler has started this job before and put it back into the queue; else empty.
+    """``NAME=value`` if a scheduler has requeued this job; else empty.
 
     Args:
-        tags: of the run that is in the job's folder already.
+        tags: the tags of the run that is already in the job's folder.
     """
     count, job = os.environ.get(RESTARTS, ""), os.environ.get(LOCAL_JOB)
     if count.isdecimal() and int(count):
@@ -67,7 +67,7 @@ def _is_one_of_many(launcher: str, size: str, rank: str, variables: Mapping[str,
     count = variables.get(size, "")
     if not count.isdecimal() or int(count) < 2 or rank not in variables:
         return False
-    if launcher == "torchrun":  # else a cell of a notebook has set them, as torch's tutorials do
+    if launcher == "torchrun":  # otherwise a notebook cell has set them, as in torch's tutorials
         return "JPY_PARENT_PID" not in variables or "TORCHELASTIC_RUN_ID" in variables
     if launcher == "srun":
         step = variables.get("SLURM_STEP_ID", variables.get("SLURM_STEPID"))

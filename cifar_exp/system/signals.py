@@ -1,4 +1,4 @@
-"""Signal handlers that end a run in an orderly way. Imported first, so that they are active from the start."""
+"""Signal handlers that end a run gracefully. Imported first, so that they are active from the start."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ from types import FrameType
 from cifar_exp.errors import Stopped
 
 Handler = Callable[[int, FrameType | None], None]
-# The stop signals: Ctrl-C, `timeout`, a closed terminal, a scheduler that preempts. A terminal, a scheduler and a
-# container send it to every process of the run. The parent alone answers: it asks the ranks to finish their step and
-# save. All other processes are started with these signals blocked, and ignore them.
+# The stop signals: Ctrl-C, `timeout`, a closed terminal, preemption by a scheduler. A terminal, a scheduler and a
+# container send them to every process of the run. Only the parent handles them: it asks the ranks to finish their step
+# and save. All other processes are started with these signals blocked, and ignore them.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_SECONDS = 1.0  # `timeout` sends its signal to the command and at once again to the command's group
 
@@ -38,7 +38,7 @@ def raise_swallowed() -> None:
 
 
 def note_stopped(stopped: Stopped) -> None:
-    """Answer further signals as those after the first one."""
+    """Treat the next signal as the second one."""
     _answer(partial(_closing, stopped))
     answer_once(stopped.number)
 
@@ -63,7 +63,7 @@ def leave_signals_to_parent() -> None:
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Block these signals in the block. Processes that are started in it inherit the blocked signals."""
+    """Block the stop signals inside this context. Processes that are started in it inherit the blocked signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

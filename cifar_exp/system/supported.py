@@ -13,7 +13,7 @@ WINDOWS = """native Windows is not supported. Use WSL2, the Linux in Windows:
 
 
 def refusal(version: "tuple[int, ...]", platform: str) -> str:
-    """Why the package cannot be used here, and what to do; empty where it can."""
+    """Why the package cannot be used here, and what to do; empty if it can."""
     if platform == "win32":
         return WINDOWS
     if OLDEST <= version[:2] <= NEWEST:

@@ -1,4 +1,4 @@
-"""A private temporary folder that is removed by its process, or by the next start if that was killed."""
+"""A private temporary folder. Its process removes it, or the next start if the process was killed."""
 
 import shutil
 import tempfile
@@ -18,7 +18,7 @@ def private_folder() -> Iterator[Path]:
     """A new folder of mode 0700, removed when the block ends. Folders of killed processes are removed, too.
 
     Raises:
-        OSError: where it cannot be created.
+        OSError: the folder cannot be created.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         _remove_abandoned(folder)

@@ -9,7 +9,7 @@ from cifar_exp.system.printable import printable_text
 
 
 class Terminal(Console):
-    """rich's console for plain texts: control characters are escaped, and ``[...]`` and ``:...:`` mean themselves."""
+    """rich's console for plain texts: control characters are escaped, and ``[...]`` and ``:...:`` are not markup."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)

@@ -18,11 +18,11 @@ from cifar_exp.training.optimizers import Muon
 
 Function = Callable[[], None]
 Capture = Callable[[Function], Function]
-WARM_UP_STEPS = 11  # DDP needs so many before its step can be captured
+WARM_UP_STEPS = 11  # warm-up iterations that DDP needs before a capture
 
 
 def cuda_graph(function: Function) -> Function:
-    """Warm ``function`` up, then capture it. The returned function replays the same kernels on the same memory."""
+    """Warm up ``function``, then capture it. The returned function replays the same kernels on the same memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -60,7 +60,7 @@ class CapturedStep:
 
 @contextmanager
 def rolled_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Undo the training steps of the block: weights, buffers and optimizer state are restored in place.
+    """Undo the training steps in the block: weights, buffers and optimizer state are restored in place.
 
     Optimizer state that the block created becomes zero: ``is_capturable`` accepts only optimizers whose state starts at
     zero.

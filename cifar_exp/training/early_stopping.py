@@ -1,4 +1,4 @@
-"""Early stopping: which epoch validates best, and when training no longer improves."""
+"""Early stopping: find the best epoch, and detect when training no longer improves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from cifar_exp.training.metrics import MetricValues
 
 @dataclass
 class EarlyStopping:
-    """Follows the validation of each epoch. Metrics are all-reduced, so all ranks take the same decision.
+    """Tracks the validation of each epoch. Metrics are all-reduced, so all ranks make the same decision.
 
     Attributes:
-        settings: what counts as better, and the patience.
+        settings: metric, ``min_delta`` and patience.
         best: the best value so far.
         best_epoch: the first epoch with that value; 0 before any.
         best_step: the last step of that epoch.
@@ -44,11 +44,11 @@ class EarlyStopping:
         return self.settings.patience is not None and self.waited >= self.settings.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes; the settings are not in it."""
+        """The state for :meth:`load_state_dict`, without the settings."""
         return {name: value for name, value in vars(self).items() if name != "settings"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state, with this object's own settings."""
+        """Load a state, but keep this object's settings."""
         for name in self.state_dict():
             setattr(self, name, state[name])
 

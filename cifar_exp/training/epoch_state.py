@@ -1,4 +1,4 @@
-"""An epoch that has not ended: its sums and times, and what each rank needs to resume in the middle of it."""
+"""An unfinished epoch: its sums and times, and the state with which each rank resumes in the middle of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from cifar_exp.training.stopwatch import Stopwatch
 
 @dataclass
 class EpochState:
-    """How far the running epoch is.
+    """The progress of the current epoch.
 
     Attributes:
         sums: (metrics,) float64: the sums of the metrics so far, over all ranks, without the steps since the last
             multiple of ``train.log_every``.
-        steps: steps of the epoch that are done.
+        steps: completed steps of the epoch.
         watch: the epoch's time so far.
         block_seconds: the part of this time up to the last read of the loss.
-        saved_ranks: each rank's own state from the checkpoint; empty unless the epoch has just been resumed.
+        saved_ranks: each rank's state from the checkpoint; empty unless the epoch has just been resumed.
     """
 
     sums: Tensor
@@ -37,19 +37,19 @@ class EpochState:
 
     @classmethod
     def start(cls, device: torch.device) -> "EpochState":
-        """An epoch without any step."""
+        """Start an epoch."""
         return cls(no_sums(device))
 
     @classmethod
     def load(cls, state: Mapping[str, Any], device: torch.device, same_run: bool) -> "EpochState":
-        """The epoch that :meth:`state_dict` saved. ``same_run``: keep its times, too."""
+        """Load an epoch that :meth:`state_dict` saved. ``same_run``: keep its times, too."""
         seconds = dict(state["seconds"]) if same_run else {}
         block_seconds = state["block_seconds"] if same_run else 0.0
         sums = completed(state["sums"].to(exact_device(device)))
         return cls(sums, state["steps"], Stopwatch(seconds), block_seconds, state["ranks"])
 
     def state_dict(self, networks: nn.Module, recent_sums: Tensor) -> dict[str, Any]:
-        """What :meth:`load` takes. A collective: every rank adds its own RNG, buffers and sums.
+        """The state for :meth:`load`. A collective: every rank adds its RNG, buffers and sums.
 
         Args:
             networks: the networks whose buffers differ between ranks until the next evaluation.
@@ -97,5 +97,5 @@ class EpochState:
             recent_sums.copy_(completed(torch.stack([rank["sums"] for rank in taken]).sum(0)).to(recent_sums.dtype))
 
     def restart_clock(self) -> None:
-        """Forget the times, after they were added to the run's."""
+        """Reset the times, after they were added to the run's times."""
         self.watch, self.block_seconds = Stopwatch(), 0.0

@@ -25,7 +25,7 @@ def evaluate(
         model: the network.
         batches: this rank's shard.
         precision: dtype of convolutions and matrix products.
-        may_continue: called before each batch; where it returns False, this rank skips the rest of its shard.
+        may_continue: called before each batch; if it returns False, this rank skips the rest of its shard.
         before_waiting: called after the shard, before the all-reduce; training sends a heartbeat here.
     """
     model.eval()

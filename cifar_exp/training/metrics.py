@@ -1,7 +1,7 @@
 """The metrics of training and evaluation: sums on the device for each batch, divided once after the all-reduce.
 
-Add a metric to ``METRICS``. It is then in the journal and in MLflow as ``step/...``, ``train/...``, ``val/...`` and
-``test/...``.
+To add a metric, add it to ``METRICS``. It is then logged in the journal and in MLflow as ``step/...``, ``train/...``,
+``val/...`` and ``test/...``.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cifar_exp.system.accelerator import exact, exact_device
 
-# Name -> its sum over the images of a batch, from: the batch's mean loss, () float64 (float32 on MPS); logits,
-# (N, classes) float; labels, (N,) int64. The value is this sum divided by ``count``. Checkpoints have the sums in
-# this order, so a new metric comes last.
+# Name -> function that returns the metric's sum over the images of a batch. Its arguments are the batch's mean loss, ()
+# float64 (float32 on MPS); the logits, (N, classes) float; the labels, (N,) int64. The reported value is this sum
+# divided by ``count``. Checkpoints store the sums in this order: append a new metric at the end.
 METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor | int]] = {
     "loss": lambda mean_loss, logits, labels: mean_loss * labels.shape[0],  # noqa: ARG005
     "accuracy": lambda mean_loss, logits, labels: (logits.argmax(1) == labels).sum(),  # noqa: ARG005
@@ -57,7 +57,7 @@ def no_sums(device: torch.device) -> Tensor:
 
 
 def completed(sums: Tensor) -> Tensor:
-    """The sums of a checkpoint, (metrics,). A metric that was added since then is NaN."""
+    """The sums of a checkpoint, (metrics,). Metrics that were added later are NaN."""
     return torch.cat([sums, sums.new_full((len(METRICS) - len(sums),), math.nan)])
 
 

@@ -8,7 +8,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
 from cifar_exp.training.schedules import Schedule, learning_rates
 
-REFERENCE_BATCH = 256  # images: the global batch that `optimizer.lr` is meant for
+REFERENCE_BATCH = 256  # images: the global batch size that `optimizer.lr` refers to
 WARMUP_EPOCHS = 5  # under train.lr_scaling=linear_warmup
 MOST_STEPS = 10**7  # in a run: the learning rate of each is stored
 
@@ -24,7 +24,7 @@ class Plan:
         global_batch_size: images per step over all ranks.
         epochs: passes over the training set.
         steps_per_epoch: whole global batches in the training set.
-        dropped_images: training images that an epoch leaves out, the last partial batch.
+        dropped_images: training images in the last, partial batch, which an epoch drops.
         learning_rates: one for each step of the run.
         image_scales: side of the training images in each epoch, as a share of their own. Evaluation uses the last
             epoch's scale, the size at which the network last saw objects.
@@ -48,8 +48,8 @@ class Plan:
     def learning_rate_ranges(self) -> list[tuple[int, int, tuple[float, ...]]]:
         """Groups of epochs with equal learning rates: (first epoch, last epoch, rates), epochs from 1.
 
-        The rates are those of the epoch's first and last step, and between them the lowest and the highest in their
-        order if they lie beyond these; a single one if it never moves.
+        The rates are those of the first and last step. The lowest and the highest rate are between them, in the order
+        of their steps, if they lie outside that range. A constant rate is listed once.
         """
         ranges: list[tuple[int, int, tuple[float, ...]]] = []
         for epoch in range(1, self.epochs + 1):
@@ -63,14 +63,14 @@ class Plan:
 
 
 def _turns(rates: Sequence[float]) -> tuple[float, ...]:
-    """The first rate, the extremes in their order, the last rate; equal neighbours once."""
+    """The first rate, the extremes in order, the last rate; equal neighbours are listed once."""
     places = sorted({0, rates.index(min(rates)), rates.index(max(rates)), len(rates) - 1})
     values = [rates[place] for place in places]
     return tuple(value for place, value in enumerate(values) if not place or value != values[place - 1])
 
 
 def check_scaling(config: Config, world_size: int) -> None:
-    """Check that ranks can share the global batch evenly, and that batch norms can see it as a whole where they must.
+    """Check that the ranks can share the global batch evenly, and that synchronized batch norms can see all of it.
 
     Raises:
         ConfigError: under strong scaling, ``train.batch_size`` is not divisible by the number of ranks; or synchronized
@@ -98,11 +98,11 @@ def _sharers(config: Config, world_size: int) -> str:
 def make_plan(
     config: Config, world_size: int, train_count: int, schedule: Schedule, resumed_batch: int | None = None
 ) -> Plan:
-    """Plan a run. :func:`check_scaling` has accepted its batch size, or it resumes with the checkpoint's.
+    """Plan a run. Its batch size was accepted by :func:`check_scaling`, or comes from the checkpoint.
 
     Under weak scaling, ``train.batch_size`` is a device's batch; under strong scaling it is the global batch. With
-    gradient accumulation, a device processes ``train.accumulate`` micro-batches per step, in place of that many
-    devices. The learning rate follows the global batch by ``train.lr_scaling``; see :func:`scaled_rates`.
+    gradient accumulation, each device processes ``train.accumulate`` micro-batches per step, as that many devices
+    would. The learning rate follows the global batch by ``train.lr_scaling``; see :func:`scaled_rates`.
 
     Args:
         config: the settings.
@@ -192,14 +192,14 @@ def scaled_rates(rule: str, rates: Sequence[float], global_batch: int, steps_per
     - ``linear``: times batch / 256, as in the reference example.
     - ``sqrt``: times sqrt(batch / 256), which keeps the variance of the update (Krizhevsky 2014, arXiv:1404.5997).
     - ``none``: unchanged.
-    - ``linear_warmup``: linear, but rising from times 1 to there in equal steps over the first 5 epochs (Goyal et al.
-      2017, arXiv:1706.02677, "gradual warmup"). A batch of up to 256 images needs no warm-up.
+    - ``linear_warmup``: linear, but the factor rises from 1 to batch / 256 in equal steps over the first 5 epochs
+      (Goyal et al. 2017, arXiv:1706.02677, "gradual warmup"). A batch of up to 256 images needs no warm-up.
 
     Args:
         rule: the rule.
-        rates: one for each step, for a global batch of 256 images.
+        rates: the rate of each step for a global batch of 256 images.
         global_batch: images per step over all ranks.
-        steps_per_epoch: sets the length of the warm-up.
+        steps_per_epoch: steps per epoch, from which the length of the warm-up follows.
     """
     ratio = global_batch / REFERENCE_BATCH
     if rule == "linear_warmup" and ratio > 1:

@@ -43,7 +43,7 @@ def linear(step: int, steps_per_epoch: int, epochs: int, *, warmup_epochs: NonNe
 
 
 def _warmup_and_progress(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> tuple[float, float]:
-    """The factor of the warm-up, 1 after it, and the share of the steps after the warm-up that are done."""
+    """The warm-up factor (1 after the warm-up), and the completed share of the steps after the warm-up."""
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), steps_per_epoch * epochs)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1), 0.0
@@ -54,7 +54,7 @@ def learning_rates(schedule: Schedule, full_rate: float, steps_per_epoch: int, e
     """The learning rate of every step of the run, in order.
 
     Raises:
-        ConfigError: the schedule returns something else than a number of at least 0.
+        ConfigError: the schedule does not return a number of at least 0.
     """
     return tuple(
         full_rate * _factor(schedule(step=step, steps_per_epoch=steps_per_epoch, epochs=epochs), step)

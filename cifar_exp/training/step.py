@@ -26,8 +26,8 @@ class TrainStep:
     """What one step computes: gradients over all micro-batches, the update, and the EMA of the weights.
 
     Attributes:
-        model: the module to train, inside DDP where there are several ranks.
-        optimizer: over its parameters.
+        model: the module to train, wrapped in DDP if there are several ranks.
+        optimizer: the optimizer of its parameters.
         precision: dtype of convolutions and matrix products.
         label_smoothing: share of the target that is spread over all classes.
         communication: measures DDP's gradient averaging.
@@ -71,7 +71,7 @@ class TrainStep:
         return nn.ModuleList([self.network, *([self.evaluated] if self._ema else [])])
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes; the network's weights are not in it."""
+        """The state for :meth:`load_state_dict`, without the network's weights."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -106,8 +106,8 @@ class TrainStep:
         """Train one step.
 
         Args:
-            batches: makes images from micro-batches.
-            micro_batches: those of this step.
+            batches: prepares the images of a micro-batch.
+            micro_batches: the micro-batches of this step.
             image_scale: side of the images, as a share of their own.
             lr: learning rate of the update.
             watch: counts the time as ``step`` and ``data``.
@@ -124,7 +124,7 @@ class TrainStep:
         self.control.next_stage()
 
     def dry_run(self, images: Tensor, labels: Tensor) -> None:
-        """Forward and backward without an update, before the first step: compiles, and lets DDP choose its buckets.
+        """Run forward and backward without an update, before the first step: compiles, and lets DDP choose its buckets.
 
         DDP orders its buckets by the first backward pass. With more than two ranks, the rounding of the all-reduce
         depends on that order. The dry run makes the order the same after a resume.
@@ -139,7 +139,7 @@ class TrainStep:
         self.communication.take()
 
     def capture(self, batches: TrainBatches, capture: Capture) -> None:
-        """Capture augmentation, forward and backward as a graph, and the update where the optimizer allows it.
+        """Capture augmentation, forward and backward as a graph, and the update if the optimizer allows it.
 
         A captured update reads the learning rate from the device. Later steps replay the graph.
 
@@ -161,7 +161,7 @@ class TrainStep:
                 for scale in sorted({*batches.scales, batches.scale(1)}):  # one graph per shape
                     compute = partial(self._compute, batches, scale, with_update)
                     self._captured[scale] = CapturedStep(compute, micro_batch, capture)
-                    if not with_update:  # each graph writes gradients of its own, which the update reads
+                    if not with_update:  # each graph has its own gradients, which the update reads
                         self._captured_gradients[scale] = [parameter.grad for parameter in self.model.parameters()]
         except Exception as error:  # torch has no common class for what cannot be captured
             self.release()
@@ -170,7 +170,7 @@ class TrainStep:
             self.metric_sums.read_and_reset()
 
     def release(self) -> None:
-        """Drop the graphs: later steps are eager."""
+        """Delete the graphs: later steps run eagerly."""
         self._captured.clear()
         self._captured_gradients.clear()
         for group in self.optimizer.param_groups:
@@ -206,7 +206,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate_gradients(self, images: Tensor, labels: Tensor, micro_batches: int, is_last: bool) -> None:
-        """Forward and backward of one micro-batch. Ranks average their gradients in the last one of the step.
+        """Run forward and backward on one micro-batch. Gradients are all-reduced in the last micro-batch of the step.
 
         ``images``: (B, 3, H, W) float32; ``labels``: (B,) int64.
         """

@@ -1,4 +1,4 @@
-"""Where a rank's time goes."""
+"""Measure how a rank spends its time."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Count the time spent inside under ``name``."""
+        """Add the time spent in the block to ``name``."""
         self._switch()
         self._running.append(name)
         try:
@@ -40,7 +40,7 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Count ``seconds`` of ``source`` under ``target``."""
+        """Move ``seconds`` from ``source`` to ``target``."""
         self.seconds[source] = self.seconds.get(source, 0.0) - seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
@@ -53,7 +53,7 @@ class Stopwatch:
 
 
 def timed(items: Iterable[T], watch: Stopwatch, name: str) -> Iterator[T]:
-    """The same items. Count the time to produce each item under ``name``."""
+    """Yield the same items. The time to produce each item is added to ``name``."""
     source = iter(items)
     nothing = object()
     while True:
@@ -89,7 +89,7 @@ class OwnTimes:
             self.seconds[name] += watch.seconds.get(span, 0.0) - before.get(span, 0.0)
 
     def all_gather(self, device: torch.device) -> list[list[float]]:
-        """Every rank's times as a row, the input of ``RankTimes.add``. Counting starts again at zero."""
+        """Return every rank's times as a row, the input of ``RankTimes.add``, and reset the times."""
         everyone: list[list[float]] = all_gather_numbers([*self.seconds.values(), *self.exposed], device).tolist()
         self.seconds, self.exposed = dict.fromkeys(MEASURED, 0.0), []
         return everyone

@@ -1,4 +1,4 @@
-"""Images per second by blocks of ``train.log_every`` steps, and their steady state."""
+"""Images per second for each block of ``train.log_every`` steps, and the steady-state throughput."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,12 +9,12 @@ ENOUGH_BLOCKS = 10  # with fewer the steady state is a rough figure, and is mark
 
 @dataclass
 class Throughput:
-    """The blocks of a run. A block goes on over the end of an epoch; its seconds are those of training steps alone.
+    """The blocks of a run. A block may span two epochs. Its seconds only include training steps.
 
     Attributes:
         rates: images/s of each block, over all ranks.
         steps: steps of each block.
-        open_images: images so far of the block that has not ended.
+        open_images: images so far in the unfinished block.
         open_steps: its steps so far.
         open_seconds: its time so far.
     """
@@ -26,12 +26,12 @@ class Throughput:
     open_seconds: float = 0.0
 
     def add(self, images: int, seconds: float) -> None:
-        """Add to the open block. Steps are counted in ``open_steps`` by the caller."""
+        """Add images and seconds to the unfinished block. The caller counts its steps in ``open_steps``."""
         self.open_images += images
         self.open_seconds += seconds
 
     def end_block(self) -> float:
-        """End the open block. Returns its images/s."""
+        """End the block. Returns its images/s."""
         rate = self.open_images / self.open_seconds
         self.rates.append(rate)
         self.steps.append(self.open_steps)
@@ -44,7 +44,7 @@ class Throughput:
         The steps after the last whole block count as a block.
 
         Returns:
-            Images/s, and the number of steps and of blocks that it rests on; None without any step.
+            Images/s, and the number of steps and blocks it was computed from; None without any step.
         """
         blocks = list(zip(self.rates, self.steps, strict=True))
         if self.open_steps and self.open_images:
@@ -60,7 +60,7 @@ class Throughput:
 
     @classmethod
     def load(cls, state: Mapping[str, Any], log_every: int) -> "Throughput":
-        """The blocks of a checkpoint. Those of earlier versions have rates alone, of ``log_every`` steps each."""
+        """Load the blocks of a checkpoint. Earlier versions saved only rates, each of ``log_every`` steps."""
         if "throughput" in state:
             return cls(**state["throughput"])
         rates = list(state["block_rates"])
@@ -68,7 +68,7 @@ class Throughput:
 
 
 def weighted_median(blocks: list[tuple[float, int]]) -> float:
-    """The value with half of the weight below it; between two values where it lies between them. (value, weight)."""
+    """The weighted median of (value, weight) pairs; the mean of two values if the half weight falls between them."""
     ordered = sorted(blocks)
     half, below = sum(weight for _, weight in ordered) / 2, 0
     for place, (value, weight) in enumerate(ordered):

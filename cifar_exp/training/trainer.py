@@ -36,17 +36,17 @@ class Trainer:
 
     Attributes:
         train_step: computes one step.
-        learning_rates: one for each step of the run.
+        learning_rates: the learning rate of each step of the run.
         log_every: steps between two reads of the loss.
-        report: called on every rank after each ``log_every`` steps and after each epoch. Rank 0 writes the journal.
-        batch_norm: the choice of ``train.batch_norm``: which statistics evaluation uses.
-        early_stopping: gets each epoch's validation and may end training.
+        report: called on every rank after every ``log_every`` steps and after each epoch. Rank 0 writes the journal.
+        batch_norm: the value of ``train.batch_norm``, which selects the statistics for evaluation.
+        early_stopping: gets the validation of each epoch and may end training.
         after_step: called after each step, for a profiler.
         stopwatch: counts the time of the whole run.
         epoch: epochs done.
         step: steps done.
         throughput: images/s by blocks of ``log_every`` steps.
-        rank_times: where each rank's time went, up to the last epoch's end or checkpoint.
+        rank_times: how each rank spent its time, up to the last epoch end or checkpoint.
     """
 
     train_step: TrainStep
@@ -63,17 +63,17 @@ class Trainer:
     rank_times: RankTimes = field(default_factory=RankTimes)
 
     def __post_init__(self) -> None:
-        self._running: EpochState | None = None  # the epoch that has not ended
+        self._running: EpochState | None = None  # the current epoch
         self._own_times = OwnTimes()
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return self.train_step.device
 
     @property
     def control(self) -> RankControl:
-        """Says whether training ends before its last step."""
+        """Tells the trainer to end training before its last step."""
         return self.train_step.control
 
     @property
@@ -96,7 +96,7 @@ class Trainer:
         """Train and validate epoch by epoch, until ``epochs`` are done or early stopping ends training.
 
         Returns:
-            The last validation; None where training was interrupted, to be resumed later.
+            The last validation; None if training was interrupted and can be resumed.
         """
         averages: MetricValues | None = None
         for epoch in range(self.epoch + 1, epochs + 1):
@@ -123,7 +123,7 @@ class Trainer:
         """Train one epoch, or the rest of a resumed one.
 
         Returns:
-            The epoch's metrics over all ranks; none where training was interrupted.
+            The epoch's metrics over all ranks; empty if training was interrupted.
         """
         state = self._begin_epoch(epoch, batches)
         watch, before = state.watch, dict(state.watch.seconds)
@@ -161,7 +161,7 @@ class Trainer:
         }
 
     def close_epoch(self, epoch: int, batches: TrainBatches) -> None:
-        """Add the epoch's times to the run's. The epoch counts as done if all its steps were trained."""
+        """Add the epoch's times to the run's times. The epoch counts as completed if all its steps were trained."""
         assert self._running
         self.stopwatch.add(self._running.watch)
         self._running.restart_clock()
@@ -184,7 +184,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_run: bool) -> None:
-        """Resume where ``state`` was taken.
+        """Resume from ``state``.
 
         Args:
             state: what :meth:`state_dict` returned.
@@ -223,7 +223,7 @@ class Trainer:
         return self._running
 
     def _count_step(self, state: EpochState, epoch: int) -> MetricValues | None:
-        """Count one step. Every ``log_every`` steps: the metrics of these steps, all-reduced."""
+        """Count one step. Every ``log_every`` steps, all-reduce and report the metrics of these steps."""
         with state.watch.span("step"):
             self.step += 1
             state.steps += 1
@@ -251,7 +251,7 @@ class Trainer:
         return self.control.agreed(StopPoint(self.step)) if self.step % self.control.every == 0 else None
 
     def _validate(self, validation: EvaluationBatches, epoch: int, batches: TrainBatches) -> MetricValues | None:
-        """Evaluate on ``validation``; None where training was interrupted before all images were evaluated."""
+        """Evaluate on ``validation``; None if training was interrupted before all images were evaluated."""
 
         def may_continue() -> bool:
             self.control.approach(StopPoint(self.step, in_evaluation=True))
@@ -259,7 +259,7 @@ class Trainer:
 
         before = self.stopwatch.seconds.get("evaluation", 0.0)
         with self.stopwatch.span("evaluation"):
-            # All ranks need equal buffers: they are evaluated, saved and trained further.
+            # All ranks need equal buffers for evaluation, checkpoints and further training.
             for network in self.train_step.networks:
                 batch_norm.combine_over_ranks(network, self.batch_norm)
             if self.batch_norm == "population":
@@ -283,7 +283,7 @@ class Trainer:
             )
 
     def _check_unread_steps(self, epoch: int) -> None:
-        """Raise rather than save a network that has diverged since the last read of the loss."""
+        """Raise if the network has diverged since the last read of the loss, so that it is not saved."""
         averages = MetricValues.of(sum_over_ranks(self.train_step.metric_sums.read()))
         if averages.count:
             self._check_loss(averages, epoch)

@@ -14,7 +14,7 @@ class WeightEma(AveragedModel):
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        """``decay``: share of the average that remains after a step, 0 to 1. The first update copies the network."""
+        """``decay``: weight of the old average in a step, 0 to 1. The first update copies the network."""
         super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self.decay = decay
         self._averages, self._values = (_split_by_kind(model) for model in (self.module, network))
@@ -33,6 +33,6 @@ class WeightEma(AveragedModel):
 
 
 def _split_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point tensors, and all others. Training changes them in place, so the lists stay valid."""
+    """The floating-point tensors, and the others. Training changes them in place, so the lists stay valid."""
     tensors = [*model.parameters(), *model.buffers()]
     return [it for it in tensors if it.is_floating_point()], [it for it in tensors if not it.is_floating_point()]

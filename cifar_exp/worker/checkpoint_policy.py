@@ -28,8 +28,9 @@ class CheckpointPolicy:
         job: the run.
         world: this rank among the others.
         setup: what is saved.
-        validation: the images that each epoch is validated on.
-        has_validation_split: whether ``validation`` is a validation split. On the test set no best checkpoint is kept.
+        validation: the images on which each epoch is validated.
+        has_validation_split: whether ``validation`` is a validation split. If it is the test set, no best checkpoint is
+            kept.
         files: what rank 0 writes to; None on the other ranks.
     """
 
@@ -72,7 +73,7 @@ class CheckpointPolicy:
             self.files.saver.save(checkpoint, position)
 
     def wait(self) -> None:
-        """Return when all checkpoints are on disk.
+        """Wait until all checkpoints are on disk.
 
         Raises:
             StorageError: one could not be written.

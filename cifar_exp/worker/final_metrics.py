@@ -35,8 +35,9 @@ def report_end(
 def test_metrics(
     trainer: Trainer, test: EvaluationBatches, validated: MetricValues, job: Job, control: RankControl
 ) -> dict[str, float]:
-    """``test/<metric>`` of the last epoch's network. With a validation split, also ``test/<metric>_best`` of the best
-    epoch's.
+    """The metrics ``test/<metric>`` of the last epoch's network.
+
+    With a validation split also ``test/<metric>_best``, the metrics of the best epoch's network.
 
     Args:
         trainer: after its last step. With a validation split, its network becomes the best epoch's.
@@ -71,7 +72,7 @@ def test_metrics(
 
 
 def _epoch_metrics(trainer: Trainer, job: Job) -> dict[str, float]:
-    """The best epoch if validation chose one, and the last epoch if early stopping ended training before the plan's."""
+    """The best epoch, if validation selects one, and the last epoch, if early stopping ended training early."""
     progress = trainer.early_stopping
     epochs: dict[str, float] = {}
     if job.data.validation_count or job.early_stopping.patience:

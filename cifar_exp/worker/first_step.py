@@ -46,8 +46,8 @@ def compile_or_dry_run(trainer: Trainer, batches: TrainBatches, choice: str, wor
 def _capture(trainer: Trainer, batches: TrainBatches, choice: str, world: World) -> None:
     """Capture the step as a CUDA graph; ``benchmarks/compiled.py`` compares.
 
-    If one rank cannot capture it, all ranks run eagerly. A rank that fails in the warm-up steps of the capture leaves
-    the others waiting in an all-reduce. The watchdog then kills the ranks that hang.
+    If one rank cannot capture the step, all ranks run eagerly. If a rank fails in the warm-up steps of the capture, the
+    others wait in an all-reduce until the watchdog kills the hung ranks.
     """
     with trainer.stopwatch.span("compile"):
         problem = ""

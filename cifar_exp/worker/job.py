@@ -18,7 +18,7 @@ class Job:
 
     Attributes:
         run_dir: the run folder, where rank 0 writes.
-        started: start on the monotonic clock; interruptions are left out.
+        started: start of the run on the monotonic clock, shifted so that ``now - started`` leaves out interruptions.
         elapsed: seconds that the run took in earlier sessions; 0 in a new run.
         config_hash: hash of the settings that affect the result.
         resume_from: run folder and checkpoint to resume from; None starts from initial values.
@@ -35,7 +35,7 @@ class Job:
         threads: CPU threads per rank.
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
-        has_unused: whether some parameters get no gradient, as a trial of the network has shown.
+        has_unused: whether some parameters got no gradient when the parent tried the network.
     """
 
     run_dir: Path

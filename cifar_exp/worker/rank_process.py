@@ -63,8 +63,8 @@ def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: in
     failure = RankFailure(rank, time.time(), code, f"{type(error).__name__}: {error}", traceback.format_exc())
     failure.save(ipc_dir, attempt)
     if code is None and job.plan.world_size > 1:
-        # The cause may be a peer that was killed and left no report. Wait, so that the launcher sees that one first.
-        # Then it ends this rank.
+        # The cause may be another rank that was killed and left no report. Wait, so that the launcher notices that
+        # rank first. It then ends this one.
         time.sleep(DEAD_PEER_PATIENCE)
     sys.exit(1 if code is None else code)
 
@@ -94,7 +94,7 @@ def _restarted(job: Job, ipc_dir: Path, rank: int, attempt: int) -> Job:
     """The job after a rank died: it resumes from the newest valid checkpoint.
 
     Raises:
-        CifarExpError: the error that ended the attempt before, if it would come again.
+        CifarExpError: the error that ended the previous attempt, if it would happen again.
     """
     for failure in RankFailure.of_attempt(ipc_dir, attempt - 1):
         failure.raise_if_lasting()
@@ -106,7 +106,7 @@ def _restarted(job: Job, ipc_dir: Path, rank: int, attempt: int) -> Job:
     manifest = checkpoint.newest_intact_manifest(job.run_dir, report)
     start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
     report(f"cifar-exp: a rank died or hung; restart {attempt}: training resumes from {start}")
-    # Steps after the checkpoint are trained again. The time of the lost ones counts as start-up.
+    # Steps after the checkpoint are trained again. The time of the lost steps counts as start-up.
     return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
 
 
@@ -115,7 +115,7 @@ def _prepare_process(job: Job) -> None:
     torch.set_num_threads(job.threads)
     if job.accelerator == "cpu":
         keep_freed_memory()
-    # Batches have one shape, so it pays to try all algorithms. The choice may differ from run to run.
+    # All batches have the same shape, so benchmarking the algorithms pays off. The choice may differ between runs.
     torch.backends.cudnn.benchmark = not job.train.deterministic
     if job.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions

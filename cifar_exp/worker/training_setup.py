@@ -60,7 +60,7 @@ def build_training_setup(
         report: gets the metrics during training.
         train_images: the training split.
         test_images: the test set.
-        saved: the network starts from this checkpoint; None: from initial values.
+        saved: the checkpoint with the network's weights; None: initial values.
     """
     normalization = Normalization.of(job.train.normalization, job.data.mean, job.data.std)
     precision = resolve_precision(job.train.precision, world.device)
@@ -131,7 +131,7 @@ def _load_weights(model: nn.Module, saved: Checkpoint) -> None:
 
 
 def _compile_or_fuse(model: nn.Module, job: Job, world: World, precision: torch.dtype) -> None:
-    """What ``train.compile`` asks for: ``always`` compiles, ``auto`` fuses the layers of CPU ranks."""
+    """Apply ``train.compile``: ``always`` compiles the network, ``auto`` fuses the layers of CPU ranks."""
     if job.train.compile == "always":
         compile_in_place(model)
     elif job.train.compile == "auto" and job.accelerator == "cpu":
@@ -141,7 +141,7 @@ def _compile_or_fuse(model: nn.Module, job: Job, world: World, precision: torch.
 
 
 def _fuse_layers(model: nn.Module, precision: torch.dtype) -> str | None:
-    """Fuse the layers of ``model`` in place; the problem where that is not possible."""
+    """Fuse the layers of ``model`` in place. Returns the problem if that is not possible."""
     try:
         from cifar_exp.cpu_kernels.fuse import fuse  # an optional part of the package
     except ModuleNotFoundError as error:
@@ -150,7 +150,7 @@ def _fuse_layers(model: nn.Module, precision: torch.dtype) -> str | None:
 
 
 def _build_optimizer(job: Job, model: nn.Module) -> Optimizer:
-    """The optimizer. On a GPU it updates all parameters in one fused kernel where torch has one.
+    """Build the optimizer. On a GPU it uses torch's fused kernel if there is one.
 
     Raises:
         ConfigError: the optimizer refuses its settings.
@@ -172,9 +172,10 @@ def _build_optimizer(job: Job, model: nn.Module) -> Optimizer:
 
 
 def _sample(source: Source) -> Tensor:
-    """About 5,000 images (N, 3, H, W) uint8, spread over the set, which may be sorted by class. Equal on every rank.
+    """About 5,000 images, (N, 3, H, W) uint8, taken at equal distances from the set, which may be sorted by class.
 
-    Of images larger than 32 x 32 there are fewer, with about the same number of pixels.
+    The sample is the same on every rank. If images are larger than 32 x 32, it has fewer of them and about as many
+    pixels.
     """
     height, width = source.image_size
     wanted = max(1, min(5000, 5000 * 32 * 32 // (height * width)))

@@ -1,4 +1,4 @@
-"""One grammar: the subcommand may stand anywhere, and what it takes is the same everywhere."""
+"""One grammar: the subcommand may be anywhere, and its arguments are the same everywhere."""
 
 import importlib
 from importlib.metadata import version

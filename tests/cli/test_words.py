@@ -1,4 +1,4 @@
-"""Names that cannot be used are refused before anything is made."""
+"""Unusable names are refused before any file is written."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Settings: every choice composes and builds; whatever is wrong is refused in one message before anything starts."""
+"""Settings: every choice composes and builds; a wrong setting is refused in one message before anything starts."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""A preset that anybody may have written makes Hydra call nothing of its choice, and its YAML has limits."""
+"""An untrusted preset cannot make Hydra call anything outside the allow-list, and its YAML has limits."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Each version of Hydra that may be installed gets what it takes, and none says anything of it."""
+"""Each supported version of Hydra gets arguments that it accepts, and prints no deprecation warning."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""MLflow's environment variables count where nothing is typed, and what they say is checked."""
+"""MLflow's environment variables are used if the command line sets nothing, and their values are checked."""
 
 import pytest
 

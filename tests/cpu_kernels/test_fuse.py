@@ -16,14 +16,14 @@ FOLDER = PACKAGE / "cpu_kernels"
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A folder with a copy of the package, from which Python imports it."""
+    """A folder with a copy of the package."""
     shutil.copytree(PACKAGE, tmp_path / "copy" / "cifar_exp", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPO / "conf", tmp_path / "copy" / "conf")
     return tmp_path / "copy"
 
 
 def run(copy: Path, *command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Python in ``copy``, with the package from there."""
+    """Run Python in ``copy``, with the package imported from there."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=copy,
@@ -45,7 +45,7 @@ def test_the_package_trains_without_the_folder(copied: Path) -> None:
 
 @pytest.mark.parametrize("edited", sorted(path.name for path in FOLDER.glob("*.py")))
 def test_an_edit_of_any_file_changes_the_cache_key(edited: str) -> None:
-    """What the key hashes has the content of every file, so no edit can leave it as it was."""
+    """The key is a hash of the content of every file, so every edit changes it."""
     from cifar_exp.cpu_kernels import numba_runtime
 
     assert (FOLDER / edited).read_bytes() in numba_runtime.SOURCES

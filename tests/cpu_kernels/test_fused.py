@@ -1,4 +1,4 @@
-"""Fused layers compute what PyTorch's compute, on any number of threads, and a run does without them where it must."""
+"""Fused layers compute the same as PyTorch's, on any number of threads, and a run works without them if it must."""
 
 import copy
 import os
@@ -42,7 +42,7 @@ def with_any_values(layers: nn.Sequential) -> nn.Sequential:
 
 
 def step(layers: nn.Module, inputs: Tensor) -> Results:
-    """Outputs, gradients and statistics of a step in training, whose loss is a sum with weights of few digits."""
+    """Outputs, gradients and statistics of a training step. The loss is a sum with weights of few digits."""
     inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_()
     outputs = layers(inputs)
     weights = channels_last(*outputs.shape, seed=2, dtype=torch.bfloat16).to(outputs.dtype)
@@ -56,7 +56,7 @@ def step(layers: nn.Module, inputs: Tensor) -> Results:
 
 
 def assert_close(results: Results, exact: Results, dtype: torch.dtype) -> None:
-    """Within what rounding to ``dtype`` does to numbers of this size."""
+    """Equal up to the rounding error of ``dtype`` for numbers of this size."""
     assert results.keys() == exact.keys()
     for name, value in exact.items():
         scale = value.abs().max().clamp_min(1)
@@ -156,7 +156,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("factory", map(with_defaults, (convnet, resnet, speednet)))
 def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype: torch.dtype) -> None:
-    """Under its names, in its memory: optimizer, checkpoints and prediction know nothing of fused layers."""
+    """Same names, same memory: optimizer, checkpoints and prediction do not depend on fused layers."""
     model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     plain = copy.deepcopy(model)
@@ -205,7 +205,7 @@ def changed(layer: nn.BatchNorm2d, change: Callable[[nn.BatchNorm2d], Any]) -> n
 
 
 def strided(values: Tensor) -> nn.Parameter:
-    """The same numbers with others between them."""
+    """The same numbers in a non-contiguous tensor."""
     return nn.Parameter(torch.stack([values, torch.full_like(values, 7)], 1)[:, 0])
 
 

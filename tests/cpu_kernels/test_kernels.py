@@ -1,4 +1,4 @@
-"""oneDNN, which computes what no layer of the package's own does, can fall back to a slow reference without a word."""
+"""oneDNN computes the other layers; it could silently fall back to a slow reference implementation."""
 
 import subprocess
 import sys

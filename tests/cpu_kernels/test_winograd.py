@@ -1,4 +1,4 @@
-"""Winograd convolutions: exact where numbers have few digits, and everywhere as good as bfloat16 lets them be."""
+"""Winograd convolutions: exact for numbers with few digits, else as accurate as bfloat16 allows."""
 
 import copy
 import subprocess
@@ -64,7 +64,7 @@ def amid_nan(values: Tensor) -> Tensor:
 
 @pytest.fixture
 def no_memory_is_zero() -> Iterator[None]:
-    """What is allocated holds NaN until it is written."""
+    """Fill new allocations with NaN, so that reads before the first write are noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

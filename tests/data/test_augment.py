@@ -1,4 +1,4 @@
-"""Augmentation moves each pixel where a slow loop moves it, by distances that are keyed and spread as promised."""
+"""Augmentation moves each pixel as a slow loop does, by distances with the documented key and distribution."""
 
 import math
 from typing import Any

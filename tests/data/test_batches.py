@@ -1,4 +1,4 @@
-"""Which images a step sees depends on seed and epoch alone; every image is evaluated once; pixels become floats."""
+"""The images of a step depend only on seed and epoch; every image is evaluated once; pixels become floats."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ MEAN, STD = (125.3, 122.95, 113.87), (63.0, 62.1, 66.7)  # CIFAR-10's, about
 
 
 def random_split(count: int, height: int = 32, width: int = 32) -> Split:
-    """Random images whose label is their place."""
+    """Random images. The label of each is its index."""
     generator = torch.Generator().manual_seed(count)
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
     return Split(images, torch.arange(count))
@@ -147,7 +147,7 @@ def test_zscore_divides_by_the_deviations_as_well() -> None:
 
 
 def test_zscore_of_a_channel_that_never_changes_is_zero() -> None:
-    """One colour only, as in masks: its deviation is 0, which nothing can be divided by."""
+    """A single colour, as in masks: its standard deviation is 0, which must not be a divisor."""
     images = torch.tensor([7, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     result = Normalization.of("zscore", (7.0, 100.0, 205.0), (0.0, 50.0, 25.0))(images)
     assert result.flatten().tolist() == pytest.approx([0, -2, 2])

@@ -1,4 +1,4 @@
-"""Images of any source come back exactly, are decoded once, and are refused with a message that says what to mend."""
+"""Images of any source are decoded exactly and once; broken ones are refused with a message that names the remedy."""
 
 import hashlib
 import inspect

@@ -1,4 +1,4 @@
-"""The CIFAR-10 archive is fetched once, verified always, and read without running or writing what is in it."""
+"""The CIFAR-10 archive is downloaded once, always verified, and read without executing or extracting its content."""
 
 import hashlib
 import os
@@ -235,7 +235,7 @@ def test_members_that_the_release_does_not_have_are_refused(tmp_path: Path, memb
 
 
 class Evil:
-    """Unpickled, it would make a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

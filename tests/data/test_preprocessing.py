@@ -1,4 +1,4 @@
-"""Prediction sees the images as training and evaluation saw them, whatever kind they are and wherever they lie."""
+"""Prediction preprocesses images like training and evaluation, for every format and residency."""
 
 from pathlib import Path
 from typing import Any

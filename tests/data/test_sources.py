@@ -1,4 +1,4 @@
-"""Wherever images lie, the same (seed, epoch, position) is the same pixels and label; broken files are named."""
+"""For every residency, the same (seed, epoch, position) gives the same pixels and label; broken files are named."""
 
 import os
 import signal
@@ -213,7 +213,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
 def test_without_shared_memory_images_arrive_all_the_same(
     equal: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    """Containers have little of it: the worker would hand its batch to a thread that fails, and training would hang."""
+    """Containers have little shared memory: the batch would go to a thread that fails, and training would hang."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     with open_sources(files, CPU, threads=1) as (train, _):
         expected = fetch(train, torch.arange(5))
@@ -245,7 +245,7 @@ def test_workers_that_cannot_be_started_are_told_with_what_to_type(
 
 
 def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A terminal sends it to every process: workers print nothing, and end when their rank does."""
+    """A terminal sends Ctrl-C to every process: workers print nothing, and end with their rank."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     before = set(psutil.Process().children())
     with open_sources(files, CPU, threads=1) as (train, _):

@@ -1,4 +1,4 @@
-"""Images kept apart are never trained on, and are the same ones everywhere; what they decide is decided alike."""
+"""Held-out images are never trained on and are the same in every run; all ranks decide alike by them."""
 
 import json
 import shutil
@@ -232,7 +232,7 @@ SPIED = [
 
 
 def seen(workplace: Path, what: str) -> list[str]:
-    """The images that the ranks have seen, as hashes."""
+    """Hashes of the images that the ranks were trained on."""
     lines = [line for path in sorted(workplace.glob(f"{what}-?")) for line in path.read_text().split()]
     for path in workplace.glob(f"{what}-?"):
         path.unlink()

@@ -1,4 +1,4 @@
-"""The run's page and the figures show what the journal says, whatever it says."""
+"""The run's page and the figures show the content of the journal, for any content."""
 
 import math
 import re

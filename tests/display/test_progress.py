@@ -1,4 +1,4 @@
-"""What a person sees while a run lasts: a bar on a terminal, a live line in a notebook, a line an epoch elsewhere."""
+"""The display during a run: a bar on a terminal, a live line in a notebook, one line per epoch elsewhere."""
 
 import io
 import re
@@ -64,7 +64,7 @@ def test_a_notebook_shows_one_live_line_and_a_short_line_an_epoch(
 
 @pytest.mark.usefixtures("notebook")
 def test_a_live_line_is_written_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A notebook keeps all that was ever written: the output of a long run would fill it."""
+    """A notebook stores everything that was ever written: the output of a long run would fill it."""
     now = iter(range(10**6))
     monkeypatch.setattr("time.monotonic", lambda: next(now) * 0.01)
     console = Console(file=io.StringIO())

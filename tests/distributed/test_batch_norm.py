@@ -1,4 +1,4 @@
-"""Batch-norm statistics are those of all ranks' images, whatever train.batch_norm chooses. Real gloo processes."""
+"""Batch-norm statistics cover the images of all ranks, for each choice of train.batch_norm. Real gloo processes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,12 +33,12 @@ RANKS = 2
 
 
 def rank_images(rank: int) -> Tensor:
-    """Each rank's are brighter than the last one's, so that the ranks' means are far apart."""
+    """The images of each rank are brighter than the previous rank's, so that the ranks' means differ widely."""
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(rank)) * (1 + rank) + 5 * rank
 
 
 def after_one_batch(images: Tensor) -> nn.BatchNorm2d:
-    """A layer whose running statistics are the batch's."""
+    """A layer whose running statistics equal the batch's."""
     layer = nn.BatchNorm2d(3, momentum=1.0)
     layer(images)
     return layer
@@ -132,7 +132,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """One rank that takes both ranks' micro-batches."""
+    """One rank that accumulates both ranks' micro-batches."""
     with world_of_one(tmp_path_factory.mktemp("alone")) as world:
         return all_results(world)
 

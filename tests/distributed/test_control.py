@@ -1,4 +1,4 @@
-"""Ranks end at the same moment, whoever looks first; what hangs is ended and named."""
+"""All ranks stop at the same step, whichever notices the request first; a hung rank is killed and named."""
 
 import signal
 import subprocess
@@ -76,7 +76,7 @@ EVALUATE = "control.approach(StopPoint(9, in_evaluation=True))"
 
 
 def rank_process(ipc_dir: Path, rank: int, steps: int, then: str = "") -> "subprocess.Popen[bytes]":
-    """A rank that trains ``steps`` steps, begins another one and waits for ever."""
+    """A rank that trains ``steps`` steps, begins another one and hangs."""
     code = (
         "import time; from pathlib import Path; from cifar_exp.distributed.rank_control import RankControl, StopPoint\n"
         f"control = RankControl(Path({str(ipc_dir)!r}), rank={rank})\n"
@@ -146,7 +146,7 @@ def test_whoever_waits_for_another_rank_is_not_blamed(
 
 
 def test_ranks_whose_folder_was_removed_are_ended_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clean-up of TMPDIR takes the heartbeats with it: nothing would end ranks that hang."""
+    """A clean-up of TMPDIR removes the heartbeats: hung ranks would never be killed."""
     folder, ended = tmp_path / "shared", list[object]()
     folder.mkdir()
     monkeypatch.setattr("cifar_exp.launch.rank_processes.kill_ranks", lambda: ended.append("ranks"))

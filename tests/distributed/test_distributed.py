@@ -1,4 +1,4 @@
-"""Ranks train as one: gradients, sums, statistics and failures are those of all of them. Real gloo processes."""
+"""N ranks train like one rank: gradients, sums, statistics, failures. Real gloo processes."""
 
 import os
 import threading
@@ -45,7 +45,7 @@ def micro_batch(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def accumulated_gradients(rank_count: int) -> Tensor:
-    """Of one process that takes the ranks' micro-batches in turn, each through its own batch statistics."""
+    """Gradients that one process accumulates over the ranks' micro-batches, each with its own batch statistics."""
     model = tiny_model()
     for rank in range(rank_count):
         inputs, labels = micro_batch(rank)
@@ -54,7 +54,7 @@ def accumulated_gradients(rank_count: int) -> Tensor:
 
 
 def gradients(world: World) -> Results:
-    """Of one backward pass over this rank's micro-batch.
+    """Gradients of one backward pass over this rank's micro-batch.
 
     What they should be is computed in the same process: with another number of threads, sums are rounded otherwise,
     and a ReLU whose input is zero but for that may open or close.
@@ -78,7 +78,7 @@ def evaluated(world: World, count: int) -> MetricValues:
 
 
 def averaged(world: World) -> Results:
-    """Buffers that hold the rank plus their place, before and after."""
+    """Buffers filled with the rank plus their index, before and after averaging."""
     model = tiny_model()
     for place, buffer in enumerate(floating_buffers(model)):
         buffer.fill_(10 * place + world.rank)
@@ -107,7 +107,7 @@ def trained(world: World, accumulate: int = 1) -> Results:
 
 
 def slowed_down(world: World) -> RankTimes:
-    """The same epoch, before whose second and third step the last rank pauses until the first one waits for it."""
+    """The same epoch, but before steps 2 and 3 the last rank pauses until the first rank waits for it."""
     made, model, _ = trainer(world)
     if world.size > 1:
         messages = dist.new_group(backend="gloo")
@@ -163,7 +163,7 @@ def accumulated_after_warming_up(world: World) -> dict[str, list[float]]:
 
 
 def collectives(world: World) -> int:
-    """How many average 3 MB of gradients, which torch's own choice of buckets would part."""
+    """Number of collectives for 3 MB of gradients, which torch's default bucket size would split."""
     count = 0
 
     def complete(self: Communication) -> None:
@@ -183,14 +183,14 @@ def collectives(world: World) -> int:
 
 
 def scheduling_policies() -> tuple[int, set[int]]:
-    """That of the thread that trains, and those of all others."""
+    """The policy of the training thread, and the policies of all other threads."""
     trains = threading.get_native_id()
     others = {int(path.name) for path in Path("/proc/self/task").iterdir()} - {trains}
     return os.sched_getscheduler(trains), {os.sched_getscheduler(thread) for thread in others}
 
 
 def divergence(world: World, log_every: int) -> str:
-    """What is raised where only the last rank's images are not finite."""
+    """The error if only the last rank's images are not finite."""
     broken = Normalization(shift=(float("nan"), 0.0, 0.0)) if world.rank == world.size - 1 else NORMALIZATION
     made, _, _ = trainer(world, log_every)
     try:
@@ -246,7 +246,7 @@ def test_sums_are_over_all_ranks(pair: list[Results], alone: Results) -> None:
 
 
 def test_gradients_are_the_mean_of_the_ranks_micro_batches(pair: list[Results]) -> None:
-    """As one process accumulates them over both; the same on both ranks, bit for bit."""
+    """Equal to the gradients that one process accumulates over both; the same on both ranks, bit for bit."""
     for rank in pair:
         expected = rank["accumulated_gradients"]
         assert expected.norm() > 0.1
@@ -384,7 +384,7 @@ def test_what_an_epoch_reports(pair: list[Results], alone: Results) -> None:
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(
     pair: list[Results], alone: Results, log_every: int, step: int
 ) -> None:
-    """At the next step whose loss is read, the last of the epoch included; the message names it and what to type."""
+    """All ranks end at the next read of the loss, also at an epoch's end; the message names step and remedy."""
     for rank in (*pair, alone):
         message = rank["diverged"][log_every]
         assert f"the loss is nan by step {step} (epoch 1)" in message

@@ -1,4 +1,4 @@
-"""Where the time of each rank went adds up, and a straggler is named."""
+"""The time breakdown of each rank adds up, and a straggler is named."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ranks train as one where a step leaves parameters out: those that no rank used are not updated, as on one rank."""
+"""N ranks train like one rank if a step skips parameters: those that no rank used are not updated."""
 
 from pathlib import Path
 from typing import Any

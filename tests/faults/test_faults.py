@@ -1,4 +1,4 @@
-"""Faults, injected for real, that the project promises to handle; all of them: ``uv run python -m tests.faults``."""
+"""Some of the real faults that the project handles. To inject all of them: ``uv run python -m tests.faults``."""
 
 import re
 from pathlib import Path

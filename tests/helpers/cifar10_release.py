@@ -93,7 +93,7 @@ def released(root: str | Path, *, size: int, sha256: str, **settings: Any) -> Da
 
 @dataclass
 class Server:
-    """What a loopback server answers, and what it was asked: the Range header of each request, in order."""
+    """The responses of a loopback server, and the Range header of each request, in order."""
 
     address: str = ""
     content: bytes = ARCHIVE

@@ -1,4 +1,4 @@
-"""What the commands under test import, so that the process they are forked from has it."""
+"""The modules that commands under test import. The process that they are forked from imports them once."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Commands under way: wait for them, find their ranks, see that nothing of them is left."""
+"""Running commands: wait for them, find their ranks, check that no process is left."""
 
 import signal
 import sqlite3
@@ -15,7 +15,7 @@ Start = Callable[..., ForkedCommand]
 
 
 def answers_signals(pid: int) -> bool:
-    """Whether the command has taken charge of SIGTERM, which Python leaves alone."""
+    """Whether the command has installed its SIGTERM handler. Python has none by default."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     mask = next(line for line in status if line.startswith("SigCgt"))
     return bool(int(mask.split()[1], 16) & 1 << signal.SIGTERM - 1)
@@ -40,7 +40,7 @@ def wait_for_tracked_runs(process: ForkedCommand, store: Path, count: int) -> No
 
 
 def wait_for(condition: Callable[[], object], process: ForkedCommand, seconds: float = 120) -> None:
-    """Ask until it holds, at most half of the time, since other tests need the processor."""
+    """Poll until the condition holds, using at most half of the CPU time, since other tests need it."""
     deadline = time.monotonic() + seconds
     while True:
         asked = time.monotonic()

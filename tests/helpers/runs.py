@@ -18,7 +18,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def curve(entries: Sequence[Entry]) -> list[tuple[int, str, float]]:
-    """Everything in a journal that time and the machine have no part in."""
+    """The content of a journal without times and facts about the machine."""
     return [
         (entry.step, name, value)
         for entry in entries

@@ -1,4 +1,4 @@
-"""A real MLflow server, and a relay before it that is cut, hangs, or loses answers when told to."""
+"""A real MLflow server behind a relay that can close connections, hang, or drop answers."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ class Relay:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """``cifar-exp ui`` over a store of its own; the port that it listens on."""
+    """Start ``cifar-exp ui`` with a new store. Returns the port."""
     from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
     folder = tmp_path_factory.mktemp("server")

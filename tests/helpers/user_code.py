@@ -1,4 +1,4 @@
-"""Networks, optimizers and schedules such as users write: some work, some cannot."""
+"""Examples of users' networks, optimizers and schedules: some work, some cannot."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class Unused(Base):
 
 
 class Sometimes(Base):
-    """Its extra layer is used where the images are bright, as a layer that is skipped at random."""
+    """Its extra layer is used only for bright images, like a layer that is skipped at random."""
 
     def _hidden(self, images: Tensor) -> Tensor:
         hidden: Tensor = self.trunk(images)
@@ -207,14 +207,14 @@ class Picky(torch.optim.SGD):
 
 
 class Keeps(torch.optim.SGD):
-    """Its state holds an object that checkpoints cannot."""
+    """Its state has an object that a checkpoint cannot store."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
         self.state[self.param_groups[0]["params"][0]]["owner"] = Base
 
 
 def halves(epochs: int, step: int, steps_per_epoch: int) -> float:
-    """Its arguments in another order."""
+    """A schedule with its arguments in another order."""
     return 0.5 ** (step // steps_per_epoch) + 0 * epochs
 
 

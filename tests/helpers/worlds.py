@@ -1,4 +1,4 @@
-"""Real process groups for tests: one rank in this process, or several in processes of their own."""
+"""Real process groups for tests: one rank in this process, or several ranks in new processes."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What the launcher changes in torch elastic."""
+"""The changes that the launcher makes to torch elastic."""
 
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 

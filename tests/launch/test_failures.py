@@ -1,4 +1,4 @@
-"""A rank that fails and a user who stops: the right exit code and status, one message, no process left."""
+"""After a failed rank or a stop by the user: the right exit code and status, one message, no process left."""
 
 import os
 import signal
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workpla
 
 
 def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path) -> None:
-    """It takes no signal but SIGKILL; elastic alone would wait half a minute for it."""
+    """It only reacts to SIGKILL; elastic would wait half a minute for it."""
     process = started(*LONG, "devices.count=2", "devices.oversubscribe=true")
     training_ranks(process, workplace)[1].send_signal(signal.SIGSTOP)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -347,7 +347,7 @@ def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -
 
 
 def test_a_rank_that_finds_its_launcher_gone_ends_without_a_word(tmp_path: Path) -> None:
-    """Its failure would be written to files that nobody would clear away."""
+    """Its failure report would be written to files that nobody removes."""
     gone = str(tmp_path / "gone")
     code = f"from pathlib import Path; from cifar_exp.worker.train_job import run_rank; run_rank(None, Path({gone!r}))"
     env = environment() | {"RANK": "0", "WORLD_SIZE": "2"}

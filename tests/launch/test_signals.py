@@ -1,4 +1,4 @@
-"""Signals that reach every process of a run, come twice, or belong to the program around the run."""
+"""Signals that reach every process of a run, arrive twice, or belong to the calling program."""
 
 import multiprocessing
 import multiprocessing.context

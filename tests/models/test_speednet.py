@@ -1,4 +1,4 @@
-"""The whitening layer whitens what it was given; the network has the shape that it promises."""
+"""The whitening layer whitens its training images; the network has the documented shape."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parity is measured on the parts that train, holds where they are right, and does not where one of them is wrong."""
+"""Parity is measured with the components of a real run; it holds if they are right, and fails if one is wrong."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The first commands and the list of supported Pythons are the same wherever they stand."""
+"""All documents and settings have the same first commands and the same list of supported Pythons."""
 
 import re
 import tomllib

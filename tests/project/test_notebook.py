@@ -1,4 +1,4 @@
-"""The notebook works from the first cell to the last in a real kernel, and is kept as it was written."""
+"""The notebook runs from the first cell to the last in a real kernel, and is stored without outputs."""
 
 import json
 import shutil

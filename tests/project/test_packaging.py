@@ -1,4 +1,4 @@
-"""The project as it is installed: a wheel holds the configuration and the plugin, and is found from anywhere."""
+"""The installed project: a wheel contains the configuration and the plugin, and both are found from any folder."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The README's commands run as they stand there, with overrides that limit their size."""
+"""The README's commands run as written, with overrides that limit their size."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Tests stand alone: what several share is in ``tests/helpers/``."""
+"""No test imports another test: shared code is in ``tests/helpers/``."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ MODULES = sorted((REPO / "tests").rglob("*.py"))
 
 
 def imports_of_tests(source: str) -> set[str]:
-    """Modules of ``tests`` that a module imports, anywhere in it, and what it imports from them: dotted names."""
+    """The modules of ``tests`` that a module imports, and the names that it imports from them, as dotted names."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

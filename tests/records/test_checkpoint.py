@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or in one message that says which file; nothing in a file is executed."""
+"""A checkpoint is restored bit for bit, or one message names the damaged file; nothing in a file is executed."""
 
 import hashlib
 import json

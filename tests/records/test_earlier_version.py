@@ -1,4 +1,4 @@
-"""Run folders of version 0.1, from before files moved into folders, are resumed, predicted with and reported."""
+"""Run folders of version 0.1 can be resumed, predicted with and reported, although modules were moved since."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""A run is found by its folder, its MLflow id or as the latest; whoever names none is told what to set."""
+"""A run is found by its folder, its MLflow id or as the latest; if there is none, the message says what to set."""
 
 import os
 from pathlib import Path

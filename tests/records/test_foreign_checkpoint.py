@@ -1,4 +1,4 @@
-"""A checkpoint that anybody may have made takes no more than its file, and one of a newer version is not damaged."""
+"""An untrusted checkpoint uses no more memory than its file; a newer version's is not reported as damaged."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ SOUND = Checkpoint(WEIGHT, WEIGHT, {"epoch": 7}, ("ant", "bee"), (1.0, 2.0, 3.0)
 
 
 def saved(run_dir: Path, **changes: Any) -> Path:
-    """A checkpoint whose fields were changed, with a manifest that vouches for it."""
+    """A checkpoint with changed fields, and a valid manifest for it."""
     checkpoint.save(run_dir, SOUND, position(10), keep=2)
     path = run_dir / CHECKPOINTS / NAME
     torch.save({**vars(SOUND), **changes}, path)

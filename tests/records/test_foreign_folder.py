@@ -1,4 +1,4 @@
-"""A run folder that anybody may have made is data: nothing outside it is read or written, and no file of it ends us."""
+"""An untrusted run folder: nothing outside it is read or written, and no file in it crashes the program."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The journal comes back as it was written, while it is being written and after a crash."""
+"""The journal is read as it was written, also while it grows and after a crash."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def test_last_values_are_the_latest_of_every_metric(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
-    """A run that goes on from a checkpoint walks again over steps that the run before it has reported."""
+    """A resumed run repeats steps that are already in the journal."""
     written(tmp_path, FIRST, SECOND)
     rest = Entry(195, 1, 30.0, {"train/loss": 1.5, "lr": 0.1})
     written(tmp_path, FIRST, rest, THIRD)
@@ -121,7 +121,7 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 @linux
 def test_a_full_disk_is_told_at_the_write_and_at_the_end(tmp_path: Path) -> None:
-    """What could not be written stays in the buffer, and is refused once more when the file is closed."""
+    """A line that could not be written stays in the buffer, and fails again when the file is closed."""
     writer = JournalWriter(tmp_path)
     writer._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):

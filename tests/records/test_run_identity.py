@@ -1,4 +1,4 @@
-"""A moved folder is the same run, a copied one is a run of its own: no tracker gets the points of two under one id."""
+"""A moved folder is the same run, and a copied folder is a separate run: a tracker never gets two runs under one id."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The network of somebody's run: only a network is built, nothing is fetched, and memory is that of the checkpoint."""
+"""The network of an untrusted run: only a network is built, no download, memory limited by the checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What Hydra's users rely on: callbacks, its own choices of groups, and messages about what is typed wrongly."""
+"""Features that Hydra's users rely on: callbacks, Hydra's own config groups, and messages about typing errors."""
 
 import shlex
 from pathlib import Path

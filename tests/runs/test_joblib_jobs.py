@@ -1,4 +1,4 @@
-"""A sweep whose jobs run at once in joblib's worker processes is told to end: they save before they are ended."""
+"""A signal to a sweep with parallel jobs in joblib's worker processes: the jobs save before they are killed."""
 
 import signal
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A new run overwrites nothing, and its lock is not written into a file of somebody else."""
+"""A new run overwrites no files, and does not use another program's file as its lock."""
 
 import json
 import time

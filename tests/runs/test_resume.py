@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened: the same losses and weights, each point once."""
+"""A killed run resumes with the same losses and weights as an uninterrupted run, and logs each point once."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""One run from the command line to its folder and its record in MLflow."""
+"""One run, from the command line to its run folder and its MLflow run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run that is told to end does so between two steps with everything saved; ranks that die are replaced."""
+"""A stopped run ends between two steps and saves everything; dead ranks are restarted."""
 
 import signal
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Sweeps: one parent, a child a job, failures that do not end it, and the speedup table at the end."""
+"""Sweeps: one parent run, a child run per job, failed jobs that do not end the sweep, and the speedup table."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Intervals and tests have the values of textbooks, and hold the truth as often as they say."""
+"""Intervals and tests have textbook values, and the intervals have the nominal coverage."""
 
 import math
 
@@ -88,7 +88,7 @@ def test_one_contrast_is_welchs_t_test() -> None:
 
 
 def test_the_error_of_a_median_grows_where_neighbours_are_alike() -> None:
-    """Independent blocks: 1.25 sigma / sqrt(n). Noise that lasts for many blocks tells less than as many blocks."""
+    """Independent blocks: 1.25 sigma / sqrt(n). Correlated blocks contain less information."""
     rng = np.random.default_rng(1)
     errors = [block_error(list(rng.standard_normal(100)))[0] for _ in range(40)]
     assert np.mean(errors) == pytest.approx(1.2533 / 10, rel=0.2)

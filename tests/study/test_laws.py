@@ -1,4 +1,4 @@
-"""The fitted laws find the serial fraction that a sweep was made with, and say when they do not describe it."""
+"""The fitted laws recover the serial fraction of a simulated sweep, and warn if they do not fit."""
 
 import math
 
@@ -13,7 +13,7 @@ COUNTS = [1, 2, 4, 8]
 
 
 def measured(law: Name, fraction: float, noise: float = 0.01, counts: list[int] = COUNTS) -> Means:
-    """Logarithms of the rates that the law says, each with two runs that are ``noise`` off to either side."""
+    """Logarithms of the throughputs that the law predicts, each with two runs that deviate by +- ``noise``."""
     rates = [100 * relative_rate(law, fraction, count) for count in counts]
     return Means.of([[math.log(rate) - noise, math.log(rate) + noise] for rate in rates])
 

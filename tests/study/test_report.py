@@ -1,4 +1,4 @@
-"""A study's table, CSV, page and metrics say what its runs say; two sweeps are compared figure by figure."""
+"""A study's table, CSV, page and metrics agree with its runs; two sweeps are compared quantity by quantity."""
 
 import csv
 import errno
@@ -253,7 +253,7 @@ def test_jobs_that_did_not_finish_are_named_beside_the_figures_that_lack_them(tm
 
 
 def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
-    """GPUs average gradients on their own: the host sees steps alone."""
+    """GPUs average gradients asynchronously: the host only measures steps."""
     metrics = {"time_split/step": 8.0, "time_split/other": 2.0}
     for rank in (0, 1):
         metrics |= {f"rank_time/{rank}/{name}": value for name, value in (("compute", 7.5), ("data", 0.5))}

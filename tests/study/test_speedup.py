@@ -1,4 +1,4 @@
-"""The speedup table is the medians and ratios that one computes by hand."""
+"""The speedup table has the medians and ratios that were computed by hand."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One way to write a file: readers find the old content or the new one, and nothing else is left."""
+"""Atomic writes: readers see the old content or the new content, and no other file is left."""
 
 import csv
 import os

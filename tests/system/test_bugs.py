@@ -1,4 +1,4 @@
-"""What is nobody's fault but the program's is told as that; what was typed is blamed for nothing else."""
+"""A bug is reported as a bug, and a wrong setting is not blamed for it."""
 
 import ast
 import os

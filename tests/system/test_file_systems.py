@@ -1,4 +1,4 @@
-"""File systems that lack a call: what is saved counts as saved, and one process alone trains in a folder."""
+"""File systems without fsync or locks: saves succeed, and only one process trains in a folder."""
 
 import errno
 import fcntl

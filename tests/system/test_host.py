@@ -1,4 +1,4 @@
-"""One module knows the platform: what it says on Linux, and what where Linux's calls and files are missing."""
+"""Only one module depends on the platform: its results on Linux, and without Linux's calls and files."""
 
 import ast
 import ctypes

@@ -1,4 +1,4 @@
-"""The machine in tags and metrics: what others took is told from what is ours, limits are seen, nothing is made up."""
+"""The machine in tags and metrics: other processes' load is separated from the run's, and limits are seen."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ def burn(seconds: float) -> None:
 
 
 def test_cpu_seconds_of_ranks_are_ours_too() -> None:
-    """They are children of the fork server, and have ended when the watch looks."""
+    """They are children of the fork server, and have ended when the load is sampled."""
     before = own_cpu_seconds()
     rank = multiprocessing.get_context("forkserver").Process(target=burn, args=(0.5,))
     rank.start()

@@ -1,4 +1,4 @@
-"""Nothing secret is written or shown, outputs are the user's alone, and MLflow's pages are this machine's alone."""
+"""No secret is written or shown; only the user can read outputs; only this machine can reach MLflow's pages."""
 
 import base64
 import http.client

@@ -1,4 +1,4 @@
-"""What the environment tells of launchers and schedulers: several processes are refused, requeued jobs are known."""
+"""Launchers and schedulers, by environment variables: several processes are refused, requeued jobs resume."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Standard streams that are closed or broken: a command does its work, and its exit code stays right."""
+"""With closed or broken standard streams, a command does its work and has the right exit code."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A command finds a home, a name, a place for caches and a way to draw, whatever its surroundings lack."""
+"""A command works in an environment without a home folder, user name, writable cache folder or matplotlib backend."""
 
 import multiprocessing
 import os
@@ -68,7 +68,7 @@ def test_who_has_no_home_gets_one_in_a_private_temporary_folder(
 
 
 def test_a_temporary_folder_that_others_may_write_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would have code of theirs run: compiled code is kept there."""
+    """Other users could run their code, since compiled code is cached there."""
     monkeypatch.setenv("HOME", "/nonexistent")
     place = home.parent / "tmp" / f"cifar-exp-cache-{os.geteuid()}"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""Temporary folders: private, removed at the end, and after a kill by whoever comes next; never one that is in use."""
+"""Temporary folders are private and removed at the end, or after a kill by the next start; never while in use."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the loop adds up beyond a step: evaluation of images and their mirror images."""
+"""Evaluation of images and of their mirror images."""
 
 import torch
 from torch import nn

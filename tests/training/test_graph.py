@@ -1,4 +1,4 @@
-"""A captured step trains what a step taken one by one trains. A GPU is not needed: what is replayed here is a call."""
+"""Captured steps train the same network as eager steps. No GPU is needed: here a replay is a plain call."""
 
 from dataclasses import replace
 from functools import partial

@@ -149,7 +149,7 @@ def test_moved_seconds_change_their_name_and_not_their_sum() -> None:
 
 @pytest.fixture
 def third_metric(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user adds: the share of images whose label is among the two likeliest classes."""
+    """A metric as a user would add it: top-2 accuracy."""
 
     def top2(mean_loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
         return (logits.topk(2).indices == labels[:, None]).any(1).sum()

@@ -1,4 +1,4 @@
-"""The arithmetic before a run: steps, dropped images and the learning rate of every epoch."""
+"""The plan of a run: steps, dropped images and the learning rate of every epoch."""
 
 from dataclasses import replace
 from functools import partial

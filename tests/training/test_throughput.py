@@ -1,4 +1,4 @@
-"""The steady throughput counts every step after the warm-up once, over the ends of epochs."""
+"""Steady-state throughput counts every step after the warm-up once, also across epoch boundaries."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A checkpoint is saved when it is due, and says what it is of."""
+"""A checkpoint is saved when it is due, with its position in the run."""
 
 from pathlib import Path
 from types import SimpleNamespace

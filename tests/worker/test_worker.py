@@ -1,4 +1,4 @@
-"""What one rank prepares before it trains."""
+"""The set-up of one rank before it trains."""
 
 import ctypes
 import gzip
@@ -20,7 +20,7 @@ from tests.helpers.marks import pinning
 
 
 def test_the_launcher_sees_the_whole_of_a_failure_or_nothing(tmp_path: Path) -> None:
-    """It looks at any moment, and a rank may be killed while it writes."""
+    """The launcher may read at any moment, and a rank may be killed while it writes."""
     failure = RankFailure(1, 0.0, None, "RuntimeError: no", "a line of a traceback\n" * 50_000)
     writer = threading.Thread(target=lambda: [failure.save(tmp_path, attempt=0) for _ in range(100)])
     writer.start()
