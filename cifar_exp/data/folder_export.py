@@ -20,14 +20,14 @@ Counts = Counter[tuple[str, str, str]]
 
 
 def export(files: DatasetFiles, folder: Path) -> Counts:
-    """Write each image as ``<folder>/<split>/<class>/NNNN.png``, numbered from 1; files that exist stay as they are.
+    """Write each image as ``<folder>/<split>/<class>/NNNN.png``, numbered from 1; existing files are kept.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     counts: Counts = Counter()
     advice = "Free space there, or set --to=<another folder>"
-    with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be under way
+    with locked(folder / ".lock", advice), storage_errors(folder, advice):  # another export may be running
         for split in SPLITS:
             counts += _export_split(files, split, folder)
     return counts
@@ -61,7 +61,7 @@ def _write(job: tuple[Tensor, Path]) -> str:
 
 
 def table(classes: Sequence[str], counts: Counts) -> str:
-    """Images by class: written, and skipped because they were there."""
+    """Images by class: written, and skipped because they already existed."""
     columns = [(split, outcome) for split in SPLITS for outcome in ("written", "skipped")]
     rows = [(name, [counts[split, name, outcome] for split, outcome in columns]) for name in classes]
     sums = ("all", [sum(cells) for cells in zip(*(cells for _, cells in rows), strict=True)])

@@ -1,8 +1,8 @@
 """Python's fork server, from which ranks are forked with PyTorch already imported.
 
-Importing torch takes three seconds, and its optimizers as many more (they import the compiler). The fork server imports
-both while the parent builds the components and reads the images. Ranks are forked from it in milliseconds, also for the
-later jobs of a sweep. It has one thread and no CUDA context, so forking it is safe.
+Importing torch takes three seconds, and its optimizers another three (they import the compiler). The fork server
+imports both while the parent builds the components and reads the images. Forking a rank from it takes milliseconds,
+also in later jobs of a sweep. The fork server has one thread and no CUDA context, so forking it is safe.
 
 On macOS forking is not safe (see :func:`cifar_exp.system.host.start_method`). There each rank is spawned and imports
 PyTorch itself.
@@ -21,10 +21,10 @@ from cifar_exp.system.surroundings import make_socket_folder
 
 
 def start_fork_server() -> None:
-    """Start the fork server if this platform uses one and it does not run yet. It ends with its parent.
+    """Start the fork server if this platform uses one and it is not running yet. It ends with its parent.
 
     Raises:
-        MachineError: ranks and their parent could not share locks.
+        MachineError: ranks and their parent cannot share locks here.
         StorageError: the temporary folder cannot be written.
     """
     if problem := host.shared_lock_problem():
@@ -35,7 +35,7 @@ def start_fork_server() -> None:
     with storage_errors(Path(tempfile.gettempdir()), "Set TMPDIR=<a folder that you may write to>"):
         make_socket_folder()
     # Ranks, fork server and resource tracker leave signals to the parent. The resource tracker's start unblocks SIGINT
-    # and SIGTERM here, so it comes first, in a block of its own. The tracker itself ignores these two.
+    # and SIGTERM here, so it is started first, in a separate block. The tracker itself ignores these two.
     with blocked_signals(), SafeHelpers():
         resource_tracker.ensure_running()
     _set_known_start_method()
@@ -48,6 +48,6 @@ def start_fork_server() -> None:
 
 
 def _set_known_start_method() -> None:
-    """Replace a default start method that a library added, such as joblib's ``loky``: ranks would not know it."""
+    """Replace a default start method that a library added, such as joblib's ``loky``, which ranks do not have."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *host.START_METHODS):
         multiprocessing.set_start_method(host.start_method(), force=True)

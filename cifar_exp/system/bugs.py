@@ -1,7 +1,7 @@
 """Report unexpected errors as bugs: where the traceback was saved, and which versions to report.
 
-Libraries have their own exception classes for errors that a user can fix. An exception of Python's own classes, such as
-``TypeError`` or ``AttributeError``, is a bug in this program or in a library.
+Libraries have their own exception classes for errors that a user can fix. A built-in exception, such as ``TypeError``
+or ``AttributeError``, is a bug in this program or in a library.
 """
 
 import errno
@@ -25,13 +25,13 @@ MACHINE_ERRNOS = {
     *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM),
 }
 REPORTED = ("cifar-exp", "hydra-core", "omegaconf", "torch", "torchvision", "mlflow", "numpy")
-# Python's own classes for errors of the machine, the network or the content of a file.
+# Built-in exception classes for errors of the machine, the network or the content of a file.
 _EXTERNAL_ERRORS = (OSError, MemoryError, UnicodeError)
 LONGEST = 300  # characters of an error in a message; the traceback has the rest
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether the error is a bug: its class is Python's own and not about the machine, the network or a file."""
+    """Whether the error is a bug: its class is built into Python and not about the machine, the network or a file."""
     if isinstance(error, ImportError):  # all required modules are installed with the package
         return True
     return type(error).__module__ == "builtins" and not isinstance(error, _EXTERNAL_ERRORS)
@@ -68,7 +68,7 @@ class BugError(CifarExpError):
 
         Args:
             error: the unexpected error.
-            context: text before the message, such as what failed because of it.
+            context: text before the message, for example which operation failed.
         """
         super().__init__(f"{context}{bug_text(error)}")
 
@@ -88,7 +88,7 @@ def _is_of_the_machine(error: BaseException) -> TypeGuard[OSError]:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of :func:`as_user_error`, without another message."""
+    """The exit code of :func:`as_user_error`, without printing a message."""
     kept: int = getattr(error, "exit_code", BugError.exit_code)
     return StorageError.exit_code if _is_of_the_machine(error) else kept
 

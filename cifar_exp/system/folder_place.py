@@ -5,6 +5,6 @@ from typing import Any
 
 
 def place_of(folder: Path) -> dict[str, Any]:
-    """The place of an existing folder, as JSON has it."""
+    """The place of an existing folder, in the form that is stored as JSON."""
     found = folder.stat()
     return {"path": str(folder.resolve()), "device": found.st_dev, "inode": found.st_ino}

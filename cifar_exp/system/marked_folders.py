@@ -1,4 +1,4 @@
-"""Mark temporary folders, so that a later start removes what a killed process left and nothing else.
+"""Mark temporary folders, so that a later start removes only folders that a killed process left.
 
 The name alone proves nothing: another user may have a folder of this name. The mark holds the folder's device and
 inode, so a copy of a marked folder is not marked.

@@ -7,18 +7,18 @@ import psutil
 
 try:
     import resource
-except ImportError:  # no POSIX system
+except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
-_SLACK = 2 * 2**30  # bytes; address space for caches and for what the first call of a library reserves
+_SLACK = 2 * 2**30  # bytes; address space for caches and for the reservations of a library's first call
 _A_CORE = 80 * 2**20  # bytes; the stack of a thread and its memory arena
 
 
 @contextmanager
 def memory_limited(more: float) -> Iterator[None]:
-    """Inside this context allocations fail once the process has ``more`` bytes more than now, and some slack.
+    """Inside this context allocations fail once the process uses ``more`` bytes, plus some slack, more than now.
 
-    Where the system has no such limit, there is none.
+    Does nothing if the system has no such limit.
     """
     if resource is None:
         yield

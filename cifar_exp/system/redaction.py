@@ -18,7 +18,7 @@ _NAME = (
 )
 _SECRET_NAME = re.compile(rf"(?<![a-z]){_NAME}(?![a-z])", re.IGNORECASE)
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-# A password may contain slashes and @: SQLAlchemy ends it at the last @. After a port number comes a path.
+# A password may contain slashes and @: SQLAlchemy ends it at the last @. Text after a port number is a path.
 _USER_INFO = re.compile(r"://(?:[^:/\s]*:(?!\d{1,5}(?:[/?#]|$))\S*|[^/\s]*)@")
 _WHOLE_OVERRIDE = re.compile(r"[+~]*([\w.@/-]+)=")
 # `token=abc`, `"password": "a b"`, `?api_key=abc&`: in an address, an override, YAML or a message
@@ -29,7 +29,7 @@ _ASSIGNED = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting's name means a secret: ``hf_token``, ``apiKey``; not ``num_tokens``."""
+    """Whether a setting's name indicates a secret: ``hf_token``, ``apiKey``; not ``num_tokens``."""
     return bool(_SECRET_NAME.search(_CAMEL_CASE.sub("_", name)))
 
 

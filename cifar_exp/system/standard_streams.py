@@ -15,10 +15,10 @@ NAMES = ("stdin", "stdout", "stderr")  # in the order of their descriptors
 def open_closed_streams() -> None:
     """Open the null device in place of standard streams that were closed at the start, as by ``>&-``.
 
-    Python has None for such a stream. The next file that is opened would get its descriptor, and what this process and
-    its children print would go into that file.
+    Python has None for such a stream. The next file that is opened would get its descriptor, and the output of this
+    process and its children would go into that file.
     """
-    for number in range(len(NAMES)):  # all of them first: a file opened in between would get a free one
+    for number in range(len(NAMES)):  # all of them first: a file opened in between would get a free descriptor
         try:
             os.fstat(number)
         except OSError:
@@ -51,13 +51,13 @@ def ignore_broken_output() -> None:
 
 
 def ignore_broken(stream: TextIO) -> None:
-    """Drop what cannot be written to ``stream``."""
+    """Drop output that cannot be written to ``stream``."""
     stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
     stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
 
 
 def flush_output() -> None:
-    """Write what is buffered; what cannot be written is dropped."""
+    """Flush the buffers; drop output that cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # broken, closed, none
             stream.flush()

@@ -84,9 +84,9 @@ def cache_folder() -> Path:
 
 
 def make_socket_folder(base: str | None = None) -> None:
-    """Make the folder of multiprocessing's sockets unless there is one. It is removed when this process ends.
+    """Create the folder of multiprocessing's sockets unless it exists. It is removed when this process ends.
 
-    Python would make it, too, but show a traceback at the end if something else has removed it.
+    Python would also create it, but would show a traceback at the end if something else removed it.
 
     Args:
         base: the folder to make it in; None for the temporary folder.
@@ -142,7 +142,7 @@ def _temporary() -> Path:
 def _writable(folder: Path) -> Path:
     try:
         _made(folder)
-        with tempfile.TemporaryFile(dir=folder):  # root may write by the mode alone, but not to a read-only disk
+        with tempfile.TemporaryFile(dir=folder):  # root passes mode checks even on a read-only disk
             return folder
     except OSError as error:
         raise StorageError(

@@ -13,7 +13,7 @@ from cifar_exp.system.redaction import masked_text
 
 CALL_SECONDS = 60.0  # for a call with a small answer; twice MLFLOW_HTTP_REQUEST_TIMEOUT if that is longer
 SLOWEST_UPLOAD = 50_000  # bytes a second
-MOST_HANGING = 8  # calls of a process that are over their limit and still running
+MOST_HANGING = 8  # calls of this process that are over their limit and still running
 
 
 class NoAnswerError(Exception):
@@ -24,7 +24,7 @@ _hanging: list[threading.Thread] = []  # of this process
 
 
 class BoundedClient:
-    """Passes calls on to an MLflow client; each has a limit of time.
+    """Passes calls on to an MLflow client; each call has a time limit.
 
     A call over its limit keeps its thread until the server closes the connection. With
     ``MOST_HANGING`` of them, further calls fail at once.

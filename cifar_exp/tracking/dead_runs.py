@@ -20,7 +20,7 @@ FOLDER_TAG = "folder"
 
 
 def owner_tags(run_dir: Path) -> dict[str, str]:
-    """Tags that name the process that feeds a run, and the run's folder."""
+    """Tags that name the process that logs a run, and the run's folder."""
     owner = {f"{PREFIX}{name}": str(value) for name, value in asdict(Owner.here()).items()}
     return owner | {FOLDER_TAG: str(run_dir.resolve())}
 
@@ -39,8 +39,8 @@ def is_dead(tags: Mapping[str, str], identity: str) -> bool:
 def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
     """Close the experiment's RUNNING runs whose process on this host, in any container, has ended.
 
-    The status is that of ``outcome.json``, else KILLED; FINISHED if only the journal was completed. For a
-    run of another host the lock proves nothing, so a message says what to do if it has ended.
+    The status is taken from ``outcome.json``, else FINISHED if the journal is complete, else KILLED. For a
+    run of another host the lock proves nothing, so a message says what to do if that run has ended.
     """
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
     for run in running:
@@ -69,7 +69,7 @@ def _is_lock_free(tags: Mapping[str, str], identity: str) -> bool:
 
 
 def _owner(tags: Mapping[str, str]) -> Owner | None:
-    """The process named by the tags; None where there is none."""
+    """The process named by the tags; None if they name none."""
     fields = {name.removeprefix(PREFIX): value for name, value in tags.items() if name.startswith(PREFIX)}
     try:
         return Owner(**{**fields, "pid": int(fields["pid"])})  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ ANSWER_SECONDS, CLOSING_SECONDS = 30.0, 120.0  # the two deadlines of a run that
 REFUSED_SECONDS = 5.0
 # Both deadlines of a run that a signal ended, counted from the signal. The ranks may have used most of them.
 STOPPED_SECONDS = 8.2
-# The least that a sink gets. With it the page, the tracker and the sweep together take less than ten seconds.
+# The minimum for each sink. The page, the tracker and the sweep together then take less than ten seconds.
 LEAST_SECONDS = 0.8
 
 
@@ -29,7 +29,7 @@ class Deadlines:
         Args:
             answer_seconds: seconds without a successful call before the sink is abandoned. It is REFUSED_SECONDS if
                 every call so far has failed, and longer while the sink opens.
-            closing_seconds: the sink is abandoned after so long in any case.
+            closing_seconds: the sink is abandoned after this time in any case.
         """
         self._ended = time.monotonic()
         self._answer_seconds, self._answer_by = answer_seconds, self._ended + answer_seconds
@@ -49,7 +49,7 @@ class Deadlines:
             answer_by = self._answer_by
         elif has_failed:  # every call so far
             answer_by = max(self._ended + REFUSED_SECONDS, min(self._answer_by, self._began + ANSWER_SECONDS))
-        else:  # it is slow to open, as on a busy machine
+        else:  # the sink opens slowly, as on a busy machine
             answer_by = max(self._answer_by, self._began + CLOSING_SECONDS)
         return min(answer_by, self._close_by) - time.monotonic()
 

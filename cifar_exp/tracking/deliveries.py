@@ -1,4 +1,4 @@
-"""Deliver to MLflow what is on disk and missing in the store, after an outage or a crash."""
+"""Deliver data that is on disk but missing in the MLflow store, after an outage or a crash."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +21,7 @@ def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarE
             print(printable_text(tracker_of(run_dir, settings).deliver(run_dir)), flush=True)
         except CifarExpError as error:
             failures.append(error)
-        except Exception as error:  # one run does not hold back the others
+        except Exception as error:  # continue with the other runs
             failures.append(BugError(error, f"{run_dir}: "))
     return failures
 
@@ -30,7 +30,7 @@ def runs_in(folder: Path) -> list[Path]:
     """The folders of all runs in ``folder``, then of the sweeps that they belong to.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: the folder has no runs.
     """
     runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
     sweeps = {path.parent.resolve(): path.parent for path in folder.rglob(SWEEP_RUN_FILE)}
@@ -51,7 +51,7 @@ def tracker_of(run_dir: Path, settings: Mapping[str, str | None]) -> MLflowTrack
     Other settings in the folder are ignored: it may be untrusted.
 
     Raises:
-        ConfigError: where the run was not to be tracked, or its store may be another user's and no store was
+        ConfigError: if the run has tracking switched off, or its store may be another user's and no store was
             typed.
         StorageError: where its configuration cannot be read.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: no id at all
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: not an id
 
 
 def mlflow_command(address: str, words: str) -> str:
@@ -27,7 +27,7 @@ def mlflow_command(address: str, words: str) -> str:
 
 @dataclass(frozen=True)
 class ExperimentChoice:
-    """An experiment by its name, or by its id where no name is given.
+    """An experiment by its name, or by its id if no name is given.
 
     Attributes:
         given_name: its name; None is ``cifar-exp``.
@@ -43,7 +43,7 @@ class ExperimentChoice:
 
     @property
     def name(self) -> str:
-        """The experiment's name, where it has no id."""
+        """The experiment's name; used if it has no id."""
         return self.given_name or DEFAULT_EXPERIMENT
 
     def make(self, client: "MlflowClient", beside: Path | None) -> None:
@@ -54,7 +54,7 @@ class ExperimentChoice:
             beside: the file of an SQLite store; None for a server, which knows its own place for files.
 
         Raises:
-            TrackingError: where the experiment was deleted, or the store has none of that id.
+            TrackingError: if the experiment was deleted, or the store has no experiment with that id.
         """
         found = self._found(client) or self._of_default_store(client) or self._created(client, beside)
         if found is None:
@@ -87,7 +87,7 @@ class ExperimentChoice:
             return None
 
     def _of_default_store(self, client: "MlflowClient") -> "Experiment | None":
-        """The experiment of the default name, where the given id is that of another store."""
+        """The experiment with the default name, for an id that belongs to another store."""
         if not self.given_id or self.given_name:
             return None
         problem = f"tracking.experiment_id={self.given_id}: {masked_text(self.address)} has no such experiment"

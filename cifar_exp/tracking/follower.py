@@ -51,11 +51,11 @@ class Follower(threading.Thread):
 
     Attributes:
         sink: receives the journal.
-        error: why the sink lacks something at the moment; None where it has everything.
+        error: why the sink currently lacks something; None if it has everything.
     """
 
     def __init__(self, run_dir: Path, sink: Sink, interval: float) -> None:
-        """``interval``: seconds between two looks at the journal."""
+        """``interval``: seconds between two reads of the journal."""
         # A daemon thread: a sink that hangs in a call must not keep the process alive.
         super().__init__(name=f"follower of {type(sink).__name__}", daemon=True)
         self.sink = sink
@@ -114,7 +114,7 @@ class Follower(threading.Thread):
         return self._deadlines.left(has_failed=self.error is not None)
 
     def _look(self) -> bool:
-        """Wait for the next look and deliver what is new; True after the last look."""
+        """Wait for the next read of the journal and deliver new lines; True after the last read."""
         with self._changed:
             self._changed.wait_for(lambda: self._looks_wanted > self._looks_done, timeout=self._interval)
             wanted, is_last = self._looks_wanted, self._status is not None
@@ -130,7 +130,7 @@ class Follower(threading.Thread):
 
         Raises:
             GivenUpError: where no time is left.
-            Exception: an error that no further try can mend.
+            Exception: an error that further tries cannot fix.
         """
 
         def attempt() -> None:
@@ -156,7 +156,7 @@ class Follower(threading.Thread):
         return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
 
     def _report_failure(self, state: RetryCallState) -> None:
-        """Note the error. The second failure is reported. A single one, such as a closed connection, usually passes."""
+        """Note the error. The second failure is reported: a single one, such as a closed connection, usually passes."""
         assert state.outcome
         error = state.outcome.exception()
         assert isinstance(error, Exception)

@@ -1,4 +1,4 @@
-"""Params, tags and metrics in the form that MLflow takes. One that is refused does not hold back the others."""
+"""Params, tags and metrics in the form that MLflow accepts. If one is refused, the others are still logged."""
 
 import hashlib
 import re
@@ -11,17 +11,17 @@ from cifar_exp.tracking.store_problems import is_hopeless, shortened_error
 LONGEST_NAME = 250  # MLflow's limit
 LONGEST_VALUE = 6000  # of a param; a tag may have more
 OLDER_LIMITS = (5000, 500, 250)  # characters of a value in older servers
-PARAMS_OR_TAGS, METRICS = 100, 1000  # MLflow's limits a batch
-# Codes of answers that blame the content of the request.
+PARAMS_OR_TAGS, METRICS = 100, 1000  # MLflow's limits per batch
+# Error codes for an invalid request.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOO_LARGE = "error code 413"
 
 
 def allowed_name(name: str) -> str:
-    """The name under which MLflow takes a param, tag or metric.
+    """The name under which MLflow accepts a param, tag or metric.
 
     Characters that MLflow refuses become underscores. So do slashes and dots that would change the path: MLflow uses
-    the name as a file path. A long name is cut and gets a hash of the whole.
+    the name as a file path. A long name is cut and gets a hash of the full name.
     """
     allowed = re.sub(r"[^\w\-. :/]", "_", name)
     parts = [part if part.strip(".") else "_" * max(1, len(part)) for part in allowed.split("/")]
@@ -30,7 +30,7 @@ def allowed_name(name: str) -> str:
 
 
 def with_allowed_names(items: Mapping[str, Any]) -> dict[str, str]:
-    """Params or tags with allowed names, no two the same, and values as text of a length that MLflow takes."""
+    """Params or tags with unique, allowed names, and values as text of a length that MLflow accepts."""
     kept = {name for name in items if allowed_name(name) == name}
     found: dict[str, str] = {}
     for name, value in items.items():
@@ -49,22 +49,22 @@ def cut(text: str, limit: int) -> str:
 def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], object], told: set[str]) -> None:
     """Log params, tags or metrics in batches. If MLflow refuses a batch, find the items that it refuses.
 
-    A value that is refused is tried shorter. An item that stays refused is left out with one message.
+    A refused value is shortened and tried again. An item that is still refused is left out with one message.
 
     Args:
-        items: entities of MLflow, all of one kind.
+        items: MLflow entities of one type.
         limit: items in a batch.
         log: logs a batch.
         told: names of items whose refusal was reported; extended.
 
     Raises:
-        Exception: from ``log``, where it is not about single items.
+        Exception: from ``log``, if it is not about single items.
     """
     for start in range(0, len(items), limit):
         batch = items[start : start + limit]
         refused = _refused(batch, log)
         if refused and len(refused) == len(batch) and refused[0][1].error_code == "BAD_REQUEST":
-            raise refused[0][1]  # it is not about the items
+            raise refused[0][1]  # the error is not about the items
         for item, error in refused:
             if item.key not in told:
                 told.add(item.key)

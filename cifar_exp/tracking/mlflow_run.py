@@ -57,7 +57,7 @@ class MLflowRun:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
 
         A repeated point is stored once: MLflow's stores drop equal points (name, step, time, value), and the time is
-        computed from the run's start and the journal alone.
+        computed only from the run's start and the journal.
         """
         from mlflow.entities import Metric
 
@@ -97,7 +97,7 @@ class MLflowRun:
         return int(self._began + round(entry.time * 1000))
 
     def artifacts(self) -> list[Path]:
-        """The existing files of the run's folder that are stored with the run. No link is followed."""
+        """The existing files of the run's folder that are stored with the run. Links are not followed."""
         paths = [self._run.run_dir / name for name in self._run.artifacts]
         return [path for path in paths if path.is_file() and not path.is_symlink()]
 
@@ -114,7 +114,7 @@ class MLflowRun:
         """Check where the store keeps the run's files: the store may be another user's.
 
         Raises:
-            TrackingError: the place is no folder of the run, or the default store names another machine.
+            TrackingError: the place is not a folder of the run, or the default store names another machine.
         """
         place = urlsplit(self._place)
         is_remote = self._store.uri is None and place.scheme not in ("", "file", "mlflow-artifacts")
@@ -126,10 +126,10 @@ class MLflowRun:
             )
 
     def _store_files(self) -> None:
-        """Store the files. One that cannot be stored does not hold back the others.
+        """Store the files. If one cannot be stored, the others still are.
 
         Raises:
-            TrackingError: there is no right to write at the store's place, or a file is too large for the server.
+            TrackingError: the store's place is not writable, or a file is too large for the server.
         """
         self._check_place()
         problems: list[TrackingError] = []

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it shows the address with its password
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow would print the address with its password
     # Callers retry. MLflow's own retry would create a run twice if only the response was lost.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds without data
@@ -44,7 +44,7 @@ LOCK_TIMEOUT = 60.0  # seconds; eight simultaneous starts wait for the first one
 KEY_TAG = "run_key"
 SESSION_TAG = "session"  # the last session that trained the run
 PARENT_TAG = "mlflow.parentRunId"
-ADOPTED_TAG = "adopted"  # the run was there before, and this package's run continues it
+ADOPTED_TAG = "adopted"  # the run existed before, and this package's run continues it
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MLflowStore:
     Attributes:
         uri: MLflow's tracking address; None is the store under ``outputs/``.
         experiment: the name of the runs' experiment, created if missing; None is ``cifar-exp``.
-        experiment_id: MLflow's id of the experiment, where no name is given.
+        experiment_id: MLflow's id of the experiment, if no name is given.
         run_name: the name of a single run, or of a sweep's parent run.
         run_id: MLflow's id of an existing run that a single run or a sweep's parent run continues.
     """
@@ -87,21 +87,21 @@ class MLflowStore:
     def client(self) -> "MlflowClient":
         """A client of the store; a missing SQLite store is created first.
 
-        That happens under a lock, since MLflow fails if several processes do it at once.
+        The store is created under a lock, since MLflow fails if several processes create it at once.
 
         Raises:
-            TrackingError: where the experiment was deleted, or a variable of MLflow has a value that it cannot read.
-            Exception: whatever MLflow raises where the store is unreachable.
+            TrackingError: if the experiment was deleted, or a variable of MLflow has a value that it cannot read.
+            Exception: any exception that MLflow raises if the store is unreachable.
         """
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         check_variables()
-        for name in ("mlflow", "alembic"):  # they log what they also raise; importing MLflow resets the level
+        for name in ("mlflow", "alembic"):  # they log errors that they also raise; importing MLflow resets the level
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri is None:
             make_folder(OUTPUTS)
         database = self.database()
-        # No lock for a server: one that hangs must not hold up other runs.
+        # No lock for a server: a server that hangs must not block other runs.
         with locks.acquired(Path(f"{database}.lock"), LOCK_TIMEOUT) if database else nullcontext():
             if database:
                 _make_or_follow(database)
@@ -130,11 +130,11 @@ class MLflowStore:
         Args:
             client: of this store.
             run: the run.
-            tags: added to its own.
+            tags: added to the run's own tags.
             restores: whether a run that was deleted in MLflow is restored.
 
         Raises:
-            TrackingError: the run was deleted and is not to be restored.
+            TrackingError: the run was deleted and ``restores`` is false.
         """
         from mlflow.entities import RunTag
 
@@ -166,7 +166,7 @@ class MLflowStore:
         tell(f"{run.run_dir}: its run {identity} was deleted in MLflow and is restored, since it continues")
 
     def _adopted_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
-        """The existing run that ``run_id`` names, now this package's run; None where it cannot be continued."""
+        """The existing run that ``run_id`` names, now this package's run; None if it cannot be continued."""
         from mlflow.exceptions import MlflowException
 
         assert self.run_id
@@ -210,7 +210,7 @@ class MLflowStore:
             return identity
 
     def find_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
-        """The id of the run in this store, by the id in its folder or by its key; None where the store lacks it."""
+        """The id of the run in this store, by the id in its folder or by its key; None if the store lacks it."""
         from mlflow.exceptions import MlflowException
 
         if identity := run_id(run.run_dir):

@@ -43,11 +43,11 @@ class MLflowTracker(MLflowStore):
         return f"{uv_prefix()}mlflow ui --backend-store-uri {shlex.quote(address)}"
 
     def deliver(self, run_dir: Path) -> str:
-        """Deliver what the store lacks of one run; returns one line about it.
+        """Deliver the data of one run that the store lacks; returns one line about it.
 
         Raises:
-            ConfigError: where the run is still training.
-            TrackingError: where the store cannot be reached.
+            ConfigError: if the run is still training.
+            TrackingError: if the store cannot be reached.
         """
         with lock_run_folder(run_dir):
             run, outcome = RunInfo.load(run_dir), Outcome.of(run_dir)

@@ -1,4 +1,4 @@
-"""Which MLflow store a run folder may name: the folder may come from another user, and runs are sent to the store."""
+"""Which MLflow store a run folder may name. The folder may come from another user, and runs are sent to the store."""
 
 import shlex
 import sqlite3
@@ -26,7 +26,7 @@ def stored_tracking(run_dir: Path) -> dict[str, Any]:
     """The section ``tracking`` of a run's or sweep's configuration.
 
     Raises:
-        StorageError: where it cannot be read or names no tracker.
+        StorageError: if it cannot be read or names no tracker.
     """
     path = next((path for path in (run_dir / CONFIG_FILE, run_dir / MULTIRUN_FILE) if path.exists()), run_dir)
     try:
@@ -47,7 +47,7 @@ def own_address(uri: str | None, run_dir: Path) -> str | None:
     folder.
 
     Args:
-        uri: as the folder has it, without a password; None is that of ``MLFLOW_TRACKING_URI``, else the default store.
+        uri: from the folder, without a password; None: ``MLFLOW_TRACKING_URI``, else the default store.
         run_dir: the folder.
 
     Raises:
@@ -68,7 +68,7 @@ def own_address(uri: str | None, run_dir: Path) -> str | None:
 
 
 def sync_command(folder: Path) -> str:
-    """The `cifar-exp sync` command that delivers what the tracker lacks, with ``tracking.uri`` where it is needed."""
+    """The `cifar-exp sync` command that delivers what the tracker lacks, with ``tracking.uri`` if it is needed."""
     command = run_folder.plain_sync_command(folder)
     with suppress(StorageError):
         uri = stored_tracking(folder).get("uri")
@@ -99,7 +99,7 @@ def is_store(database: Path) -> bool:
 
 
 def foreign_place(database: Path) -> str | None:
-    """Where an SQLite store keeps files of runs, if that is another machine or outside the store's folder.
+    """The place of an SQLite store's run files, if that is on another machine or outside the store's folder.
 
     MLflow's pages show each file there. A folder that does not exist, as after a move of the store, does not count.
     """

@@ -1,7 +1,7 @@
 """Follow a run's journal in the parent process and deliver it to a display and to a tracker.
 
-The journal on disk is the truth. Each sink has its own thread, and every wait for a thread has a limit. So a tracker
-that is unreachable or hangs does not slow training, and delays the end of the run by a bounded time.
+The journal on disk is the source of truth. Each sink has its own thread, and every wait for a thread has a limit. So a
+tracker that is unreachable or hangs does not slow training, and delays the end of the run by a bounded time.
 """
 
 import math
@@ -32,7 +32,7 @@ class Recording:
 
     Attributes:
         run_dir: the run's folder.
-        started: start of the run on the monotonic clock, moved so that pauses between kill and resume do not count.
+        started: start of the run on the monotonic clock, shifted so that pauses between kill and resume do not count.
         tracker: receives the journal; None without a tracker.
         store: the tracker's store, as text.
         final_metrics: metrics measured by the parent, for the last entry.
@@ -72,10 +72,10 @@ class Recording:
         """Close everything. A failed tracker is the run's error unless there is a worse one.
 
         Raises:
-            TrackingError: where training finished but the tracker lacks something.
-            Stopped: where a signal came while closing.
+            TrackingError: if training finished but the tracker lacks something.
+            Stopped: if a signal came while closing.
         """
-        if not self._followers:  # the run failed before training; that is delivered, too
+        if not self._followers:  # the run failed before training; this is also delivered
             self._start_tracker()
         error = Stopped.cause_of(error) or error
         status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
@@ -99,7 +99,7 @@ class Recording:
                 raise self._stopped
 
     def _despite_signals(self, action: Callable[[], None]) -> None:
-        """Call ``action``; call it again if a signal interrupts it. Later signals raise nothing."""
+        """Call ``action``; call it again if a signal interrupts it. Later signals do not raise."""
         try:
             action()
         except Stopped as stopped:
@@ -171,9 +171,9 @@ def _not_shown(error: Exception, run_dir: Path, well: str) -> CifarExpError:
     """The error for a page or figure that failed: a storage error only if storage caused it.
 
     Args:
-        error: why.
+        error: why the page or figure failed.
         run_dir: the run's folder.
-        well: how the training ended, where it ended well.
+        well: how the training ended, if it ended well.
     """
     problem = f"{run_dir}: {well}its page or figure could not be"
     if isinstance(error, StorageError | GivenUpError):

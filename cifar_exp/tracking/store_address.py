@@ -1,6 +1,6 @@
-"""Convert paths to addresses of an SQLite store and of its files, and mend the addresses after its folder was moved.
+"""Convert paths to addresses of an SQLite store and of its files, and fix the addresses after its folder was moved.
 
-``?``, ``#`` and ``%`` mean something else in an address than in a path. So addresses are built only here.
+``?``, ``#`` and ``%`` have another meaning in an address than in a path. So addresses are built only here.
 """
 
 import re
@@ -27,7 +27,7 @@ def sqlite_address(database: Path) -> str:
 
     path = str(database.absolute())
     address = URL.create("sqlite", database=path).render_as_string()
-    # MLflow takes what follows sqlite:/// for a path and creates that folder. With the driver named it does not.
+    # MLflow treats the text after sqlite:/// as a path and creates that folder. If the driver is named, it does not.
     return address if address == f"sqlite:///{path}" else address.replace("sqlite:", "sqlite+pysqlite:", 1)
 
 
@@ -42,7 +42,7 @@ def database_of(address: str) -> Path | None:
 
 
 def is_sqlite(address: str) -> bool:
-    """Whether the address is that of an SQLite store."""
+    """Whether the address belongs to an SQLite store."""
     return address.partition(":")[0].partition("+")[0] == "sqlite"
 
 
@@ -62,7 +62,7 @@ def _file_name(experiment: str) -> str:
 
 
 def make_sqlite_store(database: Path) -> None:
-    """Create an empty store. Its default experiment says which folder the store was made in."""
+    """Create an empty store. Its default experiment records the folder in which the store was created."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     make: Any = SqlAlchemyStore
@@ -70,10 +70,10 @@ def make_sqlite_store(database: Path) -> None:
 
 
 def follow_moved_store(database: Path) -> None:
-    """Point a store's runs and experiments to the files in its folder after that was moved or copied.
+    """Point a store's runs and experiments to the files in its folder after the folder was moved or copied.
 
-    MLflow keeps absolute addresses. Without this the files of new runs go where the folder was before. Where the
-    artifacts stayed there, and only the database was copied, nothing is changed.
+    MLflow keeps absolute addresses. Without this, files of new runs go to the folder's old place. If only the database
+    was copied and the artifacts stayed in the old place, nothing is changed.
 
     Raises:
         sqlite3.Error: the database cannot be read or written.
@@ -88,7 +88,7 @@ def follow_moved_store(database: Path) -> None:
 
 
 def _folders_before(store: sqlite3.Connection, new: Path) -> set[Path]:
-    """The folders that the store was in before it came to ``new``, by the addresses of its experiments.
+    """The folders that the store was in before it was moved to ``new``, from the addresses of its experiments.
 
     A folder that a user chose for artifacts does not count: it still exists, and the store was not created in it.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong between a run and its MLflow store: whether another try can help, and what the user can do."""
+"""Errors of the MLflow store: whether another try can help, and what the user can do."""
 
 import os
 import re
@@ -53,9 +53,9 @@ def is_hopeless(error: BaseException) -> bool:
 
 
 def advice(error: BaseException) -> str:
-    """What the user can do about the error, as a sentence without its full stop; empty where that is not known.
+    """What the user can do about the error, as a sentence without its full stop; empty if unknown.
 
-    An error of this package has it in its message.
+    Errors of this package already have it in their message.
     """
     if isinstance(error, CifarExpError):
         return ""
@@ -69,7 +69,7 @@ def advice(error: BaseException) -> str:
 def shortened_error(error: Exception) -> str:
     """First line of the error, at most 260 characters.
 
-    The first 180 are kept: they hold MLflow's advice ``mlflow db upgrade``. A newer store needs other advice.
+    The first 180 are kept: they contain MLflow's advice ``mlflow db upgrade``. A newer store needs different advice.
     """
     if is_bug(error):
         return described(error)
@@ -82,17 +82,17 @@ def shortened_error(error: Exception) -> str:
 
 @contextmanager
 def store_errors(problem: str, remedy: str) -> Iterator[None]:
-    """Turn an error of the store into a ``TrackingError``. Errors of this package and bugs stay as they are.
+    """Turn an error of the store into a ``TrackingError``. Errors of this package and bugs are not changed.
 
     Args:
         problem: the setting, its value, and what failed.
-        remedy: what to do where the error is not known.
+        remedy: what to do if the error is unknown.
     """
     try:
         yield
     except CifarExpError:
         raise
-    except Exception as error:  # MLflow raises whatever its store does
+    except Exception as error:  # MLflow passes on any error of its store
         if is_bug(error):
             raise
         raise TrackingError(f"{problem}: {shortened_error(error)}. {advice(error) or remedy}") from error
@@ -103,7 +103,7 @@ def optional_modules(address: str) -> Iterator[None]:
     """Turn a missing driver of a database or of a cloud's storage into a ``TrackingError``.
 
     Args:
-        address: where the driver is needed.
+        address: the address that needs the driver.
     """
     try:
         yield
@@ -133,7 +133,7 @@ def check_variables() -> None:
 
 
 class NoMLflowError(Exception):
-    """The server's answer is not one of MLflow."""
+    """The answer is not from an MLflow server."""
 
 
 def _named(error: BaseException) -> str:

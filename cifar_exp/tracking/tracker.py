@@ -27,12 +27,12 @@ class Tracker(Protocol):
         ...
 
     def deliver(self, run_dir: Path) -> str:
-        """Deliver what the store lacks of a run that has ended; returns one line about it."""
+        """Deliver the data of an ended run that the store lacks; returns one line about it."""
         ...
 
 
 def tracking_lines(section: Mapping[str, Any], tracker: Tracker) -> list[str]:
-    """A line about the store, if it is not the default one, and MLflow's variables that count; else nothing.
+    """A line about the store, if it is not the default one, and the MLflow variables that are used; else nothing.
 
     Args:
         section: the settings of ``tracker``.
@@ -46,7 +46,7 @@ def tracking_lines(section: Mapping[str, Any], tracker: Tracker) -> list[str]:
 
 @dataclass(frozen=True)
 class NoTracker:
-    """No tracking: the journal is all there is. ``experiment`` is accepted, since presets set it."""
+    """No tracking: only the journal is written. ``experiment`` is accepted, since presets set it."""
 
     experiment: str | None = None
 

@@ -18,9 +18,9 @@ class OptimizerFactory(Protocol):
 class Muon(Optimizer):
     """Orthogonalized momentum updates for convolutions, Nesterov SGD for all other parameters.
 
-    torch.optim.Muon takes 2-D parameters only. Here a convolution's weight is seen as a matrix (out, in * k * k). Its
-    update is orthogonalized by five Newton-Schulz steps. The weight is rescaled to norm sqrt(out) before each update.
-    So one ``lr`` suits layers of all sizes.
+    torch.optim.Muon accepts only 2-D parameters. Here a convolution's weight is reshaped to a matrix (out, in * k * k),
+    and its update is orthogonalized by five Newton-Schulz steps. The weight is rescaled to norm sqrt(out) before each
+    update. So one ``lr`` suits layers of all sizes.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", with the coefficients of its
     reference implementation.
@@ -31,7 +31,7 @@ class Muon(Optimizer):
         lr: learning rate of the orthogonalized updates.
         momentum: momentum of the orthogonalized updates.
         sgd_lr_ratio: learning rate of matrices, as a multiple of ``lr``.
-        bias_lr_ratio: learning rate of biases, as a multiple of ``lr``; they are few and may move fast.
+        bias_lr_ratio: learning rate of biases, as a multiple of ``lr``; there are few, and large steps do no harm.
         sgd_momentum: momentum of matrices and biases.
         weight_decay: of matrices and biases. A step shrinks them by ``lr`` x ``weight_decay``, without their ratio.
 
@@ -93,7 +93,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
         matrix: (M, N) float32.
         steps: iterations; five bring the singular values to about 0.7 to 1.2, close enough for an update.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # the steepest slope at 0 with which the iteration still converges (Jordan 2024)
+    a, b, c = 3.4445, -4.7750, 2.0315  # the steepest slope at 0 for which the iteration still converges (Jordan 2024)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

@@ -15,7 +15,7 @@ class RankFailure:
     Attributes:
         rank: which rank.
         time: seconds since the epoch.
-        exit_code: of an error that the user can correct; None for any other.
+        exit_code: of an error that the user can fix; None for other errors.
         message: the error in one line.
         traceback: the whole traceback.
     """
@@ -38,11 +38,11 @@ class RankFailure:
 
     @classmethod
     def of_attempt(cls, ipc_dir: Path, attempt: int) -> "list[RankFailure]":
-        """The reports of one attempt. A rank that was killed has left none."""
+        """The reports of one attempt. A killed rank leaves no report."""
         return [cls(**json.loads(path.read_text())) for path in ipc_dir.glob(f"failure-{attempt}-*.json")]
 
     def raise_if_lasting(self) -> None:
-        """Raise the error if a restart cannot fix it."""
+        """Raise the reported error if a restart cannot fix it."""
         for kind in (ConfigError, DataError, MachineError, DivergenceError, StorageError):
             if self.exit_code == kind.exit_code:
                 raise kind(self.message.partition(": ")[2])

@@ -96,7 +96,7 @@ def profiler(path: Path) -> torch.profiler.profile:
 
 
 def _resume(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
-    """Continue where the checkpoint was saved, with the plan's global batch."""
+    """Resume from the checkpoint, with the plan's global batch."""
     assert job.resume_from
     folder, manifest = job.resume_from
     try:

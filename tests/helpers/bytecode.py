@@ -1,8 +1,8 @@
 """Cache bytecode for the many test processes when the environment has none.
 
-Where ``PYTHONDONTWRITEBYTECODE`` is set and the installed packages come without bytecode (as ``uv sync`` leaves them),
-each process compiles what it imports: torch, torchvision, MLflow and Hydra take 14 seconds in place of 6. Then the
-bytecode goes to a folder beside pytest's own cache, and nothing appears between the sources.
+If ``PYTHONDONTWRITEBYTECODE`` is set and the installed packages have no bytecode (``uv sync`` writes none), each
+process compiles all its imports: torch, torchvision, MLflow and Hydra take 14 seconds in place of 6. In this case the
+tests write bytecode to a folder beside pytest's own cache, and none beside the sources.
 """
 
 import importlib.util

@@ -47,7 +47,7 @@ def reseal(path: Path, **changes: Any) -> None:
 
 
 class Malicious:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,7 +1,7 @@
 """Commands for tests, forked from a process that has already imported PyTorch, MLflow and Hydra.
 
-Importing costs a command more time than its work. A forked command has its own process, folder, environment, arguments
-and streams. It shares no thread and no state with other commands: the process that forks has only imported modules.
+Imports take a command longer than its work. A forked command has its own process, folder, environment, arguments
+and streams. It shares no thread and no state with other commands: the forking process has only imported modules.
 
 Tests of start-up (imports, early signals) start a new interpreter with ``subprocess``.
 """
@@ -25,7 +25,7 @@ from unittest import mock
 
 REPO = Path(__file__).resolve().parents[2]
 FORKS = multiprocessing.get_context("forkserver")
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; not so for commands, which get no handlers
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; commands under test must not inherit this
     signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
@@ -41,21 +41,21 @@ def ready_to_fork() -> None:
     Call it before any other fork: the first caller sets the preloaded modules.
     """
     FORKS.set_forkserver_preload(["tests.helpers.command_modules", __name__])
-    # Not in the folder of the test that happens to be the first: that one may count who is in it.
+    # Not in the folder of the first test: that test may count the processes in its folder.
     with mock.patch.dict(os.environ, PYTHONPATH=str(REPO)), chdir(REPO):
         forkserver.ensure_running()
 
 
 class ForkedCommand:
-    """A command that runs, with what tests use of ``subprocess.Popen``.
+    """A running command, with the parts of ``subprocess.Popen`` that tests use.
 
     Attributes:
-        pid: of its process.
-        args: as typed.
+        pid: process id.
+        args: the arguments as typed.
     """
 
     def __init__(self, module: str, arguments: tuple[str, ...], folder: Path) -> None:
-        """Start ``module``'s ``main`` in ``folder``."""
+        """Run ``main`` of ``module`` in a new process in ``folder``."""
         self.args = arguments
         self._streams = Path(tempfile.mkdtemp(prefix="streams-"))
         self._output, self._errors = self._streams / "output", self._streams / "errors"
@@ -88,7 +88,7 @@ class ForkedCommand:
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; what it has printed, and its errors. They are gone after that."""
+        """Wait for the command to end; returns its stdout and stderr, once."""
         self.wait(timeout)
         texts = self._read(self._output).decode(), self._read(self._errors).decode()
         shutil.rmtree(self._streams, ignore_errors=True)
@@ -102,7 +102,7 @@ class ForkedCommand:
 def _command(
     module: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str], output: Path, errors: Path
 ) -> None:
-    """``module``'s ``main`` as the whole of this process, as if it had been typed in ``folder``."""
+    """Run ``main`` of ``module`` as this whole process, as if the command had been typed in ``folder``."""
     for path, number in ((output, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     # Replace multiprocessing's stdout and stderr: they are not line-buffered into the capture files.
@@ -136,9 +136,9 @@ def _forked_or(spawn: Callable[..., int]) -> Callable[..., int]:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     if callable(signal.getsignal(number)):
                         signal.signal(number, signal.SIG_DFL)
-                forkserver._forkserver.__init__()  # its lock is held meanwhile
+                forkserver._forkserver.__init__()  # its lock is held at this point
                 for before, after in pairwise(sorted({2, *descriptors, os.sysconf("SC_OPEN_MAX")})):
-                    if after > before + 1:  # an empty range would be taken for all there are
+                    if after > before + 1:  # an empty range would mean all descriptors
                         os.closerange(before + 1, after)
                 exec(code, {})
             finally:

@@ -1,4 +1,4 @@
-"""Configurations as the command line composes them."""
+"""Configurations as composed on the command line."""
 
 from functools import cache
 
@@ -27,5 +27,5 @@ def default_config() -> Config:
 
 @cache
 def muon() -> OptimizerFactory:
-    """Muon with the settings of ``optimizer=muon``, but for ``lr``."""
+    """Muon with the settings of ``optimizer=muon``, except ``lr``."""
     return build(read_config(composed("optimizer=muon", "tracking=none"))).make_optimizer

@@ -1,4 +1,4 @@
-"""A rank on tensors that have a shape, a type and a device, but no numbers, so no GPU is needed."""
+"""A rank on fake tensors, which have a shape, a dtype and a device but no values, so no GPU is needed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 
 @contextmanager
 def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors without numbers, on a GPU that multiplies bfloat16."""
+    """Fake tensors on a GPU with native bfloat16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(nn.Module, "_apply", _moved)
@@ -41,7 +41,7 @@ def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _moved(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Torch would put the new values into the old tensors, which those without numbers do not take."""
+    """Torch would copy the new values into the old tensors, which is impossible for fake tensors."""
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(change(value.detach()), value.requires_grad)
@@ -53,7 +53,7 @@ def _moved(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
 def fake_rank(
     monkeypatch: pytest.MonkeyPatch, folder: Path, accelerator: str, *overrides: str, images: int
 ) -> TrainingSetup:
-    """The only rank, with its network and images, in :func:`fake_tensors`. Backward passes make zeros."""
+    """The only rank, with its network and images, in :func:`fake_tensors`. Gradients are zeros."""
     config = read_config(composed("data=synthetic", f"devices={accelerator}", *overrides))
     parts = build(config)
     split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)).to(GPU)

@@ -22,7 +22,7 @@ def save(path: Path, height: int, width: int, seed: int) -> None:
 
 
 def tree(root: Path, sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE),)) -> Path:
-    """26 training and 11 test images of two classes, 13 and 6 of them ants; their sizes go around ``sizes``."""
+    """26 training and 11 test images of two classes, 13 and 6 of them ants; their sizes cycle through ``sizes``."""
     seeds = itertools.count()
     for folder, count in (("train/ant", 13), ("train/bee", 13), ("test/ant", 6), ("test/bee", 5)):
         for number in range(count):

@@ -7,7 +7,7 @@ from mlflow.entities import Run
 
 
 def client() -> MlflowClient:
-    """A client of the store that runs in the current folder use by default."""
+    """A client of the default store of runs in the current folder."""
     return MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
 
 

@@ -1,4 +1,4 @@
-"""A run that does not end and leaves the processor to other tests: each training step sleeps first."""
+"""A long run that leaves the CPU to other tests: each training step sleeps first."""
 
 import time
 from typing import Any

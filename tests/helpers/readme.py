@@ -1,4 +1,4 @@
-"""The README, and the images that its commands are run on."""
+"""The README, and the images for its commands."""
 
 from pathlib import Path
 

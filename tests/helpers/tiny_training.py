@@ -50,7 +50,7 @@ def gradient_of(model: nn.Module) -> Tensor:
 
 
 def trainer(world: World, log_every: int = 1) -> tuple[Trainer, nn.Module, list[tuple[int, int, dict[str, float]]]]:
-    """A trainer, the network in it, and what it reports."""
+    """A trainer, its network, and the metrics that it reports."""
     model = tiny_model()
     parallel, exposed = data_parallel(model, world)
     reports: list[tuple[int, int, dict[str, float]]] = []
