@@ -32,7 +32,7 @@ RANKS = 2
 TURNS_FILE = "turns.jsonl"  # one line a turn: seconds of the whole and of its parts, means over the ranks
 CAUSES = {
     "waiting": "waiting for the slower rank",
-    "communication": "averaging that nothing hides",
+    "communication": "exposed averaging",
     "compute": "computing takes longer, DDP and reads of the loss in it",
     "data": "data takes longer",
 }
