@@ -4,11 +4,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import click
 
 from cifar_exp.errors import ConfigError, Stopped
+from cifar_exp.system.own_version import own_version
 from cifar_exp.system.process import end_process
 from cifar_exp.system.signals import ignore_signals, install_signal_handlers, swallowed
 from cifar_exp.system.standard_streams import ignore_broken, open_closed_streams
@@ -92,7 +92,7 @@ def _is_override(word: str) -> bool:
 
 
 @click.group(cls=Commands, epilog=EXAMPLES, context_settings={"max_content_width": 100})
-@click.version_option(version("cifar-exp"), prog_name="cifar-exp")
+@click.version_option(own_version() or "of source code that is not installed", prog_name="cifar-exp")
 def commands() -> None:
     """What do wider, deeper, better-trained networks and more devices buy?
 

@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from cifar_exp.records.run_folder import CHECKPOINTS
 from cifar_exp.records.stored_facts import reason
 from cifar_exp.system import foreign_files
 from cifar_exp.system.atomic_files import write_atomically
+from cifar_exp.system.own_version import own_version
 from cifar_exp.system.printable import printable
 
 
@@ -280,11 +280,3 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             f"the newest one: cifar-exp predict RUN checkpoint=last"
         )
     return load(run_dir, manifest)
-
-
-def own_version() -> str:
-    """The version of this package; empty if it is not installed."""
-    try:
-        return version("cifar-exp")
-    except PackageNotFoundError:  # source code that is not installed
-        return ""

@@ -29,6 +29,7 @@ from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_h
 from cifar_exp.system import foreign_files
 from cifar_exp.system.bugs import is_bug, keep_traceback
 from cifar_exp.system.locks import Held
+from cifar_exp.system.own_version import own_version
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> Non
     Raises:
         ConfigError: the checkpoint belongs to another run.
     """
-    known = known_hashes(folder, same_version=manifest.cifar_exp == checkpoint.own_version())
+    known = known_hashes(folder, same_version=manifest.cifar_exp == own_version())
     if known and manifest.config_hash not in {*known, now}:
         path = folder / CHECKPOINTS / manifest.file
         raise ConfigError(

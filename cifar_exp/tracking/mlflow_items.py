@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cifar_exp.system.printable import printable, tell
@@ -29,6 +29,30 @@ def allowed_name(name: str) -> str:
     return allowed if len(allowed) <= LONGEST_NAME else f"{allowed[: LONGEST_NAME - 9]}_{_hash(name)}"
 
 
+class MetricNames:
+    """The unique names under which MLflow accepts a run's metrics.
+
+    They depend only on the order of the journal. So a run in progress and a later delivery choose the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._allowed: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Choose the names for the metrics of the journal's next entry. Those of earlier entries stay."""
+        new = [name for name in names if name not in self._allowed]
+        for name in sorted(new, key=lambda name: allowed_name(name) != name):  # an allowed name first: it is kept
+            allowed = allowed_name(name)
+            if allowed in self._taken:
+                allowed = _distinct(allowed, name)
+            self._allowed[name] = allowed
+            self._taken.add(allowed)
+
+    def __getitem__(self, name: str) -> str:
+        return self._allowed[name]
+
+
 def with_allowed_names(items: Mapping[str, Any]) -> dict[str, str]:
     """Params or tags with unique, allowed names, and values as text of a length that MLflow accepts."""
     kept = {name for name in items if allowed_name(name) == name}
@@ -36,7 +60,7 @@ def with_allowed_names(items: Mapping[str, Any]) -> dict[str, str]:
     for name, value in items.items():
         allowed = allowed_name(name)
         if name not in kept and (allowed in kept or allowed in found):
-            allowed = f"{allowed[: LONGEST_NAME - 9]}_{_hash(name)}"
+            allowed = _distinct(allowed, name)
         found[allowed] = cut(printable(value), LONGEST_VALUE)
     return found
 
@@ -92,6 +116,11 @@ def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> li
             return [(item, error)]
         return _refused([type(item)(item.key, cut(item.value, shorter))], log)
     return []
+
+
+def _distinct(allowed: str, name: str) -> str:
+    """Another allowed name for ``name``, if ``allowed`` is in use."""
+    return f"{allowed[: LONGEST_NAME - 9]}_{_hash(name)}"
 
 
 def _hash(name: str) -> str:

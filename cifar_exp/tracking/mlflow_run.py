@@ -14,7 +14,7 @@ from cifar_exp.records.run_folder import Outcome, RunInfo, Status
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.tracking.dead_runs import close_dead_runs
-from cifar_exp.tracking.mlflow_items import METRICS, PARAMS_OR_TAGS, allowed_name, log_each, with_allowed_names
+from cifar_exp.tracking.mlflow_items import METRICS, PARAMS_OR_TAGS, MetricNames, log_each, with_allowed_names
 from cifar_exp.tracking.mlflow_store import ADOPTED_TAG, PARENT_TAG, MLflowStore
 from cifar_exp.tracking.store_problems import advice, is_hopeless, optional_modules, shortened_error
 
@@ -22,12 +22,14 @@ NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 class MLflowRun:
-    """One MLflow run. All calls are idempotent."""
+    """One MLflow run. All calls are idempotent. The journal's entries are passed in order, from the first on."""
 
     def __init__(self, store: MLflowStore, run: RunInfo, restores: bool = True) -> None:
         """``restores``: whether the run is restored if it was deleted in MLflow."""
         self._store, self._run, self._restores = store, run, restores
         self.run_id: str | None = None
+        self._names = MetricNames()
+        self._earlier: dict[str, set[tuple[int, int]]] = {}  # points that earlier sessions sent, see `write`
         self._refused: set[str] = set()  # names of params and metrics whose refusal was reported
 
     def open(self) -> None:
@@ -45,6 +47,7 @@ class MLflowRun:
         self.run_id = self._store.open_run(self._client, self._run, tags, self._restores)
         stored = self._client.get_run(self.run_id)
         is_older = ADOPTED_TAG in stored.data.tags  # the run began before this package continued it
+        self._has_foreign_points = is_older
         self._began = round(self._run.started * 1000) if is_older else stored.info.start_time
         self._place = str(stored.info.artifact_uri)
         # A resumed run has its params already, and MLflow allows no change.
@@ -57,17 +60,26 @@ class MLflowRun:
         """Log all metrics of ``entries``, a thousand a call (MLflow's limit).
 
         A repeated point is stored once: MLflow's stores drop equal points (name, step, time, value), and the time is
-        computed only from the run's start and the journal.
+        computed only from the run's start and the journal. A resumed run leaves out steps that the store already has.
+        If the folder was restored from a backup, these steps are trained again, at another time.
         """
         from mlflow.entities import Metric
 
-        assert self.run_id
+        self._choose_names(entries)
+        if len(self._run.sessions) > 1:
+            for name in _names_of(entries) - self._earlier.keys():
+                self._earlier[name] = self._points(name)
+            entries = [self._without(entry, self._earlier) for entry in entries]
         metrics = [
-            Metric(allowed_name(name), value, self._timestamp(entry), entry.step)
+            Metric(self._names[name], value, self._timestamp(entry), entry.step)
             for entry in entries
             for name, value in entry.metrics.items()
         ]
         self._log(metrics, METRICS, "metrics")
+
+    def _choose_names(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._names.add(entry.metrics)
 
     def _log(self, items: Sequence[Any], limit: int, kind: str) -> None:
         client: Any = self._client
@@ -76,21 +88,28 @@ class MLflowRun:
 
     def missing(self, entries: Sequence[Entry]) -> list[Entry]:
         """The part of ``entries`` that the store lacks."""
-        assert self.run_id
-        names = {name for entry in entries for name in entry.metrics}
-        there = {name: self._points(name) for name in names}
-        rest = (replace(entry, metrics=self._without(entry, there)) for entry in entries)
+        self._choose_names(entries)
+        there = {name: self._points(name) for name in _names_of(entries)}
+        rest = (self._without(entry, there) for entry in entries)
         return [entry for entry in rest if entry.metrics]
 
     def _points(self, name: str) -> set[tuple[int, int]]:
-        """Step and time in milliseconds of a metric's points in the store."""
+        """The points of a metric in the store, in the form of :meth:`_point`."""
         assert self.run_id
-        history = self._client.get_metric_history(self.run_id, allowed_name(name))
-        return {(point.step, point.timestamp) for point in history}
+        history = self._client.get_metric_history(self.run_id, self._names[name])
+        return {self._point(point.step, point.timestamp) for point in history}
 
-    def _without(self, entry: Entry, there: Mapping[str, set[tuple[int, int]]]) -> dict[str, float]:
-        point = (entry.step, self._timestamp(entry))
-        return {name: value for name, value in entry.metrics.items() if point not in there[name]}
+    def _point(self, step: int, timestamp: int) -> tuple[int, int]:
+        """What identifies a point of a metric: the step, as in the journal.
+
+        A run that another program began may have that program's points at the same steps. There the time counts, too.
+        """
+        return (step, timestamp if self._has_foreign_points else 0)
+
+    def _without(self, entry: Entry, there: Mapping[str, set[tuple[int, int]]]) -> Entry:
+        point = self._point(entry.step, self._timestamp(entry))
+        rest = {name: value for name, value in entry.metrics.items() if point not in there[name]}
+        return replace(entry, metrics=rest)
 
     def _timestamp(self, entry: Entry) -> int:
         """Milliseconds since the epoch."""
@@ -161,6 +180,10 @@ class MLflowRun:
 
     def is_final(self, error: Exception) -> bool:
         return is_hopeless(error)
+
+
+def _names_of(entries: Sequence[Entry]) -> set[str]:
+    return {name for entry in entries for name in entry.metrics}
 
 
 def point_count(entries: Sequence[Entry]) -> int:

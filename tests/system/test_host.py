@@ -252,3 +252,24 @@ def test_each_command_is_a_module_that_runs(module: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "cifar-exp" in done.stdout
     assert done.stderr == ""
+
+
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+def version(name, found=metadata.version):
+    if name == "cifar-exp":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+from cifar_exp.cli.main import run_command
+raise SystemExit(run_command(["--version"]))
+"""
+
+
+def test_source_code_that_is_not_installed_has_a_command() -> None:
+    """As with the source folder on ``PYTHONPATH``."""
+    start = [sys.executable, "-c", NOT_INSTALLED]
+    done = subprocess.run(start, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "cifar-exp, version of source code that is not installed\n"), (
+        done.stderr
+    )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,25 @@ def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> No
     assert all(math.isnan(point.value) for point in history["bad"])
     assert sink.missing(entries) == []
     assert sink.missing([*entries, Entry(3, 1, 0.9, {"loss": 2.0})]) == [Entry(3, 1, 0.9, {"loss": 2.0})]
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_folder_restored_from_a_backup_doubles_no_point(workplace: Path, resumes: bool) -> None:
+    """The store has steps that the restored journal lacks. They are trained again, at another time."""
+    tracker = MLflowTracker()
+    run = info(workplace / "run", sessions=("first",))
+    before = [Entry(step, 1, step / 2, {"loss": 1.0}) for step in (1, 2, 3)]
+    sink = tracker.sink(run)
+    sink.open()
+    sink.write(before)
+    again = [before[0], *(Entry(step, 1, step / 2 + 9, {"loss": 1.5}) for step in (2, 3, 4))]
+    sink = tracker.sink(replace(run, sessions=("first", "second")) if resumes else run)
+    sink.open()
+    sink.write(again if resumes else sink.missing(again))
+    assert sink.run_id
+    assert [point.step for point in tracker.client().get_metric_history(sink.run_id, "loss")] == [1, 2, 3, 4]
+    assert sink.missing(again) == []
 
 
 def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, INTERNAL_ERROR, INVALID_PA
 
 from cifar_exp.records.journal import Entry
 from cifar_exp.records.run_folder import RunInfo
-from cifar_exp.tracking.mlflow_items import allowed_name, log_each, with_allowed_names
+from cifar_exp.tracking.mlflow_items import MetricNames, allowed_name, log_each, with_allowed_names
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 
 NAMES = {
@@ -65,6 +65,52 @@ def test_mlflow_takes_all_of_them(workplace: Path) -> None:
     assert set(NAMES.values()) <= set(stored.data.metrics)
     assert {**stored.data.tags}["data.classes_0_"] == "x"
     assert len(stored.data.tags["overrides"]) == 6000
+
+
+def test_metrics_keep_different_names() -> None:
+    names = MetricNames()
+    names.add(["a?b", "a*b", "a_b"])
+    names.add(["a?b", "c?d"])
+    names.add(["a*b", "c_d", "x" * 300, "x" * 301])
+    assert [names["a_b"], names["c?d"]] == ["a_b", "c_d"]
+    given = {names[name] for name in ("a?b", "a*b", "a_b", "c?d", "c_d", "x" * 300, "x" * 301)}
+    assert len(given) == 7
+    assert all(allowed_name(name) == name for name in given)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("sent", [0, 1, 3])
+def test_metrics_whose_names_clean_to_the_same_do_not_merge_however_they_are_sent(workplace: Path, sent: int) -> None:
+    """A run in progress and `cifar-exp sync` choose the same names."""
+    folder = workplace / "run"
+    folder.mkdir()
+    run = RunInfo("a run", folder, {}, {}, time.time())
+    run.save("hash")
+    entries = [
+        Entry(1, 1, 0.1, {"a?b": 1.0}),
+        Entry(1, 1, 0.1, {"a*b": 2.0}),
+        Entry(2, 1, 0.2, {"a*b": 3.0, "a_b": 4.0}),
+    ]
+    live = MLflowTracker().sink(run)
+    live.open()
+    for entry in entries[:sent]:
+        live.write([entry])
+    later = MLflowTracker().sink(run)
+    later.open()
+    missing = later.missing(entries)
+    assert sum(len(entry.metrics) for entry in missing) == [4, 3, 0, 0][sent]
+    later.write(missing)
+    assert later.missing(entries) == []
+    assert later.run_id
+    client, names = MLflowTracker().client(), MetricNames()
+    for entry in entries:
+        names.add(entry.metrics)
+    found = {
+        name: [(point.step, point.value) for point in client.get_metric_history(later.run_id, names[name])]
+        for name in ("a?b", "a*b", "a_b")
+    }
+    assert names["a?b"] == "a_b"
+    assert found == {"a?b": [(1, 1.0)], "a*b": [(1, 2.0), (2, 3.0)], "a_b": [(2, 4.0)]}
 
 
 def refusing(bad: set[str], longest: int, code: int = INVALID_PARAMETER_VALUE) -> tuple[list[Param], Any]:
