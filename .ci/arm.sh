@@ -33,8 +33,9 @@ check() {
 make_tree() {
     # Unpacked and not configured: so nothing has to run there, and it takes seconds.
     [ -x "$tree/usr/bin/python3" ] || mmdebstrap --quiet --architectures=arm64 --variant=extract \
-        --include=python3,libgomp1,libstdc++6 bookworm "$tree" http://deb.debian.org/debian
-    [ -d "$tree/site/torch" ] || uv pip install --quiet --python-platform aarch64-unknown-linux-gnu \
+        --include=python3,libgomp1,libstdc++6 bookworm "$tree"
+    # Nothing to do where a tree of before has them all.
+    uv pip install --quiet --python-platform aarch64-unknown-linux-gnu \
         --python-version 3.11 --target "$tree/site" --requirements pyproject.toml --extra cpu
     mkdir -p "$tree"/{proc,dev,tmp,src,result}
     # What oneDNN reads to know the processor; the host's own /sys speaks of another one and crashes it.
