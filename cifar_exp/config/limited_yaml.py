@@ -1,6 +1,7 @@
 """Read untrusted YAML, with limits on its size, its depth, and its size after alias expansion.
 
-The safe loader refuses tags that name Python objects. Nested aliases can expand a kilobyte beyond memory.
+The safe loader refuses tags that name Python objects. But a kilobyte of nested aliases can expand
+to more values than fit in memory.
 """
 
 import io

@@ -15,7 +15,7 @@ from cifar_exp.system.printable import printable
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``Did you mean X?`` if a valid name is close to ``name``, else the valid names or how to list them."""
     names = sorted(valid)
-    # That two settings are of one section makes them no closer.
+    # The section does not count: all settings of a section have the same beginning.
     close = [found for found in get_close_matches(name, names, n=3, cutoff=0.6) if _is_close(_key(name), _key(found))]
     if close:
         return f"Did you mean {close[0]}?"

@@ -13,20 +13,10 @@ from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint, journal
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.records.find_run import checked, find_run
-from cifar_exp.records.run_folder import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    OUTPUTS,
-    RUN_FILE,
-    Outcome,
-    RunInfo,
-    is_finished,
-    is_locked,
-    lock_run_folder,
-)
-from cifar_exp.records.run_identity import known_hashes, original_of
-from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_hash, config_of, has_same_settings
-from cifar_exp.system import foreign_files
+from cifar_exp.records.run_folder import CHECKPOINTS, CONFIG_FILE, OUTPUTS, RUN_FILE, RunInfo, is_finished
+from cifar_exp.records.run_identity import known_hashes
+from cifar_exp.runs.config_changes import UNREADABLE, changed_settings, config_hash, config_of
+from cifar_exp.runs.interrupted_run import lock_interrupted_run
 from cifar_exp.system.bugs import is_bug, keep_traceback
 from cifar_exp.system.locks import Held
 from cifar_exp.system.own_version import own_version
@@ -121,28 +111,19 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
     """
     if config.resume == "never":
         return None
-    folder: Path | None
     lock: Held | None = None
     if config.resume != "auto":
         folder = find_run(config.resume, "resume")
     elif (run_dir / RUN_FILE).exists():
         folder = checked(run_dir)
+    elif anywhere and (interrupted := lock_interrupted_run(config, warn)):
+        folder, lock = interrupted
     else:
-        folder, lock = (_interrupted(config, warn) if anywhere else None) or (None, None)
-    if folder is None:
         return None
     try:
         changes = changed_settings(folder, config)
         if changes and config.resume == "auto":
-            old_settings = ", ".join(
-                argument(name, then) if isinstance(then, str) else f"{name}={shown(then)}"
-                for name, (then, _) in changes.items()
-            )
-            other = f"{argument('resume', str(run_dir))} and another folder"
-            raise ConfigError(
-                f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {old_settings}, another "
-                f"folder, or {other} for a new run that starts from its checkpoint"
-            )
+            raise ConfigError(_changed_in_its_folder(run_dir, changes))
         in_place = not changes and (anywhere or folder.resolve() == run_dir.resolve())
         return replace(_resumption(folder, config, changes, in_place, warn), lock=lock)
     except UNREADABLE as error:
@@ -152,6 +133,19 @@ def find(config: Config, run_dir: Path, anywhere: bool, warn: Callable[[str], No
             f"{folder}: the run cannot be read: {error}{kept}. Restore its {RUN_FILE}, {CONFIG_FILE} and "
             f"{journal.JOURNAL_FILE}, or set resume=never"
         ) from error
+
+
+def _changed_in_its_folder(run_dir: Path, changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """The message about a run folder whose run had other settings."""
+    old_settings = ", ".join(
+        argument(name, then) if isinstance(then, str) else f"{name}={shown(then)}"
+        for name, (then, _) in changes.items()
+    )
+    other = f"{argument('resume', str(run_dir))} and another folder"
+    return (
+        f"hydra.run.dir={run_dir}: the run in that folder had other settings. Set {old_settings}, another folder, or "
+        f"{other} for a new run that starts from its checkpoint"
+    )
 
 
 def _resumption(
@@ -250,52 +244,3 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
             f"train.epochs={config.train.epochs}: the checkpoint has {manifest.epoch} epochs already. Set "
             f"train.epochs={manifest.epoch + 1} or more"
         )
-
-
-def _interrupted(config: Config, warn: Callable[[str], None]) -> tuple[Path, Held] | None:
-    """The newest interrupted run under ``outputs/`` with these settings, and its lock; None if there is none.
-
-    If all interrupted runs have other settings, ``warn`` gets the settings in which the newest one differs.
-    """
-    found = sorted(OUTPUTS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
-    other: str | None = None
-    for path in found:
-        folder = path.parent
-        try:
-            content = foreign_files.read_json(path)
-            if original_of(folder, content):
-                continue  # a backup of the interrupted run
-            if has_same_settings(content, config):
-                if not is_finished(folder) and (lock := _lock(folder)):
-                    return folder, lock
-            elif other is None and not _has_finished(folder) and not is_locked(folder):
-                other = _other_settings(folder, config)
-        except (*UNREADABLE, StorageError) as error:
-            warn(f"{folder}: the run cannot be read and is skipped: {error}")
-    if other:
-        warn(other)
-    return None
-
-
-def _lock(folder: Path) -> Held | None:
-    """The lock of a run's folder; None if another process trains in it."""
-    try:
-        return lock_run_folder(folder)
-    except ConfigError:
-        return None
-
-
-def _has_finished(folder: Path) -> bool:
-    return (outcome := Outcome.of(folder)) is not None and outcome.status == "FINISHED"
-
-
-def _other_settings(folder: Path, config: Config) -> str:
-    """The message about an interrupted run that ``resume=auto`` does not continue."""
-    changes = changed_settings(folder, config)
-    shown_changes = [f"{name}: {shown(then)} then, {shown(now)} now" for name, (then, now) in changes.items()]
-    more = f"; {len(changes) - 5} more" if len(changes) > 5 else ""
-    return (
-        f"resume=auto: a new run starts. {os.path.relpath(folder)} was interrupted and had other settings "
-        f"({'; '.join(shown_changes[:5])}{more}). Set them as they were to continue it, or "
-        f"{argument('resume', os.path.relpath(folder))} for a new run from its checkpoint"
-    )

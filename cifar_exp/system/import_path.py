@@ -14,7 +14,8 @@ import sys
 def use_safe_path() -> None:
     """Search the current folder last, in this process; its children do not search it when they start.
 
-    For commands. A user's own program keeps its search path. A package that is not installed stays before what is.
+    For commands. A user's own program keeps its search path. If this package is not installed, the current folder
+    stays before the installed packages, one of which may be another copy.
     """
     others = [entry for entry in sys.path if not _is_current(entry)]
     if len(others) < len(sys.path):

@@ -27,8 +27,8 @@ def refusal(version: "tuple[int, ...]", platform: str) -> str:
 
 def misstarted(words: "list[str]") -> str:
     """Why ``python -m cifar_exp.<part>`` does nothing, and what to type; empty for other command lines of Python."""
-    first = [number for number, word in enumerate(words) if number and not word.startswith("-")][:1]
-    module = words[first[0]] if first and words[first[0] - 1] == "-m" else ""
+    place = next((place for place, word in enumerate(words) if place and not word.startswith("-")), 0)
+    module = words[place] if words[place - 1] == "-m" else ""
     if not module.startswith("cifar_exp.cli.") or module in STARTS:
         return ""
     return f"{module} is a part of the command and does nothing alone. Run python -m cifar_exp"
