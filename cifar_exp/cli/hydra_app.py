@@ -28,7 +28,7 @@ from cifar_exp.records.run_folder import RUN_FILE, make_folder, make_job_private
 from cifar_exp.runs.context import RunContext
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.host import process_age
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import raise_swallowed, swallowed
@@ -156,7 +156,7 @@ def run_hydra(job: Job, words: Sequence[str], check: Callable[[DictConfig], None
 
 
 def _print_failure(failure: CifarExpError) -> int:
-    tell(masked_text(str(failure)))
+    print_notice(masked_text(str(failure)))
     return failure.exit_code
 
 

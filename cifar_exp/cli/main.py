@@ -137,11 +137,11 @@ def run_command(args: Sequence[str]) -> int:
             error = ConfigError(f"{error.format_message()} See {command} --help")
         ignore_broken(sys.stdout)
         from cifar_exp.system.bugs import as_user_error
-        from cifar_exp.system.printable import tell
+        from cifar_exp.system.printable import print_notice
         from cifar_exp.system.redaction import masked_text
 
         problem = as_user_error(error)
-        tell(masked_text(str(problem)))
+        print_notice(masked_text(str(problem)))
         return problem.exit_code
 
 

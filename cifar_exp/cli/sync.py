@@ -23,7 +23,7 @@ def command(words: tuple[str, ...]) -> int:
     """
     from cifar_exp.records.find_run import find_runs
     from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE
-    from cifar_exp.system.printable import tell
+    from cifar_exp.system.printable import print_notice
     from cifar_exp.system.redaction import masked_text
     from cifar_exp.system.surroundings import set_up_environment
     from cifar_exp.tracking.deliveries import deliver_all
@@ -38,5 +38,5 @@ def command(words: tuple[str, ...]) -> int:
     except CifarExpError as error:
         failures.append(error)
     for failure in failures:
-        tell(masked_text(str(failure)))
+        print_notice(masked_text(str(failure)))
     return failures[0].exit_code if failures else 0

@@ -20,7 +20,7 @@ from cifar_exp.distributed.stop_requests import Request, ended_by
 from cifar_exp.errors import storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.failures import as_errors
-from cifar_exp.launch.stopping import StoppingInOrder
+from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
 from cifar_exp.system.signals import raise_swallowed
@@ -91,7 +91,7 @@ class ElasticLauncher:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
             _name_callers_cheaply()
-            watchdog, stopping = Watchdog(ipc_dir, job.plan.world_size, self.timeout), StoppingInOrder(ipc_dir)
+            watchdog, stopping = Watchdog(ipc_dir, job.plan.world_size, self.timeout), GracefulStop(ipc_dir)
             try:
                 with (
                     as_errors(ipc_dir, watchdog, stopping, self.max_restarts),

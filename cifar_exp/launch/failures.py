@@ -11,10 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from cifar_exp.errors import CifarExpError, Stopped, StorageError, WorkerError
 from cifar_exp.launch import rank_processes
-from cifar_exp.launch.stopping import StoppingInOrder
+from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.worker.failure import RankFailure
 
 AFTER_A_DEATH = (
@@ -28,7 +28,7 @@ DEATHS = {
 
 
 @contextmanager
-def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: StoppingInOrder, max_restarts: int) -> Iterator[None]:
+def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_restarts: int) -> Iterator[None]:
     """Convert an exception of torch elastic inside this context to an error of this package.
 
     Args:
@@ -51,7 +51,7 @@ def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: StoppingInOrder, max_
         if not stopping.received:
             raise failure from None
         if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
-            tell(failure)
+            print_notice(failure)
         raise stopping.received from None
     except SignalException as error:
         if stopping.received:

@@ -11,14 +11,14 @@ from typing import Any, Self
 from cifar_exp.distributed.stop_requests import INTERRUPT_FILE
 from cifar_exp.errors import Stopped
 from cifar_exp.launch import rank_processes
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.signals import answer_once, is_repeated, other_handler, signals_to_answer
 
 GRACE_SECONDS = 7.0  # seconds after a signal in which ranks may finish their step and save
 
 
 @dataclass
-class StoppingInOrder:
+class GracefulStop:
     """Stop the ranks gracefully on a stop signal, while the context is open.
 
     The first signal asks the ranks to finish their step and save. They are killed after ``GRACE_SECONDS`` seconds
@@ -59,7 +59,7 @@ class StoppingInOrder:
         answer_once(number)
         with suppress(OSError):  # the folder was removed, and the watchdog ends the ranks
             (self.ipc_dir / INTERRUPT_FILE).touch()
-        tell("the ranks finish their step and save; a second signal ends them at once")
+        print_notice("the ranks finish their step and save; a second signal ends them at once")
         signal.signal(signal.SIGALRM, self._end)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 

@@ -20,8 +20,9 @@ from cifar_exp.parity.measure import REFERENCE_FILE, STEPS, Measurement, measure
 from cifar_exp.parity.report import ParityReport, ParityResult, listed
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.config_changes import config_hash
-from cifar_exp.runs.job_setup import new_job, title
 from cifar_exp.runs.model_check import checked_model, try_out
+from cifar_exp.runs.plan_job import new_job
+from cifar_exp.runs.prepare import title
 from cifar_exp.system import machine
 from cifar_exp.system.redaction import masked
 from cifar_exp.system.temp_folder import private_folder

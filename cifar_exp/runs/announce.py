@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 
 
 def say(console: Console, lines: Sequence[str]) -> None:
@@ -17,5 +17,5 @@ def say(console: Console, lines: Sequence[str]) -> None:
 
 def warn(line: str) -> None:
     """Print a warning on stderr and log it."""
-    tell(line)
+    print_notice(line)
     logging.getLogger(__name__).warning(line)

@@ -18,7 +18,7 @@ from cifar_exp.records.run_folder import CONFIG_FILE
 from cifar_exp.runs.config_changes import UNREADABLE
 from cifar_exp.runs.foreign_network import network_of, within_available_memory
 from cifar_exp.runs.user_code import refusing
-from cifar_exp.system.printable import printable, tell
+from cifar_exp.system.printable import print_notice, printable
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Classifier:
             ConfigError: the best checkpoint is requested, but the run has none.
             StorageError: the folder has no readable checkpoint.
         """
-        saved = None if which == "last" else checkpoint.best(run_dir, tell)
+        saved = None if which == "last" else checkpoint.best(run_dir, print_notice)
         if saved is None and which == "best":
             raise ConfigError(
                 f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Set checkpoint=last"
             )
-        saved = saved or checkpoint.newest(run_dir, tell)
+        saved = saved or checkpoint.newest(run_dir, print_notice)
         section = _model_section(run_dir / CONFIG_FILE)
         model = network_of(section, saved.model, len(saved.classes), trusted)
         rule = Preprocessing.of(saved.preprocessing, saved.image_size)

@@ -22,13 +22,13 @@ from cifar_exp.records.run_folder import (
 )
 from cifar_exp.records.run_identity import claimed
 from cifar_exp.runs.announce import warn
-from cifar_exp.runs.start import RunStart
+from cifar_exp.runs.prepare import PreparedRun
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.redaction import masked
 
 
 @contextmanager
-def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
+def locked_run_folder(prepared: PreparedRun, config: Config) -> Iterator[RunInfo]:
     """Lock the run folder inside the context. For a new run, write its tags and resolved configuration there.
 
     A stop file that is left from an earlier start is removed: it would end this run at its first step.
@@ -36,12 +36,12 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
     Raises:
         ConfigError: the folder has another run, or another process uses it.
     """
-    new = replace(start.info, sessions=(uuid.uuid4().hex,))
-    chosen = start.resumed.lock if start.resumed else None
+    new = replace(prepared.info, sessions=(uuid.uuid4().hex,))
+    chosen = prepared.resumed.lock if prepared.resumed else None
     with chosen or lock_run_folder(new.run_dir):
-        if not start.is_new:
+        if not prepared.is_new:
             _remove_stop_file(new.run_dir)
-            run, original = claimed(new.run_dir, start.config_hash)
+            run, original = claimed(new.run_dir, prepared.config_hash)
             if original:
                 warn(f"{new.run_dir}: it is a copy of {original} and continues as a run of its own")
             yield run
@@ -55,7 +55,7 @@ def locked_run_folder(start: RunStart, config: Config) -> Iterator[RunInfo]:
         _refuse_to_overwrite(new, resolved)
         _remove_stop_file(new.run_dir)
         write_atomically(new.run_dir / CONFIG_FILE, resolved)
-        new.save(start.config_hash)  # last, so that every run that can be found has its configuration
+        new.save(prepared.config_hash)  # last, so that every run that can be found has its configuration
         yield new
 
 
@@ -76,11 +76,11 @@ def _refuse_to_overwrite(run: RunInfo, resolved: str) -> None:
             )
 
 
-def remove_new_run(start: RunStart) -> None:
+def remove_new_run(prepared: PreparedRun) -> None:
     """Remove what :func:`locked_run_folder` wrote for a new run. The lock stays until it is released."""
-    if start.is_new:
+    if prepared.is_new:
         for name in (CONFIG_FILE, RUN_FILE):
-            (start.folder / name).unlink(missing_ok=True)
+            (prepared.folder / name).unlink(missing_ok=True)
 
 
 def _remove_stop_file(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from cifar_exp.records import journal
 from cifar_exp.records.run_folder import SWEEP_RUN_FILE, Outcome, RunInfo
 from cifar_exp.records.run_identity import claimed_parent_run
 from cifar_exp.runs.components import build_tracker
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking.tracker import NoTracker, Tracker, tracking_lines
 
 if TYPE_CHECKING:
@@ -112,4 +112,4 @@ class ParentRun:
             message = f"tracking.uri: of the sweep's parent run {undelivered}"
             if error is None:
                 raise TrackingError(message)
-            tell(message)
+            print_notice(message)

@@ -2,26 +2,28 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
 from cifar_exp.config.schema import Config
+from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.validation_split import hold_out
 from cifar_exp.display.curves import PageFacts
+from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.runs import plan_summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import RunContext
-from cifar_exp.runs.job_setup import new_job
 from cifar_exp.runs.model_check import Tried, try_out
-from cifar_exp.runs.start import RunStart
+from cifar_exp.runs.prepare import PreparedRun
 from cifar_exp.runs.user_code import refusing
 from cifar_exp.training.plan import Plan, make_plan, warnings
 from cifar_exp.worker.job import Job
 
 
 def plan_job(
-    config: Config, components: Components, context: RunContext, start: RunStart, console: Console
+    config: Config, components: Components, context: RunContext, prepared: PreparedRun, console: Console
 ) -> tuple[Job, PageFacts]:
     """Read the images, make the plan, check the network, and print the plan.
 
@@ -32,7 +34,7 @@ def plan_job(
         ConfigError: the settings do not fit the images or the network.
         DataError: the images cannot be read or are not those of the resumed run.
     """
-    devices, resumed = start.devices, start.resumed
+    devices, resumed = prepared.devices, prepared.resumed
     data = hold_out(components.dataset(), config.validation)
     if data.left_out:
         say(console, [f"left out of the images: {data.left_out}"])
@@ -53,19 +55,62 @@ def plan_job(
     if context.is_single:  # not for each job of a sweep
         plan_summary.print_layers(console, model, data.image_size)
     facts = PageFacts(
-        title=start.title,
+        title=prepared.title,
         status="starting",
         epochs=plan.epochs,
         steps_per_epoch=plan.steps_per_epoch,
         lr_drops=_lr_drops(plan),
-        details=details | {"folder": os.path.relpath(start.folder)},
+        details=details | {"folder": os.path.relpath(prepared.folder)},
     )
-    job = new_job(config, start.config_hash, components, devices, plan, data, start.folder, start.started)
+    job = new_job(config, prepared.config_hash, components, devices, plan, data, prepared.folder, prepared.started)
     job = replace(job, has_unused=bool(tried.unused))
     if resumed:
         origin = (resumed.source, resumed.manifest) if resumed.manifest else None
         job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
     return job, facts
+
+
+def new_job(
+    config: Config,
+    config_hash: str,
+    components: Components,
+    devices: DeviceSet,
+    plan: Plan,
+    data: DatasetFiles,
+    run_dir: Path,
+    started: float,
+) -> Job:
+    """Build the job of a new run.
+
+    Args:
+        config: the run's configuration.
+        config_hash: hash of its settings that affect the result.
+        components: its components.
+        devices: the devices that it trains on.
+        plan: steps, batch sizes and learning rates.
+        data: the dataset, split into training, validation and test images.
+        run_dir: the run folder.
+        started: start of the run on the monotonic clock.
+    """
+    return Job(
+        run_dir=run_dir,
+        started=started,
+        elapsed=0.0,
+        config_hash=config_hash,
+        resume_from=None,
+        seed=config.seed,
+        plan=plan,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        early_stopping=config.early_stopping,
+        data=data,
+        augmentation=components.augmentation,
+        make_model=components.make_model,
+        make_optimizer=components.make_optimizer,
+        accelerator=devices.accelerator,
+        threads=devices.threads,
+        timeout=components.launcher.timeout,
+    )
 
 
 def _without_gradient(tried: Tried) -> str:

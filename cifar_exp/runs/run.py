@@ -19,7 +19,7 @@ from cifar_exp.runs.components import Components
 from cifar_exp.runs.context import Result, RunContext
 from cifar_exp.runs.locked_folder import locked_run_folder, remove_new_run
 from cifar_exp.runs.plan_job import plan_job
-from cifar_exp.runs.start import RunStart, begin
+from cifar_exp.runs.prepare import PreparedRun, prepare
 from cifar_exp.system import load_watch
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.terminal import Terminal
@@ -45,30 +45,30 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
         Stopped: a signal stopped the run.
     """
     console = Terminal(quiet=config.progress == "quiet", soft_wrap=True)
-    start = begin(config, context)
+    prepared = prepare(config, context)
     if context.is_single:
         say(console, tracking_lines(config.tracking, components.tracker))
-    if start.resumed and start.resumed.finished:
-        return _finished_before(start.resumed.run_dir, components, console)
-    with locked_run_folder(start, config) as info:
+    if prepared.resumed and prepared.resumed.finished:
+        return _finished_before(prepared.resumed.run_dir, components, console)
+    with locked_run_folder(prepared, config) as info:
         sink, store = components.tracker.sink(info), components.tracker.store()
-        recording = Recording(start.folder, start.started, sink, store)
+        recording = Recording(prepared.folder, prepared.started, sink, store)
         try:
-            job, facts = plan_job(config, components, context, start, console)
+            job, facts = plan_job(config, components, context, prepared, console)
         except REFUSING_ERRORS:  # a run that was not started is not recorded
-            remove_new_run(start)
+            remove_new_run(prepared)
             raise
         except BaseException:
             with recording:
                 raise
         with recording:
-            display = Display(start.folder, facts, config.progress, console, start.started)
+            display = Display(prepared.folder, facts, config.progress, console, prepared.started)
             recording.start(display)
-            ended, load = _execute(components, job, context, start, console)
+            ended, load = _execute(components, job, context, prepared, console)
             display.ended_early = ended.reason if ended else ""
             recording.final_metrics |= load
-            model_export.publish(start.folder, config.model, warn)
-    return _conclude(config, components, context, start, console)
+            model_export.publish(prepared.folder, config.model, warn)
+    return _conclude(config, components, context, prepared, console)
 
 
 def _finished_before(folder: Path, components: Components, console: Console) -> Result:
@@ -81,34 +81,36 @@ def _finished_before(folder: Path, components: Components, console: Console) -> 
 
 
 def _execute(
-    components: Components, job: Job, context: RunContext, start: RunStart, console: Console
+    components: Components, job: Job, context: RunContext, prepared: PreparedRun, console: Console
 ) -> tuple[Request | None, dict[str, float]]:
     """Run the ranks until they end.
 
     Returns:
         Why training ended early, if it did, and metrics of the machine's load.
     """
-    devices = start.devices
+    devices = prepared.devices
     with load_watch.LoadWatch(devices.accelerator, devices.world_size) as watch:
         try:
             ended = components.launcher.launch(run_rank, job)
         except Stopped:
-            _say_what_was_saved(console, start.folder, context.sweep_dir or start.folder)
+            _say_what_was_saved(console, prepared.folder, context.sweep_dir or prepared.folder)
             raise
     if ended:
         say(console, [f"training ended early: {ended.reason}"])
     return ended, watch.metrics()
 
 
-def _conclude(config: Config, components: Components, context: RunContext, start: RunStart, console: Console) -> Result:
+def _conclude(
+    config: Config, components: Components, context: RunContext, prepared: PreparedRun, console: Console
+) -> Result:
     """Print the results and the next commands."""
-    devices = start.devices
-    result = Result(start.folder, journal.last_values(start.folder))
+    devices = prepared.devices
+    result = Result(prepared.folder, journal.last_values(prepared.folder))
     simulated = devices.accelerator == "cpu" and devices.world_size > 1
     result_summary.print_outcome(console, dict(result.metrics), simulated=simulated)
     say(console, result_summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
     if context.is_single:
-        _print_next_steps(console, start.folder, components.tracker.hint())
+        _print_next_steps(console, prepared.folder, components.tracker.hint())
     return result
 
 

@@ -27,7 +27,7 @@ from cifar_exp.runs.sweep_check import check_jobs
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.bugs import as_user_error, exit_code, forget_frames
-from cifar_exp.system.printable import printable, tell
+from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.system.redaction import masked, masked_text
 
 POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to the devices of this machine
@@ -94,10 +94,10 @@ class StudySweeper(Sweeper):
             try:
                 jobs = self._claim_and_run(arguments)
             except SweepFailedError as failed:
-                tell = getattr(self._task, "sweep_failed", None)
-                if tell is None:
+                report_failure = getattr(self._task, "sweep_failed", None)
+                if report_failure is None:
                     raise failed.failure  # noqa: B904
-                tell(failed.exit_code)
+                report_failure(failed.exit_code)
                 jobs = failed.jobs
         size = self.max_batch_size or len(jobs)
         return [jobs[start : start + size] for start in range(0, len(jobs), size)]
@@ -260,7 +260,7 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
         return task_function(composed)
     except Exception as error:
         if not Stopped.cause_of(error):
-            tell(masked_text(f"job {hydra.job.num} failed: {as_user_error(error)}"))
+            print_notice(masked_text(f"job {hydra.job.num} failed: {as_user_error(error)}"))
         raise
 
 

@@ -22,7 +22,7 @@ def printable_text(text: str) -> str:
     return _IN_TEXTS.sub(_escaped, text)
 
 
-def tell(message: object) -> None:
+def print_notice(message: object) -> None:
     """Print a message of this program on stderr."""
     print(f"cifar-exp: {printable_text(str(message))}", file=sys.stderr, flush=True)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import LOCK_FILE, Outcome, is_undelivered
 from cifar_exp.system.locks import Owner, is_free
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking.own_store import sync_command
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def close_dead_runs(client: "MlflowClient", experiment_id: str) -> None:
             client.set_terminated(identity, outcome.status if outcome else "KILLED", ended)
             if outcome and outcome.status == "FINISHED" and is_undelivered(folder):
                 message = f"{folder}: its process died before MLflow had everything. Run {sync_command(folder)}"
-                tell(message)
+                print_notice(message)
         elif owner and not owner.shares_kernel and _is_lock_free(tags, identity):
-            tell(
+            print_notice(
                 f"{folder}: MLflow shows the run as RUNNING on {owner.host_name}, and no process here holds its lock. "
                 f"If it has ended, run {sync_command(folder)}"
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cifar_exp.config.mlflow_settings import DEFAULT_EXPERIMENT
 from cifar_exp.errors import TrackingError
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.store_address import artifact_address
@@ -94,7 +94,7 @@ class ExperimentChoice:
         if self.is_chosen_store:
             raise TrackingError(f"{problem}. Set tracking.experiment=<name>, or unset MLFLOW_EXPERIMENT_ID")
         # The id may come from mlflow.set_experiment in a notebook, which uses MLflow's own default store.
-        tell(f"{problem}, so the run goes to {self.name}. For another store set tracking.uri")
+        print_notice(f"{problem}, so the run goes to {self.name}. For another store set tracking.uri")
         return client.get_experiment_by_name(self.name)
 
     def _created(self, client: "MlflowClient", beside: Path | None) -> "Experiment | None":

@@ -14,7 +14,7 @@ from cifar_exp.errors import TrackingError
 from cifar_exp.records.journal import JOURNAL_FILE, Entry, JournalReader
 from cifar_exp.records.run_folder import Status
 from cifar_exp.system.bugs import bug_text, is_bug
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking.deadlines import CLOSING_SECONDS, Deadlines
 from cifar_exp.tracking.own_store import sync_command
 from cifar_exp.tracking.store_problems import advice, shortened_error
@@ -182,7 +182,7 @@ class Follower(threading.Thread):
 
     def _print(self, line: str) -> None:
         if not self._is_abandoned:  # else the message of `finish` says what to do
-            tell(line)
+            print_notice(line)
 
     def _fail(self, error: Exception) -> None:
         """After a final error, deliver only how the run ended: the sink may still accept that."""

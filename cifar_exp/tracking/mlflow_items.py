@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cifar_exp.system.printable import printable, tell
+from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.tracking.store_problems import is_hopeless, shortened_error
 
 LONGEST_NAME = 250  # MLflow's limit
@@ -94,7 +94,7 @@ def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], ob
                 told.add(item.key)
                 kind = type(item).__name__.lower().removeprefix("run")
                 why = shortened_error(error)
-                tell(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {why}")
+                print_notice(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {why}")
 
 
 def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> list[tuple[Any, Any]]:

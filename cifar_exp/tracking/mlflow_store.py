@@ -15,7 +15,7 @@ from cifar_exp.records.run_folder import OUTPUTS, SWEEP_RUN_FILE, Outcome, RunIn
 from cifar_exp.records.run_identity import as_another_run
 from cifar_exp.system import locks
 from cifar_exp.system.atomic_files import atomic_path, write_atomically
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking.bounded_client import BoundedClient
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
 from cifar_exp.tracking.experiment import NOT_THERE, ExperimentChoice, mlflow_command
@@ -163,7 +163,7 @@ class MLflowStore:
                 f"{run.run_dir / RUN_ID_FILE} for a new run"
             )
         client.restore_run(identity)
-        tell(f"{run.run_dir}: its run {identity} was deleted in MLflow and is restored, since it continues")
+        print_notice(f"{run.run_dir}: its run {identity} was deleted in MLflow and is restored, since it continues")
 
     def _adopted_run(self, client: "MlflowClient", run: RunInfo) -> str | None:
         """The existing run that ``run_id`` names, now this package's run; None if it cannot be continued."""
@@ -185,7 +185,7 @@ class MLflowStore:
                 return self._note(run, self.run_id)
             is_deleted = found.info.lifecycle_stage == "deleted"
             problem = "that run was deleted" if is_deleted else "another run has continued that run"
-        tell(f"tracking.run_id={self.run_id} (MLFLOW_RUN_ID): {problem}, so a new run is made")
+        print_notice(f"tracking.run_id={self.run_id} (MLFLOW_RUN_ID): {problem}, so a new run is made")
         return None
 
     def own_run(self, client: "MlflowClient", run: RunInfo) -> RunInfo:
@@ -193,7 +193,9 @@ class MLflowStore:
         if run.sessions and (identity := self.find_run(client, run)):
             last = client.get_run(identity).data.tags.get(SESSION_TAG)
             if last and last not in run.sessions:
-                tell(f"{run.run_dir}: a copy of it has continued its MLflow run {identity}, so it gets a new one")
+                print_notice(
+                    f"{run.run_dir}: a copy of it has continued its MLflow run {identity}, so it gets a new one"
+                )
                 return as_another_run(run)
         return run
 

@@ -17,7 +17,7 @@ from cifar_exp.errors import FREE_SPACE, CifarExpError, Stopped, StorageError, T
 from cifar_exp.records.journal import Entry, JournalWriter, read
 from cifar_exp.records.run_folder import Outcome, Status, mark_delivered, mark_undelivered
 from cifar_exp.system.bugs import BugError, described, is_bug
-from cifar_exp.system.printable import tell
+from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking import deadlines
 from cifar_exp.tracking.follower import Follower, GivenUpError, Sink, undelivered_message
 from cifar_exp.tracking.store_problems import shortened_error
@@ -94,7 +94,7 @@ class Recording:
             if self._stopped and isinstance(error, CifarExpError):
                 problems.append(error)
             for problem in problems:  # the worse error is raised
-                tell(problem)
+                print_notice(problem)
             if self._stopped:
                 raise self._stopped
 

@@ -18,7 +18,7 @@ from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.runs.components import build
-from cifar_exp.runs.job_setup import new_job
+from cifar_exp.runs.plan_job import new_job
 from cifar_exp.training.plan import make_plan
 from cifar_exp.worker.training_setup import TrainingSetup, build_training_setup
 from tests.helpers.configs import composed

@@ -17,7 +17,7 @@ from cifar_exp.distributed.stop_requests import INTERRUPT_FILE
 from cifar_exp.errors import Stopped
 from cifar_exp.launch import forkserver, rank_processes
 from cifar_exp.launch.rank_processes import ending_ranks_by_sigkill
-from cifar_exp.launch.stopping import StoppingInOrder
+from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.system import host
 from cifar_exp.system.signals import STOPPING, blocked_signals, is_repeated, other_handler
 
@@ -52,10 +52,10 @@ def test_the_same_signal_again_at_once_counts_once(tmp_path: Path, monkeypatch: 
     """`timeout` sends it to the command and to the command's group."""
     killed: list[bool] = []
     monkeypatch.setattr(rank_processes, "kill_ranks", lambda: killed.append(True))
-    received: list[StoppingInOrder] = []
+    received: list[GracefulStop] = []
 
     def train() -> None:
-        with StoppingInOrder(tmp_path) as stopping:
+        with GracefulStop(tmp_path) as stopping:
             received.append(stopping)
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
@@ -81,7 +81,7 @@ def test_the_handler_of_the_program_around_is_called_once_the_ranks_have_ended(t
         sys.exit(3)
 
     def train() -> None:
-        with StoppingInOrder(tmp_path):
+        with GracefulStop(tmp_path):
             signal.raise_signal(signal.SIGUSR2)
             assert called == []
 

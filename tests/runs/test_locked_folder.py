@@ -11,7 +11,7 @@ import pytest
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.run_folder import LOCK_FILE, RunInfo, lock_run_folder
 from cifar_exp.runs.locked_folder import locked_run_folder
-from cifar_exp.runs.start import ARTIFACTS
+from cifar_exp.runs.prepare import ARTIFACTS
 from tests.helpers.configs import default_config
 
 

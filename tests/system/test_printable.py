@@ -17,7 +17,7 @@ from cifar_exp.config.messages import shown
 from cifar_exp.display.curves import PageFacts
 from cifar_exp.display.page import page_html
 from cifar_exp.study import finished_runs, report_page
-from cifar_exp.system.printable import printable, printable_text, tell
+from cifar_exp.system.printable import print_notice, printable, printable_text
 from cifar_exp.system.redaction import MaskingFormatter
 from cifar_exp.system.terminal import Terminal
 
@@ -51,7 +51,7 @@ def test_the_terminal_shows_them_in_lines_and_tables(capsys: pytest.CaptureFixtu
     table.add_column(EVIL)
     table.add_row(EVIL)
     console.print(table)
-    tell(EVIL)
+    print_notice(EVIL)
     output, errors = capsys.readouterr()
     assert output.startswith(f"{IN_A_TEXT}\n")
     assert output.count(r"a\x1b[2J\r") == 4

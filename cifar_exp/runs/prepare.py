@@ -1,4 +1,4 @@
-"""Start a run: find its devices, the run to resume, and its folder."""
+"""Prepare a run: find its devices, the run to resume, and its folder."""
 
 import logging
 import time
@@ -14,7 +14,6 @@ from cifar_exp.runs import resume
 from cifar_exp.runs.announce import warn
 from cifar_exp.runs.config_changes import config_hash
 from cifar_exp.runs.context import RunContext
-from cifar_exp.runs.job_setup import title
 from cifar_exp.runs.resume import Resumption
 from cifar_exp.system import machine
 from cifar_exp.system.accelerator import check_precision
@@ -29,7 +28,7 @@ ARTIFACTS = (CONFIG_FILE, "progress.html", "training.png", journal.JOURNAL_FILE,
 
 
 @dataclass(frozen=True)
-class RunStart:
+class PreparedRun:
     """A run before its folder is locked.
 
     Attributes:
@@ -56,7 +55,7 @@ class RunStart:
         return self.resumed is None or not self.resumed.in_place
 
 
-def begin(config: Config, context: RunContext) -> RunStart:
+def prepare(config: Config, context: RunContext) -> PreparedRun:
     """Find the devices, and the run to resume if there is one.
 
     Raises:
@@ -78,7 +77,17 @@ def begin(config: Config, context: RunContext) -> RunStart:
     name = title(config)
     info = _run_info(config, name, devices, folder, context, resumed)
     started = time.monotonic() - context.age - (resumed.elapsed if resumed else 0.0)
-    return RunStart(devices, folder, resumed, name, config_hash(config), info, started)
+    return PreparedRun(devices, folder, resumed, name, config_hash(config), info, started)
+
+
+def title(config: Config) -> str:
+    """The network and the dataset, such as ``convnet 32x4 on cifar10``."""
+    model = config.model["_target_"].rpartition(".")[2]
+    size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
+    data = config.data["_target_"].rpartition(".")[2]
+    if data == "folders":  # the root folder's name says more than `folders`
+        data = Path(config.data["root"]).resolve().name
+    return printable(f"{model} {size} on {data}".replace("  ", " "))
 
 
 def _wanted(config: Config, context: RunContext) -> Config:
