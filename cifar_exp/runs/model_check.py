@@ -21,7 +21,7 @@ from cifar_exp.models.build import arrange, seeded
 from cifar_exp.runs.components import Components
 from cifar_exp.runs.optimizer_check import check_optimizer
 from cifar_exp.runs.user_code import refusing
-from cifar_exp.system.accelerator import device_of, layout, resolve_precision
+from cifar_exp.system.accelerator import device_of, layout, one_thread, resolve_precision
 from cifar_exp.training.evaluation import autocast
 from cifar_exp.training.plan import Plan
 
@@ -51,6 +51,7 @@ class Tried:
     unused: tuple[str, ...]
 
 
+@one_thread()
 def layer_shapes(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[str, tuple[int, ...], int]]:
     """Run the network on two black images and list its layers.
 
@@ -96,6 +97,7 @@ def checked_model(config: Config, components: Components, classes: int, image_si
     return model
 
 
+@one_thread()
 def try_out(config: Config, components: Components, plan: Plan, data: DatasetFiles, accelerator: str) -> Tried:
     """Build the network; train and evaluate it on two images as a rank would, on the CPU.
 

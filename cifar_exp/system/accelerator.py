@@ -3,6 +3,8 @@
 The code for MPS follows PyTorch's documentation and source. It has not been run on such a machine.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,3 +118,17 @@ def check_precision(choice: str, accelerator: str) -> None:
             "train.precision=bf16: MPS supports bfloat16 from macOS 14 on, and this version is older. "
             "Set train.precision=fp16, or train.precision=fp32"
         )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread in this context, or in the function that it decorates.
+
+    For two images more threads only wait for each other, and for cores that other processes use.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.data.dataset_files import DatasetFiles
@@ -186,3 +187,17 @@ def test_the_trial_is_no_part_of_the_reference_networks_result() -> None:
     drawn = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_the_trial_uses_one_thread_and_restores_the_callers() -> None:
+    seen: set[int] = set()
+    before = torch.get_num_threads()
+    hook = register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        tried()
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
