@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from cifar_exp.config.hydra_section import check_hydra_section
+from cifar_exp.config.hydra_section import check_hydra_section, typed_targets
 from cifar_exp.config.limited_yaml import limited
 
 # Hydra 1.4 has its own allow-list of `_target_`s and deprecates `version_base`.
@@ -49,7 +49,7 @@ def run_hydra_main(
     Raises:
         Exception: the exception of ``job``. Hydra's callbacks have been called, and Hydra prints nothing.
     """
-    allowed = list(trusted)
+    allowed = [*trusted, *typed_targets(given_options(sys.argv[1:]).get("overrides", []))]
     limit: dict[str, Any] = {"execution_whitelist": allowed} if _LIMITS_TARGETS else {}
     with parser_of_old_versions(), _calling_before_run(before_folder), _failing_silently(), _checking(allowed):
         hydra.main(config_path=str(folder), config_name="config", **_BASE, **limit)(job)()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from cifar_exp.cli.hydra_app import ALLOWED_TARGETS, composed, run_hydra
 from cifar_exp.config import hydra_versions
-from cifar_exp.config.hydra_section import check_hydra_section
+from cifar_exp.config.hydra_section import check_hydra_section, typed_targets
 from cifar_exp.errors import CifarExpError, ConfigError
 
 HARMFUL: list[tuple[str, Any]] = [
@@ -34,8 +34,24 @@ def test_what_hydra_would_call_is_checked(setting: str, content: dict[str, Any])
     assert str(refusal.value).startswith(f"{setting}.{name}={value}: ")
     typed = [f"+{setting}.{name}={value}"]
     OmegaConf.update(config, "hydra.overrides", {"hydra": typed})
-    if "ext://" not in value:
+    if name in ("_target_", "class") and "$" not in value:
         check_hydra_section(config, ALLOWED_TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("word", "targets"),
+    [
+        ("+hydra.callbacks.x._target_=mine.Callback", ["mine.Callback"]),
+        ("+hydra.callbacks.x={_target_: mine.Callback, names: [a.b]}", ["mine.Callback", "a.b"]),
+        ("trusted_modules=[mine,ours]", ["mine.*", "ours.*"]),
+        ("hydra.run.dir=/tmp/x", []),
+        ("+hydra.callbacks.x._target_=*", []),
+        ("+hydra.callbacks.x={", []),
+        ("model.width=4", []),
+    ],
+)
+def test_targets_on_the_command_line_are_allowed(word: str, targets: list[str]) -> None:
+    assert typed_targets([word]) == targets
 
 
 @pytest.mark.parametrize("choice", ["default", "none", "stdout", "disabled", "run_log"])

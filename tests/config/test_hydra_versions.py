@@ -109,10 +109,11 @@ def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(hydra_versions, "_LIMITS_TARGETS", True)
     monkeypatch.setattr(hydra_versions, "_BASE", {})
     monkeypatch.setattr(hydra_versions.hydra, "main", lambda **settings: given.update(settings) or (lambda job: job))
+    monkeypatch.setattr(sys, "argv", ["cifar-exp", "-m", "seed=0,1", "+hydra.callbacks.x._target_=mine.Callback"])
     hydra_versions.run_hydra_main(
         lambda *_: None if _ else given.setdefault("ran", True), conf_dir(), ["torch.*"], print
     )
-    assert given["execution_whitelist"] == ["torch.*"]
+    assert given["execution_whitelist"] == ["torch.*", "mine.Callback"]
     assert given["ran"]
     assert "version_base" not in given
 
