@@ -25,7 +25,7 @@ def place(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("setting", ["data.root", "hydra.run.dir"])
-def test_a_path_that_is_no_utf_8_is_refused(place: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+def test_path_that_is_not_utf_8_is_refused(place: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
     assert run_hydra(nothing, [*TINY, f"{setting}={BAD}"]) == 2
     assert f"{setting}=bad \\xff\\xe9: this name is no UTF-8" in capsys.readouterr().err
     assert list(place.iterdir()) == []
@@ -33,7 +33,7 @@ def test_a_path_that_is_no_utf_8_is_refused(place: Path, capsys: pytest.CaptureF
         train(TINY, BAD)
 
 
-def test_a_current_folder_that_is_no_utf_8_or_was_removed_is_refused(
+def test_current_folder_that_is_not_utf_8_or_was_removed_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = place / BAD

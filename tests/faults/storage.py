@@ -128,6 +128,7 @@ def full_tmp(scene: Scene) -> None:
 @case("files may not grow beyond a limit (RLIMIT_FSIZE)", needs=("linux",))
 def file_size_limit(scene: Scene) -> None:
     run = settings(4, LARGE)
+    # Generate the images without the limit, because they exceed it.
     check_exit(scene.run(*run, "hydra.run.dir=images", "train.epochs=1", *UNTRACKED), 0)
     limited = ["prlimit", "--fsize=600000"]
     check_exit(scene.run(*run, *HERE, *UNTRACKED, before=limited), 8, "could not be saved", "File too large")

@@ -68,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_checkpoint_claims_is_checked_before_it_is_used(tmp_path: Path, change: str) -> None:
+def test_contents_of_a_checkpoint_are_checked_before_use(tmp_path: Path, change: str) -> None:
     saved(tmp_path, **CHANGES[change])
     with pytest.raises(StorageError, match=rf"{NAME}: the checkpoint cannot be read: ") as refusal:
         checkpoint.newest(tmp_path, silent)
@@ -76,7 +76,7 @@ def test_what_a_checkpoint_claims_is_checked_before_it_is_used(tmp_path: Path, c
     assert field in str(refusal.value) or "a tensor claims" in str(refusal.value)
 
 
-def test_values_that_are_in_many_lists_are_looked_at_once(tmp_path: Path) -> None:
+def test_values_shared_by_many_lists_are_checked_once(tmp_path: Path) -> None:
     saved(tmp_path, training={"nested": nested()})
     assert len(checkpoint.newest(tmp_path, silent).training["nested"]) == 2
 
@@ -115,7 +115,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"PK\x05\x06" + bytes(18)], ids=["empty", "text", "empty zip"])
-def test_what_is_no_checkpoint_is_one_message(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused_with_one_message(tmp_path: Path, content: bytes) -> None:
     path = saved(tmp_path)
     path.write_bytes(content)
     vouched(path)
@@ -139,7 +139,7 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     [{"file": "../../x"}, {"file": "/etc/passwd"}, {"file": ".."}, {"file": 3}, {"step": "ten"}, {"best_step": [1]}],
     ids=str,
 )
-def test_a_manifest_of_another_kind_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_manifest_with_wrong_types_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
     path = saved(tmp_path)
     reseal(path.with_suffix(".json"), **change)
     told: list[str] = []
@@ -148,7 +148,7 @@ def test_a_manifest_of_another_kind_is_skipped(tmp_path: Path, change: dict[str,
     assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in told[0]
 
 
-def test_brackets_without_end_are_skipped(tmp_path: Path) -> None:
+def test_deeply_nested_manifest_is_skipped(tmp_path: Path) -> None:
     path = saved(tmp_path)
     path.with_suffix(".json").write_text("[" * 100_000)
     told: list[str] = []
@@ -157,7 +157,7 @@ def test_brackets_without_end_are_skipped(tmp_path: Path) -> None:
     assert "nested too deeply" in told[0]
 
 
-def test_a_newer_versions_manifest_is_told_as_such(tmp_path: Path) -> None:
+def test_manifest_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:
     """It is not passed over for an older checkpoint, which would lose what was trained since."""
     checkpoint.save(tmp_path, SOUND, replace(position(5), epoch=0), keep=2)
     path = saved(tmp_path)
@@ -169,7 +169,7 @@ def test_a_newer_versions_manifest_is_told_as_such(tmp_path: Path) -> None:
     assert "it has shards. Install that version" in str(refusal.value)
 
 
-def test_a_newer_versions_checkpoint_is_told_as_such(tmp_path: Path) -> None:
+def test_checkpoint_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:
     path = saved(tmp_path, ema_steps=3)
     reseal(path.with_suffix(".json"), cifar_exp="9.1.0")
     with pytest.raises(StorageError, match=r"\(9\.1\.0, and this is .*\): it has ema_steps\. Install that version"):

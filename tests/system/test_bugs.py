@@ -66,7 +66,7 @@ def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind
         ("import cifar_exp.cli.train as m; m.run_job", "KeyError"),
     ],
 )
-def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kind: str, tmp_path: Path) -> None:
+def test_bug_is_not_reported_as_a_user_error(place: str, kind: str, tmp_path: Path) -> None:
     patch = f"{BOOM.format(kind)}{place} = boom"
     done = run(tmp_path, patch, "train.epochs=2", "seed=1")
     if kind == "KeyError":  # its text is in quotes
@@ -78,14 +78,14 @@ def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kin
     assert "boom" in kept(done.stderr)
 
 
-def test_a_bug_of_a_job_is_kept_in_its_log(tmp_path: Path) -> None:
+def test_traceback_of_a_job_is_in_its_log(tmp_path: Path) -> None:
     done = run(tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", *TINY)
     assert_told_as_a_bug(done, 1, "TypeError")
     (log,) = tmp_path.rglob("cifar-exp.log")
     assert "the flux capacitor is empty" in log.read_text()
 
 
-def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Path) -> None:
+def test_bug_in_a_sweep_is_reported_per_job_and_other_jobs_train(tmp_path: Path) -> None:
     done = run(
         tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", "-m", "seed=1,2"
     )
@@ -95,7 +95,7 @@ def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Pa
     assert "failed (1): this is a bug" in " ".join(done.stdout.replace("│", " ").split())
 
 
-def test_a_figure_that_cannot_be_drawn_is_no_matter_of_space(tmp_path: Path) -> None:
+def test_figure_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     patch = f"{BOOM.format('ImportError')}import cifar_exp.display.training_figure as f; f.draw_training = boom"
     done = run(tmp_path, patch, *TINY, "tracking=none")
     assert_told_as_a_bug(done, 1, "ImportError")
@@ -104,7 +104,7 @@ def test_a_figure_that_cannot_be_drawn_is_no_matter_of_space(tmp_path: Path) -> 
     assert (the_run(tmp_path) / "model.safetensors").exists()
 
 
-def test_a_bug_in_the_trackers_client_is_no_server_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_bug_in_the_tracker_client_is_not_reported_as_an_outage(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import mlflow; mlflow.MlflowClient.log_artifact = boom"
     done = run(tmp_path, patch, *TINY)
     assert_told_as_a_bug(done, 5, "TypeError")
@@ -114,12 +114,12 @@ def test_a_bug_in_the_trackers_client_is_no_server_that_cannot_be_reached(tmp_pa
     assert "unreachable" not in done.stderr
 
 
-def test_other_commands_tell_it_too(tmp_path: Path) -> None:
+def test_other_commands_report_bugs_too(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import cifar_exp.tracking.deliveries as s; s.runs_in = boom"
     assert_told_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
 
 
-def test_what_cannot_be_imported_is_told_by_the_entry(tmp_path: Path) -> None:
+def test_import_error_is_reported_by_the_entry_point(tmp_path: Path) -> None:
     done = run(tmp_path, "sys.modules['torch'] = None", "latest", "x.png", command="predict")
     assert done.returncode == 1
     assert "cifar-exp: this is a bug, not a mistake in what was typed: ModuleNotFoundError" in done.stderr
@@ -127,7 +127,7 @@ def test_what_cannot_be_imported_is_told_by_the_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["data=null", "model=[[1]]", "+data=[[]]"])
-def test_words_that_make_hydra_stumble_are_named_alone(word: str, tmp_path: Path) -> None:
+def test_arguments_that_crash_hydra_are_named(word: str, tmp_path: Path) -> None:
     """It raises what is meant for nobody, such as ``TypeError``, but raises nothing without this word."""
     done = run(tmp_path, "", "train.epochs=2", word)
     assert done.returncode == 2, done.stderr
@@ -148,16 +148,14 @@ def test_words_that_make_hydra_stumble_are_named_alone(word: str, tmp_path: Path
         (("hydra.launcher._target_=nonsense", "-m"), "hydra.launcher._target_=nonsense"),
     ],
 )
-def test_hydras_own_settings_and_flags_are_blamed_where_they_are_wrong(
-    words: tuple[str, ...], named: str, tmp_path: Path
-) -> None:
+def test_invalid_hydra_settings_and_flags_are_named(words: tuple[str, ...], named: str, tmp_path: Path) -> None:
     done = run(tmp_path, "", *words)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert "bug" not in done.stderr
 
 
-def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+def test_users_invalid_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "broken.yaml").write_text("width: [1\ndepth: }")
     done = run(tmp_path, "", "--config-dir", "mine", "model=broken")
@@ -166,7 +164,7 @@ def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     assert "bug" not in done.stderr
 
 
-def test_a_bug_of_this_package_is_not_blamed_on_the_file_of_a_rerun() -> None:
+def test_bug_is_not_blamed_on_the_rerun_file() -> None:
     typed = ["--experimental-rerun", "kept"]
     with pytest.raises(AttributeError) as bug:
         causing_words(None, 1)  # type: ignore[arg-type]
@@ -174,7 +172,7 @@ def test_a_bug_of_this_package_is_not_blamed_on_the_file_of_a_rerun() -> None:
     assert str(explained(FileNotFoundError("kept"), typed)).startswith("--experimental-rerun=kept: it cannot be read")
 
 
-def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cause_of_an_error_is_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     register_resolvers()
     typed = ["seed=3", "data=null", "-m"]
     assert hydra_errors._fails_alike(ValueError(), ["data=null"])
@@ -203,11 +201,11 @@ def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         (ConfigError("x"), False),
     ],
 )
-def test_a_bug_is_what_python_itself_raises(error: Exception, expected: bool) -> None:
+def test_pythons_own_exceptions_are_bugs(error: Exception, expected: bool) -> None:
     assert is_bug(error) == expected
 
 
-def test_what_the_system_refuses_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_operating_system_are_not_bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bugs.tempfile, "tempdir", str(tmp_path))
     refused = as_user_error(PermissionError(13, "Permission denied", "there"))
     assert isinstance(refused, StorageError)
@@ -223,7 +221,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatc
     assert "could not be kept:\nTypeError: token=***" in str(BugError(TypeError("token=abc")))
 
 
-def test_a_tracker_with_a_bug_says_so() -> None:
+def test_bug_in_a_tracker_is_reported() -> None:
     assert shortened_error(TypeError("a\nb")) == "TypeError: a b"
     assert "Once the tracker can be reached" in undelivered_message(ConnectionError("away"), Path("run"))
     assert "Once that is mended" in undelivered_message(TypeError("x"), Path("run"))
@@ -253,7 +251,7 @@ def test_the_pythons_of_the_matrix_are_not() -> None:
 @pytest.mark.parametrize(
     "name", ["__init__", "__main__", "cli/__init__", "cli/entry", "system/__init__", "system/supported"]
 )
-def test_older_pythons_can_read_what_refuses_them(name: str) -> None:
+def test_version_check_compiles_on_older_pythons(name: str) -> None:
     ast.parse((REPO / "cifar_exp" / f"{name}.py").read_text(), feature_version=(3, 7))
 
 

@@ -1,4 +1,4 @@
-"""MLflow gets every point once, whatever becomes of its server; runs of the dead are closed, of the living never."""
+"""MLflow gets every point once despite outages. Only runs of dead processes are closed."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def info(run_dir: Path, **more: Any) -> RunInfo:
 
 
 def points(store: MlflowClient, run_id: str, run_dir: Path) -> Counter[tuple[str, int, str]]:
-    """Name, step and value of every point that the store holds of the metrics in a run's journal."""
+    """Name, step and value of every point in the store, for the metrics of a run's journal."""
     names = journal.last_values(run_dir)
     return Counter(
         (name, point.step, repr(point.value)) for name in names for point in store.get_metric_history(run_id, name)
@@ -52,20 +52,20 @@ def points(store: MlflowClient, run_id: str, run_dir: Path) -> Counter[tuple[str
 
 
 def written(run_dir: Path) -> Counter[tuple[str, int, str]]:
-    """The same of the journal."""
+    """Name, step and value of every point in the journal."""
     return Counter(
         (name, entry.step, repr(value)) for entry in journal.read(run_dir) for name, value in entry.metrics.items()
     )
 
 
-def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> None:
+def test_points_sent_repeatedly_are_stored_once(workplace: Path) -> None:
     tracker = MLflowTracker(f"sqlite:///{workplace / 'runs.db'}")
     run = info(workplace / "run")
     entries = [
         Entry(1, 1, 0.5, {"loss": 1.0, "odd (name)": 2.0, "bad": math.nan}),
         Entry(2, 1, 0.75, {"loss": 1.0, "bad": math.nan, "up": math.inf}),
     ]
-    for _ in range(3):  # params, which cannot be changed, and tags too
+    for _ in range(3):  # params, which MLflow does not allow to change, and tags are sent again, too
         sink = tracker.sink(run)
         sink.open()
         sink.write(entries[:1])
@@ -90,8 +90,8 @@ def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> No
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("resumes", [True, False])
-def test_a_folder_restored_from_a_backup_doubles_no_point(workplace: Path, resumes: bool) -> None:
-    """The store has steps that the restored journal lacks. They are trained again, at another time."""
+def test_run_folder_restored_from_a_backup_duplicates_no_point(workplace: Path, resumes: bool) -> None:
+    """The store has steps that the restored journal lacks. They are trained again, with other timestamps."""
     tracker = MLflowTracker()
     run = info(workplace / "run", sessions=("first",))
     before = [Entry(step, 1, step / 2, {"loss": 1.0}) for step in (1, 2, 3)]
@@ -107,9 +107,9 @@ def test_a_folder_restored_from_a_backup_doubles_no_point(workplace: Path, resum
     assert sink.missing(again) == []
 
 
-def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_follower_waits_for_a_locked_store(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MLflowTracker(f"sqlite:///{workplace / 'made.db'}").client()
-    shutil.copy(workplace / "made.db", workplace / "runs.db")  # MLflow keeps open what it has opened
+    shutil.copy(workplace / "made.db", workplace / "runs.db")  # a copy, because MLflow keeps the first file open
     uri = f"sqlite:///{workplace / 'runs.db'}"
     run = info(workplace / "run")
     writer = journal.JournalWriter(run.run_dir)
@@ -137,7 +137,7 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
 
 
-def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Relay, mlflow_server: int) -> None:  # noqa: F811
+def test_lost_answer_creates_no_second_run(workplace: Path, relay: Relay, mlflow_server: int) -> None:  # noqa: F811
     run = info(workplace / "run")
     tracker = MLflowTracker(relay.address, "lost answers")
     sink = tracker.sink(run)
@@ -162,9 +162,9 @@ def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Rela
 
 
 def assert_each_outage_is_told_once(lines: list[str]) -> None:
-    """When it begins and when it is over, and the run's end; a busy machine has outages of its own between those two.
+    """Check that start and end of each outage have one line. A busy machine may have more than the two outages.
 
-    Its end is two lines, and two more where the tracker has not got everything by then.
+    The end of the run has two lines, and two more if points are undelivered.
     """
     told = [line for line in lines if "retrying" in line or "reachable again" in line]
     assert len(told) >= 4, lines
@@ -174,7 +174,7 @@ def assert_each_outage_is_told_once(lines: list[str]) -> None:
     assert len(others) == len(set(others)) <= 4, lines
 
 
-def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_elses(
+def test_outage_loses_and_duplicates_no_points_and_a_running_run_is_locked(
     cifar_exp: Command,
     workplace: Path,
     relay: Relay,  # noqa: F811
@@ -211,7 +211,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     finally:
         process.kill()
     assert_each_outage_is_told_once((workplace / "errors").read_text().splitlines())
-    done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # what there was no time for
+    done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # deliver the rest
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)
     assert record.info.status == "KILLED"
@@ -219,7 +219,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     assert len(store.search_runs([record.info.experiment_id])) == 1
 
 
-def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are_not(
+def test_next_start_closes_runs_of_dead_processes_only(
     cifar_exp: Command, started: Start, workplace: Path, store: Path
 ) -> None:
     sweep = started("-m", *SLOW, "seed=1,2")
@@ -270,12 +270,12 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
         finished: "FINISHED",
     }
     assert {identity: status.pop(identity) for identity in expected} == expected
-    assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job
+    assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job are KILLED
     assert mlflow.get_run(finished).info.end_time == 1_700_000_000_500
 
 
 @linux
-def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
+def test_owner_is_dead_only_if_certain() -> None:
     here = Owner.here()
     assert not here.is_gone()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -285,19 +285,19 @@ def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert theirs.is_gone()  # dead, and not yet waited for
+    assert theirs.is_gone()  # a zombie
     child.wait()
     assert theirs.is_gone()
     assert str(theirs).startswith(f"process {child.pid} on {os.uname().nodename}")
 
 
-def test_a_run_that_was_never_heard_of_is_brought_later_whole(
+def test_run_trained_during_an_outage_is_delivered_completely_later(
     cifar_exp: Command,
     workplace: Path,
     relay: Relay,  # noqa: F811
     mlflow_server: int,
 ) -> None:
-    """A server that takes requests and never answers, from the first to the last."""
+    """The server accepts requests and never answers."""
     relay.turn("hang")
     address = f"tracking.uri={relay.address.replace('//', '//me:secret-word@')}"
     began = time.monotonic()
@@ -310,13 +310,13 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
         "sync",
         str(folder.relative_to(workplace)),
         f"tracking.uri={relay.address}",
-    )  # a folder vouches for no server
+    )  # the address must be typed: a folder's address is not trusted
     assert done.stderr.splitlines()[-1].endswith(f"cifar-exp {' '.join(typed)}")
     assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
     assert not (folder / RUN_ID_FILE).exists()
 
     again = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
-    assert again.returncode == 5  # it has been trained, and is as unknown as before
+    assert again.returncode == 5  # trained, but still undelivered
     assert "finished before, test accuracy" in again.stdout
     refused = cifar_exp("sync", str(folder))
     assert refused.returncode == 2
@@ -348,7 +348,7 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert abs(record.info.end_time / 1000 - saved["started"]) < 120
 
 
-def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path) -> None:
+def test_sync_delivers_a_whole_sweep_to_another_store(cifar_exp: Command, workplace: Path) -> None:
     done = cifar_exp("-m", *TINY, "devices.count=1,2", "devices.oversubscribe=false", "train.epochs=1")
     assert done.returncode == 0, done.stderr
     (folder,) = (workplace / "outputs").glob("multirun/*/*")
@@ -356,7 +356,7 @@ def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path
     other = f"sqlite:///{workplace / 'other.db'}"
     brought = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
     assert brought.returncode == 0, brought.stderr
-    assert len(brought.stdout.splitlines()) == 2  # the job, and the sweep that it belongs to
+    assert len(brought.stdout.splitlines()) == 2  # the job and its sweep
     brought = cifar_exp("sync", str(folder), f"tracking.uri={other}")
     assert brought.returncode == 0, brought.stderr
     store = MlflowClient(other)
