@@ -67,7 +67,7 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
         options = [str(option) for option in error.options or []]
         if not any(choice in re.split(r"[=,()\[\]]", word)[1:] for word in typed):  # a value, or one of several
             where = str(error).partition("\n")[0]
-            return ConfigError(f"{where}: a list of defaults names a file that is not there. Fix that list")
+            return ConfigError(f"{where}: its defaults list names a missing file. Correct the list")
         return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
     cause = error.__cause__
     key = cause.full_key if isinstance(error, ConfigCompositionException) and _is_of_omegaconf(cause) else ""
@@ -119,8 +119,8 @@ def _of_a_sweep(error: Exception, typed: Sequence[str]) -> ConfigError | None:
         with suppress(HydraException):
             if not word.startswith("-") and OverridesParser.create().parse_override(word).is_sweep_override():
                 key, _, values = word.partition("=")
-                told = f"{word}: several values are a sweep. Add -m to sweep, as in cifar-exp -m {shlex.quote(word)}"
-                return ConfigError(told if "(" in values else f"{told}; a list is written {key}=[{values}]")
+                message = f"{word}: several values are a sweep. Add -m to sweep, as in cifar-exp -m {shlex.quote(word)}"
+                return ConfigError(message if "(" in values else f"{message}; a list is written {key}=[{values}]")
     return None
 
 

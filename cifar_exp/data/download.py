@@ -49,7 +49,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
     if archive is not None:
         path = Path(archive).expanduser()
         if not path.is_file():
-            raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
+            raise DataError(f"data.archive={archive} is not a file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
         _check(path, f"data.archive={archive}", f"It must be {ARCHIVE_FILE} as it was released.")
         return path
     address = mirror or ADDRESS
@@ -114,7 +114,7 @@ def _receive(address: str, part: Path, begun: int, advice: str) -> None:
         chunk = response.read(_CHUNK)
         if not received and not chunk.startswith(_GZIP):
             raise DataError(
-                f"{address} answered with something else than an archive (a web page for logging in?). "
+                f"{address} did not send the archive, but perhaps a login page. "
                 f"It begins with {chunk[:40]!r}.\n{_WHAT_TO_TYPE}"
             )
         if promised is not None and received + int(promised) != SIZE:

@@ -218,7 +218,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     checked(source)
     manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
-        found = f"the newest one there is of step {manifest.step}" if manifest else "there is none now"
+        found = f"the newest one there has step {manifest.step}" if manifest else "there is none now"
         raise StorageError(
             f"{folder}: the run had no checkpoint yet. It started from the checkpoint of {source} at step {step}; "
             f"{found}. Restore it, or set resume=never"
@@ -230,7 +230,7 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
     for name, (then, _) in changes.items():
         if name.startswith("model.") or name == "optimizer._target_":
             raise ConfigError(
-                f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Set "
+                f"{name}: the checkpoint was trained with {shown(then)}, and its state requires that. Set "
                 f"{name}={shown(then)}, or resume=never"
             )
     if config.validation and "data.validation" in changes:

@@ -190,7 +190,7 @@ class StudySweeper(Sweeper):
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
                 raise ConfigError(
-                    f"{override.input_line}: an interval has no end of values. Set {key}=a,b,c or {key}=range(a,b,c)"
+                    f"{override.input_line}: an interval is not a list of values. Set {key}=a,b,c or {key}=range(a,b,c)"
                 )
         return [list(job) for job in itertools.product(*choices.values())]
 

@@ -63,7 +63,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
         warn(other)
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
-            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set "
+            f"hydra.sweep.dir={sweep_dir}: the folder has a sweep already. Set "
             f"{argument('resume', str(sweep_dir))} to continue it, or another folder"
         )
     make_folder(sweep_dir)

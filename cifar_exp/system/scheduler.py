@@ -40,8 +40,8 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
     once = "srun --ntasks=1 --cpus-per-task=<cores> cifar-exp" if launcher == "srun" else "cifar-exp"
     raise ConfigError(
         f"{size}={count}: {launcher} has started {count} processes, and each would train the whole run. Start the "
-        f"command once, on one host; it starts its ranks itself. Run {once} <settings> devices.count={count}. If no "
-        f"{launcher} is at work, or each process is to train a run of its own, run env {unset} cifar-exp <settings>"
+        f"command once, on one host; it starts its ranks itself. Run {once} <settings> devices.count={count}. If "
+        f"{launcher} is not running, or each process should train its own run, run env {unset} cifar-exp <settings>"
     )
 
 

@@ -57,7 +57,7 @@ def test_preset_with_forbidden_target_is_refused_before_any_call(
         callback: "hydra.callbacks.x._target_=os.mkdir: ",
         log: "hydra.job_logging.formatters.x.()=os.mkdir: ",
         trust: "trusted_modules=[posix]: a file of the configuration sets it, and it counts only where it is typed",
-        bomb: "values, aliases unfolded",
+        bomb: "values after expanding aliases",
     }.items():
         (workplace / "mine" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{content}\n")
         words = ["--config-dir", "mine", "experiment=evil", "hydra.run.dir=run"]

@@ -73,14 +73,17 @@ def test_other_trackers_stay_as_they_are(environment: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("file:///tmp/mlruns", "that is a folder"),
-        ("./mlruns", "that is a folder"),
+        ("file:///tmp/mlruns", "it is a folder"),
+        ("./mlruns", "it is a folder"),
         ("ftp://host", "it must begin with one of"),
         ("localhost:5000", "it must begin with one of"),
-        ("http://", "it names no host"),
-        ("http://[::1", "it names no host"),
-        ("http://host:99999", "it names no host"),
-        ("http://me:hush@host:5/#/experiments/3", "that is the address of a page. Set tracking.uri=http://host:5"),
+        ("http://", "it has no host"),
+        ("http://[::1", "it has no host"),
+        ("http://host:99999", "it has no host"),
+        (
+            "http://me:hush@host:5/#/experiments/3",
+            "it is the address of a page, not of the server. Set tracking.uri=http://host:5",
+        ),
     ],
 )
 def test_invalid_address_is_refused_with_the_name_of_its_variable(

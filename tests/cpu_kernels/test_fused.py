@@ -80,7 +80,7 @@ LAYERS: dict[str, Callable[[int], list[nn.Module]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_training_step_matches_pytorch_layers(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Against float64; of pooling only outputs are compared in bfloat16, where other values of a window are equal."""
+    """Compared with float64. In bfloat16 values of a window are often equal: only pooling's outputs are compared."""
     inputs = channels_last(*shape, dtype=dtype)
     own = with_any_values(nn.Sequential(*LAYERS[name](shape[1])))
     exact, layers = copy.deepcopy(own).double(), fuse_layers(own, dtype)
@@ -110,7 +110,7 @@ def test_evaluation_matches_pytorch_layers(name: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_pooling_equals_pytorch_bit_for_bit(dtype: torch.dtype) -> None:
-    """Also where values of a window are equal, and where a side is odd."""
+    """Also for equal values in a window and for odd sides."""
     for shape in ((4, 16, 8, 8), (3, 5, 7, 9), (2, 8, 2, 3)):
         inputs = channels_last(*shape, dtype=dtype).round()
         layers = fuse_layers(nn.Sequential(nn.MaxPool2d(2)), dtype)
@@ -289,7 +289,7 @@ def test_shared_and_hooked_layers_are_not_replaced() -> None:
 
 
 def test_damaged_cached_machine_code_is_compiled_again(tmp_path: Path) -> None:
-    """Each variant's apart from the others': what is kept under one index two processes would mix up."""
+    """Each variant has its own cache index: two processes that write one index would corrupt it."""
     test = "here.test_pooling_equals_pytorch_bit_for_bit"
     code = f"import torch, tests.cpu_kernels.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -302,7 +302,7 @@ def test_damaged_cached_machine_code_is_compiled_again(tmp_path: Path) -> None:
 
 
 def test_machine_code_is_compiled_again_if_the_cache_is_not_writable(tmp_path: Path) -> None:
-    """With no room for it, as on a full disk."""
+    """As on a full disk."""
     (tmp_path / "file").write_text("")
     test = "test_pooling_equals_pytorch_bit_for_bit"
     code = f"import torch, tests.cpu_kernels.test_fused as here; here.{test}(torch.float32)"

@@ -82,7 +82,7 @@ def exact(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.usefixtures("no_memory_is_zero")
 def test_results_on_small_integers_equal_a_direct_convolution(shape: tuple[int, ...], threads: int) -> None:
-    """Transformed, too, they fit into bfloat16: not one of them may be in a wrong place."""
+    """bfloat16 represents these integers exactly, also when transformed, so any misplaced value shows."""
     torch.set_num_threads(threads)
     images, channels, outputs, height, width = shape
     assert torch.empty(2).isnan().all()
@@ -132,7 +132,7 @@ def test_rounding_errors_are_close_to_those_of_a_direct_convolution(shape: tuple
 
 @has_instructions
 def test_channels_do_not_affect_each_other() -> None:
-    """Nor does an image of the others, but its neighbours in a tile know what is not a number."""
+    """A NaN stays in its channel and image, but spreads to the neighbouring pixels in its tile."""
     inputs = last(torch.ones(16, 32, 16, 16), torch.bfloat16)
     inputs[3, 5, 8, 8] = torch.nan
     outputs = winograd.convolve(inputs, last(torch.ones(32, 32, 3, 3)), None)
@@ -213,7 +213,7 @@ def test_other_dtypes_and_processors_keep_pytorch_layers(monkeypatch: pytest.Mon
 
 
 def test_instructions_disabled_for_numba_are_not_used() -> None:
-    """LLVM would end the process."""
+    """LLVM would abort the process."""
     show = "print(here.fuse_layers(here.layers(), torch.bfloat16)[0])"
     code = f"import torch, tests.cpu_kernels.test_winograd as here; {show}"
     for setting in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}):

@@ -53,7 +53,7 @@ def slow_shift(image: NDArray[Any], flip: bool, dx: float, dy: float) -> NDArray
 
 
 def test_crop_equals_a_loop_over_pixels() -> None:
-    """Every distance of -4 ... 4 on both axes, mirrored and not; the type stays uint8."""
+    """Every distance of -4 ... 4 on both axes, flipped and not; the dtype stays uint8."""
     grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
     given = images(len(grid))
     moved = CROP(given, torch.tensor(grid).float())
@@ -90,7 +90,7 @@ def test_shift_by_whole_pixels_equals_crop() -> None:
 
 
 def test_alternating_equals_a_loop_over_pixels() -> None:
-    """Every distance of -4 ... 4 on both axes, mirrored and not; beyond the border the image is seen in a mirror."""
+    """Every distance of -4 ... 4 on both axes, flipped and not; padding is a reflection."""
     grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
     given = images(len(grid))
     moved = Alternating(4)(given, torch.tensor(grid).float())

@@ -122,7 +122,7 @@ def test_other_kinds_of_images_become_rgb(tree: Path, mode: str, recwarn: pytest
 
 def test_skipped_files_are_counted_and_sub_folders_are_read(tree: Path) -> None:
     before = folders(tree)
-    assert before.left_out == ""
+    assert before.skipped == ""
     (tree / "train" / "ant" / ".hidden.png").write_bytes(b"not an image")
     (tree / "train" / "ant" / "notes.txt").write_text("not an image")
     (tree / "train" / "ant" / "a\x1b[31m.\x1b[1m").touch()
@@ -133,10 +133,10 @@ def test_skipped_files_are_counted_and_sub_folders_are_read(tree: Path) -> None:
     (tree / "train" / "README.md").touch()
     save(tree / "test" / "stray.png", pixels(0))
     after = folders(tree)
-    assert replace(after, left_out="") == before
-    assert after.left_out == (
-        "1 folder linked to twice, 2 hidden, 1 image outside the class folders, 1 that is no file (a broken link, a "
-        r"socket), 2 of other kinds (.\x1b[1m, .txt)"
+    assert replace(after, skipped="") == before
+    assert after.skipped == (
+        "1 broken link or special file, 1 folder linked to twice, 2 hidden, 1 image outside the class folders, "
+        r"2 of other kinds (.\x1b[1m, .txt)"
     )
     save(tree / "train" / "bee" / "2024" / "june" / "0.png", pixels(8))
     train = folders(tree).load("train")
@@ -152,7 +152,7 @@ def test_images_of_every_supported_format_are_read(tree: Path, suffix: str, kind
     image = Image.fromarray(pixels(9)).convert("L" if suffix == ".pgm" else "RGB")
     image.save(tree / "train" / "ant" / f"3{suffix}", format=kind)
     files = folders(tree)
-    assert (files.train_count, files.left_out) == (4, "")
+    assert (files.train_count, files.skipped) == (4, "")
     shown = np.asarray(Image.open(tree / "train" / "ant" / f"3{suffix}").convert("RGB"))
     np.testing.assert_array_equal(files.load("train").images[2].permute(1, 2, 0).numpy(), shown)
 
@@ -328,7 +328,7 @@ def test_broken_images_are_named_and_counted(tree: Path) -> None:
     text = message(tree)
     assert "3 of 5 images cannot be used" in text
     assert f"{tree}/train/ant/1.png: is empty" in text
-    assert f"{tree}/train/ant/2.png: is no image of a known format" in text
+    assert f"{tree}/train/ant/2.png: is not an image in a known format" in text
     assert f"{tree}/test/bee/1.png: " in text
     assert "Replace or delete them." in text
     assert [path.name for path in (tree / ".cache").iterdir()] == [".lock"]

@@ -94,7 +94,7 @@ def test_a_wrong_local_archive_is_refused(tmp_path: Path, wrong: bytes) -> None:
 
 
 def test_a_missing_local_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.archive=.*nothing\.tar\.gz is no file"):
+    with pytest.raises(DataError, match=r"data\.archive=.*nothing\.tar\.gz is not a file"):
         small_cifar10(tmp_path, archive=tmp_path / "nothing.tar.gz")
 
 
@@ -178,7 +178,7 @@ def test_wrong_partial_download_is_discarded(
 def test_partial_download_longer_than_the_mirrors_file_is_discarded(tmp_path: Path, server: Server) -> None:
     web_page(server)
     (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(ARCHIVE[:1000])
-    with pytest.raises(DataError, match="a web page"):
+    with pytest.raises(DataError, match="a login page"):
         small_cifar10(tmp_path, mirror=server.address)
     assert server.ranges == ["bytes=1000-", None]
 
@@ -324,7 +324,7 @@ def test_the_command_fails_with_a_message_and_the_errors_code(
 ) -> None:
     assert run_command(["data", f"data.root={tmp_path}", f"data.archive={tmp_path / 'none.tar.gz'}"]) == 3
     captured = capsys.readouterr()
-    assert "none.tar.gz is no file" in captured.err
+    assert "none.tar.gz is not a file" in captured.err
     assert "Traceback" not in captured.err
     assert run_command(["data", f"data.root={tmp_path}", "data.mirror=nowhere"]) == 2
     (tmp_path / "file").touch()

@@ -84,8 +84,8 @@ def test_prediction_has_the_runs_test_accuracy(cifar_exp: Command, workplace: Pa
     assert done.returncode == 0, done.stderr
     runs = sorted(path.parent for path in (workplace / "outputs" / "multirun").rglob("metrics.jsonl"))
     assert len(runs) == 3
-    paths, left_out = images_in([str(pictures / "test")])
-    assert (len(paths), left_out) == (8 * len(KINDS), "")
+    paths, skipped = images_in([str(pictures / "test")])
+    assert (len(paths), skipped) == (8 * len(KINDS), "")
     for run in runs:
         classifier = Classifier.of_run(run)
         labels = classifier.label([classifier.read(path) for path in paths])
@@ -162,7 +162,7 @@ def test_images_that_exhaust_memory_or_start_a_program_are_refused(tmp_path: Pat
     Image.new("1", (MAX_PIXELS // 2, 1)).save(tmp_path / "thin.png")  # resized, it would cover 16 x 500,000,000 pixels
     assert "too long and narrow" in str(read_image(tmp_path / "thin.png", rule))
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
-    assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is no image of a known format")
+    assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is not an image in a known format")
 
 
 def test_prediction_skips_the_files_that_training_skips(tmp_path: Path) -> None:
@@ -171,9 +171,9 @@ def test_prediction_skips_the_files_that_training_skips(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         stripes(rng, "square", True, 3).save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    paths, left_out = images_in([str(tmp_path)])
+    paths, skipped = images_in([str(tmp_path)])
     assert paths == [tmp_path / "a.png", tmp_path / "below" / "b.PNG"]
-    assert left_out == "2 hidden, 1 of other kinds (.txt)"
+    assert skipped == "2 hidden, 1 of other kinds (.txt)"
     assert images_in([str(tmp_path / "._a.png")]) == ([tmp_path / "._a.png"], "")  # it is named
     with pytest.raises(DataError, match=r"n\\nowhere: there is no image here"):
         images_in([str(tmp_path / "n\nowhere")])

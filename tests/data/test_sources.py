@@ -273,7 +273,7 @@ def test_file_damaged_during_training_is_a_data_error_with_its_path(tmp_path: Pa
     (tmp_path / "train" / "bee" / "03.png").write_bytes(b"no image")
     (tmp_path / "test" / "ant" / "02.png").unlink()
     with open_sources(files, CPU, threads=1) as (train, test):
-        with pytest.raises(DataError, match=r"train/bee/03\.png: is no image of a known format\. Replace"):
+        with pytest.raises(DataError, match=r"train/bee/03\.png: is not an image in a known format\. Replace"):
             list(batches(train, 0, 1, batch_size=13).micro_batches(1))
         with pytest.raises(DataError, match=r"test/ant/02\.png: .*No such file"):
             fetch(test, torch.arange(11))
@@ -487,11 +487,11 @@ def test_run_trains_on_files_of_several_sizes(cifar_exp: Command, workplace: Pat
 
 
 def test_damaged_file_found_by_a_rank_is_exit_code_3(cifar_exp: Command, workplace: Path) -> None:
-    """A test image: the sample that statistics are taken over does not have it."""
+    """A test image, because the sample for the statistics has training images only."""
     (tree(workplace / "images", MIXED) / "test" / "bee" / "04.png").write_bytes(b"no image")
     done = cifar_exp(*LOADER, "progress=quiet")
     assert done.returncode == 3
-    assert f"{workplace}/images/test/bee/04.png: is no image of a known format" in done.stderr
+    assert f"{workplace}/images/test/bee/04.png: is not an image in a known format" in done.stderr
     assert "Traceback" not in done.stderr
 
 

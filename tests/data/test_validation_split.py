@@ -437,7 +437,7 @@ def test_early_stopping_without_validation_split_uses_the_test_set_and_warns(
     saved = checkpoint.newest(workplace / "run", pytest.fail)
     assert torch.equal(load_file(workplace / "run" / "model.safetensors")["bias"], saved.model["bias"])
 
-    with pytest.raises(ConfigError, match=r"checkpoint=best: run was trained without data.validation and keeps none"):
+    with pytest.raises(ConfigError, match=r"checkpoint=best: run has no best checkpoint"):
         Classifier.of_run(Path("run"), "best")
     refused = cifar_exp("predict", "run", "checkpoint=newest", "black.png")
     assert refused.returncode == 2
@@ -445,7 +445,7 @@ def test_early_stopping_without_validation_split_uses_the_test_set_and_warns(
 
 
 def test_validation_share_that_leaves_no_batch_is_refused(cifar_exp: Command) -> None:
-    """Of 96 images one is left, too few for a batch of 32; what it says to type is as much as would do."""
+    """One of 96 images is left, too few for a batch of 32. The message has the largest valid share."""
     done = cifar_exp(*TINY, "data.validation=0.99", "tracking=none")
     assert done.returncode == 2
     assert "a step takes 32 images on 1 device(s), but the training set has 1" in done.stderr

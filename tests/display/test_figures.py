@@ -414,7 +414,7 @@ def test_comparison_figure_shows_both_sweeps_and_their_ratio() -> None:
     (bars,) = ratios.collections
     (segment,) = bars.get_segments()  # type: ignore[attr-defined]
     assert [float(end[1]) for end in segment] == pytest.approx([1.01, 1.1])
-    assert ratios.get_title() == "Images/s of B over those of A"
+    assert ratios.get_title() == "Images/s: B / A"
 
 
 def test_missing_template_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:

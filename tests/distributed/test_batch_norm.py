@@ -147,7 +147,7 @@ def test_averaged_statistics_equal_one_rank_on_all_images(pair: list[Results]) -
 
 
 def test_statistics_of_several_ranks_are_merged_on_resume() -> None:
-    """In the midst of an epoch, on another number of ranks: pooled variances; one rank's own are left as they are."""
+    """Resume within an epoch on another number of ranks: variances are pooled. Those of a single rank are unchanged."""
     layers = [after_one_batch(rank_images(rank)) for rank in range(RANKS)]
     whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
     for ranks, expected in ((layers, whole), (layers[:1], vector(floating_buffers(layers[0])))):

@@ -67,7 +67,7 @@ def test_max_seconds_ends_training_at_the_next_step(tmp_path: Path) -> None:
     for control in (over, endless):
         control.approach(StopPoint(1))
     assert over.agreed(StopPoint(1)) == Request(
-        "stop", "train.max_seconds is over, which counts from the start of the command"
+        "stop", "train.max_seconds is over; it counts from the start of the command"
     )
     assert endless.agreed(StopPoint(1)) is None
 

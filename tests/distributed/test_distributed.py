@@ -287,7 +287,7 @@ def test_gloos_threads_do_not_preempt_training(pair: list[Results]) -> None:
 
 
 def test_gradients_are_all_reduced_once_per_step(pair: list[Results]) -> None:
-    """What was before the first step, such as the choice of buckets, is nobody's waiting."""
+    """Time before the first step, such as the choice of buckets, is not counted as waiting."""
     seconds = pair[0]["warmed_up"]
     assert all(seconds["compute"][rank] > 0 for rank in range(2))
     assert seconds["communication"][0] < 1.0
@@ -361,7 +361,7 @@ def test_accumulation_equals_more_devices(pair: list[Results], alone: Results) -
 
 
 def test_metrics_of_an_epoch(pair: list[Results], alone: Results) -> None:
-    """Every metric that the contract promises, the validation's being that of the network after the epoch."""
+    """Every metric that the contract promises, with validation after the epoch."""
     for rank in (*pair, alone):
         metrics, final = rank["trained"]["reports"][-1][2], rank["trained"]["final"]
         assert set(metrics) == {
@@ -392,7 +392,7 @@ def test_non_finite_loss_on_one_rank_ends_all_ranks(
 
 
 def test_one_rank_uses_no_ddp_wrapper(pair: list[Results], alone: Results) -> None:
-    """No wrapper that would copy gradients for nothing."""
+    """The wrapper would copy gradients needlessly."""
     assert [rank["wrapped"] for rank in (*pair, alone)] == [True, True, False]
 
 

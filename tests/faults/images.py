@@ -106,7 +106,7 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
 TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "a truncated image": (truncated, 3, ("train/bee/1.png", "Replace or delete")),
     "an empty image file": (write("test/ant/1.png", b""), 3, ("test/ant/1.png", "is empty")),
-    "text named .png": (write("train/ant/2.png", b"<html>404</html>"), 3, ("train/ant/2.png", "no image")),
+    "text named .png": (write("train/ant/2.png", b"<html>404</html>"), 3, ("train/ant/2.png", "not an image")),
     "an image that claims billions of pixels": (bomb, 3, ("train/ant/0.png", "60000")),
     "an image of another size": (save("train/ant/3.png", picture(size=31)), 3, ("3.png", "31 x 31", "Resize")),
     "an image of floating-point numbers": (save("train/ant/3.tif", Image.new("F", (32, 32))), 3, ("3.tif", "floating")),
@@ -300,7 +300,7 @@ def broken_mirrors(scene: Scene) -> None:
         return scene.run(*base, f"data.mirror={address}", env=env)
 
     with web_server(lambda handler: send(handler, b"<html>Log in</html>")) as address:
-        check_exit(train(address), 3, "a web page for logging in", "data.mirror=<address>")
+        check_exit(train(address), 3, "a login page", "data.mirror=<address>")
     scene.handled(SERVERS[0], "the same")
     with web_server(lambda handler: handler.send_error(404)) as address:
         check_exit(train(address), 3, "404", "data.mirror=<address>")

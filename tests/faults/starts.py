@@ -42,7 +42,7 @@ def two_starts_in_one_folder(scene: Scene) -> None:
         both = [running.wait() for running in [scene.start(*run, *UNTRACKED, here, tmp=tmp) for tmp in tmps]]
         trained, refused = sorted(both, key=lambda ended: ended.code)
         check_exit(trained, 0)
-        check_exit(refused, 2, f"run-{number}", "Set" if "holds a run" in refused.err else "Wait")
+        check_exit(refused, 2, f"run-{number}", "Set" if "has a run already" in refused.err else "Wait")
         assert_same_as_uninterrupted(scene, run, f"run-{number}")
         scene.handled("two starts in one folder", "one trains, the other is refused")
 

@@ -259,7 +259,7 @@ def test_signal_in_a_finalizer_is_reported_once_and_other_errors_are_shown() -> 
 
 @pytest.mark.parametrize("command", ["train", "verify"])
 def test_signal_converted_to_an_error_by_a_library_is_recognised(command: str, tmp_path: Path) -> None:
-    """As omegaconf does, which cannot undo what it was in the midst of."""
+    """As omegaconf does: it catches exceptions that interrupt it and raises its own."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
         "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
@@ -282,7 +282,7 @@ def test_signal_converted_to_an_error_by_a_library_is_recognised(command: str, t
 def test_signal_converted_to_an_error_by_an_import_is_recognised(
     cifar_exp: Command, workplace: Path, sweep: list[str]
 ) -> None:
-    """As numpy does, which cannot be imported again where that was interrupted: no job is to be blamed for it."""
+    """Numpy cannot be imported again after an interrupted import; the job is not reported as failed."""
     (workplace / "interrupted.py").write_text(
         "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
         "except BaseException:\n    raise ImportError('cannot load module more than once per process') from None\n"

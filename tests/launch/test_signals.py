@@ -33,7 +33,7 @@ def test_child_process_starts_with_signals_blocked_and_the_command_unblocks_them
 
 
 def test_torch_ends_ranks_by_a_signal_that_they_handle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a restart takes half a minute."""
+    """Otherwise a restart takes 30 s."""
     sent: list[tuple[signal.Signals, int]] = []
     monkeypatch.setattr(PContext, "close", lambda _ranks, death_sig, timeout: sent.append((death_sig, timeout)))
     killed: list[Any] = []
@@ -73,7 +73,7 @@ def test_repeated_signal_within_a_second_counts_once(tmp_path: Path, monkeypatch
 
 
 def test_outer_signal_handler_is_called_after_the_ranks_have_ended(tmp_path: Path) -> None:
-    """Submitit's requeues the job; before, the steps since the last checkpoint were lost."""
+    """Submitit's handler requeues the job, so the checkpoint must be saved before."""
     called: list[int] = []
 
     def requeue(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -97,7 +97,7 @@ def test_outer_signal_handler_is_called_after_the_ranks_have_ended(tmp_path: Pat
 
 
 def test_start_method_added_by_a_library_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joblib's worker processes have one called loky, which ranks would not know."""
+    """Joblib's worker processes use the start method loky, which ranks do not have."""
     contexts: Any = multiprocessing.context
     added = type("LokyContext", (multiprocessing.context.SpawnContext,), {"_name": "loky"})()
     monkeypatch.setitem(contexts._concrete_contexts, "loky", added)

@@ -78,7 +78,7 @@ def test_max_pooling_follows_the_first_two_blocks_and_8x8_is_left_for_the_averag
 
 
 def test_network_returns_logits_without_softmax() -> None:
-    """The loss takes logits: they are not probabilities yet."""
+    """The loss takes logits, not probabilities."""
     torch.manual_seed(0)
     logits = seeded(partial(convnet, width=4, depth=1), 5, seed=0)(torch.randn(64, 3, 32, 32))
     assert not torch.allclose(logits.sum(1), torch.ones(64))

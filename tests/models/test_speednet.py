@@ -124,7 +124,7 @@ def test_convolutions_start_as_the_identity_on_their_first_channels() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_global_max_and_gradient_equal_adaptive_pooling(dtype: torch.dtype) -> None:
-    """Where several are the largest, too, of which the first one has the gradient."""
+    """Also for several equal maxima: the first one gets the gradient."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-2, 3, (5, 7, 3, 2), generator=generator).to(dtype).to(memory_format=torch.channels_last)
     gradient = torch.randn(5, 7, generator=generator).to(dtype)

@@ -213,7 +213,7 @@ def test_use_of_an_operation_that_mps_lacks_is_detected(what: Callable[[], objec
 
 
 def test_float64_sums_on_the_cpu_are_the_same(only_rank: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the device has no float64: here ``meta`` stands for no device, so the CPU plays it."""
+    """A device without float64, played by the CPU."""
     monkeypatch.setattr("cifar_exp.training.metrics.exact_device", lambda _: MPS)  # another one than its own
     metric_sums = MetricSums(only_rank.device)
     assert metric_sums.sums.dtype == torch.float32

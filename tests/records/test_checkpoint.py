@@ -119,10 +119,14 @@ def test_damaged_or_missing_best_checkpoint_is_an_error(tmp_path: Path) -> None:
         save(tmp_path, trained(step), best_at(step, best_step), keep=1)
     path = tmp_path / CHECKPOINTS / "step-00000020.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+    with pytest.raises(
+        StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or missing"
+    ):
         checkpoint.best(tmp_path, lambda _: None)
     path.with_suffix(".json").unlink()
-    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+    with pytest.raises(
+        StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or missing"
+    ):
         checkpoint.best(tmp_path, lambda _: None)
 
 
@@ -159,7 +163,7 @@ def test_failed_save_is_reported_and_keeps_the_previous_checkpoint(
 def test_saving_a_step_again_keeps_the_old_checkpoint_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """A run that was stopped in an evaluation saves there, and again after the evaluation that it goes on with."""
+    """A run that is stopped in an evaluation saves there; the resumed run saves the same step again after it."""
     save(tmp_path, trained(0), position(10), keep=1)
     replace_file = Path.replace
 

@@ -158,7 +158,7 @@ def test_deeply_nested_manifest_is_skipped(tmp_path: Path) -> None:
 
 
 def test_manifest_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:
-    """It is not passed over for an older checkpoint, which would lose what was trained since."""
+    """An older checkpoint is not used instead, because the steps after it would be lost."""
     checkpoint.save(tmp_path, SOUND, replace(position(5), epoch=0), keep=2)
     path = saved(tmp_path)
     reseal(path.with_suffix(".json"), cifar_exp="9.1.0", shards=4)

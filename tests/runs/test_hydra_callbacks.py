@@ -166,7 +166,7 @@ def test_experimental_rerun_repeats_a_job(cifar_exp: Command, workplace: Path) -
         ("--config-dir nowhere", "--config-dir=nowhere: there is no such folder"),
         ("--experimental-rerun nowhere", "--experimental-rerun=nowhere: it cannot be read"),
         ("--config-dir mine experiment=no_package", "its file sets experiment.train instead of train"),
-        ("--config-dir mine experiment=listed", "experiment: its file is no preset"),
+        ("--config-dir mine experiment=listed", "experiment: its file is not a preset"),
         ("--config-dir mine experiment=indent", 'indent.yaml", line 4, column 14'),
         ("--config-dir mine experiment=latin", "latin.yaml: the file is not in UTF-8"),
         ("--config-dir mine experiment=refers", "'experiment/refers': Could not"),

@@ -48,7 +48,7 @@ def test_start_killed_before_training_can_be_repeated(tmp_path: Path) -> None:
     (folder / "run.json").unlink()
     with locked_run_folder(start(folder), default_config()) as run:
         assert len(run.sessions) == 1
-    with pytest.raises(ConfigError, match="holds a run already"), locked_run_folder(start(folder), default_config()):
+    with pytest.raises(ConfigError, match="has a run already"), locked_run_folder(start(folder), default_config()):
         pass
 
 

@@ -340,7 +340,7 @@ def test_sweep_folder_is_not_used_for_another_sweep(cifar_exp: Command, workplac
     assert first.returncode == 0, first.stderr
     again = cifar_exp(*sweep)
     assert again.returncode == 2
-    assert "the folder holds a sweep already" in again.stderr
+    assert "the folder has a sweep already" in again.stderr
     (folder,) = (workplace / "outputs").glob("it*")
     (record,) = folder.glob("sweep.json")
     record.write_text(record.read_text().replace('"finished": true', '"finished": false'))

@@ -147,7 +147,7 @@ def test_tracker_failure_is_exit_code_5_and_training_finishes(cifar_exp: Command
 
 
 def test_invalid_images_are_exit_code_3_and_leave_no_files(cifar_exp: Command, workplace: Path) -> None:
-    """The folders are there, so that the images are looked for after the run folder was created."""
+    """The image folders exist, so the error comes after the run folder was created."""
     for split in ("train", "test"):
         (workplace / "pictures" / split / "ant").mkdir(parents=True)
     done = cifar_exp("data=folders", "data.root=pictures", "devices=cpu")

@@ -125,7 +125,7 @@ def test_the_preset_counts_the_machines_devices_and_interleaves_them(cifar_exp: 
         two = [run for run in children if run.data.params["train.scaling"] == scaling][-1]
         assert two.data.metrics["global_batch_size"] == batch
     for text in (
-        "Student's t over 2 runs a device count",
+        "Student's t over 2 runs per device count",
         "Amdahl's law: serial fraction",
         "test accuracy: ",
     ):

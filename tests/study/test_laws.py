@@ -74,7 +74,7 @@ def test_intervals_contain_the_truth_in_95_of_100_sweeps(name: str) -> None:
 
 
 def test_bootstrap_of_three_repeats_contains_the_truth_too_rarely() -> None:
-    """Why the intervals are not percentiles of resampled repeats."""
+    """The reason for not using percentiles of resampled repeats."""
     assert coverage(SCENARIOS["run noise alone"], sweeps=200).naive < 0.9
 
 

@@ -232,9 +232,9 @@ def test_sweeps_of_single_runs_claim_no_difference() -> None:
     faster = [replace(run, metrics={**run.metrics, "steady_images_per_second": 500.0}) for run in RUNS]
     for first, second in ((RUNS[::3], faster[::3]), (RUNS, faster[::3]), (RUNS[::3], faster)):
         compared = Comparison.of(("A", "B"), first, second)
-        assert {item.verdict for item in compared.differences} == {"noise between runs not known"}
+        assert {item.verdict for item in compared.differences} == {"noise between runs unknown"}
         assert {(item.interval, item.probability) for item in compared.differences} == {(None, None)}
-        assert any(note.startswith("noise between runs not known") for note in compared.notes)
+        assert any(note.startswith("noise between runs unknown") for note in compared.notes)
 
 
 def test_sweeps_without_anything_in_common_are_refused() -> None:

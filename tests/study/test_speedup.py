@@ -126,7 +126,7 @@ def test_a_count_with_one_run_has_no_interval_and_the_others_have_theirs() -> No
     assert "images_per_second" in group.rows[0].intervals
     assert group.rows[1].intervals == {}
     assert "speedup" in group.rows[2].intervals
-    assert "none where devices.count is 2: one run there" in group.notes[0]
+    assert "no interval for the single runs at devices.count 2" in group.notes[0]
     assert [fit.interval for fit in group.fits] == [None, None]
 
 
@@ -168,7 +168,7 @@ def test_single_runs_use_the_noise_of_their_blocks_and_note_it() -> None:
     assert "test_accuracy" not in group.rows[1].intervals
     bare = Group.of([run(1, 100), run(2, 190)])
     assert bare.rows[1].intervals == {}
-    assert bare.notes[0].startswith("no intervals")
+    assert bare.notes[0].startswith("no confidence intervals")
     assert "fewer than 10 steady blocks" in bare.notes[1]
 
 
@@ -200,7 +200,7 @@ def test_the_sentence_on_accuracy_names_its_test() -> None:
     assert "go beyond the noise of the seeds" in worse
     assert "F(2, 3.56) = 105, p = 0.00069" in worse  # scipy.stats.f_oneway with equal_var=False
     assert "the noise is not known" in sentence((0.8, 0.8), (0.9, 0.9))
-    assert "cannot tell whether" in sentence((0.8,), (0.7,))
+    assert "noise of the seeds is unknown" in sentence((0.8,), (0.7,))
     assert sentence((0.8, 0.8, 0.8), (0.8, 0.8)).endswith("+0.00 points on 2 devices against 1: the same in all runs")
 
 

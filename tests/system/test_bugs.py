@@ -109,7 +109,7 @@ def test_bug_in_the_tracker_client_is_not_reported_as_an_outage(tmp_path: Path) 
     done = run(tmp_path, patch, *TINY)
     assert_told_as_a_bug(done, 5, "TypeError")
     assert "training finished and nothing is lost" in done.stderr
-    assert "Once that is mended, run" in done.stderr
+    assert "Once that is fixed, run" in done.stderr
     assert "reached" not in done.stderr
     assert "unreachable" not in done.stderr
 
@@ -128,7 +128,7 @@ def test_import_error_is_reported_by_the_entry_point(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["data=null", "model=[[1]]", "+data=[[]]"])
 def test_arguments_that_crash_hydra_are_named(word: str, tmp_path: Path) -> None:
-    """It raises what is meant for nobody, such as ``TypeError``, but raises nothing without this word."""
+    """Hydra raises, say, a ``TypeError`` because of one argument, and nothing without it."""
     done = run(tmp_path, "", "train.epochs=2", word)
     assert done.returncode == 2, done.stderr
     assert word.lstrip("+") in done.stderr
@@ -224,7 +224,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatc
 def test_bug_in_a_tracker_is_reported() -> None:
     assert shortened_error(TypeError("a\nb")) == "TypeError: a b"
     assert "Once the tracker can be reached" in undelivered_message(ConnectionError("away"), Path("run"))
-    assert "Once that is mended" in undelivered_message(TypeError("x"), Path("run"))
+    assert "Once that is fixed" in undelivered_message(TypeError("x"), Path("run"))
 
 
 @pytest.mark.parametrize("version", [(3, 8, 1), (3, 10, 13), (3, 15, 0), (4, 0, 0)])

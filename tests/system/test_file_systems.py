@@ -158,7 +158,7 @@ def test_missing_temporary_folder_is_reported(tmp_path: Path, monkeypatch: pytes
 def test_temporary_folder_cleaned_during_training_is_named_as_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    """The ranks fail one way or another because of it."""
+    """The ranks' own errors differ, but this is their cause."""
     folders = {name: tmp_path / name for name in ("ranks", "sockets")}
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folders["sockets"]))  # type: ignore[attr-defined]
     for folder in folders.values():

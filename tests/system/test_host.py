@@ -61,7 +61,7 @@ def test_only_host_module_checks_the_platform() -> None:
 
 @linux
 def test_lock_file_of_an_earlier_version_is_read() -> None:
-    """The ticks of the kernel, where it tells them."""
+    """It has the process's start time in kernel ticks."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     assert host.process_started(os.getpid()) == fields[19]
     assert Owner.here().boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -231,12 +231,12 @@ def test_submodule_started_alone_is_refused_with_a_remedy(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"cifar-exp: {module} is a part of the command and does nothing alone. Run python -m cifar_exp\n"
+        f"cifar-exp: {module} is part of the command and cannot run alone. Run python -m cifar_exp\n"
     )
 
 
 def test_only_the_main_module_is_checked() -> None:
-    """Not what a program of the user's has among its arguments."""
+    """Arguments of a user's program are ignored."""
     assert misstarted(["python", "-B", "-m", "cifar_exp.cli.train", "seed=1"])
     assert not misstarted(["python", "program.py", "-m", "cifar_exp.cli.train"])
     assert not misstarted(["python", "-m", "cifar_exp", "-m", "cifar_exp.cli.train"])

@@ -38,7 +38,7 @@ def test_cpu_seconds_include_ranks() -> None:
 
 
 def test_load_of_another_process_is_detected() -> None:
-    """It outlives the shell that started it, so it belongs to nobody here."""
+    """The process outlives the shell that started it, so it is not a child of the test."""
     meter = LoadMeter()
     command = f"{sys.executable} -c '{BURN.format(30)}' > /dev/null 2>&1 & echo $!"
     orphan = int(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout)

@@ -127,7 +127,7 @@ def test_run_uses_secrets_and_writes_none(
 
 
 def test_password_of_a_mirror_is_sent_only_to_it(tmp_path: Path, server: Server) -> None:  # noqa: F811
-    """And not to where it redirects."""
+    """A redirect does not get it."""
     asked: list[tuple[str, str | None]] = []
 
     class Redirecting(BaseHTTPRequestHandler):

@@ -65,7 +65,7 @@ def test_single_process_is_not_refused(variables: dict[str, str]) -> None:
 
 
 def test_own_environment_variables_are_not_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a notebook does that was once on a cluster."""
+    """Variables that the process itself set, as a notebook may, do not count."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     refuse_many_processes()
@@ -121,7 +121,7 @@ def test_a_requeued_sweep_continues_in_its_folder(tmp_path: Path, monkeypatch: p
     folder, arguments = tmp_path / "sweep", ["seed=0,1"]
     with claimed_sweep(folder, "never", arguments):
         pass
-    with pytest.raises(ConfigError, match="holds a sweep already"), claimed_sweep(folder, "never", arguments):
+    with pytest.raises(ConfigError, match="has a sweep already"), claimed_sweep(folder, "never", arguments):
         pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with claimed_sweep(folder, "never", arguments) as claimed:
@@ -129,7 +129,7 @@ def test_a_requeued_sweep_continues_in_its_folder(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="overrides were"), claimed_sweep(folder, "never", ["seed=0,1,2"]):
         pass
     typed = [*arguments, "resume=never"]
-    with pytest.raises(ConfigError, match="holds a sweep already"), claimed_sweep(folder, "never", typed):
+    with pytest.raises(ConfigError, match="has a sweep already"), claimed_sweep(folder, "never", typed):
         pass
     assert (folder / SWEEP_FILE).exists()
 

@@ -137,7 +137,7 @@ def test_sockets_lie_where_their_names_are_short_enough(home: Path, monkeypatch:
     Path(folder).rmdir()
     multiprocessing.current_process()._config.clear()  # type: ignore[attr-defined]
     monkeypatch.setattr(surroundings, "SHORT_BASES", ("/nonexistent",))
-    with pytest.raises(StorageError, match=r"its name may have 76 characters.* Set TMPDIR=<a folder"):
+    with pytest.raises(StorageError, match=r"its name may have at most 76 characters.* Set TMPDIR=<a folder"):
         set_up_environment()
 
 

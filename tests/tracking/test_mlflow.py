@@ -328,7 +328,7 @@ def test_run_trained_during_an_outage_is_delivered_completely_later(
     brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
     assert brought.returncode == 0, brought.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are delivered, 5 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are now delivered, 5 files, FINISHED" in brought.stdout
     again = cifar_exp("sync", "outputs", typed[-1])
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout

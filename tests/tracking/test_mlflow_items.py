@@ -128,16 +128,16 @@ def refusing(bad: set[str], longest: int, code: int = INVALID_PARAMETER_VALUE) -
 def test_refused_item_does_not_affect_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     params = [Param(f"p{number}", "v") for number in range(250)] + [Param("long", "v" * 4000)]
     taken, log = refusing({"p7", "p200"}, longest=500)
-    told: set[str] = set()
+    reported: set[str] = set()
     for _ in range(2):
-        log_each(params, 100, log, told)
+        log_each(params, 100, log, reported)
     kept = {param.key: param.value for param in taken}
     assert set(kept) == {param.key for param in params} - {"p7", "p200"}
     assert kept["long"] == "v" * 496 + " ..."  # an older server's limit
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == [
-        "cifar-exp: MLflow does not take the param p7",
-        "cifar-exp: MLflow does not take the param p200",
+        "cifar-exp: MLflow refuses the param p7",
+        "cifar-exp: MLflow refuses the param p200",
     ]
 
 

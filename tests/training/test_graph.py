@@ -130,7 +130,7 @@ def images_on_gpu(batches: TrainBatches | EvaluationBatches) -> Split:
 
 
 def test_cause_of_a_failed_capture_is_reported_first() -> None:
-    """CUDA's own error, raised when the capture ends, hides the one that it ended for."""
+    """CUDA raises its own error when the capture ends, which hides the cause."""
 
     def capture() -> None:
         try:

@@ -118,7 +118,7 @@ def test_two_muon_steps_equal_a_plain_implementation(
     memory_format: torch.memory_format,
     rate: Callable[[float], float | Tensor],
 ) -> None:
-    """The rate is read anew at each step, and the layout in memory makes no difference."""
+    """The learning rate is read at each step, and the memory layout does not matter."""
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (torch.randn(shape, generator=generator) for _ in range(3))
     parameter = torch.nn.Parameter(weight.clone(memory_format=memory_format))
@@ -147,7 +147,7 @@ def test_muon_has_momentum() -> None:
 
 
 def test_muon_uses_nesterov_sgd_for_other_parameters() -> None:
-    """Matrices and biases at rates of their own; decay shrinks both by lr x weight_decay, whatever their ratio."""
+    """Matrices and biases have their own learning rates; weight decay shrinks both by lr x weight_decay."""
     generator = torch.Generator().manual_seed(0)
     initial = [torch.randn(shape, generator=generator) for shape in ((5, 7), (5,), (2, 3, 4))]
     ratios = [3.0, 0.5, 3.0]

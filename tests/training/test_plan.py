@@ -107,7 +107,7 @@ def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
 
 
 def test_doubtful_settings_are_warned_about() -> None:
-    """A warm-up that the run does not outlast; a test set that decides when training ends."""
+    """A warm-up longer than the run; early stopping on the test set."""
     config = configured(lr_scaling="linear_warmup")
     (told,) = warnings(config, plan(2, epochs=5))
     assert "train.epochs=5 ends before" in told
@@ -149,7 +149,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_impossible_batch_size_is_refused_with_a_valid_one(case: str) -> None:
-    """The message names setting, value and rule, and what it says to type is accepted."""
+    """The message names setting, value and rule, and its remedy is accepted."""
     (devices, count, train), parts, valid = REFUSED[case]
     with pytest.raises(ConfigError) as refusal:
         plan(devices, count, **train)

@@ -79,7 +79,7 @@ def test_a_run_closes_all_files_that_it_opens(workplace: Path) -> None:
 
 
 def test_freed_memory_stays_with_the_rank(cifar_exp: Command, workplace: Path) -> None:
-    """A block of 40 MiB is allocated and freed twice: the second time the kernel has no page of it to find."""
+    """A block of 40 MiB is allocated and freed twice: the second time without page faults."""
     (workplace / "spy.py").write_text(
         "import os, pathlib, resource\nfrom cifar_exp.models.networks import convnet\n"
         "def pages():\n"
