@@ -106,7 +106,7 @@ def _interval_note(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means)
     if any(log_rates.freedoms):
         return (
             "noise between runs unknown: 95 % intervals come from blocks of steps within the single run per device "
-            "count (block bootstrap); other runs may differ more. Set seed=0,1,2"
+            "count (block bootstrap); another run may differ more. Set seed=0,1,2"
         )
     return "no confidence intervals: they need at least two runs per device count. Set seed=0,1,2"
 
