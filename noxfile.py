@@ -101,10 +101,10 @@ def avx2(session: nox.Session) -> None:
     # bfloat16 is left out: PyTorch still sees the real processor's bfloat16, for which oneDNN has no AVX2 kernel.
     session.run("pytest", "-k", "(fused or kernel) and not (reference_kernel and bfloat16)", env=AVX2)
     with session.chdir(session.create_tmp()):
-        told = session.run("cifar-exp", "experiment=quickstart", "train.precision=fp32", env=AVX2, silent=True)
-    found = re.search(r"test accuracy ([\d.]+)", str(told))
+        output = session.run("cifar-exp", "experiment=quickstart", "train.precision=fp32", env=AVX2, silent=True)
+    found = re.search(r"test accuracy ([\d.]+)", str(output))
     if not found or float(found[1]) < 0.9:
-        session.error(f"the quickstart does not reach its accuracy: {told}")
+        session.error(f"the quickstart does not reach its accuracy: {output}")
 
 
 @nox.session(python=OLDEST)

@@ -72,6 +72,6 @@ def test_sync_accepts_the_settings_in_its_help(
         assert run_command(["sync", word]) == 0
         assert "outputs/run" in capsys.readouterr().out
     assert run_command(["sync", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "sync [OPTIONS] RUN|SWEEP..." in told
-    assert "RUN and SWEEP are a folder, an MLflow run id, or `latest`" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "sync [OPTIONS] RUN|SWEEP..." in output
+    assert "RUN and SWEEP are a folder, an MLflow run id, or `latest`" in output

@@ -42,7 +42,7 @@ def test_current_folder_that_is_not_utf_8_or_was_removed_is_refused(
     assert run_hydra(nothing, TINY) == 2
     folder.rmdir()
     assert run_hydra(nothing, TINY) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].endswith("/bad \\xff\\xe9: the name is not valid UTF-8. Rename it")
-    assert told[1:] == ["cifar-exp: the current folder was removed. Change to one that exists"]
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[0].endswith("/bad \\xff\\xe9: the name is not valid UTF-8. Rename it")
+    assert messages[1:] == ["cifar-exp: the current folder was removed. Change to one that exists"]
     assert list(place.iterdir()) == []

@@ -53,7 +53,7 @@ def test_preset_with_forbidden_target_is_refused_before_any_call(
     trust = "trusted_modules: [posix]\nmodel: {_target_: posix.mkdir, path: executed}"
     rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
     bomb = "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x]", *rows])
-    for content, told in {
+    for content, message in {
         callback: "hydra.callbacks.x._target_=os.mkdir: ",
         log: "hydra.job_logging.formatters.x.()=os.mkdir: ",
         trust: "trusted_modules=[posix]: a file of the configuration sets it, and it counts only where it is typed",
@@ -62,7 +62,7 @@ def test_preset_with_forbidden_target_is_refused_before_any_call(
         (workplace / "mine" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{content}\n")
         words = ["--config-dir", "mine", "experiment=evil", "hydra.run.dir=run"]
         assert run_hydra(lambda *_: pytest.fail("it is trained"), words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert {path.name for path in workplace.iterdir()} == {"mine"}
 
 

@@ -230,9 +230,9 @@ def test_failure_to_start_workers_is_reported_with_a_remedy(equal: Path, monkeyp
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("os.fork", refuse)
-    told = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
+    message = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
     with (
-        pytest.raises(MachineError, match=told),
+        pytest.raises(MachineError, match=message),
         open_sources(folders(equal, residency="loader", image_size=SIDE, workers=1), CPU, 1),
     ):
         pass

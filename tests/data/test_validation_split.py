@@ -160,7 +160,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
             assert build(config).dataset.keywords == {"root": "here"}  # type: ignore[attr-defined]
 
 
-def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
+def stopping_after(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     """Early stopping that was told ``values`` until it was over, ten steps an epoch; the last epoch."""
     made = EarlyStopping(replace(default_config().early_stopping, **settings))
     for epoch, value in enumerate(values, 1):
@@ -192,14 +192,14 @@ LOSSES = [1.0, 0.8, 0.9, 0.85, 0.7, 0.75, 0.72, 0.71, 0.6]
 def test_training_ends_when_patience_runs_out(
     settings: dict[str, Any], values: list[float], best_epoch: int, last_epoch: int, is_over: bool
 ) -> None:
-    made, last = told(values, **settings)
+    made, last = stopping_after(values, **settings)
     assert (made.best_epoch, last, made.is_over) == (best_epoch, last_epoch, is_over)
     assert made.best == values[best_epoch - 1]
     assert made.best_step == 10 * best_epoch
 
 
 def test_early_stopping_state_is_restored_and_its_settings_are_new() -> None:
-    (whole, _), (first, _) = told(LOSSES, patience=3), told(LOSSES[:6], patience=3)
+    (whole, _), (first, _) = stopping_after(LOSSES, patience=3), stopping_after(LOSSES[:6], patience=3)
     again = EarlyStopping(replace(default_config().early_stopping, patience=3))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
@@ -365,9 +365,9 @@ def test_early_stopping_saves_the_best_network_and_is_the_same_after_a_resume(
     assert (manifest["best_step"], manifest["best_value"]) == (6, losses[2])
     assert torch.equal(load_file(whole / "model.safetensors")["bias"], best.model["bias"])
 
-    told = "early stopping: training ended after epoch 5 of 20: 2 epochs in a row without a lower val/loss"
-    assert told in done.stdout
-    assert told in (whole / "cifar-exp.log").read_text()
+    message = "early stopping: training ended after epoch 5 of 20: 2 epochs in a row without a lower val/loss"
+    assert message in done.stdout
+    assert message in (whole / "cifar-exp.log").read_text()
     assert "best val/loss after epoch 3: test accuracy" in done.stdout
     page = (whole / "progress.html").read_text()
     assert "5 of 5 epochs done" in page

@@ -40,9 +40,9 @@ def test_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path, monkeypat
     training, sweep, figure, _, labels = list(code.values())[1:]
     page = text_of(training, "text/html")
     assert "badge finished" in page, "the page as it is at the end"
-    told = streamed(training)
-    assert "epoch 2/2" in told
-    assert "\x1b[" not in "".join(line for line in told.splitlines() if "epoch" in line)
+    output = streamed(training)
+    assert "epoch 2/2" in output
+    assert "\x1b[" not in "".join(line for line in output.splitlines() if "epoch" in line)
     assert "Speedup" in streamed(sweep)
     assert text_of(figure, "image/png")
     assert streamed(labels).count("%") == 10

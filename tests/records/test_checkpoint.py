@@ -100,13 +100,13 @@ def test_older_checkpoint_still_has_its_best_one(tmp_path: Path) -> None:
     for step, best_step in ((10, 10), (20, 10), (30, 30)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000030.pt").write_bytes(b"")
-    told: list[str] = []
-    found = checkpoint.best(tmp_path, told.append)
+    messages: list[str] = []
+    found = checkpoint.best(tmp_path, messages.append)
     assert found is not None
     assert_equal(found, trained(10))
-    assert told == [f"{tmp_path / CHECKPOINTS / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
+    assert messages == [f"{tmp_path / CHECKPOINTS / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
     save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
-    found = checkpoint.best(tmp_path, told.append)
+    found = checkpoint.best(tmp_path, messages.append)
     assert found is not None
     assert_equal(found, trained(25))
 
@@ -267,11 +267,11 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path: Path
         damaged.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        told: list[str] = []
-        manifest = newest_intact_manifest(tmp_path, told.append)
+        messages: list[str] = []
+        manifest = newest_intact_manifest(tmp_path, messages.append)
         assert manifest is not None
         assert manifest.step == 10
-        assert told == [f"{path}: the checkpoint is damaged and is skipped"]
+        assert messages == [f"{path}: the checkpoint is damaged and is skipped"]
     assert_equal(newest(tmp_path, lambda _: None), trained(10))
 
 
@@ -279,10 +279,10 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path: Path
 def test_no_intact_checkpoint_is_an_error(tmp_path: Path, content: str) -> None:
     save(tmp_path, trained(), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000010.json").write_text(content)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match=r"all 1 checkpoint\(s\) are damaged") as refusal:
-        newest_intact_manifest(tmp_path, told.append)
-    assert "step-00000010.json" in told[0]
+        newest_intact_manifest(tmp_path, messages.append)
+    assert "step-00000010.json" in messages[0]
     assert refusal.value.exit_code == 8
 
 
@@ -291,11 +291,11 @@ def test_altered_manifest_is_skipped(tmp_path: Path) -> None:
         save(tmp_path, trained(step), position(step), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000020.json"
     path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
-    told: list[str] = []
-    manifest = newest_intact_manifest(tmp_path, told.append)
+    messages: list[str] = []
+    manifest = newest_intact_manifest(tmp_path, messages.append)
     assert manifest is not None
     assert manifest.step == 10
-    assert told == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
+    assert messages == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

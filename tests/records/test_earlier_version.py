@@ -153,9 +153,9 @@ def test_a_run_from_before_a_setting_is_not_resumed_with_another_value(runs: Pat
     without(runs / "run", NEW)
     other = [*TYPED, "train.mirrored_evaluation=true"]
     config = read_config(composed(*other, "resume=auto"))
-    told: list[str] = []
-    assert resume.find(config, Path("new"), anywhere=True, warn=told.append) is None
-    (line,) = told
+    messages: list[str] = []
+    assert resume.find(config, Path("new"), anywhere=True, warn=messages.append) is None
+    (line,) = messages
     assert line.startswith("resume=auto: a new run starts. outputs/")
     assert "(train.mirrored_evaluation: false then, true now). Set them as they were to continue it, or resume=" in line
     config = read_config(composed(*other, "train.epochs=7", "resume=outputs/run"))

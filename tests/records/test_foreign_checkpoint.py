@@ -127,11 +127,11 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with path.open("r+b") as file:
         file.truncate(2**40)
-    told: list[str] = []
+    messages: list[str] = []
     reseal(path.with_suffix(".json"), bytes=2**40)
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "bytes are read" in told[0] or "are read" in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "bytes are read" in messages[0] or "are read" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 def test_manifest_with_wrong_types_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
     path = saved(tmp_path)
     reseal(path.with_suffix(".json"), **change)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in messages[0]
 
 
 def test_deeply_nested_manifest_is_skipped(tmp_path: Path) -> None:
     path = saved(tmp_path)
     path.with_suffix(".json").write_text("[" * 100_000)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "nested too deeply" in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "nested too deeply" in messages[0]
 
 
 def test_manifest_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:

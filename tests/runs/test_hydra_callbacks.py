@@ -151,7 +151,7 @@ def test_experimental_rerun_repeats_a_job(cifar_exp: Command, workplace: Path) -
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--epochs 5", "--epochs: a setting is written without dashes, as key=value. Set train.epochs=5"),
         ("--batch-size=64", "Set train.batch_size=64"),
@@ -177,7 +177,7 @@ def test_experimental_rerun_repeats_a_job(cifar_exp: Command, workplace: Path) -
 )
 @pytest.mark.filterwarnings("ignore:Experimental rerun")
 def test_invalid_command_line_is_reported_with_a_remedy(
-    notes: Path, capsys: pytest.CaptureFixture[str], words: str, told: str
+    notes: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str
 ) -> None:
     presets = notes.parent / "mine" / "experiment"
     presets.mkdir(parents=True)
@@ -188,7 +188,7 @@ def test_invalid_command_line_is_reported_with_a_remedy(
     (presets / "refers.yaml").write_text("defaults:\n  - nothing\n")
     assert run_hydra(run_job, shlex.split(words), check) == 2
     message = capsys.readouterr().err
-    assert told in message
+    assert expected in message
     assert "Traceback" not in message
     assert "bug" not in message
     assert left(notes.parent) == {"mine"}

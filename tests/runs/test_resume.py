@@ -196,12 +196,12 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
-    (told,) = re.findall(r"the same command with resume=(\S+) continues", output)
-    assert (workplace / told / "sweep.json").exists(), "a job's own folder would be where other jobs start"
+    (folder,) = re.findall(r"the same command with resume=(\S+) continues", output)
+    assert (workplace / folder / "sweep.json").exists(), "a job's own folder would be where other jobs start"
     (first,) = (workplace / "outputs").glob("multirun/*/*/0/metrics.jsonl")
     trained = first.read_text()
 
-    again = cifar_exp(*sweep, f"resume={told}")
+    again = cifar_exp(*sweep, f"resume={folder}")
     assert again.returncode == 0, again.stderr
     assert "the sweep continues" in again.stdout
     assert "0: finished before, test accuracy" in again.stdout

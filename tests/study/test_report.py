@@ -245,11 +245,11 @@ def test_sweeps_without_anything_in_common_are_refused() -> None:
 def test_jobs_that_did_not_finish_are_named_beside_the_figures_that_lack_them(tmp_path: Path) -> None:
     study = Study.of(RUNS, unfinished=["seed=1 devices.count=4: failed (6): the loss is nan"])
     assert study is not None
-    told = "warning: not in these figures: seed=1 devices.count=4: failed (6): the loss is nan"
+    warning = "warning: not in these figures: seed=1 devices.count=4: failed (6): the loss is nan"
     with (tmp_path / "shown").open("w") as file:
         study.print(Console(file=file, width=200))
-    assert told in (tmp_path / "shown").read_text()
-    assert told in study.write(tmp_path)[2].read_text()
+    assert warning in (tmp_path / "shown").read_text()
+    assert warning in study.write(tmp_path)[2].read_text()
 
 
 def test_unmeasured_times_are_blank_and_noted() -> None:

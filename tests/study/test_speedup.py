@@ -209,8 +209,8 @@ def test_disturbed_runs_are_counted_and_named() -> None:
     runs = [run(count, 100 * count, disturbances=load) for count in (1, 2) for load in loads[: count + 1]]
     group = Group.of(runs)
     assert [row.disturbed for row in group.rows] == [1, 2]
-    told = "DISTURBED: 1 of 2 runs on 1 device, 2 of 3 runs on 2 devices: others took 30% at worst"
-    assert told in group.notes
+    note = "DISTURBED: 1 of 2 runs on 1 device, 2 of 3 runs on 2 devices: others took 30% at worst"
+    assert note in group.notes
 
 
 def test_law_of_the_scaling_mode_comes_first() -> None:

@@ -229,16 +229,16 @@ def test_bug_in_a_tracker_is_reported() -> None:
 
 @pytest.mark.parametrize("version", [(3, 8, 1), (3, 10, 13), (3, 15, 0), (4, 0, 0)])
 def test_another_python_is_refused_by_name(version: tuple[int, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    told = supported.refusal(version, "linux")
-    assert f"this is Python {version[0]}.{version[1]} (" in told
-    assert "needs 3.11 to 3.14" in told
-    assert "\n" not in told
+    message = supported.refusal(version, "linux")
+    assert f"this is Python {version[0]}.{version[1]} (" in message
+    assert "needs 3.11 to 3.14" in message
+    assert "\n" not in message
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "version_info", version)
         with pytest.raises(SystemExit) as ended:
             supported.refuse_others()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"cifar-exp: {told}\n"
+    assert capsys.readouterr().err == f"cifar-exp: {message}\n"
 
 
 def test_the_pythons_of_the_matrix_are_not() -> None:

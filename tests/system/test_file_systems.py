@@ -143,8 +143,8 @@ def test_shared_memory_too_full_for_a_lock_is_refused(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("multiprocessing.synchronize.Lock", refuse)
     monkeypatch.setattr("multiprocessing.resource_tracker.ensure_running", lambda: pytest.fail("something was started"))
-    told = rf"^/dev/shm: .*: {os.strerror(number)}\. .*set --shm-size=1g or --ipc=host$"
-    with pytest.raises(MachineError, match=told):
+    message = rf"^/dev/shm: .*: {os.strerror(number)}\. .*set --shm-size=1g or --ipc=host$"
+    with pytest.raises(MachineError, match=message):
         start_fork_server()
 
 

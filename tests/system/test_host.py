@@ -77,16 +77,16 @@ def no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def sysctl(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
     """What macOS says under its names."""
-    told: dict[bytes, bytes] = {}
+    stored: dict[bytes, bytes] = {}
 
     def ask(name: bytes, value: Any, size: Any, new: None, new_size: ctypes.c_size_t) -> int:
         assert (size._obj.value, new, new_size.value) == (256, None, 0)
-        if name in told:
-            value.value = told[name]
-        return 0 if name in told else -1
+        if name in stored:
+            value.value = stored[name]
+        return 0 if name in stored else -1
 
     monkeypatch.setattr(host, "c_function", lambda name: ask if name == "sysctlbyname" else None)
-    return told
+    return stored
 
 
 @pytest.mark.usefixtures("no_files")

@@ -77,7 +77,7 @@ def test_the_description_names_processor_cores_and_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "told"),
+    ("metrics", "warnings"),
     [
         ({"machine/other_load": 0.04, "machine/cpu_thermal_events": 0.0}, []),
         ({"machine/other_load": 0.12}, ["other processes took 12% of the cores"]),
@@ -87,8 +87,8 @@ def test_the_description_names_processor_cores_and_memory() -> None:
         ({"machine/gpu_power_limited": 1.0}, []),  # a GPU at its power limit is at its own limit
     ],
 )
-def test_warnings_about_a_disturbed_run(metrics: dict[str, float], told: list[str]) -> None:
-    assert [text.format(share) for text, share in disturbances(metrics).items()] == told
+def test_warnings_about_a_disturbed_run(metrics: dict[str, float], warnings: list[str]) -> None:
+    assert [text.format(share) for text, share in disturbances(metrics).items()] == warnings
 
 
 def use(pid: int, percent: int) -> SimpleNamespace:
@@ -154,8 +154,8 @@ def test_other_gpu_processes_disturb_a_run_if_its_own_pids_are_known(
     with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     assert watch.metrics()["machine/gpu_other_load"] == pytest.approx(0.3)
-    told = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
-    assert "other processes kept the GPUs busy for 30% of the time" in told
+    warnings = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
+    assert "other processes kept the GPUs busy for 30% of the time" in warnings
     nvml.used_by = {0: [use(1, 90)], 1: [use(2, 90)]}  # ids of another namespace: our own may be among them
     with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)

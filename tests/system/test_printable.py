@@ -37,11 +37,11 @@ def test_only_control_characters_are_escaped() -> None:
 
 @given(st.text())
 def test_nothing_unprintable_is_left_and_escaping_twice_changes_nothing(name: str) -> None:
-    told = printable(name)
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in told)
-    assert len(told.splitlines()) <= 1
-    assert printable(told) == told
-    told.encode()  # no lone surrogate
+    escaped = printable(name)
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in escaped)
+    assert len(escaped.splitlines()) <= 1
+    assert printable(escaped) == escaped
+    escaped.encode()  # no lone surrogate
 
 
 def test_the_terminal_shows_them_in_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:

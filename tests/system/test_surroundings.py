@@ -104,7 +104,7 @@ def test_a_notebook_is_known_by_its_server_or_by_its_kernels_variable(
         monkeypatch.delenv(name)
     set_up_environment()
     assert os.environ["MPLBACKEND"] == "agg"
-    assert in_notebook(), "although matplotlib is told otherwise"
+    assert in_notebook(), "although matplotlib has another backend"
     in_notebook.cache_clear()
 
 

@@ -122,9 +122,9 @@ def test_refused_run_is_not_sent_and_others_are(
     assert delivered == ["good"]
     assert capsys.readouterr().out == "delivered\n"
     assert [type(failure) for failure in failures] == [ConfigError, StorageError, StorageError]
-    told = "\n".join(map(str, failures))
-    assert "metrics.jsonl: it is a link" in told
-    assert "artifacts.0=../../secret: " in told
+    messages = "\n".join(map(str, failures))
+    assert "metrics.jsonl: it is a link" in messages
+    assert "artifacts.0=../../secret: " in messages
 
 
 def test_linked_file_is_not_sent(tmp_path: Path) -> None:

@@ -120,18 +120,18 @@ def test_follower_waits_for_a_locked_store(workplace: Path, capsys: pytest.Captu
     follower = Follower(run.run_dir, MLflowTracker(uri).sink(run), interval=0.1)
     follower.start()
     deadline = time.monotonic() + 120
-    told = ""
-    while "retrying" not in told:
-        told += capsys.readouterr().err
+    messages = ""
+    while "retrying" not in messages:
+        messages += capsys.readouterr().err
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "database is locked" in told
+    assert "database is locked" in messages
     held.execute("ROLLBACK")
     held.close()
     follower.finish("FINISHED", answer_seconds=100)
     assert follower.error is None
-    told += capsys.readouterr().err
-    assert told.count("retrying") == told.count("reachable again") == told.count("\n") / 2 == 1
+    messages += capsys.readouterr().err
+    assert messages.count("retrying") == messages.count("reachable again") == messages.count("\n") / 2 == 1
     store = MLflowTracker(uri).client()
     (record,) = all_runs(store)
     assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
@@ -166,11 +166,11 @@ def assert_each_outage_is_told_once(lines: list[str]) -> None:
 
     The end of the run has two lines, and two more if points are undelivered.
     """
-    told = [line for line in lines if "retrying" in line or "reachable again" in line]
-    assert len(told) >= 4, lines
-    assert all("retrying" in line for line in told[::2]), lines
-    assert all("reachable again" in line for line in told[1::2]), lines
-    others = [line for line in lines if line not in told]
+    messages = [line for line in lines if "retrying" in line or "reachable again" in line]
+    assert len(messages) >= 4, lines
+    assert all("retrying" in line for line in messages[::2]), lines
+    assert all("reachable again" in line for line in messages[1::2]), lines
+    others = [line for line in lines if line not in messages]
     assert len(others) == len(set(others)) <= 4, lines
 
 
@@ -195,11 +195,14 @@ def test_outage_loses_and_duplicates_no_points_and_a_running_run_is_locked(
         identity = (workplace / "run" / RUN_ID_FILE).read_text().strip()
         wait_for(lambda: "step/loss" in store.get_run(identity).data.metrics, process)
         for mode in ("cut", "hang"):
-            told = (workplace / "errors").read_text().count("retrying")
+            count = (workplace / "errors").read_text().count("retrying")
             relay.turn(mode)
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("retrying") > told, process)
+            wait_for(lambda count=count: (workplace / "errors").read_text().count("retrying") > count, process)
             relay.turn("pass")
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
+            wait_for(
+                lambda count=count: (workplace / "errors").read_text().count("reachable again") > count,
+                process,
+            )
         for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run", f"tracking.uri={relay.address}")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr

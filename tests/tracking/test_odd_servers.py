@@ -92,9 +92,9 @@ def test_message_of_each_server_error_has_a_remedy(
     answers.status, answers.body, answers.location = status, body, f"{address}/again"
     error = failure(tmp_path, f"{address}/")
     assert is_hopeless(error) is final
-    told = undelivered_message(error, tmp_path)
-    assert remedy in told
-    assert (LATER in told) == (remedy == LATER)
+    message = undelivered_message(error, tmp_path)
+    assert remedy in message
+    assert (LATER in message) == (remedy == LATER)
 
 
 def test_slow_answer_times_out(tmp_path: Path, odd: tuple[type[Odd], str], monkeypatch: pytest.MonkeyPatch) -> None:

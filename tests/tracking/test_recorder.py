@@ -85,10 +85,10 @@ def test_refused_entries_are_delivered_once_and_each_outage_is_reported_once(
     assert sink.taken == entries
     assert sink.sizes == [500, 500, 200]  # at most 500 at once
     assert sink.closed == ["FINISHED"]
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "cifar-exp: tracker unreachable, training continues, retrying: http://host is away"
-    assert told[1] == "cifar-exp: tracker reachable again, delivering what it missed"
-    assert told == told[:2] * (len(told) // 2)
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[0] == "cifar-exp: tracker unreachable, training continues, retrying: http://host is away"
+    assert messages[1] == "cifar-exp: tracker reachable again, delivering what it missed"
+    assert messages == messages[:2] * (len(messages) // 2)
 
 
 def test_single_failure_is_retried_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,9 +146,9 @@ def test_store_of_another_mlflow_version_is_reported_with_a_remedy(store: Path, 
     with pytest.raises(Exception, match="schema") as caught:
         MLflowTracker(f"sqlite:///{other}").client()
     assert is_hopeless(caught.value)
-    told = undelivered_message(caught.value, Path("run"))
-    assert words in told
-    assert ("upgrade" in told) == (words == "mlflow db upgrade")
+    messages = undelivered_message(caught.value, Path("run"))
+    assert words in messages
+    assert ("upgrade" in messages) == (words == "mlflow db upgrade")
 
 
 def test_sync_sends_intact_runs_and_skips_damaged_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,11 +109,11 @@ def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
 def test_doubtful_settings_are_warned_about() -> None:
     """A warm-up longer than the run; early stopping on the test set."""
     config = configured(lr_scaling="linear_warmup")
-    (told,) = warnings(config, plan(2, epochs=5))
-    assert "train.epochs=5 ends before" in told
+    (warning,) = warnings(config, plan(2, epochs=5))
+    assert "train.epochs=5 ends before" in warning
     assert warnings(config, plan(1, epochs=5)) == warnings(config, plan(2, epochs=6)) == []
-    (told,) = warnings(configured(patience=2), plan(1))
-    assert "early_stopping.patience=2: there is no validation split" in told
+    (warning,) = warnings(configured(patience=2), plan(1))
+    assert "early_stopping.patience=2: there is no validation split" in warning
     assert warnings(configured(patience=2, apart=0.1), plan(1)) == []
 
 
