@@ -168,7 +168,7 @@ def _resumption(
                 f"them, or set resume=never to start again from the beginning"
             )
     if manifest is not None:
-        _check_is_the_runs(folder, manifest, None if changes else config_hash(config))
+        _check_belongs_to_run(folder, manifest, None if changes else config_hash(config))
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
     times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
@@ -178,7 +178,7 @@ def _resumption(
     return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
 
 
-def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> None:
+def _check_belongs_to_run(folder: Path, manifest: Manifest, now: str | None) -> None:
     """Check that a checkpoint was trained with the settings of the run that its folder belongs to.
 
     Args:

@@ -139,7 +139,7 @@ class Follower(threading.Thread):
             action()
 
         retrying = Retrying(
-            retry=retry_if_exception(self._is_worth_another_try),
+            retry=retry_if_exception(self._is_retryable),
             wait=wait_exponential(multiplier=SHORTEST_PAUSE, max=LONGEST_PAUSE),
             before_sleep=self._report_failure,
             sleep=self._pause,
@@ -151,7 +151,7 @@ class Follower(threading.Thread):
             self._is_outage_reported = False
             self._print("tracker reachable again, delivering what it missed")
 
-    def _is_worth_another_try(self, error: BaseException) -> bool:
+    def _is_retryable(self, error: BaseException) -> bool:
         is_retryable = isinstance(error, Exception) and not isinstance(error, GivenUpError)
         return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
 

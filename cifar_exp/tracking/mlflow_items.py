@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cifar_exp.system.printable import print_notice, printable
-from cifar_exp.tracking.store_problems import is_hopeless, shortened_error
+from cifar_exp.tracking.store_problems import is_permanent, shortened_error
 
 LONGEST_NAME = 250  # MLflow's limit
 LONGEST_VALUE = 6000  # of a param; a tag may have more
@@ -104,7 +104,7 @@ def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> li
     try:
         log(items)
     except MlflowException as error:
-        is_of_items = _TOO_LARGE in str(error) or (error.error_code in _REFUSALS and not is_hopeless(error))
+        is_of_items = _TOO_LARGE in str(error) or (error.error_code in _REFUSALS and not is_permanent(error))
         if not is_of_items:
             raise
         if len(items) > 1:

@@ -45,7 +45,7 @@ _KNOWN = (
 )
 
 
-def is_hopeless(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Whether another try cannot succeed after ``error``."""
     if isinstance(error, TrackingError) or getattr(error, "error_code", None) in _LOGIN_CODES:
         return True

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 def has_instructions(test: Test) -> Test:
     """The test runs wherever the instructions exist, on processors with AMX, too, where the method does not pay."""
     skipped = pytest.mark.skipif(not winograd.runs(), reason="the processor multiplies no bfloat16 in AVX512")
-    return skipped(pytest.mark.usefixtures("also_where_it_does_not_pay")(test))
+    return skipped(pytest.mark.usefixtures("use_winograd_always")(test))
 
 
 SHAPES = [  # images, channels of inputs and outputs, height, width
@@ -42,7 +42,7 @@ SHAPES = [  # images, channels of inputs and outputs, height, width
 
 
 @pytest.fixture
-def also_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_winograd_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "pays", winograd.runs)
 
 

@@ -27,10 +27,10 @@ def saved(run_dir: Path, **changes: Any) -> Path:
     checkpoint.save(run_dir, SOUND, position(10), keep=2)
     path = run_dir / CHECKPOINTS / NAME
     torch.save({**vars(SOUND), **changes}, path)
-    return vouched(path)
+    return with_matching_hash(path)
 
 
-def vouched(path: Path, **fields: Any) -> Path:
+def with_matching_hash(path: Path, **fields: Any) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), **{"bytes": path.stat().st_size, "sha256": digest} | fields)
     return path
@@ -84,7 +84,7 @@ def test_values_shared_by_many_lists_are_checked_once(tmp_path: Path) -> None:
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path)
     torch.save({name: value for name, value in vars(SOUND).items() if name != "classes"}, path)
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match=r"cannot be read: it has no classes"):
         checkpoint.newest(tmp_path, silent)
 
@@ -97,7 +97,7 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    assert vouched(path).stat().st_size < 100_000
+    assert with_matching_hash(path).stat().st_size < 100_000
     assert torch.load(path, weights_only=True)["model"]["weight"].shape == (5_000_000,)
     with pytest.raises(StorageError, match="it is compressed"):
         checkpoint.newest(tmp_path, silent)
@@ -109,7 +109,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
         twin = archive.infolist()[0]
         archive.filelist += [twin] * 1000
         archive._didModify = True
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match="claim to be larger than the file"):
         checkpoint.newest(tmp_path, silent)
 
@@ -118,7 +118,7 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 def test_file_that_is_not_a_checkpoint_is_refused_with_one_message(tmp_path: Path, content: bytes) -> None:
     path = saved(tmp_path)
     path.write_bytes(content)
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match=rf"{NAME}: the checkpoint cannot be read: "):
         checkpoint.newest(tmp_path, silent)
 

@@ -199,7 +199,7 @@ def test_the_sentence_on_accuracy_names_its_test() -> None:
     assert "-20.00 points on 4 devices against 1" in worse
     assert "go beyond the noise of the seeds" in worse
     assert "F(2, 3.56) = 105, p = 0.00069" in worse  # scipy.stats.f_oneway with equal_var=False
-    assert "the noise is not known" in sentence((0.8, 0.8), (0.9, 0.9))
+    assert "the noise is unknown" in sentence((0.8, 0.8), (0.9, 0.9))
     assert "noise of the seeds is unknown" in sentence((0.8,), (0.7,))
     assert sentence((0.8, 0.8, 0.8), (0.8, 0.8)).endswith("+0.00 points on 2 devices against 1: the same in all runs")
 

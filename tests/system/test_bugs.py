@@ -41,7 +41,7 @@ def kept(errors: str) -> str:
     return Path(place).read_text()
 
 
-def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind: str) -> None:
+def assert_reported_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind: str) -> None:
     assert done.returncode == code, done.stderr
     assert f"this is a bug, not a mistake in what was typed: {kind}: the flux capacitor is empty" in done.stderr
     assert "Traceback" not in done.stderr
@@ -80,7 +80,7 @@ def test_bug_is_not_reported_as_a_user_error(place: str, kind: str, tmp_path: Pa
 
 def test_traceback_of_a_job_is_in_its_log(tmp_path: Path) -> None:
     done = run(tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", *TINY)
-    assert_told_as_a_bug(done, 1, "TypeError")
+    assert_reported_as_a_bug(done, 1, "TypeError")
     (log,) = tmp_path.rglob("cifar-exp.log")
     assert "the flux capacitor is empty" in log.read_text()
 
@@ -98,7 +98,7 @@ def test_bug_in_a_sweep_is_reported_per_job_and_other_jobs_train(tmp_path: Path)
 def test_figure_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     patch = f"{BOOM.format('ImportError')}import cifar_exp.display.training_figure as f; f.draw_training = boom"
     done = run(tmp_path, patch, *TINY, "tracking=none")
-    assert_told_as_a_bug(done, 1, "ImportError")
+    assert_reported_as_a_bug(done, 1, "ImportError")
     assert "training finished and nothing is lost, but its page or figure was not drawn" in done.stderr
     assert "Free space" not in done.stderr
     assert (the_run(tmp_path) / "model.safetensors").exists()
@@ -107,7 +107,7 @@ def test_figure_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
 def test_bug_in_the_tracker_client_is_not_reported_as_an_outage(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import mlflow; mlflow.MlflowClient.log_artifact = boom"
     done = run(tmp_path, patch, *TINY)
-    assert_told_as_a_bug(done, 5, "TypeError")
+    assert_reported_as_a_bug(done, 5, "TypeError")
     assert "training finished and nothing is lost" in done.stderr
     assert "Once that is fixed, run" in done.stderr
     assert "reached" not in done.stderr
@@ -116,7 +116,7 @@ def test_bug_in_the_tracker_client_is_not_reported_as_an_outage(tmp_path: Path) 
 
 def test_other_commands_report_bugs_too(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import cifar_exp.tracking.deliveries as s; s.runs_in = boom"
-    assert_told_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
+    assert_reported_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
 
 
 def test_import_error_is_reported_by_the_entry_point(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cifar_exp.cli.api import train
 from cifar_exp.cli.train import command
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import RUN_FILE
-from cifar_exp.runs import start
+from cifar_exp.runs import prepare
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.sweep_resume import SWEEP_FILE, claimed_sweep
 from cifar_exp.system import scheduler
@@ -139,9 +139,9 @@ def test_requeued_job_without_a_fixed_folder_is_warned(
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     config: Any = SimpleNamespace(resume="never")
-    assert start._wanted(config, RunContext(tmp_path)) is config
+    assert prepare._wanted(config, RunContext(tmp_path)) is config
     assert "SLURM_RESTART_COUNT=1: the job was requeued, and trains from the beginning" in capsys.readouterr().err
     (tmp_path / RUN_FILE).touch()
-    assert start._wanted(config, RunContext(tmp_path, ("resume=never",))) is config
-    assert start._wanted(SimpleNamespace(resume="auto"), RunContext(tmp_path)).resume == "auto"  # type: ignore[arg-type]
+    assert prepare._wanted(config, RunContext(tmp_path, ("resume=never",))) is config
+    assert prepare._wanted(SimpleNamespace(resume="auto"), RunContext(tmp_path)).resume == "auto"  # type: ignore[arg-type]
     assert not capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_lost_answer_creates_no_second_run(workplace: Path, relay: Relay, mlflow
     assert (run.run_dir / RUN_ID_FILE).read_text().strip() == sink.run_id
 
 
-def assert_each_outage_is_told_once(lines: list[str]) -> None:
+def assert_each_outage_is_reported_once(lines: list[str]) -> None:
     """Check that start and end of each outage have one line. A busy machine may have more than the two outages.
 
     The end of the run has two lines, and two more if points are undelivered.
@@ -213,7 +213,7 @@ def test_outage_loses_and_duplicates_no_points_and_a_running_run_is_locked(
         assert process.wait(timeout=120) == 130
     finally:
         process.kill()
-    assert_each_outage_is_told_once((workplace / "errors").read_text().splitlines())
+    assert_each_outage_is_reported_once((workplace / "errors").read_text().splitlines())
     done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # deliver the rest
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)

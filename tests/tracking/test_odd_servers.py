@@ -13,7 +13,7 @@ from cifar_exp.records.run_folder import RunInfo
 from cifar_exp.tracking import bounded_client
 from cifar_exp.tracking.follower import undelivered_message
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
-from cifar_exp.tracking.store_problems import LOGIN, OTHER_SERVER, is_hopeless
+from cifar_exp.tracking.store_problems import LOGIN, OTHER_SERVER, is_permanent
 
 PAGE = "<html>Log in</html>"
 LATER = "Once the tracker can be reached"
@@ -91,7 +91,7 @@ def test_message_of_each_server_error_has_a_remedy(
     answers, address = odd
     answers.status, answers.body, answers.location = status, body, f"{address}/again"
     error = failure(tmp_path, f"{address}/")
-    assert is_hopeless(error) is final
+    assert is_permanent(error) is final
     message = undelivered_message(error, tmp_path)
     assert remedy in message
     assert (LATER in message) == (remedy == LATER)

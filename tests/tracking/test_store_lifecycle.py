@@ -16,7 +16,7 @@ from cifar_exp.tracking.deliveries import deliver_all
 from cifar_exp.tracking.follower import undelivered_message
 from cifar_exp.tracking.mlflow_run import MLflowRun
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
-from cifar_exp.tracking.store_problems import is_hopeless
+from cifar_exp.tracking.store_problems import is_permanent
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -145,7 +145,7 @@ def test_store_of_another_mlflow_version_is_reported_with_a_remedy(store: Path, 
     connection.close()
     with pytest.raises(Exception, match="schema") as caught:
         MLflowTracker(f"sqlite:///{other}").client()
-    assert is_hopeless(caught.value)
+    assert is_permanent(caught.value)
     messages = undelivered_message(caught.value, Path("run"))
     assert words in messages
     assert ("upgrade" in messages) == (words == "mlflow db upgrade")
@@ -169,4 +169,4 @@ def test_a_variable_that_mlflow_cannot_read_is_named(name: str, monkeypatch: pyt
     monkeypatch.setenv(name, "abc")
     with pytest.raises(TrackingError, match=f"^{name}=abc: .* Correct or unset it$") as caught:
         MLflowTracker().client()
-    assert is_hopeless(caught.value), "another try reads the same"
+    assert is_permanent(caught.value), "another try reads the same"
