@@ -53,7 +53,9 @@ def _read_members(path: Path) -> dict[str, bytes]:
                     kind = (
                         "a link to " + member.linkname if member.islnk() or member.issym() else f"{member.size:,} bytes"
                     )
-                    raise DataError(f"{path} holds {member.name!r} ({kind}), which is not in the release. {_REPLACE}")
+                    raise DataError(
+                        f"{path} contains {member.name!r} ({kind}), which is not in the release. {_REPLACE}"
+                    )
                 file = archive.extractfile(member)
                 assert file is not None  # regular files have content
                 contents[name] = file.read()
@@ -103,5 +105,5 @@ def _unpickle(content: bytes, path: Path) -> dict[bytes, Any]:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path} has a damaged batch: {error!r}. {_REPLACE}") from error
     if not isinstance(loaded, dict):
-        raise DataError(f"{path} holds a batch that is no dictionary but {type(loaded).__name__}. {_REPLACE}")
+        raise DataError(f"{path} contains a batch that is not a dictionary but {type(loaded).__name__}. {_REPLACE}")
     return loaded

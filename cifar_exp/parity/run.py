@@ -159,7 +159,7 @@ def _facts(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     config, train = first.config, first.config.train
     model = checked_model(config, first.components, len(data.classes), data.image_size)
     share = "a device" if train.scaling == "weak" else "in all"
-    micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
+    micro_batches = f", {train.accumulate} micro-batches per device" if train.accumulate > 1 else ""
     devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))
     backend = "NCCL" if first.devices.accelerator == "gpu" else "gloo"
     described = machine.description(first.devices.accelerator, max(case.devices.world_size for case in cases))

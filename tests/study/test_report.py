@@ -121,8 +121,8 @@ def test_time_breakdown_adds_up_and_names_the_slowest_rank() -> None:
     assert breakdown.notes == [
         "warning: on 2 devices: straggler: rank 1 came last in 90% of the steps; the others waited 7.5% of their "
         "training time for it",
-        "on 2 devices: each rank sends 2.7 MB a step; the link carries 1.35 GB/s, so that takes 2 ms; a step took 5 ms "
-        "of exposed and 10 ms of overlapped communication",
+        "on 2 devices: each rank sends 2.7 MB per step; the link carries 1.35 GB/s, so that takes 2 ms; a step took "
+        "5 ms of exposed and 10 ms of overlapped communication",
     ]
     assert Breakdown.of(2, [{"devices": 2.0}], steps=400) is None
 

@@ -182,7 +182,7 @@ def test_artifacts_are_beside_the_store_for_any_experiment_name(tmp_path: Path, 
 def test_ui_shows_no_files_outside_the_stores_folder(workplace: Path, place: str, table: str) -> None:
     place = place.format(folder=workplace)
     assert store_address(f"sqlite:///{database_with(workplace, table, None)}")
-    with pytest.raises(ConfigError, match="outside its folder, and its pages would show") as refusal:
+    with pytest.raises(ConfigError, match="outside its folder, and the UI would show") as refusal:
         store_address(f"sqlite:///{database_with(workplace, table, place)}")
     assert place in str(refusal.value)
 
