@@ -3,7 +3,7 @@
 import signal
 import time
 
-from tests.faults.deaths import PACE, RESUMES, interrupt_at, interrupt_repeatedly
+from tests.faults.interruptions import PACE, RESUMES, interrupt_at, interrupt_repeatedly
 from tests.faults.registry import case
 from tests.faults.runs import (
     EPOCHS_A_TRY,

@@ -143,12 +143,12 @@ def test_lost_answer_creates_no_second_run(workplace: Path, relay: Relay, mlflow
     sink = tracker.sink(run)
     create = MlflowClient.create_run
 
-    def deaf(*arguments: Any, **more: Any) -> Any:
+    def lose_answer(*arguments: Any, **more: Any) -> Any:
         relay.turn("deaf")
         return create(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MlflowClient, "create_run", deaf)
+        patch.setattr(MlflowClient, "create_run", lose_answer)
         with pytest.raises(Exception, match="API request"):
             sink.open()
     relay.turn("pass")
@@ -236,7 +236,7 @@ def test_next_start_closes_runs_of_dead_processes_only(
     mlflow = client()
     experiment = all_runs(mlflow)[0].info.experiment_id
 
-    def planted(name: str, **changes: str) -> str:
+    def run_of_owner(name: str, **changes: str) -> str:
         folder = workplace / "outputs" / name
         folder.mkdir()
         tags = {f"process.{key}": value for key, value in changes.items()}
@@ -244,17 +244,17 @@ def test_next_start_closes_runs_of_dead_processes_only(
         (folder / RUN_ID_FILE).write_text(identity)
         return str(identity)
 
-    living = planted("living")
-    elsewhere = planted("elsewhere", host="another", boot_id="x")
-    container = planted("container", pid_namespace="pid:[1]", pid="1")
-    killed_there = planted("killed-there", host="another", pid_namespace="pid:[1]", pid="1")
-    training_there = planted("training-there", host="another", pid_namespace="pid:[1]", pid="1")
+    living = run_of_owner("living")
+    elsewhere = run_of_owner("elsewhere", host="another", boot_id="x")
+    container = run_of_owner("container", pid_namespace="pid:[1]", pid="1")
+    killed_there = run_of_owner("killed-there", host="another", pid_namespace="pid:[1]", pid="1")
+    training_there = run_of_owner("training-there", host="another", pid_namespace="pid:[1]", pid="1")
     for name in ("elsewhere", "killed-there", "training-there"):
         (workplace / "outputs" / name / LOCK_FILE).touch()
     held = lock_run_folder(workplace / "outputs" / "training-there")
-    reused = planted("reused", pid_started="1")
-    rebooted = planted("rebooted", boot_id="an earlier one")
-    finished = planted("finished", boot_id="an earlier one")
+    reused = run_of_owner("reused", pid_started="1")
+    rebooted = run_of_owner("rebooted", boot_id="an earlier one")
+    finished = run_of_owner("finished", boot_id="an earlier one")
     Outcome("FINISHED", 1_700_000_000.5).save(workplace / "outputs" / "finished")
     (workplace / "outputs" / "finished" / UNDELIVERED_FILE).touch()
     next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
@@ -328,14 +328,14 @@ def test_run_trained_during_an_outage_is_delivered_completely_later(
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
-    brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
-    assert brought.returncode == 0, brought.stderr
+    delivered = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
+    assert delivered.returncode == 0, delivered.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are now delivered, 5 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are now delivered, 5 files, FINISHED" in delivered.stdout
     again = cifar_exp("sync", "outputs", typed[-1])
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
-    assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout
+    assert "secret-word" not in done.stdout + done.stderr + refused.stderr + delivered.stdout + again.stdout
 
     store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
     identity = (folder / RUN_ID_FILE).read_text().strip()
@@ -357,11 +357,11 @@ def test_sync_delivers_a_whole_sweep_to_another_store(cifar_exp: Command, workpl
     (folder,) = (workplace / "outputs").glob("multirun/*/*")
     shutil.move(workplace / "outputs" / "mlflow.db", workplace / "lost.db")
     other = f"sqlite:///{workplace / 'other.db'}"
-    brought = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
-    assert brought.returncode == 0, brought.stderr
-    assert len(brought.stdout.splitlines()) == 2  # the job and its sweep
-    brought = cifar_exp("sync", str(folder), f"tracking.uri={other}")
-    assert brought.returncode == 0, brought.stderr
+    delivered = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
+    assert delivered.returncode == 0, delivered.stderr
+    assert len(delivered.stdout.splitlines()) == 2  # the job and its sweep
+    delivered = cifar_exp("sync", str(folder), f"tracking.uri={other}")
+    assert delivered.returncode == 0, delivered.stderr
     store = MlflowClient(other)
     runs = all_runs(store)
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]

@@ -115,23 +115,23 @@ def test_metrics_with_equal_cleaned_names_do_not_merge(workplace: Path, sent: in
 
 def refusing(bad: set[str], longest: int, code: int = INVALID_PARAMETER_VALUE) -> tuple[list[Param], Any]:
     """The items that a server accepted, and its log function, which refuses the names in ``bad`` and longer values."""
-    taken: list[Param] = []
+    accepted: list[Param] = []
 
     def log(params: list[Param]) -> None:
         if any(param.key in bad or len(param.value) > longest for param in params):
             raise MlflowException("no", code)
-        taken.extend(params)
+        accepted.extend(params)
 
-    return taken, log
+    return accepted, log
 
 
 def test_refused_item_does_not_affect_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     params = [Param(f"p{number}", "v") for number in range(250)] + [Param("long", "v" * 4000)]
-    taken, log = refusing({"p7", "p200"}, longest=500)
+    accepted, log = refusing({"p7", "p200"}, longest=500)
     reported: set[str] = set()
     for _ in range(2):
         log_each(params, 100, log, reported)
-    kept = {param.key: param.value for param in taken}
+    kept = {param.key: param.value for param in accepted}
     assert set(kept) == {param.key for param in params} - {"p7", "p200"}
     assert kept["long"] == "v" * 496 + " ..."  # an older server's limit
     lines = capsys.readouterr().err.splitlines()

@@ -26,18 +26,18 @@ from cifar_exp.tracking.recorder import Recording
 
 
 class Unreliable:
-    """A sink that raises the error that ``refuses`` returns, if any."""
+    """A sink that raises the error that ``error_of`` returns, if any."""
 
-    def __init__(self, refuses: Callable[[str], Exception | None]) -> None:
-        self._refuses = refuses
-        self.taken: list[Entry] = []
+    def __init__(self, error_of: Callable[[str], Exception | None]) -> None:
+        self._error_of = error_of
+        self.received: list[Entry] = []
         self.sizes: list[int] = []
         self.closed: list[str] = []
         self.calls = 0
 
     def _call(self, name: str) -> None:
         self.calls += 1
-        if error := self._refuses(name):
+        if error := self._error_of(name):
             raise error
 
     def open(self) -> None:
@@ -46,7 +46,7 @@ class Unreliable:
     def write(self, entries: Sequence[Entry]) -> None:
         self._call("write")
         self.sizes.append(len(entries))
-        self.taken += entries
+        self.received += entries
 
     def close(self, status: Status) -> None:
         self._call("close")
@@ -82,7 +82,7 @@ def test_refused_entries_are_delivered_once_and_each_outage_is_reported_once(
     follower.flush(timeout=60)
     follower.finish("FINISHED", answer_seconds=60)
     assert follower.error is None
-    assert sink.taken == entries
+    assert sink.received == entries
     assert sink.sizes == [500, 500, 200]  # at most 500 at once
     assert sink.closed == ["FINISHED"]
     messages = capsys.readouterr().err.splitlines()
@@ -98,7 +98,7 @@ def test_single_failure_is_retried_silently(tmp_path: Path, capsys: pytest.Captu
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
     follower.finish("FINISHED", answer_seconds=60)
-    assert (follower.error, len(sink.taken)) == (None, 3)
+    assert (follower.error, len(sink.received)) == (None, 3)
     assert capsys.readouterr().err == ""
 
 
@@ -210,7 +210,7 @@ def test_undelivered_run_prints_the_sync_command(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
     assert str(caught.value).splitlines()[-1].endswith(f"cifar-exp sync {os.path.relpath(tmp_path)}")
     assert display.closed == ["FINISHED"]
-    assert len(display.taken) == 4  # three and the last line
+    assert len(display.received) == 4  # three and the last line
     outcome = Outcome.of(tmp_path)
     assert outcome is not None
     assert outcome.status == "FINISHED"
@@ -240,7 +240,7 @@ def test_signal_while_a_run_is_closed_is_raised_afterwards(tmp_path: Path, capsy
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert display.closed == sink.closed == ["FINISHED"]
-    assert len(sink.taken) == 4  # three and the last line
+    assert len(sink.received) == 4  # three and the last line
     outcome = Outcome.of(tmp_path)
     assert outcome
     assert outcome.status == "FINISHED"

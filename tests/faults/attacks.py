@@ -8,7 +8,7 @@ import psutil
 import yaml
 
 from tests.faults.images import picture
-from tests.faults.records import free_port
+from tests.faults.mlflow_stores import free_port
 from tests.faults.registry import case
 from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, settings
 from tests.faults.saving import copy_of_killed_run
