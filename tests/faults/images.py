@@ -117,9 +117,9 @@ TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "an extra class folder": (extra("test/cow"), 3, ("Missing", "train/cow")),
     "an empty class folder": (without("train/bee"), 3, ("train/bee", "has no images")),
     "no class folders": (lambda root: [without(split)(root) for split in ("train", "test")], 3, ("class folders",)),
-    "a link that leads nowhere": (lambda root: (root / "train/ant/9.png").symlink_to("nowhere"), 0, ()),
+    "a broken link": (lambda root: (root / "train/ant/9.png").symlink_to("nowhere"), 0, ()),
     "a CMYK image": (lambda root: [picture("CMYK").save(root / "train/ant/9.jpg")], 0, ()),
-    "a class folder named in no alphabet": (
+    "a class folder whose name is not UTF-8": (
         lambda root: [os.rename(os.fsencode(root / split / "bee"), os.fsencode(root / split) + b"/b\xffe")  # noqa: PTH104
                       for split in ("train", "test")], 0, ()),
 }  # fmt: skip
@@ -196,11 +196,11 @@ def archives(marker: Path) -> dict[str, tuple[bytes, bool, tuple[str, ...]]]:
     device = malicious_member(f"{FOLDER}/data_batch_1", tarfile.CHRTYPE)
     return {
         "a truncated archive": (ARCHIVE[: len(ARCHIVE) // 2], False, ("bytes where",)),
-        "a wrong archive": (flipped, False, ("sha256",)),
+        "an archive with a flipped bit": (flipped, False, ("sha256",)),
         "a web page in place of the archive": (b"<!doctype html><title>Log in</title>", False, ("bytes where",)),
-        "no archive at all": (b"", False, ("bytes where",)),
-        "an archive that is no .tar.gz": (b"PK\3\4" * 100, True, ("cannot be read as a .tar.gz",)),
-        "a member that climbs out of the archive": (make_archive(make_members(), escape), True, ("../../escaped",)),
+        "an empty archive": (b"", False, ("bytes where",)),
+        "an archive that is not a .tar.gz": (b"PK\3\4" * 100, True, ("cannot be read as a .tar.gz",)),
+        "a member with .. in its path": (make_archive(make_members(), escape), True, ("../../escaped",)),
         "a link in the archive": (make_archive(make_members(), link), True, ("a link to /etc/passwd",)),
         "a device in the archive": (make_archive(make_members(), device), True, ("data_batch_1",)),
         "a member of 10 GB": (swollen(), True, ("10,737,418,240 bytes",)),

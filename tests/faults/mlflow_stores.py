@@ -301,7 +301,7 @@ def experiment_deleted(scene: Scene) -> None:
     train_with_damaged_store(scene, "the experiment was deleted in MLflow", damage, mend, "tracking.experiment")
 
 
-@case("a store that is no database", needs=("sync",))
+@case("a store that is not a database", needs=("sync",))
 def store_corrupt(scene: Scene) -> None:
     run = settings(2)
     database = scene.folder / "outputs" / "mlflow.db"
@@ -311,7 +311,7 @@ def store_corrupt(scene: Scene) -> None:
     database.unlink()
     sync_twice(scene)
     assert_same_as_uninterrupted(scene, run)
-    scene.handled("a store that is no database", DELIVERED)
+    scene.handled("a store that is not a database", DELIVERED)
 
 
 @case("the store is deleted while it trains", needs=("sync",))

@@ -212,7 +212,7 @@ def refused(scene: Scene) -> None:
         scene.handled(fault, "the same")
 
 
-@case("GPUs where there are none", needs=("no gpu",))
+@case("GPUs on a machine without any", needs=("no gpu",))
 def no_gpus(scene: Scene) -> None:
     check_exit(scene.run(*settings(2), "devices.accelerator=gpu", *UNTRACKED), 4, "found 0", "Set devices=cpu")
-    scene.handled("GPUs where there are none", "the same")
+    scene.handled("GPUs on a machine without any", "the same")
