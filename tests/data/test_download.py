@@ -259,7 +259,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
     [
         ("test_batch", None, "lacks test_batch"),
         ("test_batch", b"no pickle", "damaged batch"),
-        ("test_batch", release_pickle([1, 2]), "no dictionary but list"),
+        ("test_batch", release_pickle([1, 2]), "not a dictionary but list"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 3072), np.uint8)}), "labels"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 1]}), "N x 3072"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}), "uint8"),
