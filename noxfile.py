@@ -1,7 +1,7 @@
-"""Where the project runs, tried: `nox --list` names the sessions, `nox -s tests-3.13 wheel` takes some of them.
+"""Test other Python versions, dependencies and environments. `nox --list` lists the sessions; `nox -s wheel` runs one.
 
-Each has an environment of its own, made by uv. A Python that this machine lacks is said and left out, with
-`--error-on-missing-interpreters` it is an error. `.ci/run` is one interpreter and quicker.
+uv creates an environment per session. A session whose Python is missing is skipped with a message, or fails with
+`--error-on-missing-interpreters`. `.ci/run` is faster: it tests one interpreter.
 """
 
 import os
@@ -17,7 +17,7 @@ nox.options.sessions = ["tests", "lowest", "newest", "hydra-rc", "wheel", "newco
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
-# As a processor without AVX512 looks to PyTorch, oneDNN and numba. bfloat16 stays out: the real one multiplies it.
+# What PyTorch, oneDNN and numba see on a processor without AVX512.
 AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "",
@@ -27,13 +27,13 @@ AVX2 = {
 
 
 def synchronize(session: nox.Session) -> None:
-    """What `uv run` takes: the versions of the day that pyproject.toml names."""
+    """Install what `uv run` installs: the versions of the date in pyproject.toml."""
     place = session.virtualenv.location
     session.run_install("uv", "sync", "--quiet", f"--python={place}", env={"UV_PROJECT_ENVIRONMENT": place})
 
 
 def install(session: nox.Session, *options: str) -> None:
-    """The checkout and its development tools, by the resolver's ``options``."""
+    """Install the checkout and its development tools, with ``options`` of the resolver."""
     session.install(*options, "--editable", ".[cpu]", "--group", "dev")
 
 
@@ -53,7 +53,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python=NEWEST)
 def newest(session: nox.Session) -> None:
-    """The whole test suite with the newest releases, whatever their day."""
+    """The whole test suite with the newest releases."""
     install(session, "--no-config", "--upgrade")
     session.run("pytest", *session.posargs)
 
@@ -62,8 +62,8 @@ def newest(session: nox.Session) -> None:
 def hydra_rc(session: nox.Session) -> None:
     """The whole test suite with the release candidates of Hydra and OmegaConf.
 
-    `tests/config/test_hydra_versions.py` makes their warnings errors and sees that no command prints one.
-    It can go once Hydra 1.4 is released: `newest` takes it then.
+    `tests/config/test_hydra_versions.py` turns their warnings into errors and checks that no command prints one.
+    After the release of Hydra 1.4, `newest` covers it: remove this session.
     """
     install(session, "--no-config", "--upgrade", "hydra-core>=1.4.0rc3", "omegaconf>=2.4.0rc1")
     session.run("pytest", *session.posargs)
@@ -71,7 +71,7 @@ def hydra_rc(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
-    """The wheel, installed as people do it, with the newest versions; a run and a sweep in an empty folder."""
+    """Install the wheel with the newest versions; train a run and a sweep in an empty folder."""
     empty, dist = session.create_tmp(), Path(session.create_tmp()).absolute() / "dist"
     session.run_install("uv", "build", "--quiet", "--wheel", f"--out-dir={dist}", external=True)
     (built,) = dist.glob("*.whl")
@@ -83,33 +83,33 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def newcomer(session: nox.Session) -> None:
-    """The README's first commands, typed as they stand, in a fresh clone."""
+    """The README's first commands in a fresh clone."""
     session.run(".ci/newcomer.sh", external=True)
 
 
 @nox.session(python=OLDEST)
 def environments(session: nox.Session) -> None:
-    """Read-only installations, users without a name, other locales, ...: each from the command to a tracked result."""
+    """Read-only installations, users without a name, other locales, ...: in each, train and track a run."""
     synchronize(session)
     session.run("python", "-m", "tests.platforms.environments", *session.posargs)
 
 
 @nox.session(python=OLDEST)
 def avx2(session: nox.Session) -> None:
-    """As on a laptop whose processor has AVX2 and no AVX512: kernels, and the quickstart to its accuracy."""
+    """Emulate a laptop processor with AVX2 and without AVX512: test the kernels and the quickstart's accuracy."""
     synchronize(session)
-    # The emulation does not hide that the real processor multiplies bfloat16, and oneDNN then has no kernel for it.
+    # bfloat16 is left out: PyTorch still sees the real processor's bfloat16, for which oneDNN has no AVX2 kernel.
     session.run("pytest", "-k", "(fused or kernel) and not (reference_kernel and bfloat16)", env=AVX2)
     with session.chdir(session.create_tmp()):
-        told = session.run("cifar-exp", "experiment=quickstart", "train.precision=fp32", env=AVX2, silent=True)
-    found = re.search(r"test accuracy ([\d.]+)", str(told))
+        output = session.run("cifar-exp", "experiment=quickstart", "train.precision=fp32", env=AVX2, silent=True)
+    found = re.search(r"test accuracy ([\d.]+)", str(output))
     if not found or float(found[1]) < 0.9:
-        session.error(f"the quickstart does not reach its accuracy: {told}")
+        session.error(f"the quickstart does not reach its accuracy: {output}")
 
 
 @nox.session(python=OLDEST)
 def macos(session: nox.Session) -> None:
-    """On Linux, without what macOS lacks."""
+    """Emulate macOS on Linux: remove what macOS lacks."""
     synchronize(session)
     session.run("mypy", "--platform=darwin")
     session.run("pytest", "tests/platforms/test_macos.py", *session.posargs)
@@ -117,5 +117,5 @@ def macos(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def arm(session: nox.Session) -> None:
-    """A tiny run on ARM, emulated; as root, an hour. Says what the machine lacks for it, and fails then."""
+    """A tiny run on emulated ARM. Needs root and an hour; fails with a message if the machine lacks something."""
     session.run(".ci/arm.sh", *session.posargs, env={"PATH": os.environ["PATH"]}, external=True)

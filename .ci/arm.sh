@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A tiny run on emulated ARM, from the command to its accuracy, beside the same run on this machine.
+# A tiny run on emulated ARM, and the same run on this machine for comparison.
 #
 #     sudo .ci/arm.sh [TREE]        TREE: where the ARM Debian is kept, made when it is missing (default: /var/tmp/cifar-exp-arm64)
 #
-# Takes root, some 8 GB and an hour the first time: each instruction is translated by qemu. It says nothing about speed.
+# Needs root, 8 GB and an hour the first time, because qemu translates each instruction. It does not measure speed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 tree="${1:-${CIFAR_EXP_ARM_TREE:-/var/tmp/cifar-exp-arm64}}"
 processor=neoverse-n1       # float32 alone: no bfloat16, no SVE
-midr=0x00000000411fd0c0 # what such a processor says it is
+midr=0x00000000411fd0c0 # its identification register
 run=(experiment=quickstart data.train_count=1024 data.test_count=200 train.epochs=1 devices.count=1 tracking=none
     progress=quiet train.precision=fp32 train.deterministic=true)
 
@@ -34,11 +34,11 @@ make_tree() {
     # Unpacked and not configured: so nothing has to run there, and it takes seconds.
     [ -x "$tree/usr/bin/python3" ] || mmdebstrap --quiet --architectures=arm64 --variant=extract \
         --include=python3,libgomp1,libstdc++6 bookworm "$tree"
-    # Nothing to do where a tree of before has them all.
+    # Skipped if an earlier tree has them all.
     uv pip install --quiet --python-platform aarch64-unknown-linux-gnu \
         --python-version 3.11 --target "$tree/site" --requirements pyproject.toml --extra cpu
     mkdir -p "$tree"/{proc,dev,tmp,src,result}
-    # What oneDNN reads to know the processor; the host's own /sys speaks of another one and crashes it.
+    # oneDNN identifies the processor by these files. The host's /sys is of another processor, which crashes oneDNN.
     local cores="$tree/sys/devices/system/cpu" last=$(($(nproc) - 1))
     for core in $(seq 0 "$last"); do
         mkdir -p "$cores/cpu$core/regs/identification"
@@ -47,7 +47,7 @@ make_tree() {
     for what in present possible online; do echo "0-$last" > "$cores/$what"; done
 }
 
-run_there() { # in a mount namespace of its own, so that nothing stays mounted
+run_there() { # in a private mount namespace, so that nothing stays mounted
     rm -rf "$tree/result/run"
     # shellcheck disable=SC2016
     unshare --mount bash -euo pipefail -c '

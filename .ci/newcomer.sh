@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The README's first two commands, typed as they stand, in a fresh clone of what is committed here.
+# The README's first two commands in a fresh clone of the current commit.
 #
-#     .ci/newcomer.sh                with the python3 that PATH finds
+#     .ci/newcomer.sh                with python3 from PATH
 #     sudo .ci/newcomer.sh TREE      in the root of another distribution, which has python3, its venv and git
 #
 # A tree is made by, for example: mmdebstrap --include=python3,python3-venv,git,ca-certificates bookworm TREE
 set -euo pipefail
 repository="$(cd "$(dirname "$0")/.." && pwd)"
 tree="${1:-}"
-unset VIRTUAL_ENV PYTHONPATH PYTHONHOME # of who starts this, not of who reads the README
+unset VIRTUAL_ENV PYTHONPATH PYTHONHOME # variables of this shell, which a newcomer does not have
 
 typed="$(awk '/^## Start/ { there = 1 } there && /^```$/ { exit } there && block { print } there && /^```sh$/ { block = 1 }' \
     "$repository/README.md" | head -n 2)"
-[ "$(wc -l <<< "$typed")" -eq 2 ] || { echo "newcomer: the README has no two commands below '## Start'" >&2; exit 1; }
+[ "$(wc -l <<< "$typed")" -eq 2 ] || { echo "newcomer: the README must have two commands below '## Start'" >&2; exit 1; }
 
 if [ -n "$tree" ]; then
     [ -x "$tree/usr/bin/python3" ] || { echo "newcomer: $tree has no /usr/bin/python3" >&2; exit 1; }
@@ -27,7 +27,7 @@ script="set -e; cd '${home#"$tree"}/cifar-exp'; python3 --version
 $typed"
 if [ -z "$tree" ]; then
     sh -c "$script"
-else # mounts of its own, so that nothing stays; the network's name server and certificates are this machine's
+else # a private mount namespace; name server and certificates are this machine's
     # shellcheck disable=SC2016
     unshare --mount bash -euo pipefail -c '
         tree="$1"

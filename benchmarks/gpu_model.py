@@ -90,8 +90,8 @@ def step(computing: Computing, network: Network, gpus: int, images: float) -> St
 
 def main() -> None:
     network = Network()
-    print("| step | scaling | GPUs | images a GPU | computing ms | all-reduce ms | exposed all-reduce ms |", end="")
-    print(" step ms | epoch s | speedup | efficiency |\n|" + "---|" * 11)
+    print("| step | scaling | GPUs | images/GPU | computing, ms | all-reduce, ms | exposed all-reduce, ms |", end="")
+    print(" step, ms | epoch, s | speedup | efficiency |\n|" + "---|" * 11)
     for computing in (FUSED, EAGER):
         for scaling in ("weak", "strong"):
             alone = 0.0

@@ -77,7 +77,7 @@ class Stopped(KeyboardInterrupt):
 
 
 FREE_SPACE = "Free space there and start again"
-LET_WRITE = "Allow writing there and start again"
+ALLOW_WRITING = "Allow writing there and start again"
 
 
 @contextmanager
@@ -87,5 +87,5 @@ def storage_errors(path: Path, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         if advice == FREE_SPACE and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = LET_WRITE
+            advice = ALLOW_WRITING
         raise StorageError(f"{path} cannot be written: {error.strerror or error}. {advice}") from error

@@ -23,7 +23,7 @@ SETTINGS = ("checkpoint", "trusted_modules")
 @click.command("predict")
 @click.argument("run")
 @click.argument("words", nargs=-1, required=True, metavar="IMAGES...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: image, label, probability.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line: image, label, probability.")
 def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     """Label IMAGES, files or folders, with the network of RUN.
 
@@ -49,9 +49,9 @@ def command(run: str, words: tuple[str, ...], as_json: bool) -> None:
     print(f"network of {printable(run_dir)}", file=sys.stderr)
     trusted = settings.get("trusted_modules", "").strip("[]")
     classifier = Classifier.of_run(run_dir, which, trusted.split(",") if trusted else ())
-    files, left_out = images_in(paths)
-    if left_out:
-        print(f"left out: {left_out}", file=sys.stderr)
+    files, skipped = images_in(paths)
+    if skipped:
+        print(f"skipped files: {skipped}", file=sys.stderr)
     broken: list[str] = []
     for start in range(0, len(files), classifier.batch):
         broken += _classify(classifier, files[start : start + classifier.batch], as_json)

@@ -15,7 +15,10 @@ SETTINGS = ("tracking.uri", "report.target_accuracy", "report.price_per_hour")
 @click.command("report")
 @click.argument("words", nargs=-1, required=True, metavar="SWEEP [SWEEP]")
 @click.option(
-    "--to", type=click.Path(path_type=Path), default=Path(), help="Folder for what is written (default: here)."
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder for the report's files (default: the current folder).",
 )
 def command(words: tuple[str, ...], to: Path) -> None:
     """Make the tables and figures of SWEEP again, or compare two sweeps.

@@ -67,7 +67,7 @@ def store_address(uri: str | None) -> str:
     if database and (place := foreign_place(database)):
         raise ConfigError(
             f"tracking.uri={masked_text(address)}: the store keeps files of runs at {printable(masked_text(place))}, "
-            f"outside its folder, and its pages would show what lies there. If it is your store, run mlflow ui "
+            f"outside its folder, and the UI would show those files. If it is your store, run mlflow ui "
             f"--backend-store-uri {shlex.quote(masked_text(address))}"
         )
     return address

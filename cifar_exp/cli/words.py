@@ -52,4 +52,4 @@ def refuse_unusable_names(words: Iterable[object]) -> None:
         try:
             str(word).encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"{printable(word)}: this name is no UTF-8, as a run's files are. Rename it") from None
+            raise ConfigError(f"{printable(word)}: the name is not valid UTF-8. Rename it") from None

@@ -60,37 +60,37 @@ def explained(error: Exception, typed: Sequence[str]) -> CifarExpError | None:
             f"--experimental-rerun={file}: it cannot be read: {str(error) or type(error).__name__}. Set it to "
             f"{hydra_versions.RERUN_SOURCE}"
         )
-    if problem := _of_an_option(error, typed) or _of_a_sweep(error, typed):
+    if problem := _option_error(error, typed) or _sweep_error(error, typed):
         return problem
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = [str(option) for option in error.options or []]
         if not any(choice in re.split(r"[=,()\[\]]", word)[1:] for word in typed):  # a value, or one of several
             where = str(error).partition("\n")[0]
-            return ConfigError(f"{where}: a list of defaults names a file that is not there. Fix that list")
+            return ConfigError(f"{where}: its defaults list names a missing file. Correct the list")
         return ConfigError(f"{group or choice}={choice}: there is no such choice. {nearest(choice, options)}")
     cause = error.__cause__
-    key = cause.full_key if isinstance(error, ConfigCompositionException) and _is_of_omegaconf(cause) else ""
+    key = cause.full_key if isinstance(error, ConfigCompositionException) and _is_omegaconf_error(cause) else ""
     if key and any(str(key).partition(".")[0] in word for word in typed):  # else it is of something internal
         return ConfigError(unknown_setting(key))
     if isinstance(error, OverrideParseException):
         return ConfigError(_unreadable(str(error.override)))
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        return _of_the_disk(error)
+        return _file_error(error)
     if isinstance(error, UnicodeDecodeError) and (file := _not_utf8(typed)):
         return ConfigError(f"{file}: the file is not in UTF-8: {error}. Save it in UTF-8")
     if isinstance(error, YAMLError):
         return ConfigError(f"a file of the configuration cannot be read: {' '.join(str(error).split())}. Fix the file")
     text = str(error) or str(cause or type(error).__name__)
     words = causing_words(error, typed)
-    if not words and not _is_for_the_user(error):
+    if not words and not _is_user_error(error):
         return None
     if not any(word.lstrip("+~").partition("=")[0] in text for word in typed):
         text = f"{' '.join(words or typed)}: {text}"
     return ConfigError(f"{text}. Write group=choice or key=value, as in model=convnet train.epochs=5; see --help")
 
 
-def _of_an_option(error: Exception, typed: Sequence[str]) -> ConfigError | None:
+def _option_error(error: Exception, typed: Sequence[str]) -> ConfigError | None:
     """The message for a ``--config-name``, ``--config-path`` or ``--config-dir`` that does not exist."""
     if not isinstance(error, MissingConfigException | SearchPathException):
         return None
@@ -111,7 +111,7 @@ def _of_an_option(error: Exception, typed: Sequence[str]) -> ConfigError | None:
     return None
 
 
-def _of_a_sweep(error: Exception, typed: Sequence[str]) -> ConfigError | None:
+def _sweep_error(error: Exception, typed: Sequence[str]) -> ConfigError | None:
     """The message for an override with several values without ``-m``."""
     if not isinstance(error, HydraException) or hydra_versions.given_options(typed).get("multirun"):
         return None
@@ -119,8 +119,8 @@ def _of_a_sweep(error: Exception, typed: Sequence[str]) -> ConfigError | None:
         with suppress(HydraException):
             if not word.startswith("-") and OverridesParser.create().parse_override(word).is_sweep_override():
                 key, _, values = word.partition("=")
-                told = f"{word}: several values are a sweep. Add -m to sweep, as in cifar-exp -m {shlex.quote(word)}"
-                return ConfigError(told if "(" in values else f"{told}; a list is written {key}=[{values}]")
+                message = f"{word}: several values are a sweep. Add -m to sweep, as in cifar-exp -m {shlex.quote(word)}"
+                return ConfigError(message if "(" in values else f"{message}; a list is written {key}=[{values}]")
     return None
 
 
@@ -146,11 +146,11 @@ def _unreadable(word: str) -> str:
     return f"{word}: it cannot be read as an override. In a shell, write {argument(key, value)}"
 
 
-def _is_of_omegaconf(error: BaseException | None) -> TypeGuard[OmegaConfBaseException]:
+def _is_omegaconf_error(error: BaseException | None) -> TypeGuard[OmegaConfBaseException]:
     return isinstance(error, OmegaConfBaseException)
 
 
-def _is_for_the_user(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
     """Whether the error's class is for user errors and Hydra, not this package, triggered it."""
     if isinstance(error, OF_THE_VALUE):
         return True
@@ -179,7 +179,7 @@ def _fails_alike(error: Exception, overrides: Iterable[str]) -> bool:
     return False
 
 
-def _of_the_disk(error: OSError) -> CifarExpError | None:
+def _file_error(error: OSError) -> CifarExpError | None:
     """The message for a file error. Hydra only reads the configuration and creates the run folder and its log."""
     if error.errno not in MACHINE_ERRNOS and not isinstance(
         error, FileExistsError | NotADirectoryError | FileNotFoundError

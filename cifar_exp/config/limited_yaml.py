@@ -81,7 +81,7 @@ def check_limits(text: str, name: str) -> None:
     for event in yaml.parse(_Text(text, name), Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise TooLargeError(f"the alias *{event.anchor} stands for nothing, or for what it is a part of")
+                raise TooLargeError(f"the alias *{event.anchor} is undefined or refers to itself")
             values += sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             levels.append((event.anchor, values))
@@ -99,4 +99,4 @@ def check_limits(text: str, name: str) -> None:
         if len(levels) > MOST_LEVELS:
             raise TooLargeError(f"it is nested more than {MOST_LEVELS} levels deep")
         if values > MOST_VALUES:
-            raise TooLargeError(f"it holds more than {MOST_VALUES:,} values, aliases unfolded")
+            raise TooLargeError(f"it has more than {MOST_VALUES:,} values after expanding aliases")

@@ -50,7 +50,7 @@ def _without_package(group: str, content: Any) -> str | None:
     own = [str(key) for key in content if str(key) in tops] if isinstance(content, Mapping) else []
     if not own and not (conf_dir() / group).is_dir():
         return None
-    wrong = f"its file sets {group}.{own[0]} instead of {own[0]}" if own else "its file is no preset"
+    wrong = f"its file sets {group}.{own[0]} instead of {own[0]}" if own else "its file is not a preset"
     return (
         f"{group}: {wrong}. A preset is a mapping of settings that begins with the line '# @package _global_'. Add it "
         f"as the first line of {group}/<choice>.yaml"
@@ -71,9 +71,7 @@ def unknown_setting(setting: str) -> str:
     """The message for a setting that does not exist."""
     if setting in default_settings():  # another choice of the group has this setting
         group = setting.partition(".")[0]
-        return (
-            f"{setting}: the chosen {group} has no such setting. cifar-exp {group}=<choice> --cfg job shows what it has"
-        )
+        return f"{setting}: the chosen {group} has no such setting. See cifar-exp {group}=<choice> --cfg job"
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir()]
     of_another_section = [name for name in default_settings() if _key(name) == _key(setting)]
     if "." in setting and len(of_another_section) == 1:

@@ -85,8 +85,8 @@ def checked_address(uri: str, name: str) -> str:
     scheme = uri.partition(":")[0].lower().partition("+")[0]
     if scheme == "file" or (scheme not in SCHEMES and "://" not in uri and (uri[:1] in "./~" or "/" in uri)):
         raise ConfigError(
-            f"{shown}: that is a folder, and MLflow no longer writes there. {remedy}; mlflow migrate-filestore copies "
-            f"the runs of the folder"
+            f"{shown}: it is a folder, and MLflow no longer supports folders as stores. {remedy}; mlflow "
+            f"migrate-filestore copies the runs of the folder"
         )
     if scheme not in SCHEMES:
         raise ConfigError(f"{shown}: it must begin with one of {', '.join(SCHEMES)}. {remedy}, or leave it out")
@@ -98,8 +98,8 @@ def checked_address(uri: str, name: str) -> str:
     except ValueError:  # a port or an IPv6 address
         is_host = False
     if not is_host:
-        raise ConfigError(f"{shown}: it names no host. {remedy}")
+        raise ConfigError(f"{shown}: it has no host. {remedy}")
     if parts.fragment or parts.query or "#" in uri:
         page = masked_text(uri).partition("#")[0].partition("?")[0].rstrip("/")
-        raise ConfigError(f"{shown}: that is the address of a page. Set tracking.uri={page}")
+        raise ConfigError(f"{shown}: it is the address of a page, not of the server. Set tracking.uri={page}")
     return f"{scheme}:{uri.partition(':')[2]}".rstrip("/")

@@ -15,7 +15,7 @@ NO_EFFECT_SECTIONS = (
 NO_EFFECT_SETTINGS = ("data.residency", "data.workers")
 SEED = "seed"  # differs between repeats of an experiment
 DEVICE_COUNT = "devices.count"  # the axis of a speedup study
-NO_PART_OF_A_SWEEP = ("resume", "progress")  # how a sweep is started and displayed; not part of its identity
+SETTINGS_OUTSIDE_A_SWEEP = ("resume", "progress")  # how a sweep is started and displayed; not part of its identity
 
 
 def bears_on_result(setting: str) -> bool:

@@ -38,7 +38,7 @@ RENAMED = {
     "cifar_exp.tracking.NoTracker": "cifar_exp.tracking.tracker.NoTracker",
 }
 SCHEDULE_CONTRACT = (
-    "it is no schedule: a schedule is a function of (step, steps_per_epoch, epochs) that returns the factor on the "
+    "it is not a schedule: a schedule is a function of (step, steps_per_epoch, epochs) that returns the factor on the "
     "learning rate. A scheduler of torch.optim takes an optimizer instead. Set schedule=piecewise, cosine or linear, "
     "or write a function of your own (docs/networks.md)"
 )

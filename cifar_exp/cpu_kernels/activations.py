@@ -9,8 +9,8 @@ ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 ROOT_HALF, DENSITY_AT_ZERO = np.float32(2**-0.5), np.float32((2 * np.pi) ** -0.5)
 LOG2_E, LN_2 = np.float32(np.log2(np.e)), np.float32(np.log(2))
 E2, E3, E4, E5, E6 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720))
-LEAST_EXPONENT = np.float32(-87)  # exp of less than this is not a normal number
-TO_INTEGER = np.float32(1.5 * 2**23)  # adding it moves the integer part of a number to the lowest bits
+LEAST_EXPONENT = np.float32(-87)  # below this, exp is subnormal
+TO_INTEGER = np.float32(1.5 * 2**23)  # after adding this, the lowest bits are the rounded integer
 P, A1, A2 = np.float32(0.3275911), np.float32(0.254829592), np.float32(-0.284496736)
 A3, A4, A5 = np.float32(1.421413741), np.float32(-1.453152027), np.float32(1.061405429)
 
@@ -28,7 +28,9 @@ def gaussian(value):
     shifted = exponent * LOG2_E + TO_INTEGER
     rest = exponent - (shifted - TO_INTEGER) * LN_2
     series = ONE + rest * (ONE + rest * (E2 + rest * (E3 + rest * (E4 + rest * (E5 + rest * E6)))))
-    power = np.uint32(np.float32(shifted).view(np.uint32) + np.uint32(127))  # of two, biased, in the lowest bits
+    power = np.uint32(
+        np.float32(shifted).view(np.uint32) + np.uint32(127)
+    )  # a power of two as the bits of its exponent
     exponential = series * np.uint32(power << np.uint32(23)).view(np.float32)
     t = ONE / (ONE + P * size)
     tail = HALF * exponential * t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5))))

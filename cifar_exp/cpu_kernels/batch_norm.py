@@ -1,4 +1,4 @@
-"""Batch norm with an activation, forward and backward, as kernels for CPU ranks.
+"""CPU kernels for batch norm with an activation, forward and backward.
 
 PyTorch's batch norm, ReLU and their gradients read or write a layer's activations fourteen times a step. These kernels
 do it eight times.
@@ -23,8 +23,8 @@ from cifar_exp.cpu_kernels.numba_runtime import (
     widened,
 )
 
-CHUNKS = 64  # of rows, each summed on its own
-BLOCK = 256  # rows that are summed in float32
+CHUNKS = 64  # of rows, each with its own sums
+BLOCK = 256  # rows summed in float32 before adding to float64
 
 
 class ForwardArguments(NamedTuple):
@@ -41,7 +41,7 @@ class ForwardArguments(NamedTuple):
         running_mean: (columns,) float32, updated in place.
         running_variance: (columns,) float32, updated in place.
         y: (rows, columns), gets the output.
-        statistics: (4, columns) float64, gets mean, 1 / deviation, scale and shift; x * scale + shift is normalized.
+        statistics: (4, columns) float64, gets mean, 1 / deviation, scale and shift. Normalized: x * scale + shift.
         sums: (CHUNKS, 2, columns) float64, workspace.
     """
 
@@ -138,7 +138,7 @@ def batch_norm(element: Any, activation: int) -> Any:
                 running_variance[c] += momentum * (variance * rows / (rows - 1) - running_variance[c])
         begin, end = share(rows)
         for back in range(end - begin):
-            i = end - 1 - back  # the last rows are still in the cache
+            i = end - 1 - back  # backwards: the last rows are still in the cache
             for c in range(columns):
                 y[i, c] = narrowed(activated(widened(x[i, c]) * scale[c] + shift[c], activation), y)
 
@@ -147,7 +147,7 @@ def batch_norm(element: Any, activation: int) -> Any:
 
 @njit(inline="always")
 def _rough_mean(x, rows, columns):
-    """(columns,) float32: the mean of a few rows. Sums of squares around it keep small differences of large numbers."""
+    """(columns,) float32: the mean of a few rows. Squares are summed around it, to avoid cancellation."""
     origin = np.zeros(columns, np.float32)
     few = min(rows, CHUNKS)
     for row in range(few):
@@ -249,7 +249,7 @@ def _sum_gradients(g, x, rows, columns, mean, scale, shift, sums, activation):
 
 @njit(inline="always")
 def _move(first, second, sums):
-    """Add two rows of float32 to those of ``sums``, float64, and set them to zero."""
+    """Add two float32 rows to two float64 rows of ``sums``, then set them to zero."""
     for c in range(len(first)):
         sums[0, c] += first[c]
         sums[1, c] += second[c]
@@ -258,7 +258,7 @@ def _move(first, second, sums):
 
 @njit(inline="always")
 def _total(sums, which, column):
-    """A sum over all chunks, in their order."""
+    """The sum over all chunks, in a fixed order."""
     total = 0.0
     for chunk in range(CHUNKS):
         total += sums[chunk, which, column]

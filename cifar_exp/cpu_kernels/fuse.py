@@ -1,4 +1,4 @@
-"""The only entry to this folder: replace a network's layers by fused ones where this machine has kernels for them."""
+"""The only entry to this folder: replace a network's layers by fused ones, if this machine has kernels for them."""
 
 import torch
 from torch import nn
@@ -20,15 +20,15 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> str | None:
         fuse_layers(model, dtype)
     except ModuleNotFoundError as error:
         return f"there is {str(error)[:1].lower()}{str(error)[1:]}: pip install 'cifar-exp[cpu]'"
-    except Exception as error:  # numba and LLVM raise many kinds
+    except Exception as error:  # numba and LLVM raise exceptions of many types
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def preload() -> None:
-    """Import numba and the kernels now, for a process that ranks are forked from.
+    """Import numba and the kernels in the process that ranks are forked from.
 
     Raises:
-        ImportError: numba is missing; :func:`fuse` says so again in each rank.
+        ImportError: numba is missing. :func:`fuse` reports it in each rank.
     """
     import cifar_exp.cpu_kernels.layers  # noqa: F401

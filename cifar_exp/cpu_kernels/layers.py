@@ -1,4 +1,4 @@
-"""Layers for CPU ranks that compute less than PyTorch's, or read and write memory less often.
+"""Layers for CPU ranks. They compute less than PyTorch's, or access memory less often.
 
 See :mod:`cifar_exp.cpu_kernels.batch_norm`, :mod:`cifar_exp.cpu_kernels.max_pool` and
 :mod:`cifar_exp.cpu_kernels.winograd`.
@@ -19,7 +19,7 @@ FUNCTIONS = {activations.IDENTITY: lambda values: values, activations.RELU: F.re
 
 
 def _fits(inputs: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel for ``dtype`` can take ``inputs``."""
+    """Whether ``inputs`` have the layout and dtype that a kernel for ``dtype`` needs."""
     return (
         inputs.device.type == "cpu"
         and inputs.dtype == dtype
@@ -74,12 +74,12 @@ class FusedBatchNorm(ReplacedBatchNorm):
         )
 
     def _needs_gradient(self, inputs: Tensor) -> bool:
-        """Whether gradients are needed. The kernel for them works in training only."""
+        """Whether gradients are needed. There is a gradient kernel for training mode only."""
         values = (inputs, self.weight, self.bias)
         return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
     def _running_statistics(self) -> tuple[Tensor, Tensor, float]:
-        """Running mean and variance and the weight of this batch in them. Unused memory and 0 if there are none."""
+        """Running mean, running variance and momentum. Without running statistics: unused memory, and 0 as momentum."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             mean, variance = torch.zeros((2, self.num_features), dtype=torch.float32)
             return mean, variance, 0.0
@@ -87,7 +87,7 @@ class FusedBatchNorm(ReplacedBatchNorm):
 
 
 def _shape(values: Tensor) -> tuple[int, int]:
-    """Rows and columns of the matrix that a kernel sees: pixels and channels."""
+    """Rows and columns of a kernel's matrix: pixels and channels."""
     return values.numel() // values.shape[1], values.shape[1]
 
 
@@ -138,7 +138,7 @@ class WinogradConvolution(nn.Conv2d):
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Self:
-        """The replacement for ``layer``, with which it shares its parameters."""
+        """The replacement for ``layer``. Both share their parameters."""
         sizes = layer.in_channels, layer.out_channels
         # On the meta device: drawing initial values would advance the random number generator.
         made = cls(*sizes, 3, padding=1, bias=layer.bias is not None, device="meta")
@@ -148,7 +148,7 @@ class WinogradConvolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
         fits = (
-            torch.is_autocast_enabled("cpu")  # without it PyTorch refuses different dtypes
+            torch.is_autocast_enabled("cpu")  # otherwise PyTorch refuses different dtypes
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and _fits(input, torch.bfloat16)
             and winograd.fits(input, self.weight)
@@ -189,7 +189,7 @@ class HalvingMaxPool(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # PyTorch refuses smaller images
+        fits = _fits(input, self.dtype) and min(input.shape[2:]) > 1  # let PyTorch raise its error for smaller images
         outputs: Tensor = _MaxPool.apply(input) if fits else super().forward(input)
         return outputs
 

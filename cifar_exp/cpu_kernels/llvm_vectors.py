@@ -1,4 +1,4 @@
-"""Vector instructions in kernels, where LLVM does not find them by itself.
+"""Vector instructions for kernels whose loops LLVM does not vectorize.
 
 :func:`inlined` turns a function that writes LLVM code into one that kernels call. Addresses and numbers are int64. A
 vector has 512 bits: 16 float32, or 32 bfloat16 as int16.
@@ -29,7 +29,7 @@ NEEDED = ("avx512bf16", "avx512bw")  # processor features
 
 
 def inlined(write: Callable[..., None]) -> Any:
-    """A function for kernels that takes int64s. ``write(builder, *values)`` writes its code."""
+    """Make a function for kernels. Its arguments are int64; ``write(builder, *values)`` writes its LLVM code."""
     signature = inspect.signature(write)
     taken = types.none(*[types.int64] * (len(signature.parameters) - 1))
 
@@ -47,19 +47,19 @@ def inlined(write: Callable[..., None]) -> Any:
 
 @contextmanager
 def loop(builder: Builder, count: Value) -> Iterator[Value]:
-    """Code that is written inside runs ``count`` times; yields the index."""
+    """Repeat the code that is written inside ``count`` times; yields the index."""
     with cgutils.for_range(builder, count, intp=I64) as now:
         yield now.index
 
 
 def variable(builder: Builder, value: Value) -> Value:
-    """A variable with a first value, to load and to store. LLVM keeps it in a register."""
+    """A variable with an initial value. LLVM keeps it in a register."""
     return cgutils.alloca_once_value(builder, value)
 
 
 @inlined
 def align_stack(builder):
-    """Call once in a kernel. Spilled vectors are then aligned to cache lines.
+    """Align spilled vectors to cache lines. Call it once in a kernel.
 
     LLVM aligns a function's stack only if it sees an aligned object before register allocation.
     """
@@ -70,7 +70,7 @@ def align_stack(builder):
 
 @inlined
 def prefetch(builder, address):
-    """Prefetch the cache line at an address, to be read."""
+    """Prefetch the cache line at an address, for reading."""
     _fetch(builder, builder.inttoptr(address, ir.PointerType()))
 
 
@@ -95,7 +95,7 @@ def call(builder: Builder, name: str, returns: Any, *arguments: Value) -> Value:
 
 
 def moved(builder: Builder, address: Value, *steps: tuple[Value, int] | int) -> Value:
-    """An address plus bytes. A step is a constant, or a value and its constant factor."""
+    """An address plus offsets in bytes. Each offset is a constant, or a value and its constant factor."""
     for step in steps:
         by = number(step) if isinstance(step, int) else builder.mul(step[0], number(step[1]))
         address = builder.add(address, by)
@@ -127,7 +127,7 @@ def below(builder: Builder, count: Value) -> Value:
 
 
 def load_lanes(builder: Builder, address: Value, lanes: Value) -> Value:
-    """Load the masked ``lanes`` of 32 bfloat16. Other lanes are zero, and their memory is not read."""
+    """Load the masked ``lanes`` of 32 bfloat16. Other lanes are zero; their memory is not read."""
     where = builder.inttoptr(address, ir.PointerType())
     return call(builder, "llvm.masked.load.v32i16.p0", PACKED, where, *NARROW, lanes, all_lanes(PACKED, 0))
 
@@ -147,12 +147,12 @@ def even_and_odd(builder: Builder, value: Value) -> tuple[Value, Value]:
 
 
 def rounded(builder: Builder, first: Value, second: Value) -> Value:
-    """Two vectors of float32, rounded to one of bfloat16: the first, then the second."""
+    """Round two float32 vectors to one bfloat16 vector, the second after the first."""
     return call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PACKED, second, first)
 
 
 def interleaved(builder: Builder, first: Value, second: Value) -> tuple[Value, Value]:
-    """Words that pair each bfloat16 of the first vector with the one of the second: two vectors."""
+    """Two vectors of words. A word is a bfloat16 of the first vector and the one of the second in the same lane."""
     kind = ir.VectorType(I32, PAIR)
     orders = [[LANES * half + lane // 2 + PAIR * (lane % 2) for lane in range(PAIR)] for half in range(2)]
     low, high = (builder.shuffle_vector(first, second, ir.Constant(kind, order)) for order in orders)
@@ -160,12 +160,12 @@ def interleaved(builder: Builder, first: Value, second: Value) -> tuple[Value, V
 
 
 def add_products(builder: Builder, sums: Value, first: Value, second: Value) -> Value:
-    """``sums``, float32, plus both products of each pair of words."""
+    """Add both bfloat16 products of each pair of words to ``sums``, float32."""
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, first, second)
 
 
 def combined(builder: Builder, values: Sequence[Value], signs: Sequence[int]) -> Value:
-    """The sum of ``values`` times ``signs``, which are 1, 0 or -1; at least one sign is 1."""
+    """The sum of ``values`` times ``signs``. Signs are 1, 0 or -1; at least one is 1."""
     added = [value for value, sign in zip(values, signs, strict=True) if sign == 1]
     result = added[0]
     for value in added[1:]:

@@ -1,4 +1,4 @@
-"""2x2 max-pooling and its gradient as kernels for CPU ranks. An index is a byte, where PyTorch's has 64 bits."""
+"""CPU kernels for 2x2 max-pooling and its gradient. An index is one byte; PyTorch's has eight."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ class PoolArguments(NamedTuple):
         columns: channels.
         x: (images * height * width, columns), the input.
         y: (images * (height // 2) * (width // 2), columns), gets the maximum of each window.
-        places: as ``y``, uint8: gets the place of the maximum in its window, 0 to 3, the first one of equal ones.
+        places: shaped as ``y``, uint8: gets the place of the maximum in its window, 0 to 3; the first of equal values.
     """
 
     images: int
@@ -38,9 +38,9 @@ class PoolGradientArguments(NamedTuple):
         height: of an input image.
         width: of an input image.
         columns: channels.
-        gradient: as ``y`` of :func:`max_pool`, whose gradient it is.
-        places: as :func:`max_pool` wrote them.
-        out: as its ``x``, gets the gradient.
+        gradient: shaped as ``y`` of :func:`max_pool`: the gradient of ``y``.
+        places: those that :func:`max_pool` wrote.
+        out: shaped as ``x`` of :func:`max_pool`: gets the gradient of ``x``.
     """
 
     images: int
@@ -87,7 +87,7 @@ def max_pool(element: Any, _variant: int) -> Any:
 
 @njit(inline="always")
 def _better(best, place, value, its_place):
-    """The larger value and its place; the first one of equal ones. NaN wins."""
+    """The larger value and its place; the first of equal values. NaN counts as the largest."""
     wide = widened(value)
     wins = wide > widened(best) or wide != wide
     return (value if wins else best), (its_place if wins else place)

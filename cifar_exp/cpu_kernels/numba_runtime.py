@@ -1,10 +1,10 @@
 """Compile kernels with numba and run them on torch's threads.
 
-A kernel is a function of one address, that of an array of int64: its shape, numbers, and the addresses of its arrays.
-:func:`arguments` reads that array into named fields. numba compiles a kernel when a machine first uses it, and keeps
+A kernel has one argument, the address of an array of int64: integers, floats as bits, and addresses of arrays.
+:func:`arguments` reads that array into named fields. numba compiles a kernel when a machine first uses it, and caches
 the machine code on disk.
 
-numpy has no bfloat16, so it comes as uint16. Arithmetic is float32.
+numpy has no bfloat16, so kernels see it as uint16. Arithmetic is float32.
 """
 
 import ctypes
@@ -27,15 +27,15 @@ from torch import Tensor
 
 from cifar_exp.system.host import library_file
 
-Kernel = Callable[[Any, int], Any]  # from the element type of activations and a variant to the function to compile
+Kernel = Callable[[Any, int], Any]  # takes dtype of activations and variant, returns the function to compile
 
 ELEMENTS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
-OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # a division by zero need not raise
-# The source of every file in this folder, read at import: a kernel may use functions from any of them.
+OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}  # no check for division by zero
+# The source of every file in this folder, for the cache key: a kernel may use functions from any of them.
 SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 # Kernels run on the threads of the OpenMP library that torch uses: two thread pools would compete for the cores. A
-# preloaded OpenMP library also serves torch, so it is looked for first.
+# preloaded OpenMP library replaces torch's, so it is tried first.
 _openmp = ctypes.CDLL(None)
 if not hasattr(_openmp, "GOMP_parallel"):
     _openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library_file("torch_cpu")))
@@ -46,7 +46,7 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 wait_for_threads = types.ExternalFunction("GOMP_barrier", types.void())
-cfunc(types.void())(lambda: None)  # numba's lazy imports happen here, before ranks are forked
+cfunc(types.void())(lambda: None)  # triggers numba's lazy imports before ranks are forked
 
 
 @intrinsic
@@ -60,7 +60,7 @@ def pointer(_context, address):
 
 
 def arguments(fields: type) -> Any:
-    """A function for kernels that reads their array of int64 into ``fields``, a ``NamedTuple``, in its order."""
+    """Make a function for kernels that reads their array of int64 into ``fields``, a ``NamedTuple``."""
     count = len(fields._fields)  # type: ignore[attr-defined]
     taken = types.NamedUniTuple(types.int64, count, fields)
 
@@ -77,7 +77,7 @@ def arguments(fields: type) -> Any:
 
 @njit(inline="always")
 def share(count):
-    """The part of ``count`` items that this thread takes: first index, and the one after the last."""
+    """The part of ``count`` items for this thread: its first index, and its last index + 1."""
     return count * thread_number() // thread_count(), count * (thread_number() + 1) // thread_count()
 
 
@@ -93,7 +93,7 @@ def _overload_widened(value):
 
 
 def narrowed(value, like):
-    """A float32 rounded to the element type of the array ``like``, to nearest, ties to even."""
+    """A float32 rounded to the dtype of the array ``like``, to nearest, ties to even."""
 
 
 @overload(narrowed, inline="always")
@@ -112,14 +112,14 @@ def _overload_narrowed(value, like):
 
 @cache
 def target() -> tuple[str, str, frozenset[str]]:
-    """What numba compiles for: system, processor, and the processor features that may be used."""
+    """The target of numba: system, processor, and enabled processor features."""
     system, processor, features = cpu_target.target_context.codegen().magic_tuple()
     return system, processor, frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 @cache
 def _cache_key() -> str:
-    """Changes with the machine and with every file of this folder."""
+    """The cache key: a hash of the machine and of every file in this folder."""
     system, processor, features = target()
     machine = " ".join([system, processor, *sorted(features)])
     return sha256(b"".join([machine.encode(), *SOURCES])).hexdigest()[:12]
@@ -127,16 +127,16 @@ def _cache_key() -> str:
 
 @cache
 def compiled(kernel: Kernel, dtype: torch.dtype, variant: int = 0) -> Any:
-    """A kernel's machine code. It takes the address of an array of int64; see the head of this file.
+    """A kernel's machine code. Its argument is the address of an array of int64; see the head of this file.
 
     Raises:
-        Exception: numba cannot compile the kernel here; it has many kinds of error.
+        Exception: numba cannot compile the kernel here. It raises exceptions of many types.
     """
     function = kernel(ELEMENTS[dtype], variant)
-    # numba caches functions of one name in one file, which processes that write at once would corrupt. It also only
-    # checks whether the kernel's own file has changed. So the name has all of the cache key.
+    # numba caches all functions of one name in one file. Two processes that write it would corrupt it, and numba checks
+    # only the kernel's own source file for changes. So the whole cache key is part of the name.
     function.__qualname__ = f"{kernel.__name__}-{str(dtype).removeprefix('torch.')}-{variant}-{_cache_key()}"
-    for on_disk in (True, False):  # the cache may not be writable, be full or be damaged
+    for on_disk in (True, False):  # the cache may be read-only, full or damaged
         with suppress(Exception) if on_disk else nullcontext():
             return cfunc(types.void(types.CPointer(types.int64)), cache=on_disk, **OPTIONS)(function)
     raise AssertionError
@@ -153,10 +153,10 @@ def launch(
 
     Args:
         kernel: the kernel.
-        shape: its integers, the first slots of its arguments.
-        numbers: its floats, the slots after these.
-        arrays: its arrays, the last slots; contiguous. The first one has the dtype of the activations.
-        variant: which variant of the kernel, such as an activation.
+        shape: integers, its first arguments.
+        numbers: floats, the arguments after these.
+        arrays: contiguous arrays, its last arguments. The first one has the dtype of the activations.
+        variant: number of the kernel's variant, such as an activation.
     """
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
     values = (*shape, *bits, *(array.data_ptr() for array in arrays))

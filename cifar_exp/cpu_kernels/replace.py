@@ -1,4 +1,4 @@
-"""Which layers of a network are replaced by fused ones."""
+"""Select the layers of a network that fused layers replace."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -22,15 +22,15 @@ from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool, Winogra
 def fuse_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace layers of ``model`` by fused ones. Parameters and buffers stay the same tensors.
 
-    Replaced are
+    Layers that are replaced:
 
-    - ``nn.BatchNorm2d``, together with the ReLU or exact GELU after it in an ``nn.Sequential``. An ``nn.Identity``
-      takes the activation's place, so that the layers after it keep their names.
+    - ``nn.BatchNorm2d``, with the ReLU or exact GELU after it in an ``nn.Sequential``. An ``nn.Identity``
+      replaces the activation, so that later layers keep their names.
     - ``nn.MaxPool2d`` over 2x2 windows.
-    - ``nn.Conv2d`` with 3x3 kernels that keeps the size of images, in bfloat16, on processors that multiply bfloat16
+    - ``nn.Conv2d`` with 3x3 kernels, stride 1 and padding 1, in bfloat16, on processors that multiply bfloat16
       with AVX512 and have no AMX.
 
-    Layers that occur twice or have hooks are kept. Kernels are compiled here, not in the first step.
+    Layers that are used twice or have hooks are kept. Kernels are compiled here, before the first step.
 
     Args:
         model: on the CPU, channels-last.
@@ -62,7 +62,7 @@ def fuse_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _replacements(
     parent: nn.Module, dtype: torch.dtype, single: Collection[nn.Module]
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Replacements: parent, name of the child, new layer. ``single``: the layers that occur once in the network."""
+    """Replacements: parent, name of the child, new layer. ``single``: layers that are used once in the network."""
     layers = {
         name: layer
         for name, layer in parent._modules.items()
@@ -84,13 +84,13 @@ def _replacements(
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Whether something is attached to the call of a layer."""
+    """Whether a layer has hooks or its own ``forward``."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     return "forward" in vars(layer) or any(getattr(layer, name, None) for name in hooks)
 
 
 def _activation(layer: nn.Module | None) -> int:
-    """The kernels' number for an activation layer; the identity for any other layer."""
+    """The variant of the kernels for an activation layer; the identity's for any other layer."""
     if type(layer) is nn.ReLU:
         return activations.RELU
     return activations.GELU if type(layer) is nn.GELU and layer.approximate == "none" else activations.IDENTITY

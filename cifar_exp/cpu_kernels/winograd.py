@@ -1,8 +1,8 @@
 """3x3 convolutions and their gradients with 16 products instead of 36, for CPU ranks that multiply bfloat16.
 
 Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks",
-arXiv:1509.09308): a tile of 2x2 outputs follows from 4x4 inputs, by one product for each of 16 transformed inputs and
-weights. In one dimension, with * for the element-wise product:
+arXiv:1509.09308) computes a tile of 2x2 outputs from 4x4 inputs. Inputs and weights are transformed to 16 numbers each,
+and each pair is multiplied once. In one dimension, with * for the element-wise product:
 
     outputs = A' ((G weights) * (B' inputs)),    gradient of weights = G' sum over tiles of ((A gradient) * (B' inputs))
 
@@ -24,17 +24,17 @@ from cifar_exp.cpu_kernels.winograd_convolution import convolution
 from cifar_exp.cpu_kernels.winograd_tiles import GROUP, GROUP_BYTES, POINTS, PRODUCTS, TILE_PRODUCTS, TILES, WORD
 from cifar_exp.cpu_kernels.winograd_weight_gradient import TILE_PAIRS, weight_gradient
 
-FEWEST_TILES = 256  # per thread; with fewer, transforming weights and summing over threads takes longer than is saved
-LEAST_SAVED = 1.2  # products of a direct convolution per product here, counting partly empty groups and tiles
+FEWEST_TILES = 256  # per thread; with fewer, transforming weights and summing over threads costs more than it saves
+LEAST_SAVED = 1.2  # minimum of direct products / products here, including the padding of groups and tiles
 
 
 def runs() -> bool:
-    """Whether the processor has the instructions."""
+    """Whether the processor has the instructions that the kernels need."""
     return target()[2].issuperset(llvm_vectors.NEEDED)
 
 
 def pays() -> bool:
-    """Whether it has them, and no AMX, with which oneDNN's direct convolutions are faster."""
+    """Whether the kernels are faster than oneDNN's. With AMX, oneDNN's direct convolutions are faster."""
     return runs() and "amx-bf16" not in target()[2]
 
 

@@ -1,4 +1,4 @@
-"""Winograd's convolution, forward and the gradient of inputs, as a kernel. The method: see ``winograd.py``."""
+"""The kernel for Winograd's convolution and its gradient of inputs. ``winograd.py`` explains the method."""
 
 from typing import Any, NamedTuple
 
@@ -43,16 +43,16 @@ class ConvolutionArguments(NamedTuple):
         width: of an image.
         inputs: channels of ``x``.
         outputs: channels of ``y``.
-        backward: 0: a convolution. 1: its gradient of inputs; ``x`` is then the gradient of outputs.
+        backward: 0 for a convolution; 1 for its gradient of inputs, with the gradient of outputs as ``x``.
         x: (images, height, width, inputs).
         weight: (outputs, 3, 3, inputs) float32; backward: (inputs, 3, 3, outputs).
         bias: (outputs rounded up to whole groups,) float32.
         y: (images, height, width, outputs), gets the result.
-        zeros: a group of zeros, read outside of images.
+        zeros: a group of zeros, the padding.
         transformed: (16, outputs, inputs) bfloat16, workspace: transformed weights; backward: (16, inputs, outputs).
-        factors: (groups of outputs, 16, half the inputs, 32 outputs) words, workspace: the same as pairs of inputs.
-        tiles: for each thread ``TILES`` transformed tiles, workspace.
-        products: for each thread ``TILES`` tiles of products, workspace.
+        factors: (groups of outputs, 16, half the inputs, 32 outputs) words, workspace: transformed weights in pairs.
+        tiles: ``TILES`` transformed tiles per thread, workspace.
+        products: ``TILES`` tiles of products per thread, workspace.
     """
 
     images: int
@@ -110,7 +110,7 @@ def _transform_tiles(a, first, count, tiles, tile_bytes):
 
 @njit(inline="always")
 def _multiply_tiles(a, first, count, block, tiles, tile_bytes, products):
-    """Multiply transformed tiles by the factors of one group of outputs; meanwhile prefetch the next tiles."""
+    """Multiply transformed tiles by the factors of one group of outputs, and prefetch the next tiles."""
     groups = group_count(a.inputs)
     for point in range(POINTS):
         if block == 0:
@@ -141,7 +141,7 @@ def _write_outputs(a, first, count, block, products):
 
 @njit(inline="always")
 def _prepare_factors(a):
-    """Transform the weights, and pack them as pairs of inputs in the order of the layout. Threads share the work."""
+    """Transform the weights and pack them in pairs of inputs, in layout order. Threads share the work."""
     groups, blocks = group_count(a.inputs), group_count(a.outputs)
     if a.backward:
         weight = carray(pointer(a.weight), (a.inputs, 3, 3, a.outputs), np.float32)
@@ -198,6 +198,6 @@ def _row_of_g(row, first, second, third):
 
 @njit(inline="always")
 def _turned(point):
-    """The same point of a kernel that is rotated by 180 degrees, as the gradient of inputs needs it."""
+    """The same point of the kernel rotated by 180 degrees, which the gradient of inputs needs."""
     i, j = point // 4, point % 4
     return 4 * (i if i % 3 else 3 - i) + (j if j % 3 else 3 - j)

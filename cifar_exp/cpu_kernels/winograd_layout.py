@@ -1,4 +1,4 @@
-"""Where channels and tiles lie in the workspaces of Winograd's kernels.
+"""The memory layout of channels and tiles in the workspaces of Winograd's kernels.
 
 Channels come in groups of 32. In a group, the even channels come before the odd ones: a vector of bfloat16 becomes two
 vectors of float32, and back, without moving lanes.
@@ -12,20 +12,20 @@ from cifar_exp.cpu_kernels.winograd_tiles import GROUP
 
 @njit(inline="always")
 def group_count(channels):
-    """Groups that hold so many channels; the last one may be partly empty."""
+    """The number of groups for ``channels`` channels. The last group may be partly empty."""
     return (channels + GROUP - 1) // GROUP
 
 
 @njit(inline="always")
 def channel_at(place):
-    """The channel at a place."""
+    """The channel at a place in the layout."""
     within = place % GROUP
     return place - within + (2 * within if within < LANES else 2 * (within - LANES) + 1)
 
 
 @njit(inline="always")
 def tile_count(images, height, width):
-    """Tiles of 2x2 outputs; at odd sides the last one reaches over the edge."""
+    """The number of tiles of 2x2 outputs. For odd sides the last tile extends beyond the edge."""
     return images * ((height + 1) // 2) * ((width + 1) // 2)
 
 

@@ -1,4 +1,4 @@
-"""Winograd's transforms of tiles, and the products of transformed tiles, as functions for kernels."""
+"""Functions for kernels: Winograd's transforms of tiles, and products of transformed tiles."""
 
 from itertools import product
 from typing import Any
@@ -11,14 +11,14 @@ from cifar_exp.cpu_kernels.llvm_vectors import BYTES, LANES, Builder, Value, inl
 
 GROUP = llvm_vectors.PAIR  # channels
 POINTS = 16  # of a transformed tile
-TILES = 12  # of a convolution at a time: the sums of each, two vectors, stay in registers
-# Rows of B', A' and A. The last row of A has the opposite sign here; the last transform corrects it.
+TILES = 12  # of a convolution at a time; their sums, two vectors each, fit into registers
+# Rows of B', A' and A. The last row of A is negated here; the last transform corrects the sign.
 OF_INPUTS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 OF_PRODUCTS = ((1, 1, 1, 0), (0, 1, -1, -1))
 OF_GRADIENTS = ((1, 0), (1, 1), (1, -1), (0, 1))
 HALF = np.float32(0.5)
 GRADIENT_ROWS = 8  # input channels of a weight gradient at a time
-# Bytes. Tiles are one cache line further apart than their size, or all would map to the same cache sets.
+# Bytes. Tiles are padded by one cache line; otherwise all would map to the same cache sets.
 WORD = 4  # two bfloat16, or a float32
 FACTORS = BYTES  # one point of a group of channels as bfloat16
 PRODUCTS = 2 * BYTES  # one point of a group of channels as float32, or as bfloat16 of two tiles
@@ -37,8 +37,8 @@ def _transformed(builder: Builder, grid: list[list[Value]], matrix: Any) -> list
 def _tile(builder: Builder, side: int, matrix: Any, place: tuple[Value, ...]) -> list[tuple[Value, Value]]:
     """Transform ``side`` x ``side`` pixels of a group of channels. Returns the points: even channels, odd channels.
 
-    ``place``: address of this group in the image's first pixel; height, width and channels of the image; channels from
-    this group on; first row and column of the tile, which may lie outside of the image; address of zeros.
+    ``place``: address of this group in the image's first pixel; height, width and channels of the image; number of
+    channels from this group on; first row and column of the tile, possibly outside the image; address of zeros.
     """
     image, height, width, channels, left, top, first, zeros = place
     lanes = llvm_vectors.below(builder, left)
@@ -64,14 +64,14 @@ def transform_inputs(builder, image, height, width, channels, left, top, first, 
 
 @inlined
 def transform_second_inputs(builder, image, height, width, channels, left, top, first, zeros, before, out):
-    """The same for the second tile of a pair, interleaved with the first one at ``before``."""
+    """Transform the second tile of a pair, and interleave it with the first one, which is at ``before``."""
     place = (image, height, width, channels, left, top, first, zeros)
     _interleave(builder, _tile(builder, 4, OF_INPUTS, place), before, out)
 
 
 @inlined
 def transform_gradients(builder, image, height, width, channels, left, top, first, zeros, sums, out):
-    """The same for 2x2 gradients of outputs. They are also added to ``sums``, the bias gradient of this group."""
+    """Transform 2x2 gradients of outputs. They are also added to ``sums``, the bias gradient of this group."""
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
     _add_to_bias(builder, points, sums)
     _store(builder, points, out)
@@ -79,7 +79,7 @@ def transform_gradients(builder, image, height, width, channels, left, top, firs
 
 @inlined
 def transform_second_gradients(builder, image, height, width, channels, left, top, first, zeros, sums, before, out):
-    """The same for the second tile of a pair, interleaved with the first one at ``before``."""
+    """Transform the second tile of a pair, and interleave it with the first one, which is at ``before``."""
     points = _tile(builder, 2, OF_GRADIENTS, (image, height, width, channels, left, top, first, zeros))
     _add_to_bias(builder, points, sums)
     _interleave(builder, points, before, out)
@@ -101,7 +101,7 @@ def _interleave(builder: Builder, points: list[tuple[Value, Value]], before: Val
 
 
 def _add_to_bias(builder: Builder, points: list[tuple[Value, Value]], sums: Value) -> None:
-    """Add the sum of a tile's gradients to ``sums``: that is its point 5, since row 1 of A is (1, 1)."""
+    """Add the sum of a tile's gradients to ``sums``. That sum is point 5, because row 1 of A is (1, 1)."""
     for half, value in enumerate(points[5]):
         address = llvm_vectors.moved(builder, sums, BYTES * half)
         llvm_vectors.store(
@@ -111,7 +111,7 @@ def _add_to_bias(builder: Builder, points: list[tuple[Value, Value]], sums: Valu
 
 @inlined
 def transform_products(builder, products, bias, out, width, channels, rows_left, columns_left, left):
-    """Transform 16 points of 32 channels to 2x2 outputs. Those outside of the image are not written."""
+    """Transform 16 points of 32 channels to 2x2 outputs. Outputs outside the image are not written."""
     lanes = llvm_vectors.below(builder, left)
     halves = []
     for half in range(2):
@@ -182,7 +182,7 @@ def accumulate(builder, a, a_pair, b, b_pair, pairs, out, out_row):
 
 
 def _add_products(builder: Builder, sums: list[list[Value]], rows: list[Value], b: Value) -> None:
-    """Add to ``sums``, two vectors for each word in ``rows``: products of the word and the two vectors at ``b``."""
+    """Add to ``sums`` the products of each word in ``rows`` and the two vectors at ``b``."""
     columns = [
         llvm_vectors.load(builder, llvm_vectors.WORDS, llvm_vectors.moved(builder, b, BYTES * half))
         for half in range(2)

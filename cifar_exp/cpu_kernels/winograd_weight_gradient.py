@@ -1,4 +1,4 @@
-"""The gradients of weight and bias of Winograd's convolution as a kernel. The method: see ``winograd.py``."""
+"""The kernel for Winograd's gradients of weight and bias. ``winograd.py`` explains the method."""
 
 from typing import Any, NamedTuple
 
@@ -50,10 +50,10 @@ class WeightGradientArguments(NamedTuple):
         gradient: (images, height, width, outputs), the gradient of its output.
         weight: (outputs, 3, 3, inputs) float32, gets the gradient of the weight.
         bias: (outputs,) float32, gets the gradient of the bias.
-        zeros: a group of zeros, read outside of images.
-        tile: for each thread one group of a transformed tile, workspace.
-        input_tiles: for each thread ``TILE_PAIRS`` pairs of transformed tiles of inputs, workspace.
-        gradient_tiles: the same of gradients, workspace.
+        zeros: a group of zeros, the padding.
+        tile: one group of a transformed tile per thread, workspace.
+        input_tiles: ``TILE_PAIRS`` pairs of transformed input tiles per thread, workspace.
+        gradient_tiles: the same number of pairs of transformed gradients, workspace.
         weight_sums: (threads, 16, inputs, outputs) float32, workspace.
         bias_sums: (threads, outputs) float32, workspace.
     """
@@ -109,7 +109,7 @@ def _pair_bytes(channels):
 
 @njit(inline="always")
 def _transform_pairs(a, first, count, thread):
-    """Transform ``count`` pairs of tiles of inputs and of gradients; add the gradients to the sums for the bias."""
+    """Transform ``count`` pairs of input and gradient tiles, and add the gradients to the bias sums."""
     x_bytes, g_bytes = _pair_bytes(a.inputs), _pair_bytes(a.outputs)
     x_image, g_image = 2 * a.height * a.width * a.inputs, 2 * a.height * a.width * a.outputs
     before = a.tile + thread * GROUP_BYTES
@@ -118,7 +118,7 @@ def _transform_pairs(a, first, count, thread):
     for pair in range(count):
         n, i, j = corner(2 * (first + pair), a.height, a.width)
         m, k, q = corner(2 * (first + pair) + 1, a.height, a.width)
-        second_height = a.height if m < a.images else 0  # the last one of an odd number of tiles has no second tile
+        second_height = a.height if m < a.images else 0  # with an odd number of tiles, the last pair has one tile
         for c in range(0, a.inputs, GROUP):
             left = a.inputs - c
             transform_inputs(
@@ -141,7 +141,7 @@ def _transform_pairs(a, first, count, thread):
 
 @njit(inline="always")
 def _accumulate_pairs(a, first, count, thread):
-    """Add the products of ``count`` pairs to this thread's sums; meanwhile prefetch the next tiles."""
+    """Add the products of ``count`` pairs to this thread's sums, and prefetch the next tiles."""
     rows, columns = group_count(a.inputs) * GROUP, group_count(a.outputs) * GROUP
     x_bytes, g_bytes = _pair_bytes(a.inputs), _pair_bytes(a.outputs)
     x_tiles, g_tiles = a.input_tiles + thread * TILE_PAIRS * x_bytes, a.gradient_tiles + thread * TILE_PAIRS * g_bytes
@@ -164,7 +164,7 @@ def _accumulate_pairs(a, first, count, thread):
 
 @njit(inline="always")
 def _write_weights(a, weight_sums, threads):
-    """Add up the threads' sums and transform them to the gradient of the weight."""
+    """Sum over threads and transform to the gradient of the weight."""
     rows, columns = group_count(a.inputs) * GROUP, group_count(a.outputs) * GROUP
     weights = carray(pointer(a.weight), (a.outputs, 3, 3, a.inputs), np.float32)
     grid, half = np.empty((POINTS, columns), np.float32), np.empty((3, 4, columns), np.float32)
@@ -192,7 +192,7 @@ def _write_weights(a, weight_sums, threads):
 
 @njit(inline="always")
 def _write_biases(a, bias_sums, threads):
-    """Add up the threads' sums to the gradient of the bias."""
+    """Sum over threads to the gradient of the bias."""
     biases = carray(pointer(a.bias), a.outputs, np.float32)
     begin, end = share(group_count(a.outputs) * GROUP)
     for column in range(begin, end):

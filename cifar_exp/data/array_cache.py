@@ -149,7 +149,7 @@ def check_decoded(residency: str) -> None:
     if residency not in get_args(Decoded):
         raise ConfigError(
             f"data.residency={residency}: it must be auto, device or host; only data=folders can read image files "
-            f"while training. Set data.residency=auto"
+            f"during training. Set data.residency=auto"
         )
 
 

@@ -32,7 +32,7 @@ def read_archive(path: Path) -> tuple[tuple[str, ...], Arrays]:
         train = [_batch(_unpickle(members[name], path), len(classes)) for name in _TRAIN_BATCHES]
         test = _batch(_unpickle(members["test_batch"], path), len(classes))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} does not hold CIFAR-10 batches: {error!r}. {_REPLACE}") from error
+        raise DataError(f"{path} does not contain CIFAR-10 batches: {error!r}. {_REPLACE}") from error
     images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
     return classes, {"train": (images, labels), "test": test}
 
@@ -53,7 +53,9 @@ def _read_members(path: Path) -> dict[str, bytes]:
                     kind = (
                         "a link to " + member.linkname if member.islnk() or member.issym() else f"{member.size:,} bytes"
                     )
-                    raise DataError(f"{path} holds {member.name!r} ({kind}), which the release does not. {_REPLACE}")
+                    raise DataError(
+                        f"{path} contains {member.name!r} ({kind}), which is not in the release. {_REPLACE}"
+                    )
                 file = archive.extractfile(member)
                 assert file is not None  # regular files have content
                 contents[name] = file.read()
@@ -101,7 +103,7 @@ def _unpickle(content: bytes, path: Path) -> dict[bytes, Any]:
     except DataError as error:
         raise DataError(f"{path} is refused: {error}. {_REPLACE}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{path} holds a damaged batch: {error!r}. {_REPLACE}") from error
+        raise DataError(f"{path} has a damaged batch: {error!r}. {_REPLACE}") from error
     if not isinstance(loaded, dict):
-        raise DataError(f"{path} holds a batch that is no dictionary but {type(loaded).__name__}. {_REPLACE}")
+        raise DataError(f"{path} contains a batch that is not a dictionary but {type(loaded).__name__}. {_REPLACE}")
     return loaded

@@ -21,7 +21,7 @@ from cifar_exp.data.array_cache import dataset_cache, expanded, prepare
 from cifar_exp.data.dataset_files import Arrays, DatasetFiles, Residency
 from cifar_exp.data.image_files import Listing, prepare_files
 from cifar_exp.data.image_reader import Preprocessing, decode_image, read_image
-from cifar_exp.data.image_tree import HIDDEN, IMAGE_SUFFIXES, STRAY, LeftOut, images_below, is_image_name
+from cifar_exp.data.image_tree import HIDDEN, IMAGE_SUFFIXES, STRAY, SkippedFiles, images_below, is_image_name
 from cifar_exp.data.presence import EXPECTED, SPLITS, SplitName, check_tree
 from cifar_exp.errors import ConfigError, DataError
 from cifar_exp.system.printable import printable
@@ -73,7 +73,7 @@ def folders(
         return prepare_files(dataset_cache(root, cache), _listing(root, tree, image_size), image_size, workers)
 
     files = _decoded_files(root, tree, dataset_cache(root, cache), image_size)
-    return replace(files, residency=residency, left_out=tree.left_out)
+    return replace(files, residency=residency, skipped=tree.skipped)
 
 
 def _decoded_files(root: Path, tree: "_Tree", cache: Path, image_size: int | None) -> DatasetFiles:
@@ -82,7 +82,9 @@ def _decoded_files(root: Path, tree: "_Tree", cache: Path, image_size: int | Non
     def decode() -> tuple[tuple[str, ...], Arrays]:
         arrays = _decode_images(root, tree, image_size)
         if _scan(root) != tree:
-            raise DataError(f"data.root={root} changed while its images were read. Start again once it stays as it is.")
+            raise DataError(
+                f"data.root={root} changed while its images were read. Start again when it no longer changes."
+            )
         return tree.classes, arrays
 
     resized = "" if image_size is None else f" {image_size}"
@@ -104,7 +106,7 @@ def _decoded_files(root: Path, tree: "_Tree", cache: Path, image_size: int | Non
 def _listing(root: Path, tree: "_Tree", image_size: int) -> Listing:
     paths, labels = [file.path for file in tree.files], [file.label for file in tree.files]
     digest = _hash_listing(f"loader {image_size}".encode(), tree.files)
-    return Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest, tree.left_out)
+    return Listing(root.absolute(), tree.classes, paths, labels, tree.train_count, digest, tree.skipped)
 
 
 class _ImageFile(NamedTuple):
@@ -118,7 +120,7 @@ class _Tree(NamedTuple):
     classes: tuple[str, ...]  # sorted
     files: list[_ImageFile]  # the training images, then the test images, each sorted by class and name
     train_count: int
-    left_out: str
+    skipped: str
 
 
 def _scan(root: Path) -> _Tree:
@@ -128,31 +130,31 @@ def _scan(root: Path) -> _Tree:
         DataError: a folder or a class is missing, or a class has no images.
     """
     check_tree(root)
-    left_out = LeftOut()
+    skipped = SkippedFiles()
     try:
-        names = {split: _class_names(root / split, left_out) for split in SPLITS}
+        names = {split: _class_names(root / split, skipped) for split in SPLITS}
         _check_classes(root, names)
         classes = tuple(names["train"])
         train, test = (
-            [file for label, name in enumerate(classes) for file in _class_files(root, split, name, label, left_out)]
+            [file for label, name in enumerate(classes) for file in _class_files(root, split, name, label, skipped)]
             for split in SPLITS
         )
     except OSError as error:
         where = printable(os.fsdecode(error.filename))
         raise DataError(f"data.root={root}: {where} cannot be read: {error.strerror}") from error
-    return _Tree(classes, train + test, len(train), left_out.line())
+    return _Tree(classes, train + test, len(train), skipped.line())
 
 
-def _class_names(folder: Path, left_out: LeftOut) -> list[str]:
+def _class_names(folder: Path, skipped: SkippedFiles) -> list[str]:
     names: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
-                left_out[HIDDEN] += 1
+                skipped[HIDDEN] += 1
             elif entry.is_dir():
                 names.append(entry.name)
             elif is_image_name(entry.name):
-                left_out[STRAY] += 1
+                skipped[STRAY] += 1
     return sorted(names)
 
 
@@ -170,9 +172,9 @@ def _check_classes(root: Path, names: dict[SplitName, list[str]]) -> None:
             )
 
 
-def _class_files(root: Path, split: SplitName, name: str, label: int, left_out: LeftOut) -> list[_ImageFile]:
+def _class_files(root: Path, split: SplitName, name: str, label: int, skipped: SkippedFiles) -> list[_ImageFile]:
     folder = f"{split}/{name}"
-    images = images_below(root / folder, left_out)
+    images = images_below(root / folder, skipped)
     if not images:
         raise DataError(
             f"data.root={root}: the class folder {printable(root / folder)} has no images "

@@ -77,7 +77,7 @@ class DatasetFiles:
         residency: ``device`` copies the images to the training device, ``host`` leaves them in host memory, ``auto``
             chooses between the two by the device's free memory. ``loader`` reads files and needs ``ImageFiles``.
         validation_count: training images that are held out as the validation split (``validation_split.py``).
-        left_out: the files of the source that are not used, in one line; empty if all are used.
+        skipped: the files of the source that are not used, in one line; empty if all are used.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ class DatasetFiles:
     content_hash: str
     residency: Residency = "auto"
     validation_count: int = 0
-    left_out: str = ""
+    skipped: str = ""
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -26,7 +26,7 @@ SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _TIMEOUT = 30.0  # seconds without data
 _CHUNK = 2**20  # bytes
 _GZIP = b"\x1f\x8b"
-_WHAT_TO_TYPE = f"""Set one of these instead:
+_REMEDY = f"""Set one of these instead:
   data.archive=<file>     a copy of {ARCHIVE_FILE} that is on this machine
   data.mirror=<address>   another address of the same file
   data=folders data.root=<folder>   images of your own, in train/<class>/ and test/<class>/
@@ -49,7 +49,7 @@ def fetch_archive(root: Path, *, mirror: str | None, archive: str | Path | None)
     if archive is not None:
         path = Path(archive).expanduser()
         if not path.is_file():
-            raise DataError(f"data.archive={archive} is no file (looked for {path.absolute()}).\n{_WHAT_TO_TYPE}")
+            raise DataError(f"data.archive={archive} is not a file (looked for {path.absolute()}).\n{_REMEDY}")
         _check(path, f"data.archive={archive}", f"It must be {ARCHIVE_FILE} as it was released.")
         return path
     address = mirror or ADDRESS
@@ -102,7 +102,7 @@ def _download(address: str, part: Path, advice: str) -> None:
             return
         part.unlink()
         if not begun:
-            raise DataError(f"The file at {address} is not the CIFAR-10 archive: it has {problem}.\n{_WHAT_TO_TYPE}")
+            raise DataError(f"The file at {address} is not the CIFAR-10 archive: it has {problem}.\n{_REMEDY}")
 
 
 def _receive(address: str, part: Path, begun: int, advice: str) -> None:
@@ -114,14 +114,14 @@ def _receive(address: str, part: Path, begun: int, advice: str) -> None:
         chunk = response.read(_CHUNK)
         if not received and not chunk.startswith(_GZIP):
             raise DataError(
-                f"{address} answered with something else than an archive (a web page for logging in?). "
-                f"It begins with {chunk[:40]!r}.\n{_WHAT_TO_TYPE}"
+                f"{address} did not send the archive, but perhaps a login page. "
+                f"It begins with {chunk[:40]!r}.\n{_REMEDY}"
             )
         if promised is not None and received + int(promised) != SIZE:
             found = received + int(promised)
             raise DataError(
                 f"The file at {address} is not the CIFAR-10 archive: it has {found:,} bytes where {SIZE:,} are "
-                f"expected.\n{_WHAT_TO_TYPE}"
+                f"expected.\n{_REMEDY}"
             )
         with storage_errors(part, advice):
             file = part.open("ab" if resumes else "wb")
@@ -137,7 +137,7 @@ def _receive(address: str, part: Path, begun: int, advice: str) -> None:
     if received < SIZE:
         raise DataError(
             f"The connection to {address} ended after {received:,} of {SIZE:,} bytes. They are kept in {part}: "
-            f"start again to resume.\n{_WHAT_TO_TYPE}"
+            f"start again to resume.\n{_REMEDY}"
         )
 
 
@@ -180,4 +180,4 @@ def _network_errors(address: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     else:
         return
-    raise DataError(f"CIFAR-10 cannot be downloaded from {address}: {reason}.\n{_WHAT_TO_TYPE}")
+    raise DataError(f"CIFAR-10 cannot be downloaded from {address}: {reason}.\n{_REMEDY}")

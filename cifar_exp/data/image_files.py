@@ -81,7 +81,7 @@ class Listing:
         labels: one for each path.
         train_count: training images.
         digest: hash of the listing and of the files' sizes and times, in hex.
-        left_out: the files of the tree that are not used, in one line.
+        skipped: the files of the tree that are not used, in one line.
     """
 
     root: Path
@@ -90,7 +90,7 @@ class Listing:
     labels: Sequence[int]
     train_count: int
     digest: str
-    left_out: str = ""
+    skipped: str = ""
 
 
 def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int | Literal["auto"]) -> ImageFiles:
@@ -128,7 +128,7 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
         std=(std[0], std[1], std[2]),
         content_hash=listing.digest,
         residency="loader",
-        left_out=listing.left_out,
+        skipped=listing.skipped,
         root=listing.root,
         workers=workers,
     )

@@ -85,7 +85,9 @@ def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
     except Exception as error:  # decoders raise nearly anything on damaged files
         if path.exists() and path.stat().st_size == 0:
             return "is empty"
-        return "is no image of a known format" if isinstance(error, UnidentifiedImageError) else printable(str(error))
+        return (
+            "is not an image in a known format" if isinstance(error, UnidentifiedImageError) else printable(str(error))
+        )
 
 
 def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image | str:

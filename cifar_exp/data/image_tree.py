@@ -13,7 +13,7 @@ IMAGE_SUFFIXES = (
 )
 _MAX_SUFFIXES_SHOWN = 5
 HIDDEN, STRAY = "hidden", "image{s} outside the class folders"
-_UNUSABLE = "that {are} no file (a broken link, a socket)"
+_UNUSABLE = "broken link{s} or special file{s}"
 _REPEATED = "folder{s} linked to twice"
 
 
@@ -31,28 +31,28 @@ class Found(NamedTuple):
     mtime_ns: int
 
 
-class LeftOut(Counter[str]):
+class SkippedFiles(Counter[str]):
     """Counts of unused folder entries by kind: a file suffix, or one of the kinds above."""
 
     def line(self) -> str:
-        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty if nothing is left out."""
+        """Such as ``2 hidden, 3 of other kinds (.txt, .heic)``; empty if all entries are used."""
         suffixes = {kind: count for kind, count in self.items() if kind.startswith(".") or not kind}
         named = sorted(suffixes, key=lambda kind: (-suffixes[kind], kind))
         shown = [printable(kind)[:20] or "no suffix" for kind in named[:_MAX_SUFFIXES_SHOWN]]
         more = ["..."] if len(named) > _MAX_SUFFIXES_SHOWN else []
         others = f"{sum(suffixes.values()):,} of other kinds ({', '.join([*shown, *more])})"
         parts = [
-            f"{count:,} {kind.format(s='s'[: count != 1], are='are' if count != 1 else 'is')}"
+            f"{count:,} {kind.format(s='s'[: count != 1])}"
             for kind, count in sorted(self.items())
             if kind not in suffixes and count
         ]
         return ", ".join([*parts, *([others] if suffixes else [])])
 
 
-def images_below(folder: Path, left_out: LeftOut) -> list[Found]:
+def images_below(folder: Path, skipped: SkippedFiles) -> list[Found]:
     """The image files in ``folder`` and in its sub-folders, sorted by path; links are followed.
 
-    Hidden files and folders, and files whose names do not end as images' do, are counted in ``left_out``.
+    Hidden files and folders, and files without an image suffix are counted in ``skipped``.
 
     Raises:
         OSError: a folder cannot be read.
@@ -66,18 +66,18 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Found]:
             for entry in entries:
                 path = f"{below}{entry.name}"
                 if entry.name.startswith("."):
-                    left_out[HIDDEN] += 1
+                    skipped[HIDDEN] += 1
                 elif entry.is_dir():
                     identity = _identity(entry.stat())
                     if identity in seen:  # links may form a cycle
-                        left_out[_REPEATED] += 1
+                        skipped[_REPEATED] += 1
                     else:
                         seen.add(identity)
                         waiting.append(f"{path}/")
                 elif not entry.is_file():
-                    left_out[_UNUSABLE] += 1
+                    skipped[_UNUSABLE] += 1
                 elif not is_image_name(entry.name):
-                    left_out[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122 - a name, not a path
+                    skipped[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122 - a name, not a path
                 else:
                     stat = entry.stat()
                     found.append(Found(path, stat.st_size, stat.st_mtime_ns))

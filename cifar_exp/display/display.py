@@ -105,7 +105,10 @@ class Display:
 
 
 class LiveLine:
-    """A line that is overwritten after a carriage return. Notebooks support no control codes that move the cursor."""
+    """A line that is overwritten after a carriage return.
+
+    Notebooks support no cursor codes, and without them rich needs ipywidgets, which this package does not require.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console, self._width, self._next = console, 0, 0.0

@@ -86,5 +86,5 @@ class RankControl:
             stop.unlink(missing_ok=True)  # remove the file, or it would stop the resumed run as well
             return Request("stop", f"the file {stop.name} in the run's folder")
         if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
-            return Request("stop", "train.max_seconds is over, which counts from the start of the command")
+            return Request("stop", "train.max_seconds is over; it counts from the start of the command")
         return None

@@ -17,7 +17,7 @@ CLOCKED = (
     "waiting",
 )  # known only where the averaging of each step is measured
 PREFIX = "rank_time/"
-OFTEN = 0.5  # share of the steps; a straggler is last in a larger share
+STRAGGLER_SHARE = 0.5  # share of the steps; a straggler is last in a larger share
 NOTABLE = 0.02  # share of the other ranks' training time; they wait longer than that for a straggler
 
 
@@ -101,7 +101,7 @@ def straggler(ranks: Sequence[Mapping[str, float]]) -> str | None:
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["last_share"])
     others = [times for rank, times in enumerate(ranks) if rank != slowest]
     share = sum(times["waiting"] for times in others) / sum(training_seconds(times) for times in others)
-    if ranks[slowest]["last_share"] <= OFTEN or share <= NOTABLE:
+    if ranks[slowest]["last_share"] <= STRAGGLER_SHARE or share <= NOTABLE:
         return None
     return (
         f"straggler: rank {slowest} came last in {ranks[slowest]['last_share']:.0%} of the steps; the others waited "

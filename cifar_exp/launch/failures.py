@@ -59,14 +59,14 @@ def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_res
         if is_removed(ipc_dir):
             raise _removed(ipc_dir) from None
         if watchdog.vanished:
-            raise _vanished(watchdog) from None
+            raise _silent_exit(watchdog) from None
         raise Stopped(error.sigval) from None
     except Stopped as error:
         rank_processes.kill_ranks()
         raise (stopping.received or error) from None
 
 
-def _vanished(watchdog: Watchdog) -> WorkerError:
+def _silent_exit(watchdog: Watchdog) -> WorkerError:
     message = watchdog.vanished[min(watchdog.vanished)]
     return WorkerError(f"{message}; the other ranks were ended. {AFTER_A_DEATH}")
 
@@ -93,7 +93,7 @@ def first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, ma
                 f"rank {rank} died without an error ({how}); the other ranks were ended. {AFTER_A_DEATH}"
             )
     if watchdog.vanished.keys() - recorded:  # the others failed because of it
-        return _vanished(watchdog)
+        return _silent_exit(watchdog)
     first = min(records, key=lambda record: record.time)
     try:
         first.raise_if_lasting()

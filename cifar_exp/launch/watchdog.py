@@ -11,7 +11,7 @@ import psutil
 from cifar_exp.distributed.heartbeat import Heartbeat, read_heartbeat
 from cifar_exp.launch import rank_processes
 
-ABSENCE = 15.0  # seconds without any live rank; a restart of ranks takes less
+ABSENCE_SECONDS = 15.0  # seconds without any live rank; a restart of ranks takes less
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Watchdog:
             quiet = quiet + interval if now == before and now else 0.0
             absent = absent + interval if self._find_dead_ranks(now) and now == before else 0.0
             before = now
-            if absent >= ABSENCE:
+            if absent >= ABSENCE_SECONDS:
                 os.kill(os.getpid(), signal.SIGQUIT)  # elastic would wait forever
                 return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank].process != process]:

@@ -98,7 +98,7 @@ def check_parity(cases: Sequence[Case], command: str, console: Console) -> Parit
         command=command,
         precision=precision,
         rounding=_rounding({case.devices.world_size: case.allowed(precision).why for case in cases}),
-        about=_about(cases, data),
+        about=_facts(cases, data),
         settings=masked(asdict(first.config)),
         results=results,
     )
@@ -153,24 +153,24 @@ def _rounding(why: Mapping[int, str]) -> str:
     return " ".join(f"{listed(counts)}: {text}" if len(texts) > 1 else text for text, counts in texts.items())
 
 
-def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
+def _facts(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     """Facts about configuration and machine, as names and texts."""
     first = cases[0]
     config, train = first.config, first.config.train
     model = checked_model(config, first.components, len(data.classes), data.image_size)
     share = "a device" if train.scaling == "weak" else "in all"
-    micro_batches = f", {train.accumulate} micro-batches a device" if train.accumulate > 1 else ""
+    micro_batches = f", {train.accumulate} micro-batches per device" if train.accumulate > 1 else ""
     devices = "; ".join(dict.fromkeys(str(case.devices) for case in cases))
     backend = "NCCL" if first.devices.accelerator == "gpu" else "gloo"
     described = machine.description(first.devices.accelerator, max(case.devices.world_size for case in cases))
     return {
         "data": f"{data.train_count:,} training and {data.test_count:,} test images in {len(data.classes)} classes, "
         f"{data.image_size[0]} x {data.image_size[1]} pixels; sha256 {data.content_hash}",
-        "network": f"{_in_short(config.model)}; {parameter_count(model):,} parameters",
+        "network": f"{_summary(config.model)}; {parameter_count(model):,} parameters",
         "batch": f"{train.batch_size} images {share}{micro_batches}; train.scaling={train.scaling}",
-        "augmentation": f"{_in_short(config.augment)}; train.normalization={train.normalization}",
+        "augmentation": f"{_summary(config.augment)}; train.normalization={train.normalization}",
         "batch norm": f"train.batch_norm={train.batch_norm}",
-        "optimizer": f"{_in_short(config.optimizer)}; train.lr_scaling={train.lr_scaling}",
+        "optimizer": f"{_summary(config.optimizer)}; train.lr_scaling={train.lr_scaling}",
         "arithmetic": f"train.precision={train.precision}, train.deterministic={str(train.deterministic).lower()}, "
         f"seed={config.seed}",
         "extent": f"one epoch's images, {STEPS} training steps, the whole test set",
@@ -182,7 +182,7 @@ def _about(cases: Sequence[Case], data: DatasetFiles) -> dict[str, str]:
     }
 
 
-def _in_short(section: Mapping[str, Any]) -> str:
+def _summary(section: Mapping[str, Any]) -> str:
     """For example ``SGD lr=0.1 momentum=0.9``."""
     settings = [f"{name}={value}" for name, value in masked(section).items() if name != "_target_"]
     return " ".join([section["_target_"].rpartition(".")[2], *settings])

@@ -276,7 +276,7 @@ def best(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         manifest = _verified(path.with_suffix(".json"), warn)
     if manifest is None:
         raise StorageError(
-            f"{path}: the checkpoint of the best epoch is damaged or gone. Restore it from a backup, or predict with "
-            f"the newest one: cifar-exp predict RUN checkpoint=last"
+            f"{path}: the checkpoint of the best epoch is damaged or missing. Restore it from a backup, or predict "
+            f"with the newest one: cifar-exp predict RUN checkpoint=last"
         )
     return load(run_dir, manifest)

@@ -77,13 +77,13 @@ def _check_values(content: Any) -> None:
             seen.add(id(value))
             waiting += [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
             if len(seen) + len(waiting) > MOST_VALUES:
-                raise ValueError("it holds too many values")
+                raise ValueError("it has too many values")
 
 
 def _check_fields(content: Any) -> None:
     """Check the types of the fields that prediction and resuming use."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError("it holds no fields")
+        raise ValueError("it has no fields")
     if lacking := [name for name in FIELDS if name not in content]:
         raise ValueError(f"it has no {lacking[0]}")
     sound = {
@@ -97,7 +97,7 @@ def _check_fields(content: Any) -> None:
         "preprocessing": isinstance(content.get("preprocessing"), Mapping | None),
     }
     if wrong := [name for name, is_sound in sound.items() if not is_sound]:
-        raise ValueError(f"{wrong[0]} is not what a checkpoint has there")
+        raise ValueError(f"{wrong[0]} has a wrong type or value")
 
 
 def _is_state(value: Any) -> bool:

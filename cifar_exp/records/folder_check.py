@@ -60,4 +60,4 @@ def _check_entries(folder: Path, is_ours: Callable[[str], bool]) -> None:
                     f"{path}: it is a link to {target}. A run folder may come from anybody, so its links are not "
                     f"followed. Put a copy in its place, or remove it"
                 )
-            raise StorageError(f"{path}: it is no regular file (a FIFO, a socket or a device). Remove it")
+            raise StorageError(f"{path}: it is not a regular file (a FIFO, a socket or a device). Remove it")

@@ -124,9 +124,9 @@ def parse(line: str | bytes) -> Entry:
         metrics = {name: float(value) for name, value in fields["metrics"].items()}
         entry = Entry(fields["step"], fields["epoch"], float(fields["time"]), metrics)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"it is no entry: {error!r}") from error
+        raise ValueError(f"it is not a journal entry: {error!r}") from error
     if not (type(entry.step) is type(entry.epoch) is int and 0 <= entry.step < 2**53 and 0 <= entry.time < 2**40):
-        raise ValueError(f"it is no entry: step {entry.step!r}, epoch {entry.epoch!r}, time {entry.time!r}")
+        raise ValueError(f"it is not a journal entry: step {entry.step!r}, epoch {entry.epoch!r}, time {entry.time!r}")
     return entry
 
 

@@ -28,7 +28,7 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints
 LOCK_FILE = ".lock"  # held by the process that trains in the folder
-UNDELIVERED_FILE = ".undelivered"  # in a run folder: names the store that still lacks a part of it
+UNDELIVERED_FILE = ".undelivered"  # in a run folder: names the store that still lacks points of it
 SWEEP_RUN_FILE = "sweep_run.json"  # in a sweep's folder: facts of its parent run
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's name for a sweep's composed configuration
 OUTCOME_FILE = "outcome.json"
@@ -154,7 +154,7 @@ def lock_run_folder(run_dir: Path, patience: float = 0.5) -> locks.Held:
     check_folder(run_dir)
     lock = run_dir / LOCK_FILE
     try:
-        with storage_errors(lock, "Remove it if it is not of a run, or set hydra.run.dir=<another folder>"):
+        with storage_errors(lock, "Remove it if it does not belong to a run, or set hydra.run.dir=<another folder>"):
             return locks.acquire(lock, patience)
     except locks.HeldError as error:
         gone = f", or remove {error.marker} if that process is gone" if error.marker else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cifar_exp.config.stored import stored_config
 from cifar_exp.data.batches import Normalization, resized_to
 from cifar_exp.data.image_reader import Preprocessing, read_image
-from cifar_exp.data.image_tree import LeftOut, images_below
+from cifar_exp.data.image_tree import SkippedFiles, images_below
 from cifar_exp.errors import ConfigError, DataError, StorageError
 from cifar_exp.records import checkpoint
 from cifar_exp.records.run_folder import CONFIG_FILE
@@ -47,7 +47,7 @@ class Classifier:
         saved = None if which == "last" else checkpoint.best(run_dir, print_notice)
         if saved is None and which == "best":
             raise ConfigError(
-                f"checkpoint=best: {run_dir} was trained without data.validation and keeps none. Set checkpoint=last"
+                f"checkpoint=best: {run_dir} has no best checkpoint without data.validation. Set checkpoint=last"
             )
         saved = saved or checkpoint.newest(run_dir, print_notice)
         section = _model_section(run_dir / CONFIG_FILE)
@@ -107,10 +107,10 @@ def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
         DataError: a path does not exist or a folder holds no image.
     """
     files: list[Path] = []
-    left_out = LeftOut()
+    skipped = SkippedFiles()
     for path in map(Path, paths):
         try:
-            found = [path / image.path for image in images_below(path, left_out)] if path.is_dir() else [path]
+            found = [path / image.path for image in images_below(path, skipped)] if path.is_dir() else [path]
         except OSError as error:
             raise DataError(f"{printable(path)}: the folder cannot be read: {error.strerror}") from error
         if not found or not (path.is_dir() or path.is_file()):
@@ -118,4 +118,4 @@ def images_in(paths: Sequence[str]) -> tuple[list[Path], str]:
                 f"{printable(path)}: there is no image here. Give the path of an image or of a folder of images"
             )
         files += found
-    return files, left_out.line()
+    return files, skipped.line()

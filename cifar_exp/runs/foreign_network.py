@@ -79,8 +79,8 @@ def _without_downloads(target: str) -> Iterator[None]:
 
     def refused(weights: Any, *_: Any, **__: Any) -> None:
         raise ConfigError(
-            f"model._target_={printable(target)}: it would download {printable(weights)}, and for somebody's run "
-            f"nothing is downloaded. If you trust it, set 'trusted_modules=[torchvision]'"
+            f"model._target_={printable(target)}: it would download {printable(weights)}, and prediction with a "
+            f"foreign run downloads nothing. If you trust it, set 'trusted_modules=[torchvision]'"
         )
 
     WeightsEnum.get_state_dict = refused

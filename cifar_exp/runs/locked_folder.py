@@ -48,7 +48,7 @@ def locked_run_folder(prepared: PreparedRun, config: Config) -> Iterator[RunInfo
             return
         if (new.run_dir / RUN_FILE).exists():
             raise ConfigError(
-                f"hydra.run.dir={new.run_dir}: the folder holds a run already, and two runs must not share one. "
+                f"hydra.run.dir={new.run_dir}: the folder has a run already, and each run needs its own. "
                 f"Set resume=auto to continue it, or another folder, or leave hydra.run.dir out for a new one"
             )
         resolved = OmegaConf.to_yaml(OmegaConf.create(masked(asdict(config))))

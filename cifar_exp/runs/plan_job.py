@@ -36,8 +36,8 @@ def plan_job(
     """
     devices, resumed = prepared.devices, prepared.resumed
     data = hold_out(components.dataset(), config.validation)
-    if data.left_out:
-        say(console, [f"left out of the images: {data.left_out}"])
+    if data.skipped:
+        say(console, [f"skipped files: {data.skipped}"])
     kept_batch = resumed.kept_batch if resumed else None
     with refusing("schedule: it fails", config.trusted_modules, "Correct it, or set schedule=cosine"):
         plan = make_plan(config, devices.world_size, data.train_count, components.schedule, kept_batch)
@@ -115,7 +115,7 @@ def new_job(
 
 def _without_gradient(tried: Tried) -> str:
     names = ", ".join(tried.unused[:3]) + (", ..." if len(tried.unused) > 3 else "")
-    return f"model: {len(tried.unused)} parameters get no gradient in a trial step and stay as they are then: {names}"
+    return f"model: {len(tried.unused)} parameters get no gradient in a trial step, so they are not trained: {names}"
 
 
 def _lr_drops(plan: Plan) -> list[tuple[int, float]]:

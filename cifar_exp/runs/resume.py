@@ -168,7 +168,7 @@ def _resumption(
                 f"them, or set resume=never to start again from the beginning"
             )
     if manifest is not None:
-        _check_is_the_runs(folder, manifest, None if changes else config_hash(config))
+        _check_belongs_to_run(folder, manifest, None if changes else config_hash(config))
     if manifest is not None and not in_place:
         _check_changes(config, manifest, changes)
     times = [entry.time for entry in entries[-1:]] + ([manifest.seconds] if manifest else [])
@@ -178,7 +178,7 @@ def _resumption(
     return Resumption(folder, manifest, elapsed, finished, changes, in_place, source=folder)
 
 
-def _check_is_the_runs(folder: Path, manifest: Manifest, now: str | None) -> None:
+def _check_belongs_to_run(folder: Path, manifest: Manifest, now: str | None) -> None:
     """Check that a checkpoint was trained with the settings of the run that its folder belongs to.
 
     Args:
@@ -218,7 +218,7 @@ def _beginning(folder: Path, config: Config, warn: Callable[[str], None]) -> Res
     checked(source)
     manifest = checkpoint.newest_intact_manifest(source, warn)
     if manifest is None or manifest.step != step:
-        found = f"the newest one there is of step {manifest.step}" if manifest else "there is none now"
+        found = f"the newest one there has step {manifest.step}" if manifest else "there is none now"
         raise StorageError(
             f"{folder}: the run had no checkpoint yet. It started from the checkpoint of {source} at step {step}; "
             f"{found}. Restore it, or set resume=never"
@@ -230,7 +230,7 @@ def _check_changes(config: Config, manifest: Manifest, changes: Mapping[str, tup
     for name, (then, _) in changes.items():
         if name.startswith("model.") or name == "optimizer._target_":
             raise ConfigError(
-                f"{name}: the checkpoint was trained with {shown(then)}, and its state fits nothing else. Set "
+                f"{name}: the checkpoint was trained with {shown(then)}, and its state requires that. Set "
                 f"{name}={shown(then)}, or resume=never"
             )
     if config.validation and "data.validation" in changes:

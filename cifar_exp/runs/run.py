@@ -93,7 +93,7 @@ def _execute(
         try:
             ended = components.launcher.launch(run_rank, job)
         except Stopped:
-            _say_what_was_saved(console, prepared.folder, context.sweep_dir or prepared.folder)
+            _print_saved_step(console, prepared.folder, context.sweep_dir or prepared.folder)
             raise
     if ended:
         say(console, [f"training ended early: {ended.reason}"])
@@ -114,7 +114,7 @@ def _conclude(
     return result
 
 
-def _say_what_was_saved(console: Console, run_dir: Path, resumable: Path) -> None:
+def _print_saved_step(console: Console, run_dir: Path, resumable: Path) -> None:
     """Print the last saved step and how to resume.
 
     Args:

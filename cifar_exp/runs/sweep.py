@@ -118,7 +118,7 @@ class StudySweeper(Sweeper):
         from cifar_exp.runs import sweep_resume
 
         with (
-            _nothing_of_a_refused_sweep(wanted),
+            _removing_refused_sweep(wanted),
             sweep_resume.claimed_sweep(wanted, self.config.resume, arguments) as sweep_dir,
         ):
             if (sweep_dir / MULTIRUN_FILE).exists() or sweep_dir != wanted:
@@ -190,7 +190,7 @@ class StudySweeper(Sweeper):
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
                 raise ConfigError(
-                    f"{override.input_line}: an interval has no end of values. Set {key}=a,b,c or {key}=range(a,b,c)"
+                    f"{override.input_line}: an interval is not a list of values. Set {key}=a,b,c or {key}=range(a,b,c)"
                 )
         return [list(job) for job in itertools.product(*choices.values())]
 
@@ -229,7 +229,7 @@ class StudySweeper(Sweeper):
 
 
 @contextmanager
-def _nothing_of_a_refused_sweep(sweep_dir: Path) -> Iterator[None]:
+def _removing_refused_sweep(sweep_dir: Path) -> Iterator[None]:
     """Remove the folder of a new sweep if all of its jobs were refused."""
     from cifar_exp.runs.sweep_resume import SWEEP_FILE
 

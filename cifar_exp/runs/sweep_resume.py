@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_exp.config.arguments import argument
-from cifar_exp.config.result_settings import NO_PART_OF_A_SWEEP
+from cifar_exp.config.result_settings import SETTINGS_OUTSIDE_A_SWEEP
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.find_run import find_folder
 from cifar_exp.records.folder_check import check_job_folders
@@ -39,7 +39,9 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
     """
     if wanted == "never" and "resume=never" not in arguments and requeued() and (sweep_dir / SWEEP_FILE).exists():
         wanted = str(sweep_dir)  # the same command in the same folder
-    arguments = masked([argument for argument in arguments if argument.partition("=")[0] not in NO_PART_OF_A_SWEEP])
+    arguments = masked(
+        [argument for argument in arguments if argument.partition("=")[0] not in SETTINGS_OUTSIDE_A_SWEEP]
+    )
     other: str | None = None
     for path in _sweeps(wanted):
         content = _sweep_content(path)
@@ -63,7 +65,7 @@ def claimed_sweep(sweep_dir: Path, wanted: str, arguments: Sequence[str]) -> Ite
         warn(other)
     if (sweep_dir / SWEEP_FILE).exists():
         raise ConfigError(
-            f"hydra.sweep.dir={sweep_dir}: the folder holds a sweep already. Set "
+            f"hydra.sweep.dir={sweep_dir}: the folder has a sweep already. Set "
             f"{argument('resume', str(sweep_dir))} to continue it, or another folder"
         )
     make_folder(sweep_dir)

@@ -70,8 +70,8 @@ def print_summary(
     _print_jobs(console, rows, finished)
     unfinished = [f"{' '.join(row.overrides)}: {_reason(row)}" for row in rows if not row.is_finished]
     study = Study.of(list(finished.values()), settings, unfinished)
-    if left_out := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
-        console.print(f"{left_out} oversubscribed run(s) are left out: ranks that share a core do not measure speedup")
+    if oversubscribed := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
+        console.print(f"{oversubscribed} oversubscribed run(s) are not in the speedup, because their ranks share cores")
     if shared := len(overlapping(list(finished.values()))):
         console.print(
             f"OVERLAPPING: {shared} jobs ran at the same time as others on one machine: no speedup is computed from "

@@ -49,6 +49,6 @@ def check_closure(target: Any, path: str) -> None:
     closure = inspect.signature(step).parameters.get("closure") if step else None
     if closure and closure.default is closure.empty:
         raise ConfigError(
-            f"optimizer._target_={path}: its step needs a closure that computes the loss again, and a training step "
-            f"has its gradients averaged over devices once. {OTHER_OPTIMIZER}"
+            f"optimizer._target_={path}: its step needs a closure that computes the loss again, which a training step "
+            f"does not support. {OTHER_OPTIMIZER}"
         )

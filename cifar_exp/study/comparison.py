@@ -22,12 +22,12 @@ from cifar_exp.study.speedup_study import interval_text
 from cifar_exp.system.atomic_files import write_atomically, write_csv
 
 TEST = (
-    "Welch's t test of each difference (throughput and times in logarithms, each device count with its own noise); "
-    "p adjusted for the number of differences (Holm)"
+    "Welch's t test of each difference (logarithms of throughput and times; a separate variance per device count); "
+    "p values adjusted by Holm's method"
 )
 SINGLE_RUNS = (
-    "noise between runs not known: a sweep has one run at a device count, so nothing tells whether a difference there "
-    "is more than chance. Set seed=0,1,2 in both sweeps"
+    "noise between runs unknown: a sweep has a single run at some device count, so differences there cannot be "
+    "tested. Set seed=0,1,2 in both sweeps"
 )
 RunsByCount = Mapping[int, Sequence[RunResult]]
 
@@ -60,7 +60,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.probability is None:
-            return "noise between runs not known"
+            return "noise between runs unknown"
         return "beyond noise" if self.probability < SIGNIFICANT else "within noise"
 
 

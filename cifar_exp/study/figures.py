@@ -57,8 +57,8 @@ def speedup_figure(groups: Mapping[str, Group], simulated: bool) -> "Figure":
         _mark_devices(axes, counts)
     xlabel = "devices (CPU-simulated)" if simulated else "devices"
     for axes, title, ylabel in (
-        (speedup, "Images/s over those of the smallest count", "speedup"),
-        (efficiency, "Speedup over the ideal one", "efficiency (%)"),
+        (speedup, "Images/s relative to the smallest count", "speedup"),
+        (efficiency, "Speedup / ideal speedup", "efficiency (%)"),
         (time, "Training time", time.get_ylabel()),
         (accuracy, "Test accuracy", "test accuracy (%)"),
     ):
@@ -92,7 +92,7 @@ def comparison_figure(names: tuple[str, str], pairs: Sequence[Pair], simulated: 
     xlabel = "devices (CPU-simulated)" if simulated else "devices"
     rates.set(title="Images/s", xlabel=xlabel)
     before, after = (name.partition(":")[0] for name in names)
-    ratios.set(title=f"Images/s of {after} over those of {before}", xlabel=xlabel)
+    ratios.set(title=f"Images/s: {after} / {before}", xlabel=xlabel)
     rates.legend(loc="upper left", frameon=False, fontsize=8)
     figure.suptitle("Two sweeps" + (", CPU-simulated" if simulated else ""), fontweight="bold")
     return figure

@@ -101,7 +101,7 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
         except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
             overrides = printable(run.tags.get("overrides", ""))
             raise StorageError(
-                f"the metrics of the run with {overrides or 'no overrides'} are no run's: {error!r}. Leave it out"
+                f"the metrics of the run with {overrides or 'no overrides'} are invalid: {error!r}. Leave it out"
             ) from error
     return groups
 

@@ -65,7 +65,7 @@ def _notes(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means) -> list
     if few:
         counts = ", ".join(f"{fewest} on {count} {_devices(count)}" for count, fewest in few.items())
         notes.append(
-            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps a run: {counts}. Set a larger "
+            f"fewer than {ENOUGH_BLOCKS} steady blocks of train.log_every steps per run: {counts}. Set a larger "
             f"train.epochs or a smaller train.log_every"
         )
     notes += _disturbance_notes(repeats)
@@ -98,17 +98,17 @@ def _interval_note(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means)
     if any(len(results) > 1 for results in repeats.values()):
         runs = "/".join(str(number) for number in dict.fromkeys(len(results) for results in repeats.values()))
         single = [str(count) for count, results in repeats.items() if len(results) == 1]
-        unknown = f"; none where devices.count is {', '.join(single)}: one run there" if single else ""
+        unknown = f"; no interval for the single runs at devices.count {', '.join(single)}" if single else ""
         return (
-            f"95 % intervals: Student's t over {runs} runs a device count, each count with its own noise (Welch)"
+            f"95 % intervals: Student's t over {runs} runs per device count, with a separate variance for each (Welch)"
             f"{unknown}"
         )
     if any(log_rates.freedoms):
         return (
-            "noise between runs not known: 95 % intervals come from blocks of steps within one run a device count "
-            "(block bootstrap) and do not contain how much another run would differ. Set seed=0,1,2"
+            "noise between runs unknown: 95 % intervals come from blocks of steps within the single run per device "
+            "count (block bootstrap); another run may differ more. Set seed=0,1,2"
         )
-    return "no intervals: one run a device count, and too few blocks of steps in it. Set seed=0,1,2"
+    return "no confidence intervals: they need at least two runs per device count. Set seed=0,1,2"
 
 
 def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
@@ -119,14 +119,14 @@ def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:
     subject = f"test accuracy: {points:+.2f} points on {largest} devices against {smallest}"
     samples = [[result.test_accuracy for result in results] for results in repeats.values()]
     if min(map(len, samples)) == 1:
-        return f"{subject}; one run a count cannot tell whether that is within the noise of the seeds. Set seed=0,1,2"
+        return f"{subject}; with one run per device count the noise of the seeds is unknown. Set seed=0,1,2"
     if len({accuracy for sample in samples for accuracy in sample}) == 1:
         return f"{subject}: the same in all runs"
     others_minus_first = np.column_stack([-np.ones(len(samples) - 1), np.eye(len(samples) - 1)])
     change = accuracies.sum(others_minus_first[-1])
     test = accuracies.deviation(others_minus_first, others_minus_first @ accuracies.values)
     if not (change and test):
-        return f"{subject}; the seeds of a device count do not differ, so the noise is not known. Set more seeds"
+        return f"{subject}; all seeds of a device count have the same accuracy, so the noise is unknown. Set more seeds"
     interval = change.interval()
     verdict = "are within" if test.probability >= SIGNIFICANT else "go beyond"
     return (

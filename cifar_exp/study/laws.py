@@ -137,7 +137,7 @@ def _gain(law: Name, fraction: float, devices: int) -> float:
 def _design_warnings(counts: Sequence[int]) -> list[str]:
     if len(counts) > 2:
         return []
-    return ["only two device counts: every law passes through them, so the fit cannot be tested"]
+    return ["only two device counts: every law fits them, so the fit cannot be tested"]
 
 
 def _residual_warnings(law: Name, devices: Array, log_rates: Means) -> list[str]:

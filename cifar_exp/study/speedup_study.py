@@ -125,7 +125,7 @@ class Study:
             "efficiency": [with_interval(row, "efficiency", ".1%") for row in rows],
             "training, s": [with_interval(row, "train_seconds", ",.1f") for row in rows],
             "training, x faster": [with_interval(row, "time_ratio", ".2f") for row in rows],
-            "at the steady rate, s": [_optional(row.steady_seconds, ",.1f") for row in rows],
+            "at steady-state throughput, s": [_optional(row.steady_seconds, ",.1f") for row in rows],
             "with start and evaluation, s": [_optional(row.total_seconds, ",.1f") for row in rows],
             "test accuracy": [with_interval(row, "test_accuracy", ".4f") for row in rows],
         }

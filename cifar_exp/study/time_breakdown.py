@@ -113,7 +113,7 @@ def _link_notes(
     sent = median(metrics["communication/bytes_per_step"] for metrics in known)
     link = median(metrics["communication/link_bytes_per_second"] for metrics in known)
     sentence = (
-        f"on {devices} devices: each rank sends {sent / 1e6:.3g} MB a step; the link carries {link / 1e9:.3g} GB/s, "
+        f"on {devices} devices: each rank sends {sent / 1e6:.3g} MB per step; the link carries {link / 1e9:.3g} GB/s, "
         f"so that takes {1000 * sent / link:.3g} ms"
     )
     if steps and ranks and "last_share" in ranks[0]:

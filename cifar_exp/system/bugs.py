@@ -83,14 +83,14 @@ def bug_text(error: BaseException) -> str:
     )
 
 
-def _is_of_the_machine(error: BaseException) -> TypeGuard[OSError]:
+def _is_machine_error(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
 
 
 def exit_code(error: BaseException) -> int:
     """The exit code of :func:`as_user_error`, without printing a message."""
     kept: int = getattr(error, "exit_code", BugError.exit_code)
-    return StorageError.exit_code if _is_of_the_machine(error) else kept
+    return StorageError.exit_code if _is_machine_error(error) else kept
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -106,7 +106,7 @@ def as_user_error(error: BaseException) -> CifarExpError:
     """Convert any exception to one for the user: errors of the machine to StorageError, unknown ones to BugError."""
     if isinstance(error, CifarExpError):
         return error
-    if _is_of_the_machine(error):
+    if _is_machine_error(error):
         where = f"{error.filename}: " if error.filename else ""
         return StorageError(
             f"{where}{error.strerror}. Its traceback is in {keep_traceback(error)}. Fix the cause and start again"

@@ -32,7 +32,7 @@ def opened(path: Path, limit: float = LIMIT) -> BufferedReader:
     about = os.fstat(file.fileno())
     if not stat.S_ISREG(about.st_mode):
         file.close()
-        raise RefusedFileError(f"{path} is no regular file")
+        raise RefusedFileError(f"{path} is not a regular file")
     if about.st_size > limit:
         file.close()
         raise RefusedFileError(f"{path} has {about.st_size:,} bytes, and at most {limit:,.0f} are read")

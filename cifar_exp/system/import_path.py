@@ -19,7 +19,7 @@ def use_safe_path() -> None:
     """
     others = [entry for entry in sys.path if not _is_current(entry)]
     if len(others) < len(sys.path):
-        libraries = [place for place, entry in enumerate(others) if _is_of_libraries(entry)]
+        libraries = [place for place, entry in enumerate(others) if _is_library_path(entry)]
         place = len(others) if _IS_INSTALLED or not libraries else libraries[0]
         sys.path[:] = [*others[:place], os.getcwd(), *others[place:]]  # noqa: PTH109
     SafeHelpers().__enter__()
@@ -59,7 +59,7 @@ def _is_current(entry: str) -> bool:
         return False
 
 
-def _is_of_libraries(entry: str) -> bool:
+def _is_library_path(entry: str) -> bool:
     return os.path.basename(entry) in ("site-packages", "dist-packages")  # noqa: PTH119
 
 
@@ -67,7 +67,7 @@ def _is_installed() -> bool:
     """Whether other Python processes find this copy of the package, wherever they are started."""
     if not _is_current(_ROOT):
         return True
-    behind = [place for place, entry in enumerate(sys.path) if _is_of_libraries(entry)]
+    behind = [place for place, entry in enumerate(sys.path) if _is_library_path(entry)]
     return bool(behind) and any(map(_is_current, sys.path[behind[0] :]))  # of an editable installation
 
 

@@ -11,7 +11,7 @@ except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
 _SLACK = 2 * 2**30  # bytes; address space for caches and for the reservations of a library's first call
-_A_CORE = 80 * 2**20  # bytes; the stack of a thread and its memory arena
+_BYTES_PER_CORE = 80 * 2**20  # bytes; the stack of a thread and its memory arena
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def memory_limited(more: float) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = int(psutil.Process().memory_info().vms + more + _SLACK + _A_CORE * (psutil.cpu_count() or 1))
+    wanted = int(psutil.Process().memory_info().vms + more + _SLACK + _BYTES_PER_CORE * (psutil.cpu_count() or 1))
     lowest = min((wanted, *(limit for limit in before if limit != resource.RLIM_INFINITY)))
     with suppress(ValueError, OSError):  # macOS refuses some limits
         resource.setrlimit(resource.RLIMIT_AS, (lowest, before[1]))

@@ -32,7 +32,7 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
         ConfigError: a launcher has started several processes.
     """
     variables = _inherited() if environment is None else environment
-    found = [names for names in LAUNCHERS if _is_one_of_many(*names, variables)]
+    found = [names for names in LAUNCHERS if _started_several(*names, variables)]
     if not found:
         return
     launcher, size, _ = found[0]
@@ -40,8 +40,8 @@ def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
     once = "srun --ntasks=1 --cpus-per-task=<cores> cifar-exp" if launcher == "srun" else "cifar-exp"
     raise ConfigError(
         f"{size}={count}: {launcher} has started {count} processes, and each would train the whole run. Start the "
-        f"command once, on one host; it starts its ranks itself. Run {once} <settings> devices.count={count}. If no "
-        f"{launcher} is at work, or each process is to train a run of its own, run env {unset} cifar-exp <settings>"
+        f"command once, on one host; it starts its ranks itself. Run {once} <settings> devices.count={count}. If "
+        f"{launcher} is not running, or each process should train its own run, run env {unset} cifar-exp <settings>"
     )
 
 
@@ -62,7 +62,7 @@ def requeued(tags: Mapping[str, str] | None = None) -> str:
     return f"{LOCAL_JOB}={job}" if job and tags and tags.get(JOB_TAG) == job else ""
 
 
-def _is_one_of_many(launcher: str, size: str, rank: str, variables: Mapping[str, str]) -> bool:
+def _started_several(launcher: str, size: str, rank: str, variables: Mapping[str, str]) -> bool:
     """Whether the launcher has started this process as one of several."""
     count = variables.get(size, "")
     if not count.isdecimal() or int(count) < 2 or rank not in variables:

@@ -21,7 +21,7 @@ REPEAT_SECONDS = 1.0  # `timeout` sends its signal to the command and at once ag
 
 def install_signal_handlers() -> None:
     """Install the handlers: the first signal raises ``Stopped``, the second prints a note, the third exits at once."""
-    sys.unraisablehook = _but_signals
+    sys.unraisablehook = _print_except_signals
     _answer(_stop)
 
 
@@ -107,7 +107,7 @@ def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # n
     print("cifar-exp: the run is being closed; a third signal ends it at once", file=sys.stderr, flush=True)
 
 
-def _but_signals(unraisable: "sys.UnraisableHookArgs") -> None:
+def _print_except_signals(unraisable: "sys.UnraisableHookArgs") -> None:
     """Print exceptions that Python cannot propagate, as from ``__del__``.
 
     ``Stopped`` is not printed: it is raised again elsewhere.

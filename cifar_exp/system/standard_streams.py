@@ -52,8 +52,8 @@ def ignore_broken_output() -> None:
 
 def ignore_broken(stream: TextIO) -> None:
     """Drop output that cannot be written to ``stream``."""
-    stream.write = _or_nowhere(stream, stream.write)  # type: ignore[method-assign]
-    stream.flush = _or_nowhere(stream, stream.flush)  # type: ignore[method-assign]
+    stream.write = _with_null_device(stream, stream.write)  # type: ignore[method-assign]
+    stream.flush = _with_null_device(stream, stream.flush)  # type: ignore[method-assign]
 
 
 def flush_output() -> None:
@@ -63,7 +63,7 @@ def flush_output() -> None:
             stream.flush()
 
 
-def _or_nowhere(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
+def _with_null_device(stream: TextIO, act: Callable[..., Any]) -> Callable[..., Any]:
     """``act``, which redirects the stream to the null device at its first failure."""
 
     def acting(*arguments: Any) -> Any:

@@ -31,7 +31,7 @@ def misstarted(words: "list[str]") -> str:
     module = words[place] if words[place - 1] == "-m" else ""
     if not module.startswith("cifar_exp.cli.") or module in STARTS:
         return ""
-    return f"{module} is a part of the command and does nothing alone. Run python -m cifar_exp"
+    return f"{module} is part of the command and cannot run alone. Run python -m cifar_exp"
 
 
 def refuse_others() -> None:

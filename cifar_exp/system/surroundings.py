@@ -115,8 +115,8 @@ def _shorten_sockets() -> None:
             make_socket_folder(base)
             return
     raise StorageError(
-        f"TMPDIR={_temporary_base()}: its name may have {SOCKET_BASE} characters, since sockets are created there. Set "
-        f"TMPDIR=<a folder with a shorter name>"
+        f"TMPDIR={_temporary_base()}: its name may have at most {SOCKET_BASE} characters, since sockets are created "
+        f"there. Set TMPDIR=<a folder with a shorter name>"
     )
 
 

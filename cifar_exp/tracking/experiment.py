@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: not an id
+NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter: not an id
 
 
 def mlflow_command(address: str, words: str) -> str:
@@ -56,7 +56,7 @@ class ExperimentChoice:
         Raises:
             TrackingError: if the experiment was deleted, or the store has no experiment with that id.
         """
-        found = self._found(client) or self._of_default_store(client) or self._created(client, beside)
+        found = self._found(client) or self._default_experiment(client) or self._created(client, beside)
         if found is None:
             return
         if not found.experiment_id:
@@ -82,11 +82,11 @@ class ExperimentChoice:
         try:
             return client.get_experiment(self.given_id)
         except MlflowException as error:
-            if error.error_code not in NOT_THERE:
+            if error.error_code not in NOT_FOUND_CODES:
                 raise
             return None
 
-    def _of_default_store(self, client: "MlflowClient") -> "Experiment | None":
+    def _default_experiment(self, client: "MlflowClient") -> "Experiment | None":
         """The experiment with the default name, for an id that belongs to another store."""
         if not self.given_id or self.given_name:
             return None

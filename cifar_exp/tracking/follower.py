@@ -139,7 +139,7 @@ class Follower(threading.Thread):
             action()
 
         retrying = Retrying(
-            retry=retry_if_exception(self._is_worth_another_try),
+            retry=retry_if_exception(self._is_retryable),
             wait=wait_exponential(multiplier=SHORTEST_PAUSE, max=LONGEST_PAUSE),
             before_sleep=self._report_failure,
             sleep=self._pause,
@@ -151,7 +151,7 @@ class Follower(threading.Thread):
             self._is_outage_reported = False
             self._print("tracker reachable again, delivering what it missed")
 
-    def _is_worth_another_try(self, error: BaseException) -> bool:
+    def _is_retryable(self, error: BaseException) -> bool:
         is_retryable = isinstance(error, Exception) and not isinstance(error, GivenUpError)
         return is_retryable and not self.sink.is_final(error)  # type: ignore[arg-type]
 
@@ -163,7 +163,7 @@ class Follower(threading.Thread):
         self._set_error(error)
         if state.attempt_number == 2 and not self._is_outage_reported:
             self._is_outage_reported = True
-            problem = "the tracker fails by a bug" if is_bug(error) else "tracker unreachable"
+            problem = "the tracker has a bug" if is_bug(error) else "tracker unreachable"
             self._print(f"{problem}, training continues, retrying: {shortened_error(error)}")
 
     def _pause(self, seconds: float) -> None:
@@ -201,11 +201,11 @@ def undelivered_message(error: Exception, folder: Path) -> str:
     """The message about a tracker that lacks something, with the command that delivers it."""
     path = folder / JOURNAL_FILE if (folder / JOURNAL_FILE).exists() else folder
     if is_bug(error):
-        why, then = f"{bug_text(error)}\n", "Once that is mended,"
+        why, then = f"{bug_text(error)}\n", "Once that is fixed,"
     else:
         why, then = f"{shortened_error(error).rstrip('.')}. ", "Once the tracker can be reached,"
         if isinstance(error, TrackingError):  # its message has the remedy
             then = "Then"
         elif remedy := advice(error):
             then = f"{remedy}. Then"
-    return f"the tracker did not get everything: {why}It is all in {path}. {then} run\n{sync_command(folder)}"
+    return f"the tracker did not get everything: {why}All points are in {path}. {then} run\n{sync_command(folder)}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cifar_exp.system.printable import print_notice, printable
-from cifar_exp.tracking.store_problems import is_hopeless, shortened_error
+from cifar_exp.tracking.store_problems import is_permanent, shortened_error
 
 LONGEST_NAME = 250  # MLflow's limit
 LONGEST_VALUE = 6000  # of a param; a tag may have more
@@ -70,7 +70,7 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
-def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], object], told: set[str]) -> None:
+def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], object], reported: set[str]) -> None:
     """Log params, tags or metrics in batches. If MLflow refuses a batch, find the items that it refuses.
 
     A refused value is shortened and tried again. An item that is still refused is left out with one message.
@@ -79,7 +79,7 @@ def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], ob
         items: MLflow entities of one type.
         limit: items in a batch.
         log: logs a batch.
-        told: names of items whose refusal was reported; extended.
+        reported: names of items whose refusal was reported; extended.
 
     Raises:
         Exception: from ``log``, if it is not about single items.
@@ -90,11 +90,11 @@ def log_each(items: Sequence[Any], limit: int, log: Callable[[Sequence[Any]], ob
         if refused and len(refused) == len(batch) and refused[0][1].error_code == "BAD_REQUEST":
             raise refused[0][1]  # the error is not about the items
         for item, error in refused:
-            if item.key not in told:
-                told.add(item.key)
+            if item.key not in reported:
+                reported.add(item.key)
                 kind = type(item).__name__.lower().removeprefix("run")
                 why = shortened_error(error)
-                print_notice(f"MLflow does not take the {kind} {printable(item.key)}, which is left out: {why}")
+                print_notice(f"MLflow refuses the {kind} {printable(item.key)}, which is not recorded: {why}")
 
 
 def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> list[tuple[Any, Any]]:
@@ -104,7 +104,7 @@ def _refused(items: Sequence[Any], log: Callable[[Sequence[Any]], object]) -> li
     try:
         log(items)
     except MlflowException as error:
-        is_of_items = _TOO_LARGE in str(error) or (error.error_code in _REFUSALS and not is_hopeless(error))
+        is_of_items = _TOO_LARGE in str(error) or (error.error_code in _REFUSALS and not is_permanent(error))
         if not is_of_items:
             raise
         if len(items) > 1:

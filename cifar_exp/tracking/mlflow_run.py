@@ -16,9 +16,9 @@ from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.tracking.dead_runs import close_dead_runs
 from cifar_exp.tracking.mlflow_items import METRICS, PARAMS_OR_TAGS, MetricNames, log_each, with_allowed_names
 from cifar_exp.tracking.mlflow_store import ADOPTED_TAG, PARENT_TAG, MLflowStore
-from cifar_exp.tracking.store_problems import advice, is_hopeless, optional_modules, shortened_error
+from cifar_exp.tracking.store_problems import advice, is_permanent, optional_modules, shortened_error
 
-NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 class MLflowRun:
@@ -157,29 +157,29 @@ class MLflowRun:
                 with optional_modules(self._place):
                     self._client.log_artifact(self.run_id, str(path))
             except Exception as error:
-                if problem := self._of_this_file(path, error):
+                if problem := self._file_problem(path, error):
                     problems.append(problem)
                 else:
                     raise
         if problems:
             raise problems[0]
 
-    def _of_this_file(self, path: Path, error: Exception) -> TrackingError | None:
+    def _file_problem(self, path: Path, error: Exception) -> TrackingError | None:
         """What is wrong with a file or the place for it; None for the store's other errors."""
         problem = f"{path.name} cannot be stored at {printable(masked_text(self._place))}: {shortened_error(error)}"
         if isinstance(error, TrackingError):
             return error
-        if isinstance(error, OSError) and error.errno in NO_RIGHT:
+        if isinstance(error, OSError) and error.errno in NO_PERMISSION:
             return TrackingError(
                 f"{problem}. Let this user write there. If the place is a server's own, start that server with "
                 f"--artifacts-destination and set tracking.experiment=<a new name>"
             )
-        if "413" in str(error) and is_hopeless(error):
+        if "413" in str(error) and is_permanent(error):
             return TrackingError(f"{problem}. {advice(error)}")
         return None
 
     def is_final(self, error: Exception) -> bool:
-        return is_hopeless(error)
+        return is_permanent(error)
 
 
 def _names_of(entries: Sequence[Entry]) -> set[str]:

@@ -18,7 +18,7 @@ from cifar_exp.system.atomic_files import atomic_path, write_atomically
 from cifar_exp.system.printable import print_notice
 from cifar_exp.tracking.bounded_client import BoundedClient
 from cifar_exp.tracking.dead_runs import is_dead, owner_tags
-from cifar_exp.tracking.experiment import NOT_THERE, ExperimentChoice, mlflow_command
+from cifar_exp.tracking.experiment import NOT_FOUND_CODES, ExperimentChoice, mlflow_command
 from cifar_exp.tracking.mlflow_items import PARAMS_OR_TAGS, log_each, with_allowed_names
 from cifar_exp.tracking.store_address import (
     database_of,
@@ -174,7 +174,7 @@ class MLflowStore:
         try:
             found = client.get_run(self.run_id)
         except MlflowException as error:
-            if error.error_code not in NOT_THERE:
+            if error.error_code not in NOT_FOUND_CODES:
                 raise
         else:
             if found.info.lifecycle_stage != "deleted" and found.data.tags.get(KEY_TAG, run.key) == run.key:
@@ -220,7 +220,7 @@ class MLflowStore:
                 return str(client.get_run(identity).info.run_id)
             except MlflowException as error:
                 # Another store gets a new run with everything.
-                if error.error_code not in NOT_THERE:
+                if error.error_code not in NOT_FOUND_CODES:
                     raise
         if not run.key:
             return None

@@ -67,7 +67,7 @@ class MLflowTracker(MLflowStore):
                 sink.close(status)
             owed = mark_delivered(run_dir, self.store())
         return (
-            f"{run_dir}: {point_count(missing)} of {point_count(entries)} points were missing and are delivered, "
+            f"{run_dir}: {point_count(missing)} of {point_count(entries)} points were missing and are now delivered, "
             f"{len(sink.artifacts())} files, {status}: run {sink.run_id} in {address}"
-            + (f"; {owed} still lacks a part of it" if owed else "")
+            + (f"; {owed} still lacks points of it" if owed else "")
         )

@@ -80,10 +80,10 @@ class Recording:
         error = Stopped.cause_of(error) or error
         status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
         if status == "KILLED":
-            self._hurry(error.received if isinstance(error, Stopped) else time.monotonic())
+            self._shorten_deadlines(error.received if isinstance(error, Stopped) else time.monotonic())
         try:
             if error is None:
-                self._despite_signals(self._write_last_entry)
+                self._call_despite_signals(self._write_last_entry)
         except BaseException:
             status = "FAILED"
             raise
@@ -98,17 +98,17 @@ class Recording:
             if self._stopped:
                 raise self._stopped
 
-    def _despite_signals(self, action: Callable[[], None]) -> None:
+    def _call_despite_signals(self, action: Callable[[], None]) -> None:
         """Call ``action``; call it again if a signal interrupts it. Later signals do not raise."""
         try:
             action()
         except Stopped as stopped:
             self._stopped = stopped
-            self._hurry(stopped.received)
+            self._shorten_deadlines(stopped.received)
             print("cifar-exp: the run is being closed", file=sys.stderr, flush=True)
             action()
 
-    def _hurry(self, received: float) -> None:
+    def _shorten_deadlines(self, received: float) -> None:
         self._signalled = min(self._signalled, received)
 
     def _close(self, status: Status) -> list[CifarExpError]:
@@ -116,13 +116,13 @@ class Recording:
         problems: list[CifarExpError] = []
         try:
             with storage_errors(self.run_dir, FREE_SPACE):
-                self._despite_signals(lambda: Outcome(status, time.time()).save(self.run_dir))
+                self._call_despite_signals(lambda: Outcome(status, time.time()).save(self.run_dir))
         except StorageError as error:
             problems.append(error)
         well = "training finished and nothing is lost, but " if status == "FINISHED" else ""
         for one in self._followers:
             is_tracker = one.sink is self.tracker
-            self._despite_signals(partial(self._finish, one, status))
+            self._call_despite_signals(partial(self._finish, one, status))
             if one.error and is_tracker:
                 problems.append(TrackingError(f"tracking.uri: {well}{undelivered_message(one.error, self.run_dir)}"))
             elif one.error:

@@ -16,7 +16,7 @@ LOGIN = (
     "MLFLOW_TRACKING_TOKEN, to one that may write there"
 )
 OTHER_SERVER = (
-    "What answers there is no MLflow server: a proxy's login page or another program. Open the address in a browser, "
+    "The server there is not MLflow, but perhaps a proxy's login page. Open the address in a browser, "
     "and set tracking.uri=<address of the MLflow server>"
 )
 UPGRADE = "Back up the store, then run mlflow db upgrade <its address>"
@@ -45,7 +45,7 @@ _KNOWN = (
 )
 
 
-def is_hopeless(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Whether another try cannot succeed after ``error``."""
     if isinstance(error, TrackingError) or getattr(error, "error_code", None) in _LOGIN_CODES:
         return True

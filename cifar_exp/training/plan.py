@@ -79,8 +79,8 @@ def check_scaling(config: Config, world_size: int) -> None:
     batch_size, parts = config.train.batch_size, world_size * config.train.accumulate
     if config.train.batch_norm == "synchronized" and config.train.accumulate > 1:
         raise ConfigError(
-            f"train.batch_norm=synchronized: a rank takes its micro-batches one after the other, and train.accumulate="
-            f"{config.train.accumulate} makes several. Set train.accumulate=1, or train.batch_norm=averaged"
+            f"train.batch_norm=synchronized: it cannot be combined with gradient accumulation, and train.accumulate="
+            f"{config.train.accumulate}. Set train.accumulate=1, or train.batch_norm=averaged"
         )
     if config.train.scaling == "strong" and batch_size % parts:
         nearest = max(parts, round(batch_size / parts) * parts)
@@ -122,8 +122,8 @@ def make_plan(
     steps_per_epoch = train_count // global_batch
     if (steps := steps_per_epoch * config.train.epochs) > MOST_STEPS:
         raise ConfigError(
-            f"train.epochs={config.train.epochs}: these are {steps:,} steps, and a run has at most {MOST_STEPS:,}. Set "
-            f"train.epochs={MOST_STEPS // steps_per_epoch} or less"
+            f"train.epochs={config.train.epochs}: that is {steps:,} steps, and a run may have at most {MOST_STEPS:,}. "
+            f"Set train.epochs={MOST_STEPS // steps_per_epoch} or less"
         )
     rates = learning_rates(schedule, config.optimizer["lr"], steps_per_epoch, config.train.epochs)
     return Plan(

@@ -103,7 +103,7 @@ def _resume(trainer: Trainer, saved: Checkpoint, job: Job) -> None:
         trainer.load_state_dict(saved.training, same_run=folder == job.run_dir)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"optimizer: the checkpoint's state belongs to another one: {error}. Set optimizer=<that one>, or "
-            f"resume=never"
+            f"optimizer: the checkpoint has the state of another optimizer: {error}. Set optimizer=<that optimizer>, "
+            f"or resume=never"
         ) from error
     trainer.rescale_progress(job.plan.steps_per_epoch, manifest.global_batch_size / job.plan.global_batch_size)

@@ -126,7 +126,7 @@ def _load_weights(model: nn.Module, saved: Checkpoint) -> None:
         model.load_state_dict(saved.trained)
     except RuntimeError as error:
         raise ConfigError(
-            f"model: the checkpoint is another network's: {error}. Set model=<that network>, or resume=never"
+            f"model: the checkpoint is of another network: {error}. Set model=<that network>, or resume=never"
         ) from error
 
 
@@ -167,7 +167,7 @@ def _build_optimizer(job: Job, model: nn.Module) -> Optimizer:
         return make(model.parameters(), lr=job.plan.learning_rates[0], **settings)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"optimizer: its settings do not go together: {error}. Set optimizer.<setting>=<another value>"
+            f"optimizer: its settings cannot be combined: {error}. Set optimizer.<setting>=<another value>"
         ) from error
 
 

@@ -19,7 +19,7 @@ print("result:", result.test_accuracy, result.folder)
 """
 
 
-def test_a_script_without_a_guard_trains_on_two_ranks_once(workplace: Path) -> None:
+def test_script_without_main_guard_trains_once_on_two_ranks(workplace: Path) -> None:
     overrides = [*TINY, "devices.count=2", "devices.oversubscribe=true", "tracking=none", "progress=quiet"]
     (workplace / "script.py").write_text(SCRIPT.format(overrides=overrides))
     words = [sys.executable, "script.py"]
@@ -31,7 +31,7 @@ def test_a_script_without_a_guard_trains_on_two_ranks_once(workplace: Path) -> N
     assert not (workplace / "outputs").exists()
 
 
-def test_a_wrong_setting_is_raised_and_leaves_nothing(workplace: Path) -> None:
+def test_invalid_setting_raises_and_leaves_no_files(workplace: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.epochs=0: it must be 1 or more"):
         train(["train.epochs=0"], folder="mine")
     assert list(workplace.iterdir()) == []

@@ -37,11 +37,11 @@ from tests.conftest import TINY, Command
         ("nonsense verify", "nonsense verify"),
     ],
 )
-def test_the_subcommand_is_found_anywhere_in_the_line(typed: str, expected: str) -> None:
+def test_subcommand_may_be_anywhere_in_the_command_line(typed: str, expected: str) -> None:
     assert with_subcommand_first(typed.split()) == expected.split()
 
 
-def test_the_options_that_take_a_value_are_known_before_a_subcommand_is_imported() -> None:
+def test_options_with_a_value_are_known_before_subcommands_are_imported() -> None:
     loaded = [importlib.import_module(f"cifar_exp.cli.{name}").command for name in COMMANDS]
     options = [option for command in loaded for option in command.params if isinstance(option, click.Option)]
     assert {spelling for option in options if not option.is_flag for spelling in option.opts} == set(OWN_VALUE_OPTIONS)
@@ -58,18 +58,20 @@ def test_the_version_is_the_packages_everywhere(typed: str, capsys: pytest.Captu
     assert capsys.readouterr().out == f"cifar-exp, version {version('cifar-exp')}\n"
 
 
-def test_verify_behind_a_config_folder_is_verify(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_dir_may_precede_the_verify_subcommand(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--config-dir", str(workplace), "verify", "devices.count=1"]) == 2
     assert "one rank is the reference for the comparison. Set devices.count=1,2" in capsys.readouterr().err
 
 
-def test_sync_takes_what_its_help_says(cifar_exp: Command, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_accepts_the_settings_in_its_help(
+    cifar_exp: Command, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cifar_exp(*TINY, "hydra.run.dir=outputs/run").returncode == 0
     run_id = (workplace / "outputs" / "run" / "mlflow_run_id").read_text().split()[0]
     for word in ("latest", run_id, "outputs/run", "outputs"):
         assert run_command(["sync", word]) == 0
         assert "outputs/run" in capsys.readouterr().out
     assert run_command(["sync", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "sync [OPTIONS] RUN|SWEEP..." in told
-    assert "RUN and SWEEP are a folder, an MLflow run id, or `latest`" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "sync [OPTIONS] RUN|SWEEP..." in output
+    assert "RUN and SWEEP are a folder, an MLflow run id, or `latest`" in output

@@ -25,15 +25,15 @@ def place(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("setting", ["data.root", "hydra.run.dir"])
-def test_a_path_that_is_no_utf_8_is_refused(place: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+def test_path_that_is_not_utf_8_is_refused(place: Path, capsys: pytest.CaptureFixture[str], setting: str) -> None:
     assert run_hydra(nothing, [*TINY, f"{setting}={BAD}"]) == 2
-    assert f"{setting}=bad \\xff\\xe9: this name is no UTF-8" in capsys.readouterr().err
+    assert f"{setting}=bad \\xff\\xe9: the name is not valid UTF-8" in capsys.readouterr().err
     assert list(place.iterdir()) == []
-    with pytest.raises(ConfigError, match=r"bad \\xff\\xe9: this name is no UTF-8.*Rename it"):
+    with pytest.raises(ConfigError, match=r"bad \\xff\\xe9: the name is not valid UTF-8.*Rename it"):
         train(TINY, BAD)
 
 
-def test_a_current_folder_that_is_no_utf_8_or_was_removed_is_refused(
+def test_current_folder_that_is_not_utf_8_or_was_removed_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = place / BAD
@@ -42,7 +42,7 @@ def test_a_current_folder_that_is_no_utf_8_or_was_removed_is_refused(
     assert run_hydra(nothing, TINY) == 2
     folder.rmdir()
     assert run_hydra(nothing, TINY) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].endswith("/bad \\xff\\xe9: this name is no UTF-8, as a run's files are. Rename it")
-    assert told[1:] == ["cifar-exp: the current folder was removed. Change to one that exists"]
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[0].endswith("/bad \\xff\\xe9: the name is not valid UTF-8. Rename it")
+    assert messages[1:] == ["cifar-exp: the current folder was removed. Change to one that exists"]
     assert list(place.iterdir()) == []

@@ -51,7 +51,7 @@ def names(kind: type) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", SCHEMAS, ids=lambda kind: kind.__name__)
-def test_the_schema_has_a_sentence_and_no_default_for_each_setting(kind: type) -> None:
+def test_schema_describes_each_setting_and_has_no_defaults(kind: type) -> None:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     lines = {
         ast.unparse(line.target): (line, after) for line, after in pairwise(body) if isinstance(line, ast.AnnAssign)
@@ -95,7 +95,7 @@ def test_a_setting_that_yaml_does_not_set_is_named_with_its_default(setting: str
         read_config(composed(f"~{setting}"))
 
 
-def test_the_reference_preset_is_that_recipe_in_an_experiment_of_its_own() -> None:
+def test_reference_preset_is_the_default_recipe_in_its_own_mlflow_experiment() -> None:
     reference, default = read_config(composed("experiment=reference")), read_config(composed())
     assert reference.tracking["experiment"] == "reference"
     assert replace(reference, tracking=default.tracking) == default
@@ -254,11 +254,11 @@ def test_a_presets_groups_can_be_swapped(swap: str) -> None:
         "train.mirrored_evaluation=true",
     ],
 )
-def test_every_ingredient_of_the_speed_recipes_can_be_left_out_alone(preset: str, change: str) -> None:
+def test_each_ingredient_of_the_speed_recipes_can_be_disabled(preset: str, change: str) -> None:
     build(read_config(composed(f"experiment={preset}", change)))
 
 
-def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
+def test_speed_recipes_have_the_measured_settings() -> None:
     small, large = (read_config(composed(f"experiment={name}")) for name in ("speedrun", "speedrun94"))
     assert small.model["widths"] == [64, 128, 256]
     assert large.model == small.model | {"widths": [64, 256, 256]}
@@ -271,6 +271,6 @@ def test_the_speed_recipes_are_what_their_figures_were_measured_with() -> None:
 
 
 @pytest.mark.parametrize("address", ["foo://bar", "README.md", "/tmp/runs", "file:///tmp/runs"])
-def test_a_tracking_address_that_cannot_be_is_refused_at_once(address: str) -> None:
+def test_invalid_tracking_uri_is_refused_before_training(address: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri=.*Set tracking\.uri=sqlite"):
         build(read_config(composed(f"tracking.uri={address}")))

@@ -25,7 +25,7 @@ HARMFUL: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("setting", "content"), HARMFUL)
-def test_what_hydra_would_call_is_checked(setting: str, content: dict[str, Any]) -> None:
+def test_targets_that_hydra_would_call_are_checked(setting: str, content: dict[str, Any]) -> None:
     config = OmegaConf.create({"hydra": {}})
     OmegaConf.update(config, setting, content)
     name, value = next(iter(content.items()))
@@ -60,7 +60,7 @@ def test_hydras_own_choices_pass(choice: str) -> None:
     check_hydra_section(composed(words), ALLOWED_TARGETS)
 
 
-def test_a_command_refuses_a_preset_before_anything_of_it_is_called(
+def test_preset_with_forbidden_target_is_refused_before_any_call(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workplace / "mine" / "experiment").mkdir(parents=True)
@@ -69,20 +69,20 @@ def test_a_command_refuses_a_preset_before_anything_of_it_is_called(
     trust = "trusted_modules: [posix]\nmodel: {_target_: posix.mkdir, path: executed}"
     rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
     bomb = "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x]", *rows])
-    for content, told in {
+    for content, message in {
         callback: "hydra.callbacks.x._target_=os.mkdir: ",
         log: "hydra.job_logging.formatters.x.()=os.mkdir: ",
         trust: "trusted_modules=[posix]: a file of the configuration sets it, and it counts only where it is typed",
-        bomb: "values, aliases unfolded",
+        bomb: "values after expanding aliases",
     }.items():
         (workplace / "mine" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{content}\n")
         words = ["--config-dir", "mine", "experiment=evil", "hydra.run.dir=run"]
         assert run_hydra(lambda *_: pytest.fail("it is trained"), words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert {path.name for path in workplace.iterdir()} == {"mine"}
 
 
-def test_commands_that_compose_themselves_refuse_it_too(workplace: Path) -> None:
+def test_other_commands_refuse_forbidden_targets_too(workplace: Path) -> None:
     (workplace / "experiment").mkdir()
     evil = workplace / "experiment" / "evil.yaml"
     evil.write_text("# @package _global_\ntrusted_modules: [posix]\n")
@@ -94,7 +94,7 @@ def test_commands_that_compose_themselves_refuse_it_too(workplace: Path) -> None
         composed(["experiment=evil"], str(workplace))
 
 
-def test_hydra_gets_its_own_functions_back() -> None:
+def test_hydra_functions_are_restored() -> None:
     before = hydras.Callbacks, hydras.configure_log, OmegaConf.load  # type: ignore[attr-defined]
     with hydra_versions._checking(ALLOWED_TARGETS):
         assert hydras.Callbacks is not before[0]  # type: ignore[attr-defined]

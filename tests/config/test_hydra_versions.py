@@ -42,7 +42,7 @@ def strict_argparse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("strict_argparse")
 @pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
-def test_hydras_parser_is_made_where_argparse_looks_at_each_help() -> None:
+def test_hydra_parser_works_if_argparse_validates_help_texts() -> None:
     module = sys.modules["hydra.main"]
     with pytest.raises((TypeError, ValueError)):
         module.get_args_parser()
@@ -58,7 +58,7 @@ def test_hydras_parser_is_made_where_argparse_looks_at_each_help() -> None:
 
 @pytest.mark.usefixtures("strict_argparse")
 @pytest.mark.skipif(not IS_OLD, reason="Hydra 1.4 sees to it by itself")
-def test_only_what_is_no_string_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_non_string_help_texts_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser()
         parser.add_argument("--wrong", help="%(nothing)s")
@@ -80,7 +80,7 @@ def test_nothing_deprecated_is_called() -> None:
     assert OmegaConf.create({"a": "${twice:2}"}).a == 6
 
 
-def test_a_command_says_nothing_of_versions(cifar_exp: Command) -> None:
+def test_command_prints_no_hydra_version_warnings(cifar_exp: Command) -> None:
     done = cifar_exp("--cfg", "job")
     assert done.returncode == 0
     assert done.stderr == ""
@@ -89,7 +89,7 @@ def test_a_command_says_nothing_of_versions(cifar_exp: Command) -> None:
     assert "Warning" not in refused.stderr
 
 
-def test_hydra_is_given_our_allow_list_where_it_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_gets_the_allow_list_if_it_supports_one(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
 
     @contextmanager
@@ -104,7 +104,7 @@ def test_hydra_is_given_our_allow_list_where_it_takes_one(monkeypatch: pytest.Mo
     assert given == [[*patterns, "mine", "mine.*"] for patterns in ALLOWED.values()]
 
 
-def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_main_gets_the_allow_list_too(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(hydra_versions, "_LIMITS_TARGETS", True)
     monkeypatch.setattr(hydra_versions, "_BASE", {})
@@ -119,7 +119,7 @@ def test_hydras_own_entry_is_given_it_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(IS_OLD, reason="Hydra 1.3 has no such list")
-def test_what_is_not_on_it_is_refused() -> None:
+def test_target_outside_the_allow_list_is_refused() -> None:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 

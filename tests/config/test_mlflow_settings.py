@@ -27,12 +27,12 @@ def tracking(*overrides: str) -> dict[str, str | None]:
     return {name: section.get(name) for name in VARIABLES}
 
 
-def test_without_variables_the_default_counts(environment: pytest.MonkeyPatch) -> None:
+def test_default_store_is_used_without_environment_variables(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("MLFLOW_TRACKING_URI", " ")  # empty ones are none
     assert tracking() == dict.fromkeys(VARIABLES) | {"experiment": "cifar-exp"}
 
 
-def test_the_environment_wins_over_the_default_and_what_is_typed_wins_over_both(
+def test_environment_overrides_default_and_command_line_overrides_both(
     environment: pytest.MonkeyPatch,
 ) -> None:
     for name, value in SET.items():
@@ -55,7 +55,7 @@ def test_the_environment_wins_over_the_default_and_what_is_typed_wins_over_both(
     assert tracking("experiment=reference")["experiment"] == "reference"
 
 
-def test_an_experiments_id_counts_where_no_name_is_given(environment: pytest.MonkeyPatch) -> None:
+def test_experiment_id_is_used_if_no_name_is_given(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("MLFLOW_EXPERIMENT_ID", "7")
     assert (tracking()["experiment"], tracking()["experiment_id"]) == (None, "7")
     assert tracking("tracking.experiment=typed")["experiment_id"] is None
@@ -73,17 +73,20 @@ def test_other_trackers_stay_as_they_are(environment: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("file:///tmp/mlruns", "that is a folder"),
-        ("./mlruns", "that is a folder"),
+        ("file:///tmp/mlruns", "it is a folder"),
+        ("./mlruns", "it is a folder"),
         ("ftp://host", "it must begin with one of"),
         ("localhost:5000", "it must begin with one of"),
-        ("http://", "it names no host"),
-        ("http://[::1", "it names no host"),
-        ("http://host:99999", "it names no host"),
-        ("http://me:hush@host:5/#/experiments/3", "that is the address of a page. Set tracking.uri=http://host:5"),
+        ("http://", "it has no host"),
+        ("http://[::1", "it has no host"),
+        ("http://host:99999", "it has no host"),
+        (
+            "http://me:hush@host:5/#/experiments/3",
+            "it is the address of a page, not of the server. Set tracking.uri=http://host:5",
+        ),
     ],
 )
-def test_an_address_that_cannot_be_is_refused_under_the_name_of_its_variable(
+def test_invalid_address_is_refused_with_the_name_of_its_variable(
     environment: pytest.MonkeyPatch, uri: str, words: str
 ) -> None:
     environment.setenv("MLFLOW_TRACKING_URI", uri)
@@ -93,7 +96,7 @@ def test_an_address_that_cannot_be_is_refused_under_the_name_of_its_variable(
     assert "hush" not in str(caught.value)
 
 
-def test_slashes_at_the_end_of_an_address_do_not_count() -> None:
+def test_trailing_slashes_of_an_address_are_ignored() -> None:
     assert checked_address("HTTP://host:5//", "x") == "http://host:5"
     assert checked_address("databricks", "x") == "databricks"
     assert checked_address("sqlite:////data/runs.db", "x") == "sqlite:////data/runs.db"

@@ -35,7 +35,7 @@ def run(copy: Path, *command: str, **variables: str) -> "subprocess.CompletedPro
     )
 
 
-def test_the_package_trains_without_the_folder(copied: Path) -> None:
+def test_package_trains_without_the_cpu_kernels_folder(copied: Path) -> None:
     shutil.rmtree(copied / "cifar_exp" / "cpu_kernels")
     done = run(copied, "-m", "cifar_exp", *TINY, "tracking=none", "hydra.run.dir=run", "progress=quiet")
     assert done.returncode == 0, done.stderr

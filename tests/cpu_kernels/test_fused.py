@@ -79,8 +79,8 @@ LAYERS: dict[str, Callable[[int], list[nn.Module]]] = {
 @pytest.mark.parametrize("shape", [(16, 32, 8, 8), (5, 3, 7, 9), (3, 17, 4, 5), (3, 48, 31, 30)])
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_step_is_that_of_pytorchs_layers(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Against float64; of pooling only outputs are compared in bfloat16, where other values of a window are equal."""
+def test_training_step_matches_pytorch_layers(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Compared with float64. In bfloat16 values of a window are often equal: only pooling's outputs are compared."""
     inputs = channels_last(*shape, dtype=dtype)
     own = with_any_values(nn.Sequential(*LAYERS[name](shape[1])))
     exact, layers = copy.deepcopy(own).double(), fuse_layers(own, dtype)
@@ -95,7 +95,7 @@ def test_a_step_is_that_of_pytorchs_layers(name: str, shape: tuple[int, ...], dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_evaluation_is_that_of_pytorchs_layers(name: str, dtype: torch.dtype) -> None:
+def test_evaluation_matches_pytorch_layers(name: str, dtype: torch.dtype) -> None:
     inputs = channels_last(6, 24, 9, 8, dtype=dtype)
     own = with_any_values(nn.Sequential(*LAYERS[name](24)))
     own(channels_last(8, 24, 9, 8, seed=3))
@@ -109,8 +109,8 @@ def test_an_evaluation_is_that_of_pytorchs_layers(name: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_pooling_is_bit_for_bit_pytorchs(dtype: torch.dtype) -> None:
-    """Also where values of a window are equal, and where a side is odd."""
+def test_pooling_equals_pytorch_bit_for_bit(dtype: torch.dtype) -> None:
+    """Also for equal values in a window and for odd sides."""
     for shape in ((4, 16, 8, 8), (3, 5, 7, 9), (2, 8, 2, 3)):
         inputs = channels_last(*shape, dtype=dtype).round()
         layers = fuse_layers(nn.Sequential(nn.MaxPool2d(2)), dtype)
@@ -120,7 +120,7 @@ def test_pooling_is_bit_for_bit_pytorchs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_nothing_depends_on_the_number_of_threads(name: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
     inputs = channels_last(7, 12, 11, 10, dtype=torch.bfloat16)
     layers = fuse_layers(with_any_values(nn.Sequential(*LAYERS[name](12))), torch.bfloat16)
     results = []
@@ -131,7 +131,7 @@ def test_nothing_depends_on_the_number_of_threads(name: str) -> None:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
 
 
-def test_small_differences_of_large_numbers_are_seen() -> None:
+def test_variance_of_large_close_numbers_is_accurate() -> None:
     inputs = channels_last(32, 4, 8, 8) / 100 + 1000
     layer = fuse_layers(nn.Sequential(nn.BatchNorm2d(4, eps=0, momentum=1.0)), torch.float32)
     outputs = layer(inputs)
@@ -140,7 +140,7 @@ def test_small_differences_of_large_numbers_are_seen() -> None:
     assert torch.allclose(outputs.var((0, 2, 3)), torch.ones(4), atol=2e-3)
 
 
-def test_what_is_not_a_number_is_not_hidden() -> None:
+def test_nan_is_propagated() -> None:
     inputs = channels_last(4, 16, 8, 8, dtype=torch.bfloat16)
     inputs[1, 3, 2, 2] = torch.nan
     layers = fuse_layers(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), torch.bfloat16)
@@ -155,7 +155,9 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("factory", map(with_defaults, (convnet, resnet, speednet)))
-def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype: torch.dtype) -> None:
+def test_parameters_buffers_and_names_of_the_network_are_unchanged(
+    factory: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
     """Same names, same memory: optimizer, checkpoints and prediction do not depend on fused layers."""
     model = seeded(factory, 10, 0).to(memory_format=torch.channels_last)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -169,7 +171,7 @@ def test_a_networks_state_stays_its_own(factory: Callable[..., nn.Module], dtype
     assert torch.allclose(model(images), plain(images), atol=1e-4)  # in float32, whatever it was made for
 
 
-def test_only_what_is_the_next_layer_is_taken_in() -> None:
+def test_only_an_activation_in_the_next_layer_is_fused() -> None:
     relu, dropout = nn.ReLU(), nn.Dropout()
     layers = fuse_layers(nn.Sequential(dropout, nn.BatchNorm2d(4), dropout, relu), torch.float32)
     assert layers[3] is relu
@@ -182,11 +184,11 @@ def test_only_what_is_the_next_layer_is_taken_in() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_types_keep_their_layers(dtype: torch.dtype) -> None:
+def test_layers_of_other_dtypes_are_not_replaced(dtype: torch.dtype) -> None:
     assert type(fuse_layers(nn.Sequential(nn.BatchNorm2d(4)), dtype)[0]) is nn.BatchNorm2d
 
 
-def test_what_has_no_kernel_is_computed_by_pytorch() -> None:
+def test_pytorch_computes_what_has_no_kernel() -> None:
     layers = fuse_layers(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU()), torch.float32)
     plain = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU())
     for inputs in (channels_last(3, 4, 6, 6).contiguous(), channels_last(3, 4, 6, 6).double()):
@@ -221,7 +223,7 @@ def strided(values: Tensor) -> nn.Parameter:
     ],
     ids=["weight", "bias", "statistics", "not tracking any more", "not counting", "frozen"],
 )
-def test_a_layer_that_was_changed_is_computed_as_it_is(change: Callable[[nn.BatchNorm2d], Any]) -> None:
+def test_layer_changed_after_fusion_is_computed_with_its_new_values(change: Callable[[nn.BatchNorm2d], Any]) -> None:
     inputs = channels_last(3, 4, 6, 6)
     for training in (True, False):
         plain, model = (changed(nn.BatchNorm2d(4), change).train(training) for _ in range(2))
@@ -242,7 +244,7 @@ def test_a_layer_in_evaluation_can_be_trained_further() -> None:
     assert torch.allclose(layers[0].bias.grad, plain[0].bias.grad)
 
 
-def test_another_default_type_changes_nothing() -> None:
+def test_default_dtype_does_not_change_results() -> None:
     layers = fuse_layers(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.ReLU()), torch.float32)
     trained = fuse_layers(nn.Sequential(nn.BatchNorm2d(4)), torch.float32)
     inputs = channels_last(3, 4, 6, 6)
@@ -271,7 +273,7 @@ class Residual(nn.Sequential):
         return normalized + self[1](normalized)
 
 
-def test_layers_of_which_somebody_makes_other_use_stay() -> None:
+def test_shared_and_hooked_layers_are_not_replaced() -> None:
     inputs = channels_last(3, 4, 6, 6)
     own = Residual(nn.BatchNorm2d(4), nn.ReLU())
     assert torch.allclose(fuse_layers(copy.deepcopy(own), torch.float32)(inputs), own(inputs), atol=1e-5)
@@ -286,9 +288,9 @@ def test_layers_of_which_somebody_makes_other_use_stay() -> None:
     assert seen == list(hooked)
 
 
-def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
-    """Each variant's apart from the others': what is kept under one index two processes would mix up."""
-    test = "here.test_pooling_is_bit_for_bit_pytorchs"
+def test_damaged_cached_machine_code_is_compiled_again(tmp_path: Path) -> None:
+    """Each variant has its own cache index: two processes that write one index would corrupt it."""
+    test = "here.test_pooling_equals_pytorch_bit_for_bit"
     code = f"import torch, tests.cpu_kernels.test_fused as here; {test}(torch.float32); {test}(torch.bfloat16)"
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     for _ in range(2):
@@ -299,10 +301,10 @@ def test_damaged_machine_code_is_made_again(tmp_path: Path) -> None:
             path.write_bytes(b"")
 
 
-def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
-    """With no room for it, as on a full disk."""
+def test_machine_code_is_compiled_again_if_the_cache_is_not_writable(tmp_path: Path) -> None:
+    """As on a full disk."""
     (tmp_path / "file").write_text("")
-    test = "test_pooling_is_bit_for_bit_pytorchs"
+    test = "test_pooling_equals_pytorch_bit_for_bit"
     code = f"import torch, tests.cpu_kernels.test_fused as here; here.{test}(torch.float32)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -315,7 +317,7 @@ def test_machine_code_that_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_works_if_a_kernel_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
@@ -326,7 +328,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatc
 
 
 @pytest.mark.parametrize("choice", ["auto", "never"])
-def test_a_run_without_numba_says_so_once_and_trains(workplace: Path, choice: str) -> None:
+def test_run_without_numba_warns_once_and_trains(workplace: Path, choice: str) -> None:
     (workplace / "hidden").mkdir()
     (workplace / "hidden" / "numba.py").write_text("raise ModuleNotFoundError(\"No module named 'numba'\")")
     options = [*TINY, "tracking=none", f"train.compile={choice}", "devices.count=2", "devices.oversubscribe=true"]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 def has_instructions(test: Test) -> Test:
     """The test runs wherever the instructions exist, on processors with AMX, too, where the method does not pay."""
     skipped = pytest.mark.skipif(not winograd.runs(), reason="the processor multiplies no bfloat16 in AVX512")
-    return skipped(pytest.mark.usefixtures("also_where_it_does_not_pay")(test))
+    return skipped(pytest.mark.usefixtures("use_winograd_always")(test))
 
 
 SHAPES = [  # images, channels of inputs and outputs, height, width
@@ -42,7 +42,7 @@ SHAPES = [  # images, channels of inputs and outputs, height, width
 
 
 @pytest.fixture
-def also_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_winograd_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "pays", winograd.runs)
 
 
@@ -81,10 +81,8 @@ def exact(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.usefixtures("no_memory_is_zero")
-def test_numbers_of_few_digits_give_exactly_what_a_direct_convolution_gives(
-    shape: tuple[int, ...], threads: int
-) -> None:
-    """Transformed, too, they fit into bfloat16: not one of them may be in a wrong place."""
+def test_results_on_small_integers_equal_a_direct_convolution(shape: tuple[int, ...], threads: int) -> None:
+    """bfloat16 represents these integers exactly, also when transformed, so any misplaced value shows."""
     torch.set_num_threads(threads)
     images, channels, outputs, height, width = shape
     assert torch.empty(2).isnan().all()
@@ -107,7 +105,7 @@ def test_numbers_of_few_digits_give_exactly_what_a_direct_convolution_gives(
 
 @has_instructions
 @pytest.mark.parametrize("shape", SHAPES[:4])
-def test_errors_are_not_far_above_those_of_a_direct_convolution(shape: tuple[int, ...]) -> None:
+def test_rounding_errors_are_close_to_those_of_a_direct_convolution(shape: tuple[int, ...]) -> None:
     images, channels, outputs, height, width = shape
     generator = torch.Generator().manual_seed(0)
     inputs, gradient, weight = (
@@ -133,8 +131,8 @@ def test_errors_are_not_far_above_those_of_a_direct_convolution(shape: tuple[int
 
 
 @has_instructions
-def test_of_a_channel_no_other_one_knows() -> None:
-    """Nor does an image of the others, but its neighbours in a tile know what is not a number."""
+def test_channels_do_not_affect_each_other() -> None:
+    """A NaN stays in its channel and image, but spreads to the neighbouring pixels in its tile."""
     inputs = last(torch.ones(16, 32, 16, 16), torch.bfloat16)
     inputs[3, 5, 8, 8] = torch.nan
     outputs = winograd.convolve(inputs, last(torch.ones(32, 32, 3, 3)), None)
@@ -169,7 +167,7 @@ def gradients(model: nn.Module, inputs: Tensor, weights: Tensor | None = None) -
 @pytest.mark.parametrize("change", [{}, {"padding": "same"}, {"bias": False}])
 @pytest.mark.parametrize("frozen", [(), ("inputs",), ("weight",), ("bias",), ("weight", "bias"), ("inputs", "bias")])
 @pytest.mark.parametrize("weights", ["all the same", "by planes", "channels-last"])
-def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: tuple[str, ...], weights: str) -> None:
+def test_layer_trains_like_pytorchs(change: dict[str, object], frozen: tuple[str, ...], weights: str) -> None:
     plain = layers(**change)
     for name, parameter in plain[0].named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -201,11 +199,11 @@ def test_a_layer_is_trained_as_pytorchs(change: dict[str, object], frozen: tuple
         {"kernel_size": (1, 3), "padding": "same"},
     ],
 )
-def test_another_convolution_stays(change: dict[str, object]) -> None:
+def test_other_convolutions_are_not_replaced(change: dict[str, object]) -> None:
     assert type(fuse_layers(layers(**change), torch.bfloat16)[0]) is nn.Conv2d
 
 
-def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_processors_keep_pytorch_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(fuse_layers(layers(), torch.float32)[0]) is nn.Conv2d
     for features in ({"avx512bf16", "avx512bw", "amx-bf16"}, {"avx512bw"}):
         monkeypatch.setattr(
@@ -214,8 +212,8 @@ def test_other_types_and_processors_keep_pytorchs(monkeypatch: pytest.MonkeyPatc
         assert type(fuse_layers(layers(), torch.bfloat16)[0]) is nn.Conv2d
 
 
-def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
-    """LLVM would end the process."""
+def test_instructions_disabled_for_numba_are_not_used() -> None:
+    """LLVM would abort the process."""
     show = "print(here.fuse_layers(here.layers(), torch.bfloat16)[0])"
     code = f"import torch, tests.cpu_kernels.test_winograd as here; {show}"
     for setting in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}):
@@ -235,14 +233,14 @@ def test_instructions_that_numba_may_not_use_are_not_asked_for() -> None:
     ("features", "runs", "pays"),
     [(llvm_vectors.NEEDED, True, True), ({*llvm_vectors.NEEDED, "amx-bf16"}, True, False), ({"avx2"}, False, False)],
 )
-def test_it_pays_where_the_instructions_are_and_amx_is_not(
+def test_winograd_is_used_with_avx512_bf16_and_without_amx(
     monkeypatch: pytest.MonkeyPatch, features: set[str], runs: bool, pays: bool
 ) -> None:
     monkeypatch.setattr(winograd, "target", lambda: ("", "", frozenset(features)))
     assert (winograd.runs(), winograd.pays()) == (runs, pays)
 
 
-def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_works_if_the_winograd_kernel_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise RuntimeError("no such instruction")
 
@@ -275,7 +273,9 @@ def test_winograds_method_that_cannot_be_compiled_leaves_a_network_that_works(mo
         "weight not last",
     ],
 )
-def test_what_does_not_pay_or_fit_is_computed_by_pytorch(inputs: Tensor, change: Callable[[nn.Module], None]) -> None:
+def test_pytorch_computes_convolutions_that_do_not_fit_or_are_slower(
+    inputs: Tensor, change: Callable[[nn.Module], None]
+) -> None:
     plain = layers()
     model = fuse_layers(copy.deepcopy(plain), torch.bfloat16)
     for some in (plain, model):

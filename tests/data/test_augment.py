@@ -52,8 +52,8 @@ def slow_shift(image: NDArray[Any], flip: bool, dx: float, dy: float) -> NDArray
     return moved
 
 
-def test_crop_moves_every_pixel_as_a_slow_loop_does() -> None:
-    """Every distance of -4 ... 4 on both axes, mirrored and not; the type stays uint8."""
+def test_crop_equals_a_loop_over_pixels() -> None:
+    """Every distance of -4 ... 4 on both axes, flipped and not; the dtype stays uint8."""
     grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
     given = images(len(grid))
     moved = CROP(given, torch.tensor(grid).float())
@@ -63,7 +63,7 @@ def test_crop_moves_every_pixel_as_a_slow_loop_does() -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 5, 9), (3, 8, 8)])
-def test_shift_interpolates_every_pixel_as_a_slow_loop_does(shape: tuple[int, ...]) -> None:
+def test_shift_equals_a_loop_over_pixels(shape: tuple[int, ...]) -> None:
     given = images(32, shape)
     parameters = SHIFT.parameters(torch.arange(32), seed=0, epoch=1)
     parameters[0] = torch.tensor([0, 4.0, -4.0])
@@ -83,14 +83,14 @@ def test_shift_of_the_training_size_is_as_exact() -> None:
         np.testing.assert_allclose(result, slow_shift(image, bool(flip), dx, dy), atol=1e-3)
 
 
-def test_shift_by_whole_pixels_is_crop() -> None:
+def test_shift_by_whole_pixels_equals_crop() -> None:
     given = images(64, (3, 32, 32))
     parameters = CROP.parameters(torch.arange(64), seed=3, epoch=2)
     torch.testing.assert_close(SHIFT(given, parameters), CROP(given, parameters).float(), atol=2e-3, rtol=0)
 
 
-def test_alternating_moves_every_pixel_as_a_slow_loop_does() -> None:
-    """Every distance of -4 ... 4 on both axes, mirrored and not; beyond the border the image is seen in a mirror."""
+def test_alternating_equals_a_loop_over_pixels() -> None:
+    """Every distance of -4 ... 4 on both axes, flipped and not; padding is a reflection."""
     grid = [(flip, dx, dy) for flip in (0, 1) for dx in range(-4, 5) for dy in range(-4, 5)]
     given = images(len(grid))
     moved = Alternating(4)(given, torch.tensor(grid).float())
@@ -166,7 +166,7 @@ def test_settings_bound_the_distances_and_the_flips(augmentation: Crop | Shift) 
 
 
 @pytest.mark.parametrize("augmentation", [CROP, SHIFT])
-def test_flip_and_both_distances_are_drawn_apart_for_every_image(augmentation: Crop | Shift) -> None:
+def test_flip_and_both_distances_are_independent_for_every_image(augmentation: Crop | Shift) -> None:
     parameters = augmentation.parameters(MANY, seed=0, epoch=1)
     assert float(parameters[:, 0].mean()) == pytest.approx(0.5, abs=0.01)
     correlations = torch.corrcoef(parameters.T) - torch.eye(3)

@@ -106,7 +106,7 @@ def test_an_image_moves_differently_in_each_epoch_and_as_its_parameters_say() ->
     assert not torch.equal(first[0][first[1].argsort()], second[0][second[1].argsort()])
 
 
-def test_a_set_of_one_whole_batch_drops_nothing() -> None:
+def test_training_set_of_one_full_batch_drops_no_images() -> None:
     ((only,),) = epoch_of(random_split(8), 1, 8, Identity())
     assert sorted(only[1].tolist()) == list(range(8))
 
@@ -132,7 +132,7 @@ def test_every_image_is_evaluated_once_in_order_and_unmoved(world_size: int) -> 
     assert torch.equal(torch.cat([images for images, _ in batches]), normalization(split.images))
 
 
-def test_zerocenter_takes_the_channel_means_off() -> None:
+def test_zerocenter_subtracts_the_channel_means() -> None:
     images = torch.tensor([[0, 10, 255], [0, 20, 255], [0, 30, 255]], dtype=torch.uint8).view(1, 3, 1, 3)
     result = Normalization.of("zerocenter", MEAN, STD)(images)
     expected = [[-125.3, -115.3, 129.7], [-122.95, -102.95, 132.05], [-113.87, -83.87, 141.13]]
@@ -172,7 +172,7 @@ def test_batches_are_float32_and_channels_last(kind: str, augmentation: Augmenta
         assert labels.dtype == torch.int64
 
 
-def test_what_a_translation_uncovers_is_black_and_not_the_mean() -> None:
+def test_padding_of_a_translation_is_black_and_not_the_mean() -> None:
     split = Split(torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     ((images, _),) = TrainBatches(split, CROP, Normalization(shift=MEAN), 0, 0, 1, 4).epoch(1)
     for channel, mean in enumerate(MEAN):

@@ -120,9 +120,9 @@ def test_other_kinds_of_images_become_rgb(tree: Path, mode: str, recwarn: pytest
     assert [str(warning.message) for warning in recwarn if "torch" not in warning.filename] == []
 
 
-def test_what_is_left_out_is_counted_and_sub_folders_are_not(tree: Path) -> None:
+def test_skipped_files_are_counted_and_sub_folders_are_read(tree: Path) -> None:
     before = folders(tree)
-    assert before.left_out == ""
+    assert before.skipped == ""
     (tree / "train" / "ant" / ".hidden.png").write_bytes(b"not an image")
     (tree / "train" / "ant" / "notes.txt").write_text("not an image")
     (tree / "train" / "ant" / "a\x1b[31m.\x1b[1m").touch()
@@ -133,10 +133,10 @@ def test_what_is_left_out_is_counted_and_sub_folders_are_not(tree: Path) -> None
     (tree / "train" / "README.md").touch()
     save(tree / "test" / "stray.png", pixels(0))
     after = folders(tree)
-    assert replace(after, left_out="") == before
-    assert after.left_out == (
-        "1 folder linked to twice, 2 hidden, 1 image outside the class folders, 1 that is no file (a broken link, a "
-        r"socket), 2 of other kinds (.\x1b[1m, .txt)"
+    assert replace(after, skipped="") == before
+    assert after.skipped == (
+        "1 broken link or special file, 1 folder linked to twice, 2 hidden, 1 image outside the class folders, "
+        r"2 of other kinds (.\x1b[1m, .txt)"
     )
     save(tree / "train" / "bee" / "2024" / "june" / "0.png", pixels(8))
     train = folders(tree).load("train")
@@ -148,11 +148,11 @@ def test_what_is_left_out_is_counted_and_sub_folders_are_not(tree: Path) -> None
     ("suffix", "kind"), [(".jfif", "JPEG"), (".JPE", "JPEG"), (".pgm", "PPM"), (".ppm", "PPM"), (".webp", "WEBP"),
                          (".bmp", "BMP"), (".tif", "TIFF"), (".TIFF", "TIFF"), (".gif", "GIF")]
 )  # fmt: skip
-def test_images_of_every_kind_are_taken(tree: Path, suffix: str, kind: str) -> None:
+def test_images_of_every_supported_format_are_read(tree: Path, suffix: str, kind: str) -> None:
     image = Image.fromarray(pixels(9)).convert("L" if suffix == ".pgm" else "RGB")
     image.save(tree / "train" / "ant" / f"3{suffix}", format=kind)
     files = folders(tree)
-    assert (files.train_count, files.left_out) == (4, "")
+    assert (files.train_count, files.skipped) == (4, "")
     shown = np.asarray(Image.open(tree / "train" / "ant" / f"3{suffix}").convert("RGB"))
     np.testing.assert_array_equal(files.load("train").images[2].permute(1, 2, 0).numpy(), shown)
 
@@ -186,7 +186,7 @@ def test_a_changed_added_or_removed_image_is_noticed(tree: Path, decoded: list[s
     assert len(decoded) == count
 
 
-def test_the_content_hash_does_not_depend_on_the_place(tree: Path, tmp_path: Path) -> None:
+def test_content_hash_does_not_depend_on_the_folders_path(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree, tmp_path / "copy")
     assert folders(tmp_path / "copy").content_hash == folders(tree).content_hash
     renamed = tmp_path / "copy" / "train" / "ant"
@@ -198,7 +198,7 @@ def test_the_content_hash_does_not_depend_on_the_place(tree: Path, tmp_path: Pat
     "damage",
     ["truncate", "remove", "meta", "index", "format", "a bit of an image", "a bit of a label", "the mean"],
 )
-def test_a_damaged_cache_is_made_anew(tree: Path, decoded: list[str], damage: str) -> None:
+def test_damaged_cache_is_decoded_again(tree: Path, decoded: list[str], damage: str) -> None:
     first = folders(tree)
     array = first.folder / "train_images.npy"
     if damage == "truncate":
@@ -232,7 +232,7 @@ def test_a_cache_that_vanished_is_a_storage_error(tree: Path) -> None:
         files.load("train")
 
 
-def test_what_a_dead_process_left_is_removed(tree: Path) -> None:
+def test_unfinished_cache_of_a_dead_process_is_removed(tree: Path) -> None:
     leftover = tree / ".cache" / "unfinished-abc"
     leftover.mkdir(parents=True)
     mark(leftover)
@@ -253,7 +253,7 @@ def test_an_interrupted_writer_leaves_no_dataset(tree: Path, monkeypatch: pytest
     np.testing.assert_array_equal(folders(tree).load("test").images.numpy(), chw(3, 4))
 
 
-def test_two_processes_at_once_do_the_work_once(tree: Path, decoded: list[str]) -> None:
+def test_two_simultaneous_processes_decode_once(tree: Path, decoded: list[str]) -> None:
     found: list[DatasetFiles] = []
     threads = [threading.Thread(target=lambda: found.append(folders(tree))) for _ in range(4)]
     for thread in threads:
@@ -272,7 +272,7 @@ def test_a_cache_that_cannot_be_written_names_the_setting(tree: Path, tmp_path: 
         synthetic(tmp_path / "file" / "cache", train_count=10, test_count=10)
 
 
-def test_a_cache_elsewhere_leaves_the_images_folder_alone(tree: Path, tmp_path: Path) -> None:
+def test_data_cache_elsewhere_leaves_the_images_folder_unchanged(tree: Path, tmp_path: Path) -> None:
     before = sorted(tree.rglob("*"))
     files = folders(tree, cache=tmp_path / "elsewhere")
     assert files.folder == tmp_path / "elsewhere" / files.content_hash
@@ -328,13 +328,13 @@ def test_broken_images_are_named_and_counted(tree: Path) -> None:
     text = message(tree)
     assert "3 of 5 images cannot be used" in text
     assert f"{tree}/train/ant/1.png: is empty" in text
-    assert f"{tree}/train/ant/2.png: is no image of a known format" in text
+    assert f"{tree}/train/ant/2.png: is not an image in a known format" in text
     assert f"{tree}/test/bee/1.png: " in text
     assert "Replace or delete them." in text
     assert [path.name for path in (tree / ".cache").iterdir()] == [".lock"]
 
 
-def test_long_lists_are_cut(tree: Path) -> None:
+def test_long_lists_of_files_are_truncated(tree: Path) -> None:
     for number in range(10, 18):
         (tree / "train" / "ant" / f"{number}.png").write_bytes(b"")
     text = message(tree)
@@ -342,7 +342,7 @@ def test_long_lists_are_cut(tree: Path) -> None:
     assert "  and 3 more\n" in text
 
 
-def test_other_sizes_are_named_even_if_the_odd_one_comes_first(tree: Path) -> None:
+def test_odd_image_size_is_named_even_if_it_comes_first(tree: Path) -> None:
     save(tree / "train" / "ant" / "0.png", np.zeros((5, 7, 3), np.uint8))
     text = message(tree)
     assert "all images must have one size" in text
@@ -352,7 +352,7 @@ def test_other_sizes_are_named_even_if_the_odd_one_comes_first(tree: Path) -> No
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
-def test_of_16_bits_the_upper_8_are_kept(tree: Path, suffix: str) -> None:
+def test_sixteen_bit_images_keep_their_upper_8_bits(tree: Path, suffix: str) -> None:
     deep = np.arange(35, dtype=np.uint16).reshape(SHAPE) * 1800
     save(tree / "train" / "ant" / f"0{suffix}", Image.fromarray(deep))
     first = folders(tree).load("train").images[0].numpy()
@@ -434,7 +434,7 @@ def test_synthetic_images_follow_their_settings(tmp_path: Path) -> None:
     assert other.folder.parent == files.folder.parent == tmp_path
 
 
-def test_synthetic_images_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_images_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = synthetic(tmp_path, train_count=20, test_count=10)
     monkeypatch.setattr(generator, "_draw_split", lambda *_: pytest.fail("made again"))
     assert synthetic(tmp_path, train_count=20, test_count=10) == first
@@ -520,7 +520,7 @@ def test_the_yaml_files_name_every_setting_of_their_source(source: Callable[...,
     assert list(settings) == list(inspect.signature(source).parameters)
 
 
-def test_the_module_is_light_to_import() -> None:
+def test_module_imports_nothing_heavy() -> None:
     heavy = "('hydra', 'mlflow', 'torchvision')"
     code = f"import sys, cifar_exp.data.class_folders; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

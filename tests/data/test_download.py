@@ -72,7 +72,7 @@ def test_a_local_archive_needs_no_network_and_leaves_the_root_alone(tmp_path: Pa
     assert not (tmp_path / "root").exists()
 
 
-def test_an_archive_that_lies_in_the_root_is_used(tmp_path: Path) -> None:
+def test_archive_in_data_root_is_used(tmp_path: Path) -> None:
     (tmp_path / cifar10_archive.ARCHIVE_FILE).write_bytes(ARCHIVE)
     check_content(small_cifar10(tmp_path, mirror="http://127.0.0.1:9/none"))
 
@@ -94,7 +94,7 @@ def test_a_wrong_local_archive_is_refused(tmp_path: Path, wrong: bytes) -> None:
 
 
 def test_a_missing_local_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.archive=.*nothing\.tar\.gz is no file"):
+    with pytest.raises(DataError, match=r"data\.archive=.*nothing\.tar\.gz is not a file"):
         small_cifar10(tmp_path, archive=tmp_path / "nothing.tar.gz")
 
 
@@ -130,7 +130,7 @@ def absent(server: Server) -> None:
     ],
     ids=["truncated", "changed", "web page", "absent"],  # the archive's hash is another one in each process
 )
-def test_a_wrong_download_is_refused_and_not_kept(
+def test_download_with_wrong_hash_is_refused_and_deleted(
     tmp_path: Path, server: Server, spoil: Callable[[Server], None], found: str
 ) -> None:
     spoil(server)
@@ -141,7 +141,7 @@ def test_a_wrong_download_is_refused_and_not_kept(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 
 
-def test_without_a_network_the_message_says_what_to_type(tmp_path: Path, server: Server) -> None:
+def test_message_without_a_network_names_the_remedy(tmp_path: Path, server: Server) -> None:
     address = "http://127.0.0.1:1/cifar-10-python.tar.gz"
     with pytest.raises(DataError, match="Connection refused") as caught:
         small_cifar10(tmp_path, mirror=address)
@@ -150,12 +150,12 @@ def test_without_a_network_the_message_says_what_to_type(tmp_path: Path, server:
 
 
 @pytest.mark.parametrize("mirror", ["ftp://host/file", "/home/me/cifar-10-python.tar.gz", "file:///etc/passwd"])
-def test_a_mirror_is_an_http_address(tmp_path: Path, mirror: str) -> None:
+def test_mirror_must_be_an_http_address(tmp_path: Path, mirror: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"data.mirror={mirror} must begin with http")):
         small_cifar10(tmp_path, mirror=mirror)
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path: Path, server: Server) -> None:
+def test_interrupted_download_resumes(tmp_path: Path, server: Server) -> None:
     server.stop_after = 1000
     with pytest.raises(DataError, match=rf"ended after 1,000 of {SIZE:,} bytes.*start again"):
         small_cifar10(tmp_path, mirror=server.address)
@@ -166,7 +166,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path: Path, server
 
 @pytest.mark.parametrize("understands_ranges", [True, False])
 @pytest.mark.parametrize("kept", [b"another file's beginning", bytes(SIZE - 1), bytes(SIZE), bytes(SIZE + 5)])
-def test_a_wrong_beginning_is_thrown_away(
+def test_wrong_partial_download_is_discarded(
     tmp_path: Path, server: Server, kept: bytes, understands_ranges: bool
 ) -> None:
     server.understands_ranges = understands_ranges
@@ -175,10 +175,10 @@ def test_a_wrong_beginning_is_thrown_away(
     assert not (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").exists()
 
 
-def test_a_beginning_longer_than_the_mirrors_file_is_no_dead_end(tmp_path: Path, server: Server) -> None:
+def test_partial_download_longer_than_the_mirrors_file_is_discarded(tmp_path: Path, server: Server) -> None:
     web_page(server)
     (tmp_path / f"{cifar10_archive.ARCHIVE_FILE}.part").write_bytes(ARCHIVE[:1000])
-    with pytest.raises(DataError, match="a web page"):
+    with pytest.raises(DataError, match="a login page"):
         small_cifar10(tmp_path, mirror=server.address)
     assert server.ranges == ["bytes=1000-", None]
 
@@ -259,7 +259,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
     [
         ("test_batch", None, "lacks test_batch"),
         ("test_batch", b"no pickle", "damaged batch"),
-        ("test_batch", release_pickle([1, 2]), "no dictionary but list"),
+        ("test_batch", release_pickle([1, 2]), "not a dictionary but list"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 3072), np.uint8)}), "labels"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 1]}), "N x 3072"),
         ("test_batch", release_pickle({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}), "uint8"),
@@ -267,7 +267,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
         ("batches.meta", release_pickle({}), "label_names"),
     ],
 )
-def test_batches_of_another_form_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_batches_of_wrong_shape_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     members = make_members()
     if content is None:
         del members[f"{FOLDER}/{name}"]
@@ -280,7 +280,7 @@ def test_batches_of_another_form_are_refused(tmp_path: Path, name: str, content:
     assert str(archive) in str(caught.value)
 
 
-def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_a_tar_archive_is_refused(tmp_path: Path) -> None:
     for content in (b"no archive", ARCHIVE[: SIZE // 2]):
         (tmp_path / "copy.tar.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"copy\.tar\.gz cannot be read as a \.tar\.gz"):
@@ -324,7 +324,7 @@ def test_the_command_fails_with_a_message_and_the_errors_code(
 ) -> None:
     assert run_command(["data", f"data.root={tmp_path}", f"data.archive={tmp_path / 'none.tar.gz'}"]) == 3
     captured = capsys.readouterr()
-    assert "none.tar.gz is no file" in captured.err
+    assert "none.tar.gz is not a file" in captured.err
     assert "Traceback" not in captured.err
     assert run_command(["data", f"data.root={tmp_path}", "data.mirror=nowhere"]) == 2
     (tmp_path / "file").touch()

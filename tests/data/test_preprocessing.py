@@ -75,7 +75,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_prediction_is_as_accurate_as_the_test_of_the_run(cifar_exp: Command, workplace: Path, pictures: Path) -> None:
+def test_prediction_has_the_runs_test_accuracy(cifar_exp: Command, workplace: Path, pictures: Path) -> None:
     options = ["data=folders", f"data.root={pictures}", f"data.cache={workplace}/cache", f"data.image_size={SIDE}"]
     recipe = ["train.batch_size=16", "train.epochs=4", "model.width=8", "model.depth=1", "augment=none",
               "optimizer=adamw", "optimizer.lr=0.01", "train.lr_scaling=none", "train.precision=fp32"]  # fmt: skip
@@ -84,8 +84,8 @@ def test_prediction_is_as_accurate_as_the_test_of_the_run(cifar_exp: Command, wo
     assert done.returncode == 0, done.stderr
     runs = sorted(path.parent for path in (workplace / "outputs" / "multirun").rglob("metrics.jsonl"))
     assert len(runs) == 3
-    paths, left_out = images_in([str(pictures / "test")])
-    assert (len(paths), left_out) == (8 * len(KINDS), "")
+    paths, skipped = images_in([str(pictures / "test")])
+    assert (len(paths), skipped) == (8 * len(KINDS), "")
     for run in runs:
         classifier = Classifier.of_run(run)
         labels = classifier.label([classifier.read(path) for path in paths])
@@ -131,7 +131,7 @@ def test_the_exif_orientation_is_applied(tmp_path: Path, turn: int) -> None:
 @pytest.mark.parametrize(
     "damage", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12"]
 )
-def test_damaged_exif_data_turn_nothing(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_exif_data_rotate_nothing(tmp_path: Path, damage: bytes) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(drawn).save(tmp_path / "x.png", exif=damage)
     np.testing.assert_array_equal(decode_image(tmp_path / "x.png"), drawn.transpose(2, 0, 1))
@@ -148,7 +148,7 @@ def test_a_run_that_ends_on_smaller_images_predicts_on_smaller_images(loaded: di
         assert torch.equal(classifier.probabilities(split.images), network(evaluated).softmax(1))
 
 
-def test_a_rule_is_read_back_as_it_was_stored_and_others_are_refused() -> None:
+def test_preprocessing_survives_storage_and_unknown_rules_are_refused() -> None:
     rule = Preprocessing((12, 34))
     assert Preprocessing.of(rule.stored(), (1, 1)) == rule
     assert Preprocessing.of(None, (12, 34)) == Preprocessing((12, 34), turned=False)
@@ -157,23 +157,23 @@ def test_a_rule_is_read_back_as_it_was_stored_and_others_are_refused() -> None:
             Preprocessing.of(rule.stored() | change, (12, 34))
 
 
-def test_what_would_use_up_memory_or_start_a_program_is_refused(tmp_path: Path) -> None:
+def test_images_that_exhaust_memory_or_start_a_program_are_refused(tmp_path: Path) -> None:
     rule = Preprocessing((SIDE, SIDE))
     Image.new("1", (MAX_PIXELS // 2, 1)).save(tmp_path / "thin.png")  # resized, it would cover 16 x 500,000,000 pixels
     assert "too long and narrow" in str(read_image(tmp_path / "thin.png", rule))
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
-    assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is no image of a known format")
+    assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is not an image in a known format")
 
 
-def test_prediction_passes_over_what_training_passes_over(tmp_path: Path) -> None:
+def test_prediction_skips_the_files_that_training_skips(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a.png", "below/b.PNG", "._a.png", ".hidden/h.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         stripes(rng, "square", True, 3).save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    paths, left_out = images_in([str(tmp_path)])
+    paths, skipped = images_in([str(tmp_path)])
     assert paths == [tmp_path / "a.png", tmp_path / "below" / "b.PNG"]
-    assert left_out == "2 hidden, 1 of other kinds (.txt)"
+    assert skipped == "2 hidden, 1 of other kinds (.txt)"
     assert images_in([str(tmp_path / "._a.png")]) == ([tmp_path / "._a.png"], "")  # it is named
     with pytest.raises(DataError, match=r"n\\nowhere: there is no image here"):
         images_in([str(tmp_path / "n\nowhere")])

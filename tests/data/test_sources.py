@@ -165,9 +165,7 @@ def test_files_of_other_sizes_are_resized_as_torchvision_does(mixed: Path, worke
     assert files.std == pytest.approx(std.tolist())
 
 
-def test_an_epoch_that_is_left_early_does_not_bear_on_the_next(
-    sources: Callable[..., tuple[Source, Source]], equal: Path
-) -> None:
+def test_unfinished_epoch_does_not_affect_the_next(sources: Callable[..., tuple[Source, Source]], equal: Path) -> None:
     memory = batches(folders(equal).load("train"), 0, 1)
     for choice, workers in WAYS:
         ours = batches(sources(choice, workers)[0], 0, 1)
@@ -180,7 +178,7 @@ def test_an_epoch_that_is_left_early_does_not_bear_on_the_next(
             assert torch.equal(images, expected)
 
 
-def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
+def test_workers_persist_over_epochs_and_end_with_the_context(equal: Path) -> None:
     me = psutil.Process()
     before = set(me.children())
     files = folders(equal, residency="loader", image_size=SIDE, workers=2)
@@ -194,7 +192,7 @@ def test_workers_stay_over_epochs_and_end_with_the_block(equal: Path) -> None:
     assert_nothing_is_left(list(workers))
 
 
-def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
+def test_dead_worker_is_reported_with_a_remedy(equal: Path) -> None:
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     before = set(psutil.Process().children())
 
@@ -210,9 +208,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(equal: Path) -> None:
 
 
 @pytest.mark.parametrize("problem", ["No space left on device (28)", "Read-only file system (30)"])
-def test_without_shared_memory_images_arrive_all_the_same(
-    equal: Path, monkeypatch: pytest.MonkeyPatch, problem: str
-) -> None:
+def test_loader_works_without_shared_memory(equal: Path, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
     """Containers have little shared memory: the batch would go to a thread that fails, and training would hang."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     with open_sources(files, CPU, threads=1) as (train, _):
@@ -229,22 +225,20 @@ def test_without_shared_memory_images_arrive_all_the_same(
     assert torch.equal(labels, expected[1])
 
 
-def test_workers_that_cannot_be_started_are_told_with_what_to_type(
-    equal: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failure_to_start_workers_is_reported_with_a_remedy(equal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("os.fork", refuse)
-    told = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
+    message = r"data\.workers=1: worker processes cannot be started: Resource temp.*\. Set data\.workers=<fewer>"
     with (
-        pytest.raises(MachineError, match=told),
+        pytest.raises(MachineError, match=message),
         open_sources(folders(equal, residency="loader", image_size=SIDE, workers=1), CPU, 1),
     ):
         pass
 
 
-def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_workers_leave_ctrl_c_to_the_parent(equal: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A terminal sends Ctrl-C to every process: workers print nothing, and end with their rank."""
     files = folders(equal, residency="loader", image_size=SIDE, workers=1)
     before = set(psutil.Process().children())
@@ -257,7 +251,7 @@ def test_ctrl_c_is_the_parents_to_answer(equal: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (3, 3), (64, 8)])
-def test_auto_is_a_worker_a_thread_and_at_most_eight(
+def test_auto_workers_is_one_per_thread_and_at_most_eight(
     equal: Path, monkeypatch: pytest.MonkeyPatch, threads: int, expected: int
 ) -> None:
     asked: list[int] = []
@@ -274,12 +268,12 @@ def test_auto_is_a_worker_a_thread_and_at_most_eight(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_breaks_later_is_a_data_error_with_its_path(tmp_path: Path, workers: int) -> None:
+def test_file_damaged_during_training_is_a_data_error_with_its_path(tmp_path: Path, workers: int) -> None:
     files = folders(tree(tmp_path), residency="loader", image_size=SIDE, workers=workers)
     (tmp_path / "train" / "bee" / "03.png").write_bytes(b"no image")
     (tmp_path / "test" / "ant" / "02.png").unlink()
     with open_sources(files, CPU, threads=1) as (train, test):
-        with pytest.raises(DataError, match=r"train/bee/03\.png: is no image of a known format\. Replace"):
+        with pytest.raises(DataError, match=r"train/bee/03\.png: is not an image in a known format\. Replace"):
             list(batches(train, 0, 1, batch_size=13).micro_batches(1))
         with pytest.raises(DataError, match=r"test/ant/02\.png: .*No such file"):
             fetch(test, torch.arange(11))
@@ -332,7 +326,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
-def test_settings_are_refused_with_value_rule_and_what_to_type(overrides: str) -> None:
+def test_invalid_settings_are_refused_with_value_rule_and_remedy(overrides: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         build(read_config(composed(*overrides.split())))
     for part in REFUSED[overrides]:
@@ -349,7 +343,7 @@ def test_the_loader_is_for_folders_alone_and_needs_a_size(tmp_path: Path, equal:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_memory_cannot_hold_is_told_of_the_loader(
+def test_images_too_large_for_memory_suggest_the_loader(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match=r"all images must have one size[^$]*data\.residency=loader data\.image_size="):
@@ -373,7 +367,7 @@ def test_what_memory_cannot_hold_is_told_of_the_loader(
         ("cpu", "host", "host"),
     ],
 )
-def test_auto_is_the_device_where_images_take_half_of_its_free_memory(
+def test_auto_residency_is_device_if_images_take_at_most_half_of_its_free_memory(
     monkeypatch: pytest.MonkeyPatch, kind: str, choice: Any, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 8000))
@@ -381,7 +375,7 @@ def test_auto_is_the_device_where_images_take_half_of_its_free_memory(
     assert residency_on(torch.device(kind), choice, 500) == ("device" if choice == "auto" else expected)
 
 
-def test_a_run_may_go_on_with_its_images_elsewhere() -> None:
+def test_run_resumes_with_another_residency() -> None:
     first, moved, resized = (
         config_hash(read_config(composed("data=folders", *more)))
         for more in ((), ("data.residency=host", "data.workers=2"), ("data.image_size=32",))
@@ -389,7 +383,7 @@ def test_a_run_may_go_on_with_its_images_elsewhere() -> None:
     assert moved == first != resized
 
 
-def test_a_dataset_of_ones_own_need_not_know_of_residency(equal: Path) -> None:
+def test_custom_dataset_needs_no_residency_parameter(equal: Path) -> None:
     known = {name: value for name, value in vars(folders(equal)).items() if name != "residency"}
     files = DatasetFiles(**known)
     assert files.residency == "auto"
@@ -401,7 +395,7 @@ def prefetching() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_the_thread_ends_when_an_epoch_is_left_early(sources: Callable[..., tuple[Source, Source]]) -> None:
+def test_prefetch_thread_ends_with_an_unfinished_epoch(sources: Callable[..., tuple[Source, Source]]) -> None:
     source, _ = sources("host")
     assert isinstance(source, HostSource)
     draws = batches(source, 0, 1, batch_size=1).micro_batches(1)
@@ -413,7 +407,7 @@ def test_the_thread_ends_when_an_epoch_is_left_early(sources: Callable[..., tupl
     assert prefetching() == []
 
 
-def test_items_are_made_ahead_by_no_more_than_asked_for() -> None:
+def test_prefetching_is_limited_to_the_given_depth() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -432,7 +426,7 @@ def test_items_are_made_ahead_by_no_more_than_asked_for() -> None:
     assert prefetching() == []
 
 
-def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
+def test_error_of_the_prefetch_thread_comes_after_its_items() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise DataError("the second one")
@@ -444,13 +438,13 @@ def test_what_the_thread_raises_arrives_after_what_it_made() -> None:
     assert prefetching() == []
 
 
-def test_what_begins_the_thread_runs_in_it() -> None:
+def test_start_function_runs_in_the_prefetch_thread() -> None:
     names: list[str] = []
     assert list(prefetched([1, 2], 1, lambda: names.append(threading.current_thread().name))) == [1, 2]
     assert names == ["prefetch"]
 
 
-def test_a_graph_takes_the_draws_of_every_source(sources: Callable[..., tuple[Source, Source]]) -> None:
+def test_captured_step_uses_the_random_draws_of_every_source(sources: Callable[..., tuple[Source, Source]]) -> None:
     for choice in ("device", "host", "loader"):
         ours = batches(sources(choice)[0], 0, 1)
         seen: list[Tensor] = []
@@ -482,7 +476,7 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_run_on_files_of_several_sizes(cifar_exp: Command, workplace: Path) -> None:
+def test_run_trains_on_files_of_several_sizes(cifar_exp: Command, workplace: Path) -> None:
     tree(workplace / "images", MIXED)
     done = cifar_exp(*LOADER, "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
@@ -492,12 +486,12 @@ def test_a_run_on_files_of_several_sizes(cifar_exp: Command, workplace: Path) ->
     assert processes_in(workplace) == []
 
 
-def test_a_file_that_a_rank_finds_broken_is_exit_code_3(cifar_exp: Command, workplace: Path) -> None:
-    """A test image: the sample that statistics are taken over does not have it."""
+def test_damaged_file_found_by_a_rank_is_exit_code_3(cifar_exp: Command, workplace: Path) -> None:
+    """A test image, because the sample for the statistics has training images only."""
     (tree(workplace / "images", MIXED) / "test" / "bee" / "04.png").write_bytes(b"no image")
     done = cifar_exp(*LOADER, "progress=quiet")
     assert done.returncode == 3
-    assert f"{workplace}/images/test/bee/04.png: is no image of a known format" in done.stderr
+    assert f"{workplace}/images/test/bee/04.png: is not an image in a known format" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -48,7 +48,7 @@ Run = subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize(("images", "count"), [(96, 32), (50, 5), (1000, 1), (1000, 999), (997, 313)])
 @pytest.mark.parametrize("classes", [1, 2, 10])
-def test_a_division_covers_the_set_once_with_each_class_share(images: int, count: int, classes: int) -> None:
+def test_split_covers_the_set_once_with_equal_class_shares(images: int, count: int, classes: int) -> None:
     generator = torch.Generator().manual_seed(classes)
     labels = torch.randint(0, classes, (images,), generator=generator).square() // classes  # of several frequencies
     rest, kept = split_indices(labels, count)
@@ -61,7 +61,7 @@ def test_a_division_covers_the_set_once_with_each_class_share(images: int, count
         assert abs(int((labels[kept] == label).sum()) - share) < 1
 
 
-def test_a_division_is_drawn_at_random_and_whatever_was_drawn_before() -> None:
+def test_split_is_random_and_independent_of_the_global_rng() -> None:
     labels = torch.zeros(1000, dtype=torch.int64)
     torch.manual_seed(1)
     _, kept = split_indices(labels, 500)
@@ -73,7 +73,7 @@ def test_a_division_is_drawn_at_random_and_whatever_was_drawn_before() -> None:
 
 
 @pytest.mark.parametrize("choice", ["device", "host", "loader"])
-def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Path, choice: Any) -> None:
+def test_subset_selects_the_given_indices_in_every_residency(tmp_path: Path, choice: Any) -> None:
     whole = folders(tree(tmp_path)).load("train")
     size = SIDE if choice == "loader" else None
     files = hold_out(folders(tmp_path, residency=choice, image_size=size, workers=0), 0.25)
@@ -97,7 +97,7 @@ def test_wherever_images_lie_parts_of_them_are_those_of_the_places(tmp_path: Pat
                 assert torch.equal(labels, same_labels)
 
 
-def test_nothing_is_wrapped_where_no_images_are_kept_apart(tmp_path: Path) -> None:
+def test_dataset_is_not_wrapped_without_a_validation_split(tmp_path: Path) -> None:
     files = hold_out(folders(tree(tmp_path)), 0.0)
     with ExitStack() as closing:
         train, _ = closing.enter_context(open_sources(files, CPU, threads=1))
@@ -107,7 +107,7 @@ def test_nothing_is_wrapped_where_no_images_are_kept_apart(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("share", "count", "usual"), [(0.001, 96, "0.1"), (0.999, 96, "0.1"), (0.4, 1, "0"), (0.9, 3, "0")]
 )
-def test_a_share_that_leaves_nothing_is_refused(share: float, count: int, usual: str) -> None:
+def test_validation_share_that_leaves_no_images_is_refused(share: float, count: int, usual: str) -> None:
     files = DatasetFiles(Path(), ("a",), count, 1, (1, 1), (0.0,) * 3, (1.0,) * 3, "")
     with pytest.raises(ConfigError) as refusal:
         hold_out(files, share)
@@ -139,7 +139,7 @@ def test_a_wrong_setting_is_refused(override: str, parts: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("choice", ["cifar10", "folders", "synthetic"])
-def test_every_dataset_takes_the_setting_and_none_of_their_functions_sees_it(choice: str) -> None:
+def test_data_validation_works_for_every_dataset_and_is_not_passed_to_it(choice: str) -> None:
     config = read_config(composed(f"data={choice}", "data.validation=0.2", "early_stopping.metric=val/accuracy"))
     assert config.validation == 0.2
     assert config.early_stopping.metric == "val/accuracy"
@@ -160,7 +160,7 @@ def test_a_users_own_dataset_has_the_setting_too_and_may_choose_its_value(workpl
             assert build(config).dataset.keywords == {"root": "here"}  # type: ignore[attr-defined]
 
 
-def told(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
+def stopping_after(values: list[float], **settings: Any) -> tuple[EarlyStopping, int]:
     """Early stopping that was told ``values`` until it was over, ten steps an epoch; the last epoch."""
     made = EarlyStopping(replace(default_config().early_stopping, **settings))
     for epoch, value in enumerate(values, 1):
@@ -192,14 +192,14 @@ LOSSES = [1.0, 0.8, 0.9, 0.85, 0.7, 0.75, 0.72, 0.71, 0.6]
 def test_training_ends_when_patience_runs_out(
     settings: dict[str, Any], values: list[float], best_epoch: int, last_epoch: int, is_over: bool
 ) -> None:
-    made, last = told(values, **settings)
+    made, last = stopping_after(values, **settings)
     assert (made.best_epoch, last, made.is_over) == (best_epoch, last_epoch, is_over)
     assert made.best == values[best_epoch - 1]
     assert made.best_step == 10 * best_epoch
 
 
-def test_what_it_was_told_comes_back_and_the_settings_are_the_new_ones() -> None:
-    (whole, _), (first, _) = told(LOSSES, patience=3), told(LOSSES[:6], patience=3)
+def test_early_stopping_state_is_restored_and_its_settings_are_new() -> None:
+    (whole, _), (first, _) = stopping_after(LOSSES, patience=3), stopping_after(LOSSES[:6], patience=3)
     again = EarlyStopping(replace(default_config().early_stopping, patience=3))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for epoch in (7, 8):
@@ -239,7 +239,7 @@ def seen(workplace: Path, what: str) -> list[str]:
     return lines
 
 
-def test_a_run_never_trains_on_what_it_is_validated_on_whatever_its_ranks_and_after_resumption(
+def test_training_and_validation_images_stay_disjoint_on_all_ranks_and_after_a_resume(
     cifar_exp: Command, workplace: Path
 ) -> None:
     (workplace / "spy.py").write_text(SPY)
@@ -336,7 +336,7 @@ def step_files(run_dir: Path) -> list[str]:
     return sorted(path.stem for path in run_dir.glob("checkpoints/*.json"))
 
 
-def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_from_a_cut_to_the_same_end(
+def test_early_stopping_saves_the_best_network_and_is_the_same_after_a_resume(
     cifar_exp: Command, workplace: Path
 ) -> None:
     """Two ranks; the third epoch is the best, the fifth the last. The best is no multiple of checkpoint.every."""
@@ -365,9 +365,9 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
     assert (manifest["best_step"], manifest["best_value"]) == (6, losses[2])
     assert torch.equal(load_file(whole / "model.safetensors")["bias"], best.model["bias"])
 
-    told = "early stopping: training ended after epoch 5 of 20: 2 epochs in a row without a lower val/loss"
-    assert told in done.stdout
-    assert told in (whole / "cifar-exp.log").read_text()
+    message = "early stopping: training ended after epoch 5 of 20: 2 epochs in a row without a lower val/loss"
+    assert message in done.stdout
+    assert message in (whole / "cifar-exp.log").read_text()
     assert "best val/loss after epoch 3: test accuracy" in done.stdout
     page = (whole / "progress.html").read_text()
     assert "5 of 5 epochs done" in page
@@ -400,7 +400,7 @@ def test_a_run_stops_where_its_patience_ends_keeps_its_best_network_and_goes_on_
 
 
 @pytest.mark.parametrize(("status", "word"), [("FINISHED", "finished"), ("KILLED", "stopped")])
-def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
+def test_figure_ends_at_the_last_trained_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, word: str
 ) -> None:
     drawn: list[PageFacts] = []
@@ -418,7 +418,9 @@ def test_a_figure_ends_as_its_run_did_and_shows_no_epochs_that_were_left_out(
     assert "50 of 50 iterations" in (tmp_path / "progress.html").read_text()
 
 
-def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_exp: Command, workplace: Path) -> None:
+def test_early_stopping_without_validation_split_uses_the_test_set_and_warns(
+    cifar_exp: Command, workplace: Path
+) -> None:
     (workplace / "bias.py").write_text(BIAS)
     options = ["tracking=none", "progress=quiet", "checkpoint.keep=1", "hydra.run.dir=run"]
     done = cifar_exp(*DOWN_AND_UP, *options)
@@ -435,15 +437,15 @@ def test_without_images_kept_apart_the_test_set_stops_it_and_that_is_said(cifar_
     saved = checkpoint.newest(workplace / "run", pytest.fail)
     assert torch.equal(load_file(workplace / "run" / "model.safetensors")["bias"], saved.model["bias"])
 
-    with pytest.raises(ConfigError, match=r"checkpoint=best: run was trained without data.validation and keeps none"):
+    with pytest.raises(ConfigError, match=r"checkpoint=best: run has no best checkpoint"):
         Classifier.of_run(Path("run"), "best")
     refused = cifar_exp("predict", "run", "checkpoint=newest", "black.png")
     assert refused.returncode == 2
     assert "checkpoint=newest: it must be best or last. Set checkpoint=best" in refused.stderr
 
 
-def test_a_share_that_leaves_no_batch_is_one_message(cifar_exp: Command) -> None:
-    """Of 96 images one is left, too few for a batch of 32; what it says to type is as much as would do."""
+def test_validation_share_that_leaves_no_batch_is_refused(cifar_exp: Command) -> None:
+    """One of 96 images is left, too few for a batch of 32. The message has the largest valid share."""
     done = cifar_exp(*TINY, "data.validation=0.99", "tracking=none")
     assert done.returncode == 2
     assert "a step takes 32 images on 1 device(s), but the training set has 1" in done.stderr

@@ -95,7 +95,7 @@ def tiles(page: str) -> dict[str, str]:
     return dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page))
 
 
-def test_points_stand_where_the_journal_says() -> None:
+def test_points_are_plotted_at_the_journals_values() -> None:
     page = page_html(ENTRIES, FACTS, 125.0)
     # 400 iterations on 1000 units, accuracy 0 to 1 and loss 0 to 2 on 1000 units from below
     assert svg_path(page, "accuracy", "raw") == "M125.0,800.0 250.0,600.0 375.0,400.0 500.0,300.0 625.0,200.0"
@@ -104,7 +104,7 @@ def test_points_stand_where_the_journal_says() -> None:
     assert svg_path(page, "loss", "validation") == "M250.0,250.0 500.0,500.0"
 
 
-def test_header_tells_the_state() -> None:
+def test_header_shows_the_status() -> None:
     page = page_html(ENTRIES, FACTS, 125.0)
     shown = tiles(page)
     assert shown["elapsed"] == "2 min 05 s"
@@ -136,7 +136,7 @@ def test_learning_rate_drop_is_drawn_and_labelled() -> None:
 
 
 @pytest.mark.parametrize("status", ["starting", "running", "finished", "failed", "stopped"])
-def test_page_loads_again_only_while_the_run_lives(status: str) -> None:
+def test_page_reloads_only_while_the_run_is_training(status: str) -> None:
     page = page_html(ENTRIES, replace(FACTS, status=status), 1.0)
     assert ("location.reload" in page) == (status in ("starting", "running"))
     assert ("the process may have been killed" in page) == (status in ("starting", "running"))
@@ -150,7 +150,7 @@ def test_page_before_the_first_entry() -> None:
     assert "0 of 4 epochs done" in page
 
 
-def test_page_fetches_nothing() -> None:
+def test_page_has_no_external_resources() -> None:
     page = page_html([*ENTRIES, END], FACTS, 1.0)
     assert not re.search(r"(src|href)=|url\((?!#)|@import|https?:", page)
 
@@ -216,7 +216,7 @@ def test_long_run_is_thinned() -> None:
     assert len(page) < 100_000
 
 
-def test_thinning_keeps_ends_extremes_and_gaps() -> None:
+def test_thinned_curve_keeps_ends_extremes_and_gaps() -> None:
     points: list[Point] = [(step, math.sin(step)) for step in range(10_000)]
     points[4321], points[7000], points[8000] = (4321, 9.0), (7000, -9.0), (8000, math.nan)
     kept = thinned(points, limit=100)
@@ -235,7 +235,7 @@ def test_averages_cover_every_point_once() -> None:
     assert means == [(100.0 * part, 100 * part - 49.5) for part in range(1, 11)]
 
 
-def test_smoothing_follows_a_step_at_the_asked_pace() -> None:
+def test_smoothing_follows_a_step_at_the_given_rate() -> None:
     points: list[Point] = [(step, 0.0 if step <= 1000 else 1.0) for step in range(1, 2001)]
     smooth = dict(smoothed(points, steps=100))
     assert smooth[1000] == 0
@@ -258,7 +258,7 @@ def test_ticks_stand_at_round_numbers(span: float, most: int, step: float) -> No
     assert tick_step(span, most) == pytest.approx(step)
 
 
-def test_loss_axis_holds_the_first_loss_but_no_burst() -> None:
+def test_loss_axis_includes_the_first_loss_but_no_spike() -> None:
     usual = [(float(step), 0.5) for step in range(100)]
     assert loss_top(Curves([(0.0, 2.3), *usual], [], [])) == 2.5
     assert loss_top(Curves([*usual, (100.0, 1e30)], [], [])) == 2.5
@@ -278,7 +278,7 @@ def test_time_left_needs_a_pace() -> None:
     assert seconds_left(ENTRIES[:2], FACTS) == 150.0  # 300 iterations at 0.5 s
 
 
-def test_page_is_replaced_whole(tmp_path: Path) -> None:
+def test_page_is_written_atomically(tmp_path: Path) -> None:
     write_progress_page(tmp_path, ENTRIES[:1], FACTS, 1.0)
     path = write_progress_page(tmp_path, ENTRIES, FACTS, 1.0)
     assert path == tmp_path / "progress.html"
@@ -286,19 +286,19 @@ def test_page_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_page_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_page_that_cannot_be_written_raises_and_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "progress.html").mkdir()  # in the way, for root too
     with pytest.raises(StorageError, match=r"progress\.html cannot be written"):
         write_progress_page(tmp_path, ENTRIES, FACTS, 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["progress.html"]
 
 
-def test_ranks_do_without_pages() -> None:
+def test_ranks_import_no_page_code() -> None:
     code = "import sys, cifar_exp.worker.train_job, cifar_exp.display.page; sys.exit('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_page_does_without_matplotlib() -> None:
+def test_page_needs_no_matplotlib() -> None:
     code = (
         "import sys, cifar_exp.display.training_figure as f; from cifar_exp.display.page import page_html; "
         "page_html([], f.PageFacts('', 'running', 1, 1, [], {}), 0.0); sys.exit('matplotlib' in sys.modules)"
@@ -414,10 +414,10 @@ def test_comparison_figure_shows_both_sweeps_and_their_ratio() -> None:
     (bars,) = ratios.collections
     (segment,) = bars.get_segments()  # type: ignore[attr-defined]
     assert [float(end[1]) for end in segment] == pytest.approx([1.01, 1.1])
-    assert ratios.get_title() == "Images/s of B over those of A"
+    assert ratios.get_title() == "Images/s: B / A"
 
 
-def test_a_template_that_the_installation_lacks_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_missing_template_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     """Jinja2's error for it is an OSError, which is what a full disk raises where the page is written."""
     with pytest.raises(RuntimeError, match=r"page\.html: the installation lacks a file of it"):
         rendered(tmp_path / "page.html")

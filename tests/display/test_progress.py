@@ -76,7 +76,7 @@ def test_a_live_line_is_written_once_a_second(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shorter_line_leaves_nothing_of_a_longer_one() -> None:
+def test_shorter_live_line_erases_a_longer_one() -> None:
     console = Console(file=io.StringIO())
     line = LiveLine(console)
     line.show("a long state")
@@ -128,7 +128,7 @@ class Broken(Display):
         ),
     ],
 )
-def test_storage_is_blamed_for_its_own_errors_alone(
+def test_only_storage_errors_are_reported_as_such(
     error: Exception, kind: type[Exception], advice: str, tmp_path: Path
 ) -> None:
     writer = JournalWriter(tmp_path)

@@ -137,7 +137,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
         return all_results(world)
 
 
-def test_averaged_statistics_are_those_of_one_rank_that_sees_all_images(pair: list[Results]) -> None:
+def test_averaged_statistics_equal_one_rank_on_all_images(pair: list[Results]) -> None:
     """Mean and variance alike; an average of the variances alone would be four times too small here."""
     whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
     for rank in pair:
@@ -146,8 +146,8 @@ def test_averaged_statistics_are_those_of_one_rank_that_sees_all_images(pair: li
     assert (whole[3:] / torch.stack([v for v in variances if v is not None]).mean(0)).min() > 2
 
 
-def test_what_several_ranks_had_is_taken_over_as_it_would_have_been_settled() -> None:
-    """In the midst of an epoch, on another number of ranks: pooled variances; one rank's own are left as they are."""
+def test_statistics_of_several_ranks_are_merged_on_resume() -> None:
+    """Resume within an epoch on another number of ranks: variances are pooled. Those of a single rank are unchanged."""
     layers = [after_one_batch(rank_images(rank)) for rank in range(RANKS)]
     whole = vector(floating_buffers(after_one_batch(torch.cat([rank_images(rank) for rank in range(RANKS)]))))
     for ranks, expected in ((layers, whole), (layers[:1], vector(floating_buffers(layers[0])))):
@@ -156,7 +156,7 @@ def test_what_several_ranks_had_is_taken_over_as_it_would_have_been_settled() ->
         torch.testing.assert_close(vector(floating_buffers(network)), expected, rtol=1 / (4 * 36), atol=1e-5)
 
 
-def test_local_statistics_are_the_first_ranks(pair: list[Results], alone: Results) -> None:
+def test_local_statistics_are_those_of_rank_0(pair: list[Results], alone: Results) -> None:
     expected = vector(floating_buffers(after_one_batch(rank_images(0))))
     for rank in (*pair, alone):
         assert torch.equal(rank["settled"]["local"], expected)
@@ -202,7 +202,7 @@ def test_population_statistics_are_those_of_all_training_images_on_any_number_of
     torch.testing.assert_close(ours[len(mean) : 2 * len(mean)].double(), variance, rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_no_batch_comes_through_keeps_its_statistics(only_rank: World) -> None:  # noqa: ARG001
+def test_layer_without_input_keeps_its_statistics(only_rank: World) -> None:  # noqa: ARG001
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -278,7 +278,7 @@ def test_micro_batches_cannot_be_synchronized(cifar_exp: Command) -> None:
     assert "Set train.accumulate=1, or train.batch_norm=averaged" in refused.stderr
 
 
-def test_a_choice_in_other_words_is_refused(cifar_exp: Callable[..., Any]) -> None:
+def test_unknown_batch_norm_choice_is_refused(cifar_exp: Callable[..., Any]) -> None:
     refused = cifar_exp("train.batch_norm=synced")
     assert refused.returncode == 2
     assert "train.batch_norm=synced: it must be averaged, local, synchronized or population" in refused.stderr

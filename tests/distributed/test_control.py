@@ -14,7 +14,7 @@ from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, STOP_FILE, Reque
 from cifar_exp.launch.watchdog import Watchdog
 
 
-def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp_path: Path) -> None:
+def test_stop_request_takes_effect_on_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
     (tmp_path / INTERRUPT_FILE).touch()
     second.approach(StopPoint(1))  # only the first one looks
@@ -27,7 +27,7 @@ def test_a_wish_holds_for_all_ranks_from_the_moment_that_the_first_one_named(tmp
     assert second.agreed(StopPoint(2, in_evaluation=True)) == ended_by(tmp_path) == request
 
 
-def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_path: Path) -> None:
+def test_stop_in_an_evaluation_is_ordered_between_two_steps(tmp_path: Path) -> None:
     first, second = (RankControl(tmp_path, tmp_path, rank) for rank in (0, 1))
     (tmp_path / INTERRUPT_FILE).touch()
     first.approach(StopPoint(5, in_evaluation=True))
@@ -37,7 +37,7 @@ def test_a_stop_in_an_evaluation_comes_after_its_step_and_before_the_next(tmp_pa
     assert [tuple(point) for point in sorted(points)] == [(0, False), (0, True), (1, False), (1, True)]
 
 
-def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
+def test_stop_file_is_removed_when_read(tmp_path: Path) -> None:
     ipc_dir, run_dir = tmp_path / "ipc_dir", tmp_path / "run"
     ipc_dir.mkdir()
     run_dir.mkdir()
@@ -50,7 +50,7 @@ def test_a_stop_file_is_used_up(tmp_path: Path) -> None:
     assert not (run_dir / STOP_FILE).exists()
 
 
-def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
+def test_folder_named_stop_is_ignored(tmp_path: Path) -> None:
     ipc_dir, run_dir = tmp_path / "ipc_dir", tmp_path / "run"
     ipc_dir.mkdir()
     (run_dir / STOP_FILE).mkdir(parents=True)
@@ -60,14 +60,14 @@ def test_a_folder_named_stop_ends_nothing(tmp_path: Path) -> None:
     assert (run_dir / STOP_FILE).is_dir()
 
 
-def test_time_ends_training_at_the_next_moment(tmp_path: Path) -> None:
+def test_max_seconds_ends_training_at_the_next_step(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     over, endless = RankControl(tmp_path / "a", seconds=0.0), RankControl(tmp_path / "b", seconds=86400.0)
     for control in (over, endless):
         control.approach(StopPoint(1))
     assert over.agreed(StopPoint(1)) == Request(
-        "stop", "train.max_seconds is over, which counts from the start of the command"
+        "stop", "train.max_seconds is over; it counts from the start of the command"
     )
     assert endless.agreed(StopPoint(1)) is None
 
@@ -95,7 +95,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("stopped", [None, 0])
-def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path: Path, stopped: int | None) -> None:
+def test_hung_rank_is_the_stopped_one_or_the_one_at_the_lowest_stage(tmp_path: Path, stopped: int | None) -> None:
     ranks = [rank_process(tmp_path, rank, steps) for rank, steps in enumerate((9, 4))]
     blamed = 1 if stopped is None else stopped
     try:
@@ -125,7 +125,7 @@ def test_a_rank_that_is_stopped_or_has_got_least_far_is_ended_and_named(tmp_path
         ("", "", [0, 1]),
     ],
 )
-def test_whoever_waits_for_another_rank_is_not_blamed(
+def test_rank_waiting_in_a_collective_is_not_reported_as_hung(
     tmp_path: Path, first: str, second: str, blamed: list[int]
 ) -> None:
     """Both are in their tenth step, or in the evaluation after the ninth."""

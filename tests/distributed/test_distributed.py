@@ -235,7 +235,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results
 
 
-def test_each_rank_knows_its_place(pair: list[Results], alone: Results) -> None:
+def test_each_rank_knows_its_rank_and_world_size(pair: list[Results], alone: Results) -> None:
     assert [rank["world"] for rank in pair] == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
     assert alone["world"] == (0, 1, True, "cpu")
 
@@ -263,7 +263,7 @@ def test_the_wait_for_gradients_is_measured(pair: list[Results], alone: Results)
     assert alone["trained"]["seconds"]["communication"] == 0
 
 
-def test_the_rank_that_the_others_wait_for_is_known_by_all(pair: list[Results], alone: Results) -> None:
+def test_all_ranks_know_the_slowest_rank(pair: list[Results], alone: Results) -> None:
     times = pair[0]["slowed_down"]
     assert times == pair[1]["slowed_down"]
     assert times["last"][1] >= 2  # it paused before the second and the third step
@@ -286,8 +286,8 @@ def test_gloos_threads_do_not_preempt_training(pair: list[Results]) -> None:
         assert os.SCHED_BATCH in others
 
 
-def test_a_step_waits_once_however_many_micro_batches_it_has(pair: list[Results]) -> None:
-    """What was before the first step, such as the choice of buckets, is nobody's waiting."""
+def test_gradients_are_all_reduced_once_per_step(pair: list[Results]) -> None:
+    """Time before the first step, such as the choice of buckets, is not counted as waiting."""
     seconds = pair[0]["warmed_up"]
     assert all(seconds["compute"][rank] > 0 for rank in range(2))
     assert seconds["communication"][0] < 1.0
@@ -326,7 +326,7 @@ def test_networks_are_the_same_on_both_ranks_after_three_steps(pair: list[Result
     assert (first["parameters"] - vector(tiny_model().parameters())).norm() > 0.01
 
 
-def test_training_is_that_of_a_plain_loop_and_its_loss_that_of_all_ranks(pair: list[Results], alone: Results) -> None:
+def test_training_equals_a_plain_loop_and_loss_is_over_all_ranks(pair: list[Results], alone: Results) -> None:
     """Parameters after three steps with their own rates; the loss of a step and of the epoch, not rank 0's."""
     start = vector(tiny_model().parameters())
     for rank in (*pair, alone):
@@ -343,7 +343,7 @@ def test_training_is_that_of_a_plain_loop_and_its_loss_that_of_all_ranks(pair: l
         assert metrics["train/accuracy"] * 48 == pytest.approx(correct)
 
 
-def test_accumulation_is_as_many_devices(pair: list[Results], alone: Results) -> None:
+def test_accumulation_equals_more_devices(pair: list[Results], alone: Results) -> None:
     """Two micro-batches on one rank, two ranks; four on one, two on each of two: the same images, losses and steps."""
     start = vector(tiny_model().parameters())
     for one, several in (
@@ -360,8 +360,8 @@ def test_accumulation_is_as_many_devices(pair: list[Results], alone: Results) ->
     assert (alone["trained"]["parameters"] - alone["accumulated"][2]["parameters"]).norm() > 1e-3 * way
 
 
-def test_what_an_epoch_reports(pair: list[Results], alone: Results) -> None:
-    """Every metric that the contract promises, the validation's being that of the network after the epoch."""
+def test_metrics_of_an_epoch(pair: list[Results], alone: Results) -> None:
+    """Every metric that the contract promises, with validation after the epoch."""
     for rank in (*pair, alone):
         metrics, final = rank["trained"]["reports"][-1][2], rank["trained"]["final"]
         assert set(metrics) == {
@@ -381,7 +381,7 @@ def test_what_an_epoch_reports(pair: list[Results], alone: Results) -> None:
 
 
 @pytest.mark.parametrize(("log_every", "step"), [(1, 1), (2, 2), (10, 3)])
-def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(
+def test_non_finite_loss_on_one_rank_ends_all_ranks(
     pair: list[Results], alone: Results, log_every: int, step: int
 ) -> None:
     """All ranks end at the next read of the loss, also at an epoch's end; the message names step and remedy."""
@@ -391,12 +391,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(
         assert "optimizer.lr=<smaller>" in message
 
 
-def test_one_rank_trains_the_network_itself(pair: list[Results], alone: Results) -> None:
-    """No wrapper that would copy gradients for nothing."""
+def test_one_rank_uses_no_ddp_wrapper(pair: list[Results], alone: Results) -> None:
+    """The wrapper would copy gradients needlessly."""
     assert [rank["wrapped"] for rank in (*pair, alone)] == [True, True, False]
 
 
-def test_an_error_inside_leaves_the_group(tmp_path: Path) -> None:
+def test_process_group_is_destroyed_on_error(tmp_path: Path) -> None:
     def fail() -> None:
         with world_of_one(tmp_path):
             assert dist.is_initialized()

@@ -13,7 +13,7 @@ ROWS = [
 ]
 
 
-def test_what_the_last_rank_waits_is_communication_and_the_rest_is_waiting_for_it() -> None:
+def test_waiting_time_of_the_slowest_rank_is_communication() -> None:
     times = RankTimes()
     times.add(ROWS)
     assert times.seconds["communication"] == pytest.approx([0.4, 0.4])
@@ -51,14 +51,14 @@ def test_metrics_are_named_by_rank_and_come_back() -> None:
     assert by_rank({"time_split/step": 3.0}) == []
 
 
-def test_what_no_clock_has_seen_is_not_said_to_be_nothing() -> None:
+def test_unmeasured_time_is_not_reported_as_zero() -> None:
     times = RankTimes()
     times.add([row[:4] for row in ROWS])
     assert [set(rank) for rank in by_rank(times.metrics())] == [{"compute", "data", "evaluation"}] * 2
     assert straggler(by_rank(times.metrics())) is None
 
 
-def test_a_straggler_comes_last_in_most_steps_and_costs_the_others_time() -> None:
+def test_straggler_is_last_in_most_steps_and_delays_the_others() -> None:
     times = RankTimes()
     times.add(ROWS)
     assert straggler(by_rank(times.metrics())) == (
@@ -72,7 +72,7 @@ def test_a_straggler_comes_last_in_most_steps_and_costs_the_others_time() -> Non
     assert straggler([]) is None
 
 
-def test_hidden_communication_is_what_buckets_take_beyond_the_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapped_communication_is_bucket_time_minus_exposed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two buckets, from 0 and from 3 to 9; the backward pass ends at 10."""
     clock = iter([0.0, 3.0])
     monkeypatch.setattr("cifar_exp.distributed.data_parallel.time.perf_counter", lambda: next(clock))
@@ -89,7 +89,7 @@ def test_hidden_communication_is_what_buckets_take_beyond_the_exposed(monkeypatc
     assert communication.take() == ([], 0.0)
 
 
-def test_a_ring_sends_nearly_all_of_it_twice() -> None:
+def test_ring_all_reduce_sends_nearly_twice_the_gradients() -> None:
     assert sent_bytes(100, 1) == 0
     assert sent_bytes(100, 2) == 100
     assert sent_bytes(100, 4) == 150

@@ -69,5 +69,5 @@ def test_two_ranks_train_as_one_that_accumulates(pair: list[dict[str, Any]], nam
     torch.testing.assert_close(pair[0][name], vector(model.parameters()))
 
 
-def test_only_networks_that_may_leave_parameters_out_are_searched(pair: list[dict[str, Any]]) -> None:
+def test_only_networks_with_unused_parameters_are_searched(pair: list[dict[str, Any]]) -> None:
     assert pair[0]["searches"] == [False, True]

@@ -1,1 +1,1 @@
-"""Real faults, one after another, and what became of each: ``uv run python -m tests.faults``."""
+"""Fault injection: real faults, one after another, and a table of the results: ``uv run python -m tests.faults``."""

@@ -1,6 +1,6 @@
-"""The command: inject every fault, print what became of each.
+"""The command: inject every fault and print a table of the results.
 
-uv run python -m tests.faults                      # all of it, racy faults 20 times each
+uv run python -m tests.faults                      # all faults, racy ones 20 times each
 uv run python -m tests.faults --only '*SQLite*' --repeat 1
 uv run python -m tests.faults --list
 """
@@ -21,7 +21,7 @@ from tests.faults.table import Row, as_json, as_markdown, run_case, totals
 
 
 def main() -> int:
-    """Run the chosen cases; 0 where every fault that could be tried was handled."""
+    """Run the chosen cases. Return 0 if every fault that could be tried was handled."""
     chosen = _parser().parse_args()
     cases = [case for case in CASES if chosen.only is None or any(_matches(name, chosen.only) for name in case.faults)]
     cases = [case for case in cases if not (case.slow and chosen.without_slow) and (case.quick or not chosen.quick)]
@@ -31,7 +31,7 @@ def main() -> int:
             print("\n".join(f"{fault}  ({', '.join(marks)})" if marks else fault for fault in case.faults))
         return 0
     _enter_own_mounts()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever runs is ended first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: running commands are ended first
     base = Path(tempfile.mkdtemp(prefix="faults-", dir=chosen.folder))
     suite = Suite(base, chosen.seed, chosen.repeat, chosen.examples, chosen.damages, chosen.jobs)
     print(f"seed {chosen.seed}; racy faults {chosen.repeat} times each; folders in {base}", flush=True)
@@ -46,7 +46,7 @@ def main() -> int:
                 print(row.problem, file=sys.stderr, flush=True)
         print(f"    {case.name}: {time.monotonic() - began:.0f} s", flush=True)
         for path, text in ((chosen.json, as_json), (chosen.markdown, as_markdown)):
-            if path:  # after every case, so that a suite that is stopped leaves what it has found
+            if path:  # after every case: an interrupted suite keeps its results
                 path.write_text(text(rows, suite))
     print(f"\n{as_markdown(rows, suite)}")
     failed = [row for row in rows if row.problem]
@@ -72,18 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=int, default=10_000, help="random overrides (%(default)s)")
     parser.add_argument("--damages", type=int, default=10_000, help="damaged checkpoints (%(default)s)")
     parser.add_argument("--jobs", type=int, default=200, help="runs of the long sweep (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="only what runs with the other tests, too")
-    parser.add_argument("--without-slow", action="store_true", help="leave out what takes minutes")
+    parser.add_argument("--quick", action="store_true", help="only the faults that the test suite includes")
+    parser.add_argument("--without-slow", action="store_true", help="skip faults that take minutes")
     parser.add_argument("--list", action="store_true", help="print the faults and do nothing")
     parser.add_argument("--json", type=Path, help="write the table there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
-    parser.add_argument("--folder", type=Path, help="where runs are made (the temporary folder)")
-    parser.add_argument("--keep", action="store_true", help="leave the runs' folders")
+    parser.add_argument("--folder", type=Path, help="folder for the runs (the temporary folder)")
+    parser.add_argument("--keep", action="store_true", help="keep the runs' folders")
     return parser
 
 
 def _enter_own_mounts() -> None:
-    """Where the suite may mount, do so where nobody else sees it: the mounts end with this process, however it ends."""
+    """If the suite may mount, use a private mount namespace: its mounts end with this process."""
     if OWN_MOUNTS in os.environ or os.geteuid() != 0 or shutil.which("unshare") is None:
         return
     script = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'

@@ -1,15 +1,26 @@
-"""All cases, in the order of the table: importing a module registers its own."""
+"""All cases, in the order of the table. Importing a module registers its cases."""
 
-from tests.faults import deaths, harm, images, overrides, records, saving, schedulers, starts, storage, sweeps
+from tests.faults import (
+    attacks,
+    images,
+    interruptions,
+    mlflow_stores,
+    overrides,
+    saving,
+    schedulers,
+    starts,
+    storage,
+    sweeps,
+)
 from tests.faults.registry import CASES
 
 __all__ = [
     "CASES",
-    "deaths",
-    "harm",
+    "attacks",
     "images",
+    "interruptions",
+    "mlflow_stores",
     "overrides",
-    "records",
     "saving",
     "schedulers",
     "starts",

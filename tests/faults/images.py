@@ -1,4 +1,4 @@
-"""Images and archives that are missing, broken, of other kinds, or meant to do harm."""
+"""Images and archives that are missing, damaged, of other formats, or malicious."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.faults.registry import case
 from tests.faults.runs import UNTRACKED, statuses
-from tests.faults.scene import Ended, Scene, says
+from tests.faults.scene import Ended, Scene, check_exit
 from tests.helpers.checkpoints import Malicious
 from tests.helpers.cifar10_release import (
     ARCHIVE,
@@ -45,7 +45,7 @@ def picture(mode: str = "RGB", size: int = 32) -> Image.Image:
 
 
 def tree(root: Path) -> Path:
-    """Class folders of sound images."""
+    """Class folders with intact images."""
     for split, count in (("train", 4), ("test", 2)):
         for name in ("ant", "bee"):
             (root / split / name).mkdir(parents=True)
@@ -60,7 +60,7 @@ def truncated(root: Path) -> None:
 
 
 def bomb(root: Path) -> None:
-    """A header that claims 60,000 x 60,000 pixels."""
+    """Make a header claim 60,000 x 60,000 pixels."""
     path = root / "train/ant/0.png"
     content = bytearray(path.read_bytes())
     content[16:24] = (60000).to_bytes(4, "big") * 2
@@ -69,27 +69,27 @@ def bomb(root: Path) -> None:
 
 
 def without(folder: str) -> Callable[[Path], None]:
-    def spoil(root: Path) -> None:
+    def damage(root: Path) -> None:
         for path in sorted((root / folder).rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
 
-    return spoil
+    return damage
 
 
 def remove(folder: str) -> Callable[[Path], None]:
-    def spoil(root: Path) -> None:
+    def damage(root: Path) -> None:
         without(folder)(root)
         (root / folder).rmdir()
 
-    return spoil
+    return damage
 
 
 def extra(folder: str) -> Callable[[Path], None]:
-    def spoil(root: Path) -> None:
+    def damage(root: Path) -> None:
         (root / folder).mkdir()
         picture().save(root / folder / "0.png")
 
-    return spoil
+    return damage
 
 
 def save(name: str, image: Image.Image) -> Callable[[Path], None]:
@@ -97,16 +97,16 @@ def save(name: str, image: Image.Image) -> Callable[[Path], None]:
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    def spoil(root: Path) -> None:
+    def damage(root: Path) -> None:
         (root / name).write_bytes(content)
 
-    return spoil
+    return damage
 
 
 TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "a truncated image": (truncated, 3, ("train/bee/1.png", "Replace or delete")),
     "an empty image file": (write("test/ant/1.png", b""), 3, ("test/ant/1.png", "is empty")),
-    "text named .png": (write("train/ant/2.png", b"<html>404</html>"), 3, ("train/ant/2.png", "no image")),
+    "text named .png": (write("train/ant/2.png", b"<html>404</html>"), 3, ("train/ant/2.png", "not an image")),
     "an image that claims billions of pixels": (bomb, 3, ("train/ant/0.png", "60000")),
     "an image of another size": (save("train/ant/3.png", picture(size=31)), 3, ("3.png", "31 x 31", "Resize")),
     "an image of floating-point numbers": (save("train/ant/3.tif", Image.new("F", (32, 32))), 3, ("3.tif", "floating")),
@@ -117,9 +117,9 @@ TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "an extra class folder": (extra("test/cow"), 3, ("Missing", "train/cow")),
     "an empty class folder": (without("train/bee"), 3, ("train/bee", "has no images")),
     "no class folders": (lambda root: [without(split)(root) for split in ("train", "test")], 3, ("class folders",)),
-    "a link that leads nowhere": (lambda root: (root / "train/ant/9.png").symlink_to("nowhere"), 0, ()),
+    "a broken link": (lambda root: (root / "train/ant/9.png").symlink_to("nowhere"), 0, ()),
     "a CMYK image": (lambda root: [picture("CMYK").save(root / "train/ant/9.jpg")], 0, ()),
-    "a class folder named in no alphabet": (
+    "a class folder whose name is not UTF-8": (
         lambda root: [os.rename(os.fsencode(root / split / "bee"), os.fsencode(root / split) + b"/b\xffe")  # noqa: PTH104
                       for split in ("train", "test")], 0, ()),
 }  # fmt: skip
@@ -127,13 +127,13 @@ TREES: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
 
 @case(*TREES)
 def broken_trees(scene: Scene) -> None:
-    """A sweep over all of them: each job says what is wrong with its own; once mended, all are trained."""
-    for number, (spoil, _, _) in enumerate(TREES.values()):
-        spoil(tree(scene.folder / f"tree-{number}"))
+    """A sweep over all of them: each job names its own fault. Once repaired, all are trained."""
+    for number, (damage, _, _) in enumerate(TREES.values()):
+        damage(tree(scene.folder / f"tree-{number}"))
     roots = ",".join(f"tree-{number}" for number in range(len(TREES)))
     sweep = ("-m", *SMALL, "data=folders", f"data.root={roots}")
     ended = scene.run(*sweep)
-    says(ended, 3)
+    check_exit(ended, 3)
     check_jobs(ended, [(code, words) for _, code, words in TREES.values()])
     codes = [code for _, code, _ in TREES.values()]
     assert sorted(statuses(scene)) == ["FAILED"] + ["FINISHED"] * codes.count(0), "a refused job leaves no run"
@@ -144,17 +144,17 @@ def broken_trees(scene: Scene) -> None:
                 root.rename(root.with_name(f"broken-{number}"))
             tree(root)
     again = scene.run(*sweep, "resume=auto")
-    says(again, 0)
+    check_exit(again, 0)
     assert statuses(scene) == ["FINISHED"] * (len(TREES) + 1), statuses(scene)
     for fault, (_, code, _) in TREES.items():
-        scene.handled(fault, "trains once it is mended" if code else "none needed: it trains")
+        scene.handled(fault, "trains once it is repaired" if code else "none needed: it trains")
 
 
 def check_jobs(ended: Ended, expected: list[tuple[int, tuple[str, ...]]]) -> None:
-    """Each job of a sweep failed as it should, with its own message, or did not."""
-    told = dict(re.findall(r"cifar-exp: job (\d+) failed: (.*?)(?=cifar-exp: job|\Z)", ended.err, re.DOTALL))
+    """Check the failure message of each job of a sweep, or that it did not fail."""
+    messages = dict(re.findall(r"cifar-exp: job (\d+) failed: (.*?)(?=cifar-exp: job|\Z)", ended.err, re.DOTALL))
     for number, (code, words) in enumerate(expected):
-        message = told.get(str(number), "")
+        message = messages.get(str(number), "")
         assert bool(message) == bool(code), f"job {number} says {message!r}"
         for word in words:
             assert word in message, f"no {word!r} in what job {number} says: {message}"
@@ -177,7 +177,7 @@ def without_batch() -> bytes:
 
 
 def swollen() -> bytes:
-    """A member whose header claims 10 GB, and nothing behind it, which ``TarFile`` itself refuses to write."""
+    """A member whose header claims 10 GB, without content. ``TarFile`` refuses to write one."""
     member = tarfile.TarInfo(f"{FOLDER}/data_batch_9")
     member.size = 10 * 2**30
     return gzip.compress(member.tobuf() + bytes(2 * tarfile.BLOCKSIZE))
@@ -189,18 +189,18 @@ def wrong_labels() -> bytes:
 
 
 def archives(marker: Path) -> dict[str, tuple[bytes, bool, tuple[str, ...]]]:
-    """Content, whether it is taken for the release by its hash, and what must be said of it."""
+    """Content, whether the expected sha256 is that of this content, and words of the message."""
     flipped = ARCHIVE[:1000] + bytes([ARCHIVE[1000] ^ 1]) + ARCHIVE[1001:]
     escape = malicious_member("../../escaped", tarfile.REGTYPE)
     link = malicious_member(f"{FOLDER}/test_batch", tarfile.SYMTYPE, "/etc/passwd")
     device = malicious_member(f"{FOLDER}/data_batch_1", tarfile.CHRTYPE)
     return {
         "a truncated archive": (ARCHIVE[: len(ARCHIVE) // 2], False, ("bytes where",)),
-        "a wrong archive": (flipped, False, ("sha256",)),
+        "an archive with a flipped bit": (flipped, False, ("sha256",)),
         "a web page in place of the archive": (b"<!doctype html><title>Log in</title>", False, ("bytes where",)),
-        "no archive at all": (b"", False, ("bytes where",)),
-        "an archive that is no .tar.gz": (b"PK\3\4" * 100, True, ("cannot be read as a .tar.gz",)),
-        "a member that climbs out of the archive": (make_archive(make_members(), escape), True, ("../../escaped",)),
+        "an empty archive": (b"", False, ("bytes where",)),
+        "an archive that is not a .tar.gz": (b"PK\3\4" * 100, True, ("cannot be read as a .tar.gz",)),
+        "a member with .. in its path": (make_archive(make_members(), escape), True, ("../../escaped",)),
         "a link in the archive": (make_archive(make_members(), link), True, ("a link to /etc/passwd",)),
         "a device in the archive": (make_archive(make_members(), device), True, ("data_batch_1",)),
         "a member of 10 GB": (swollen(), True, ("10,737,418,240 bytes",)),
@@ -224,7 +224,7 @@ ARCHIVES = archives(Path("executed"))
 
 @case(*ARCHIVES)
 def broken_archives(scene: Scene) -> None:
-    """A sweep over all of them; nothing in one is written or run, and the sound one trains."""
+    """A sweep over all of them: none is extracted or executed, and the intact one trains."""
     marker = scene.folder / "executed"
     choices = scene.folder / "mine" / "data"
     choices.mkdir(parents=True)
@@ -238,18 +238,18 @@ def broken_archives(scene: Scene) -> None:
     (choices / "sound.yaml").write_text(yaml.safe_dump(choice(ARCHIVE, archive="sound.tar.gz")))
     names = ",".join([*(f"archive{number}" for number in range(len(cases))), "sound"])
     ended = scene.run("-m", "--config-dir", "mine", "trusted_modules=[tests]", f"data={names}", *SMALL)
-    says(ended, 3)
+    check_exit(ended, 3)
     check_jobs(ended, [*((3, words) for _, _, words in cases.values()), (0, ())])
-    assert statuses(scene) == ["FAILED", "FINISHED"], "the sweep and the sound one: what is refused is no run"
+    assert statuses(scene) == ["FAILED", "FINISHED"], "the sweep and the intact one: a refused job has no run"
     assert not marker.exists(), "code in an archive was run"
     escaped = [path for path in (scene.folder / "escaped", scene.base / "escaped") if path.exists()]
     assert not escaped, "a member climbed out of the archive"
     for fault in cases:
-        scene.handled(fault, "the same; a sound archive trains")
+        scene.handled(fault, "the same; an intact archive trains")
 
 
 def choice(release: bytes, **settings: Any) -> dict[str, Any]:
-    """A data YAML for which ``release`` is the archive as it was released."""
+    """A data YAML that expects the size and sha256 of ``release``."""
     known = {"size": len(release), "sha256": hashlib.sha256(release).hexdigest()}
     root = f"cifar-{hashlib.sha256(repr((settings, known)).encode()).hexdigest()[:8]}"
     mine = {"_target_": "tests.helpers.cifar10_release.released", "root": root, **known, **settings}
@@ -258,7 +258,7 @@ def choice(release: bytes, **settings: Any) -> dict[str, Any]:
 
 @contextmanager
 def web_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """A server on loopback that answers every request so; its address."""
+    """Serve ``answer`` on loopback; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -287,8 +287,8 @@ def send(handler: BaseHTTPRequestHandler, content: bytes, status: int = 200, cut
     handler.wfile.write(content[start:][:cut])
 
 
-SERVERS = ("a login page from the mirror", "a mirror that answers 404", "a mirror that ends in the middle",
-           "a mirror that is not there")  # fmt: skip
+SERVERS = ("a login page from the mirror", "a mirror that answers 404", "a mirror that breaks off",
+           "a mirror that cannot be reached")  # fmt: skip
 
 
 @case(*SERVERS)
@@ -300,23 +300,23 @@ def broken_mirrors(scene: Scene) -> None:
         return scene.run(*base, f"data.mirror={address}", env=env)
 
     with web_server(lambda handler: send(handler, b"<html>Log in</html>")) as address:
-        says(train(address), 3, "a web page for logging in", "data.mirror=<address>")
+        check_exit(train(address), 3, "a login page", "data.mirror=<address>")
     scene.handled(SERVERS[0], "the same")
     with web_server(lambda handler: handler.send_error(404)) as address:
-        says(train(address), 3, "404", "data.mirror=<address>")
+        check_exit(train(address), 3, "404", "data.mirror=<address>")
     scene.handled(SERVERS[1], "the same")
-    says(train(address), 3, "cannot be downloaded", "data.archive=<file>")
+    check_exit(train(address), 3, "cannot be downloaded", "data.archive=<file>")
     scene.handled(SERVERS[3], "the same")
     with web_server(lambda handler: send(handler, ARCHIVE, cut=len(ARCHIVE) // 2)) as address:
-        says(train(address), 3, f"ended after {len(ARCHIVE) // 2:,} of {len(ARCHIVE):,} bytes", "start again")
+        check_exit(train(address), 3, f"ended after {len(ARCHIVE) // 2:,} of {len(ARCHIVE):,} bytes", "start again")
     with web_server(lambda handler: send(handler, ARCHIVE)) as address:
-        says(train(address), 0)
+        check_exit(train(address), 0)
     scene.handled(SERVERS[2], "fetches the rest and trains")
 
 
 @case("SIGKILL while images are decoded", racy=True, needs=("linux",))
 def killed_while_decoding(scene: Scene) -> None:
-    """Half a cache is never taken for a whole one, and is cleared away."""
+    """An unfinished cache is never used, and is removed."""
     root = scene.folder / "pictures"
     for split, count in (("train", 300), ("test", 20)):
         for name in ("ant", "bee"):
@@ -331,6 +331,6 @@ def killed_while_decoding(scene: Scene) -> None:
         time.sleep(scene.random.uniform(0, 0.3))
         running.process.kill()
         running.wait()
-        says(scene.run(*sweep, f"data.cache={cache}"), 0)
+        check_exit(scene.run(*sweep, f"data.cache={cache}"), 0)
         assert not list((scene.folder / cache).glob("unfinished-*"))
-        scene.handled("SIGKILL while images are decoded", "decodes them anew")
+        scene.handled("SIGKILL while images are decoded", "decodes them again")

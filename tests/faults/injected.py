@@ -1,13 +1,12 @@
-"""Faults that have to come from inside a process: `_target_`s for the suite's runs, and nothing of the package's.
+"""`_target_`s for the suite's runs that inject faults inside a process.
 
-What happens, where, is told by an environment variable and not by the configuration, so that a run that goes on has
-the settings, and their hash, of the one that was hit:
+An environment variable has the plan. The configuration does not, so that a resumed run has the same settings and the
+same config hash:
 
-``{"point": ..., "rank": 0, "number": 3, "do": ...}`` and, for all ranks, ``{"pace": seconds a step}``.
+``{"point": ..., "rank": 0, "number": 3, "do": ...}`` and, for all ranks, ``{"pace": seconds per step}``.
 
-Points: ``train`` and ``evaluation``, the number-th forward pass of that kind; ``load``, before the images are made;
-``fsync``, ``replace`` and ``unlink``, the number-th such call for a file that matches ``file`` while a checkpoint is
-saved.
+Points: ``train`` and ``evaluation``, the number-th such forward pass; ``load``, before the images are generated;
+``fsync``, ``replace`` and ``unlink``, the number-th such call for a file that matches ``file`` during a save.
 """
 
 import ctypes
@@ -23,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 PLAN = "CIFAR_EXP_FAULT_PLAN"
-ANNOUNCED = "announced"  # made in the current folder when the planned point is reached
-HURRY = "hurry"  # the pace is given up once a file of this name is there
-PAUSE = 3.0  # seconds that a process stays there
+ANNOUNCED = "announced"  # file, created in the current folder at the planned point
+HURRY = "hurry"  # file: once it exists, steps are no longer slowed down
+PAUSE = 3.0  # seconds that a process waits at the point
 SAVING = ("fsync", "replace", "unlink")
 
-Act = Callable[[Any], Any]  # gets what passes the point, and may return something else in its place
+Act = Callable[[Any], Any]  # takes the value at the point; may return a replacement
 
 
 def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
-    """The reference network, with the planned fault in it."""
+    """The reference network with the planned fault."""
     from torch import nn
 
     from cifar_exp.models.networks import convnet
@@ -40,7 +39,7 @@ def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
     network = convnet(num_classes=num_classes, width=width, depth=depth)
     plan = _plan()
     rank = os.environ.get("RANK")
-    if rank is None:  # the parent only looks at it
+    if rank is None:  # the parent only inspects the network
         return network
     if pace := plan.get("pace"):
 
@@ -65,7 +64,7 @@ def model(*, num_classes: int, width: int = 4, depth: int = 1) -> Any:
 
 
 def synthetic(root: str, **settings: Any) -> Any:
-    """The synthetic images, with the planned fault before them."""
+    """The synthetic images, after the planned fault."""
     from cifar_exp.data import synthetic
 
     plan = _plan()
@@ -105,13 +104,13 @@ def _announce(_: Any) -> None:
 
 
 def _cut_and_kill(descriptor: int) -> None:
-    """As if the process had been killed when half of the file was written."""
+    """Leave half of the file, as a kill during the write would."""
     os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _during_saves(plan: dict[str, Any]) -> None:
-    """Let the planned call of the thread that saves do the planned thing first."""
+    """Patch ``os`` so that the saving thread acts before the planned call."""
     call, counted, act = plan["point"], itertools.count(1), _action(plan)
     original = getattr(os, call)
 

@@ -1,4 +1,4 @@
-"""Random overrides: each gives a configuration, or one message that names its key; no traceback, no hang."""
+"""Random overrides: each gives a valid config, or one message that names its key; no traceback, no hang."""
 
 import time
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from cifar_exp.runs.components import build
 from tests.faults.registry import case
 from tests.faults.scene import Scene
 
-TRAIN_COUNT = 50_000  # images that the plan is made for
-SLOWEST = 5.0  # seconds of computing that one configuration may take
-LONGEST = 60.0  # seconds in all, since other work may share the cores
+TRAIN_COUNT = 50_000  # training images
+SLOWEST = 5.0  # maximum CPU seconds for one config
+LONGEST = 60.0  # maximum wall seconds; generous, because other processes may use the cores
 GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 KEYS = sorted(name for name in default_settings() if name not in ("trusted_modules", "resume"))
@@ -81,7 +81,7 @@ overrides: SearchStrategy[list[str]] = st.lists(
 
 
 def outcome(typed: Sequence[str]) -> CifarExpError | None:
-    """What the command would say before it starts anything; None where it would start. Anything else is raised."""
+    """The error that the command would print, or None if it would start. A bug is raised."""
     try:
         composed = compose("config", list(typed))
     except Exception as error:  # as in commandline.run_hydra
@@ -104,7 +104,7 @@ def outcome(typed: Sequence[str]) -> CifarExpError | None:
 
 
 def check(typed: list[str], counts: dict[bool, int]) -> None:
-    """One message, soon, that names one of the keys that were typed."""
+    """Check that there is one message, in time, that names one of the typed keys."""
     began, computed = time.monotonic(), time.process_time()
     error = outcome(typed)
     passed, computed = time.monotonic() - began, time.process_time() - computed
@@ -148,5 +148,5 @@ def random_overrides(scene: Scene) -> None:
     register_resolvers()
     with composing(conf_dir()):
         run()
-    told = f"{sum(counts.values()):,} tried: {counts[True]:,} accepted, {counts[False]:,} refused by name"
-    scene.handled("random overrides", f"none needed: {told}")
+    counted = f"{sum(counts.values()):,} tried: {counts[True]:,} accepted, {counts[False]:,} refused by name"
+    scene.handled("random overrides", f"none needed: {counted}")

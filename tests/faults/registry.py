@@ -1,4 +1,4 @@
-"""The list of faults: which case injects them, how often, and what it takes."""
+"""The list of cases: their faults, how often each is tried, and what a case needs."""
 
 import os
 import shutil
@@ -20,13 +20,13 @@ Function = Callable[["Scene"], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One function that injects faults and checks what follows.
+    """A function that injects faults and checks the outcome.
 
     Attributes:
-        function: called with a fresh scene; it raises where a fault is not handled.
-        faults: what it injects, each a row of the table; ``Scene.handled`` counts it.
-        racy: whether the outcome depends on the moment, so that it is tried many times.
-        quick: whether it belongs to the subset that runs with the other tests.
+        function: takes a new scene; raises if a fault is not handled.
+        faults: names of its faults, each a row of the table. ``Scene.handled`` counts them.
+        racy: whether the outcome depends on timing; such a fault is tried many times.
+        quick: whether the test suite includes it.
         slow: whether it takes minutes.
         needs: names in ``NEEDS``.
     """
@@ -43,7 +43,7 @@ class Case:
         return self.function.__name__
 
     def not_run(self) -> str | None:
-        """Why it cannot be tried here; None where it can."""
+        """Why the case cannot run here, or None."""
         return next((reason for need in self.needs if (reason := NEEDS[need]())), None)
 
 
@@ -53,7 +53,7 @@ CASES: list[Case] = []
 def case(
     *faults: str, racy: bool = False, quick: bool = False, slow: bool = False, needs: tuple[str, ...] = ()
 ) -> Callable[[Function], Function]:
-    """Add the function below to the list."""
+    """Add the decorated function to the list."""
 
     def register(function: Function) -> Function:
         CASES.append(Case(function, faults, racy, quick, slow, needs))
@@ -65,15 +65,15 @@ def case(
 @cache
 def _mounts() -> str | None:
     if os.geteuid() != 0:
-        return "mounting takes root"
+        return "mounting requires root"
     if shutil.which("unshare") is None:
-        return "there is no unshare"
+        return "unshare is not installed"
     done = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True, check=False)
-    return None if done.returncode == 0 else "this container may not mount"
+    return None if done.returncode == 0 else "this container does not allow mounts"
 
 
 def faketime() -> Path | None:
-    """The library that lies about the time, where it is installed (Debian's libfaketime)."""
+    """The path of libfaketime, which shows a wrong clock to a process, or None if it is not installed."""
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 

@@ -1,4 +1,4 @@
-"""The run that faults are injected into, and what it must have left: its journal, its weights, its record."""
+"""The run that faults are injected into, and checks of its journal, weights and MLflow run."""
 
 import sqlite3
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 
 from cifar_exp.records import checkpoint, journal
 from tests.conftest import TINY
-from tests.faults.scene import Ended, Scene, says
+from tests.faults.scene import Ended, Scene, check_exit
 from tests.helpers.runs import curve
 
 # Two ranks of a tiny network, float32 and deterministic: six steps an epoch, a checkpoint after each.
@@ -20,28 +20,28 @@ SETTINGS = (
     *("trusted_modules=[tests]", "train.deterministic=true", "train.precision=fp32", "train.batch_size=8"),
     *("devices.count=2", "devices.oversubscribe=true", "progress=quiet", "checkpoint.keep=3"),
 )
-HERE = ("hydra.run.dir=run", "resume=auto")  # one folder; every start goes on with what is in it
+HERE = ("hydra.run.dir=run", "resume=auto")  # every start resumes the run in this folder
 UNTRACKED = ("tracking=none",)
-EPOCHS_A_TRY = 8  # that an interrupted run is given between two faults
+EPOCHS_A_TRY = 8  # per fault in an interrupted run
 
 
 def settings(epochs: int, *changes: str) -> tuple[str, ...]:
-    """The run's settings with so many epochs."""
+    """The settings of a run of ``epochs`` epochs."""
     return (*SETTINGS, f"train.epochs={epochs}", *changes)
 
 
 def reference(scene: Scene, run: Sequence[str]) -> Path:
-    """The folder of the same run, uninterrupted; trained once for all cases that ask for it."""
+    """The folder of the same run, uninterrupted. It is trained once for all cases."""
     key = tuple(run)
     if key not in scene.suite.references:
         where = Scene(scene.suite.base / f"reference-{next(scene.suite.numbers)}", scene.suite, "reference", 1)
-        says(where.run(*run, *UNTRACKED, "hydra.run.dir=run"), 0)
+        check_exit(where.run(*run, *UNTRACKED, "hydra.run.dir=run"), 0)
         scene.suite.references[key] = where.folder / "run"
     return scene.suite.references[key]
 
 
 def assert_same_as_uninterrupted(scene: Scene, run: Sequence[str], run_dir: str = "run") -> None:
-    """The same losses and accuracies at the same steps, each once, and the same weights: a difference of 0.0."""
+    """Check that losses, accuracies and weights equal the uninterrupted run's, bit for bit, at the same steps."""
     whole, mine = reference(scene, run), scene.folder / run_dir
     entries = journal.read(mine)
     assert curve(entries) == curve(journal.read(whole)), "the curve differs from the uninterrupted run's"
@@ -52,48 +52,52 @@ def assert_same_as_uninterrupted(scene: Scene, run: Sequence[str], run_dir: str 
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's network, which must be sound."""
-    told: list[str] = []
-    saved = checkpoint.newest(run_dir, told.append)
-    assert not told, told
+    """The weights in the newest checkpoint, which must be intact."""
+    warnings: list[str] = []
+    saved = checkpoint.newest(run_dir, warnings.append)
+    assert not warnings, warnings
     return dict(saved.model)
 
 
 def statuses(scene: Scene, database: str = "outputs/mlflow.db") -> list[str]:
-    """The status of every MLflow run, in the order of their starts."""
+    """The status of every MLflow run, by start time."""
     return [status for (status,) in rows(scene, "SELECT status FROM runs ORDER BY start_time", database)]
 
 
-def trains(scene: Scene, ended: Ended, code: int, *words: str, run_dir: str = "run", traceback: bool = False) -> None:
+def check_exit_and_sync(
+    scene: Scene, ended: Ended, code: int, *words: str, run_dir: str = "run", traceback: bool = False
+) -> None:
     """Check a tracked command's exit code and message.
 
-    On a machine that is very busy the store may be too slow for the patience of a run's end. That is told, with what to
-    type, which is then typed here.
+    On a very busy machine the store may be slower than the time limit at the end of a run. The message then names a
+    `cifar-exp sync` command, which is run here.
     """
     undelivered = f"cifar-exp sync {run_dir}{chr(10)}" in ended.err
-    says(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
+    check_exit(ended, 5 if undelivered and code == 0 else code, *words, traceback=traceback)
     if undelivered:
-        says(scene.run("sync", run_dir), 0)
+        check_exit(scene.run("sync", run_dir), 0)
 
 
-def ends(scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False) -> None:
-    """Check the command of the scene's only run, and its status."""
-    trains(scene, ended, code, *words, traceback=traceback)
+def check_exit_and_status(
+    scene: Scene, ended: Ended, code: int, status: str, *words: str, traceback: bool = False
+) -> None:
+    """Check exit code and message, and the MLflow status of the scene's only run."""
+    check_exit_and_sync(scene, ended, code, *words, traceback=traceback)
     assert statuses(scene) == [status], (statuses(scene), ended.err)
 
 
 def assert_recorded_once(scene: Scene, run_dir: str = "run", database: str = "outputs/mlflow.db") -> None:
-    """MLflow has every point of the run's journal, each once, and no other."""
+    """Check that MLflow has every point of the run's journal once, and no other points."""
     identity = (scene.folder / run_dir / "mlflow_run_id").read_text().strip()
     found = Counter(rows(scene, f"SELECT key, step FROM metrics WHERE run_uuid = '{identity}'", database))
     entries = journal.read(scene.folder / run_dir)
     expected = Counter((name, entry.step) for entry in entries for name in entry.metrics)
     lost, more = (expected - found).total(), (found - expected).total()
-    assert found == expected, f"of {expected.total()} points {lost} are lost, and {more} are there that none wrote"
+    assert found == expected, f"of {expected.total()} points {lost} are lost; {more} points are not in the journal"
 
 
 def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[Any]:
-    """What an SQLite store says."""
+    """The result of a query to an SQLite store."""
     path = scene.folder / database
     if not path.exists():
         return []
@@ -103,6 +107,6 @@ def rows(scene: Scene, query: str, database: str = "outputs/mlflow.db") -> list[
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):
             raise
-        return []  # the store is being made
+        return []  # the store is being created
     finally:
         connection.close()

@@ -1,4 +1,4 @@
-"""Checkpoints: killed at each step of a save, cut, flipped, exchanged, malicious."""
+"""Checkpoints: a kill at each step of a save; truncated, bit-flipped, exchanged and malicious files."""
 
 import hashlib
 import pickle
@@ -23,7 +23,7 @@ from tests.faults.runs import (
     reference,
     settings,
 )
-from tests.faults.scene import Scene, says
+from tests.faults.scene import Scene, check_exit
 from tests.helpers.checkpoints import Malicious, position, reseal, trained
 
 STEPS = {
@@ -42,24 +42,24 @@ STEPS = {
 
 @case(*(f"SIGKILL in a save, {step}" for step in STEPS))
 def killed_in_a_save(scene: Scene) -> None:
-    """One run, killed at one step of a save after the other; it goes on from the newest whole checkpoint each time."""
+    """Kill one run at each step of a save in turn. It resumes from the newest complete checkpoint each time."""
     run = settings(60)
     for step, (call, file, number, do) in STEPS.items():
         before = newest_step(scene.folder / "run")
         plan = {"point": call, "file": file, "rank": 0, "number": number, "do": do}
-        says(scene.run(*run, *HERE, plan=plan), 7, "rank 0", "SIGKILL")
-        assert newest_step(scene.folder / "run") > before, "it did not get on"
-        scene.handled(f"SIGKILL in a save, {step}", "goes on, bit for bit")
-    says(scene.run(*run, *HERE), 0)
+        check_exit(scene.run(*run, *HERE, plan=plan), 7, "rank 0", "SIGKILL")
+        assert newest_step(scene.folder / "run") > before, "no new checkpoint"
+        scene.handled(f"SIGKILL in a save, {step}", "resumes, bit for bit")
+    check_exit(scene.run(*run, *HERE), 0)
     assert_recorded_once(scene)
     assert_same_as_uninterrupted(scene, run)
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, none of which may be damaged."""
-    told: list[str] = []
-    manifest = checkpoint.newest_intact_manifest(run_dir, told.append)
-    assert not told, told
+    """The step of the newest checkpoint. No checkpoint may be damaged."""
+    warnings: list[str] = []
+    manifest = checkpoint.newest_intact_manifest(run_dir, warnings.append)
+    assert not warnings, warnings
     return manifest.step if manifest else -1
 
 
@@ -67,7 +67,7 @@ def newest_step(run_dir: Path) -> int:
     "a checkpoint cut at every 4 KiB", "flipped bytes in a checkpoint", "flipped or cut bytes in a manifest", quick=True
 )
 def damaged_checkpoints(scene: Scene) -> None:
-    """In process: thousands of damaged checkpoints, of which none may be loaded; the one before is, each time."""
+    """In one process, thousands of damaged checkpoints: none is loaded; the previous one is used."""
     run_dir = scene.folder / "run"
     for step in (10, 20):
         checkpoint.save(run_dir, trained(step), position(step), keep=2)
@@ -76,7 +76,7 @@ def damaged_checkpoints(scene: Scene) -> None:
     total = min(scene.suite.damages, 300) if scene.suite.repeat == 1 else scene.suite.damages
     kinds = {
         "a checkpoint cut at every 4 KiB": (network, cuts(network.read_bytes(), 4096)),
-        "flipped or cut bytes in a manifest": (manifest, spoilt(manifest.read_bytes(), total // 10, scene.random)),
+        "flipped or cut bytes in a manifest": (manifest, damaged(manifest.read_bytes(), total // 10, scene.random)),
     }
     loaded = tried = 0
     for fault, (path, damages) in kinds.items():
@@ -90,18 +90,18 @@ def damaged_checkpoints(scene: Scene) -> None:
 
 
 def try_damages(run_dir: Path, path: Path, damages: Iterator[bytes]) -> tuple[int, int]:
-    """How many damages were tried, and how many were not noticed."""
+    """Return how many damaged files were tried, and how many were not detected."""
     whole, count, wrong = path.read_bytes(), 0, 0
     for content in damages:
         path.write_bytes(content)
-        told: list[str] = []
-        found = checkpoint.newest_intact_manifest(run_dir, told.append)
+        warnings: list[str] = []
+        found = checkpoint.newest_intact_manifest(run_dir, warnings.append)
         count += 1
-        wrong += found is None or found.step != 10 or len(told) != 1 or path.stem not in told[0]
+        wrong += found is None or found.step != 10 or len(warnings) != 1 or path.stem not in warnings[0]
     path.write_bytes(whole)
     found = checkpoint.newest_intact_manifest(run_dir, lambda _: None)
     assert found is not None
-    assert found.step == 20, "the undamaged one is not taken any more"
+    assert found.step == 20, "the intact checkpoint is not used any more"
     return count, wrong
 
 
@@ -110,22 +110,22 @@ def cuts(whole: bytes, every: int) -> Iterator[bytes]:
 
 
 def flips(whole: bytes, count: int, random: Random) -> Iterator[bytes]:
-    """One byte changed to any other, anywhere."""
+    """Change one random byte."""
     for _ in range(count):
         place = random.randrange(len(whole))
         yield whole[:place] + bytes([whole[place] ^ random.randrange(1, 256)]) + whole[place + 1 :]
 
 
-def spoilt(whole: bytes, count: int, random: Random) -> Iterator[bytes]:
-    """Half of them flips, half of them cuts, at any byte but those of a trailing newline."""
+def damaged(whole: bytes, count: int, random: Random) -> Iterator[bytes]:
+    """Change one byte in half of them and truncate the other half. A trailing newline stays."""
     whole = whole.rstrip()
     yield from flips(whole, count // 2, random)
     for _ in range(count - count // 2):
         yield whole[: random.randrange(len(whole))]
 
 
-def copied(scene: Scene, run: tuple[str, ...], name: str) -> Path:
-    """The uninterrupted run as if its parent had been killed before it was closed."""
+def copy_of_killed_run(scene: Scene, run: tuple[str, ...], name: str) -> Path:
+    """Copy the uninterrupted run and cut its journal, as if its parent had been killed."""
     folder = Path(shutil.copytree(reference(scene, run), scene.folder / name))
     journal = folder / "metrics.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-2]))
@@ -135,60 +135,60 @@ def copied(scene: Scene, run: tuple[str, ...], name: str) -> Path:
 @case("the newest checkpoint is damaged", quick=True)
 def newest_damaged(scene: Scene) -> None:
     run = settings(EPOCHS_A_TRY)
-    newest = max((copied(scene, run, "run") / CHECKPOINTS).glob("*.pt"))
+    newest = max((copy_of_killed_run(scene, run, "run") / CHECKPOINTS).glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1])
     ended = scene.run(*run, *HERE, *UNTRACKED)
-    says(ended, 0, newest.name, "damaged and is skipped")
+    check_exit(ended, 0, newest.name, "damaged and is skipped")
     assert_same_as_uninterrupted(scene, run)
-    scene.handled("the newest checkpoint is damaged", "goes on from the one before, bit for bit")
+    scene.handled("the newest checkpoint is damaged", "resumes from the previous one, bit for bit")
 
 
-def refused_start(scene: Scene, fault: str, spoil: Callable[[Path], None], code: int, *words: str) -> None:
-    """What was spoilt is named; a start without ``resume`` is not kept from beginning anew."""
+def check_refused_start(scene: Scene, fault: str, damage: Callable[[Path], None], code: int, *words: str) -> None:
+    """Check that a start names the damaged file. (``resume=never`` in another folder would start again.)"""
     run = settings(EPOCHS_A_TRY)
-    spoil(copied(scene, run, "run"))
-    says(scene.run(*run, *HERE, *UNTRACKED), code, *words)
-    scene.handled(fault, "the same; resume=never in another folder starts anew")
+    damage(copy_of_killed_run(scene, run, "run"))
+    check_exit(scene.run(*run, *HERE, *UNTRACKED), code, *words)
+    scene.handled(fault, "the same; resume=never in another folder starts again")
 
 
 @case("all checkpoints are damaged")
 def all_damaged(scene: Scene) -> None:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         for path in (folder / CHECKPOINTS).glob("*.pt"):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    refused_start(scene, "all checkpoints are damaged", spoil, 8, "are damaged", "resume=never")
+    check_refused_start(scene, "all checkpoints are damaged", damage, 8, "are damaged", "resume=never")
 
 
 @case("the checkpoints are gone")
 def checkpoints_gone(scene: Scene) -> None:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         shutil.rmtree(folder / CHECKPOINTS)
 
-    refused_start(scene, "the checkpoints are gone", spoil, 8, "checkpoints are gone", "resume=never")
+    check_refused_start(scene, "the checkpoints are gone", damage, 8, "checkpoints are gone", "resume=never")
 
 
 @case("a damaged journal")
 def journal_damaged(scene: Scene) -> None:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         path = folder / "metrics.jsonl"
         content = path.read_bytes()
         path.write_bytes(content[:100] + b"\xff\x00{" + content[103:])
 
-    refused_start(scene, "a damaged journal", spoil, 8, "metrics.jsonl", "resume=never")
+    check_refused_start(scene, "a damaged journal", damage, 8, "metrics.jsonl", "resume=never")
 
 
 @case("a damaged run.json and config.yaml")
 def records_damaged(scene: Scene) -> None:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / "config.yaml").write_text("train: {epochs: ")
 
-    refused_start(scene, "a damaged run.json and config.yaml", spoil, 8, "config.yaml", "resume=never")
+    check_refused_start(scene, "a damaged run.json and config.yaml", damage, 8, "config.yaml", "resume=never")
 
 
 @case("checkpoints that were exchanged")
 def checkpoints_exchanged(scene: Scene) -> None:
-    """One step's content under another's name, with its own manifest's hash: neither is believed."""
+    """Two checkpoints have each other's content. Neither is loaded."""
     run_dir = scene.folder / "run"
     for step in (10, 20, 30):
         checkpoint.save(run_dir, trained(step), position(step), keep=3)
@@ -196,25 +196,25 @@ def checkpoints_exchanged(scene: Scene) -> None:
     contents = [path.read_bytes() for path in names]
     for path, content in zip(names, reversed(contents), strict=True):
         path.write_bytes(content)
-    told: list[str] = []
-    found = checkpoint.newest_intact_manifest(run_dir, told.append)
+    warnings: list[str] = []
+    found = checkpoint.newest_intact_manifest(run_dir, warnings.append)
     assert found is not None
-    assert (found.step, len(told)) == (10, 2)
-    scene.handled("checkpoints that were exchanged", "the one before is used")
+    assert (found.step, len(warnings)) == (10, 2)
+    scene.handled("checkpoints that were exchanged", "the previous one is used")
 
 
 @case("a malicious pickle as a checkpoint", quick=True)
 def malicious_pickle(scene: Scene) -> None:
-    """Code in a checkpoint whose hash holds is not executed, by a start and by a prediction neither."""
+    """Prediction does not execute code in a checkpoint, even if its sha256 matches."""
     run_dir, marker = scene.folder / "run", scene.folder / "executed"
     pickle.loads(pickle.dumps(Malicious(marker)))
-    marker.rmdir()  # it would have worked
+    marker.rmdir()  # the pickle does execute code
     checkpoint.save(run_dir, trained(), position(10), keep=2)
     path = run_dir / CHECKPOINTS / "step-00000010.pt"
     torch.save(dict(vars(trained())) | {"classes": Malicious(marker)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), bytes=path.stat().st_size, sha256=digest)
-    says(scene.run("predict", "run", str(scene.folder)), 8, path.name, "cannot be read")
+    check_exit(scene.run("predict", "run", str(scene.folder)), 8, path.name, "cannot be read")
     assert not marker.exists(), "code in a checkpoint was executed"
     scene.handled("a malicious pickle as a checkpoint", "the same")
 

@@ -1,7 +1,7 @@
-"""Where a fault is injected: a folder of its own, commands whose processes carry a mark, and what must hold after them.
+"""A scene: the folder in which a case injects faults, its commands, and checks of what they leave behind.
 
-After every command that ends, however it ends: no process of it is alive within ten seconds, nothing of it is left in
-its temporary folder, and nothing in shared memory. At the end of a case no half-written file is left.
+After every command, whatever its exit code: none of its processes lives longer than ten seconds, and nothing is left in
+its temporary folder and in shared memory. After every case: no half-written file is left.
 """
 
 import json
@@ -25,11 +25,11 @@ from tests.faults.injected import ANNOUNCED, PLAN
 from tests.helpers.processes import answers_signals
 
 MARK = "CIFAR_EXP_FAULT_SCENE"
-OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set where the suite has a mount namespace, and shared memory, of its own
+OWN_MOUNTS = "CIFAR_EXP_FAULTS_OWN_MOUNTS"  # set if the suite has its own mount namespace and /dev/shm
 ORPHAN_SECONDS = 10.0
-SHARED = ("torch_", "sem.", "psm_", "mp-")  # what Python and torch name theirs; MLflow's server has others
-KEPT_CACHE = "torchinductor_"  # torch's own cache, which it keeps for later runs
-LIMIT = 600.0  # seconds, after which a command counts as hanging; generous, since other work may share the cores
+SHARED = ("torch_", "sem.", "psm_", "mp-")  # prefixes of Python and torch; MLflow's server has others
+KEPT_CACHE = "torchinductor_"  # torch's cache, which later runs use
+LIMIT = 600.0  # seconds until a command counts as hung; generous, because other processes may use the cores
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Ended:
 
 
 class Running:
-    """A command that was started in a scene, in a process group of its own, as a shell would."""
+    """A command that was started in a scene. It has its own process group, as in a shell."""
 
     def __init__(self, scene: "Scene", command: Sequence[str], env: Mapping[str, str], output: Path) -> None:
         self.scene, self.mark, self._tmp = scene, env[MARK], Path(env["TMPDIR"])
@@ -63,7 +63,7 @@ class Running:
         return self._output.with_suffix(".err").read_text(errors="replace")
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = LIMIT) -> None:
-        """Wait for something to happen while the command runs."""
+        """Wait for ``condition`` while the command runs."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"ended ({self.process.returncode}) before {what}: {self.err[-2000:]}"
@@ -75,15 +75,15 @@ class Running:
         self.until((self.scene.folder / ANNOUNCED).exists, "the planned point")
 
     def until_it_answers_signals(self) -> None:
-        """Wait until the command has taken charge of them."""
-        self.until(lambda: answers_signals(self.process.pid), "its answer to signals")
+        """Wait until the command handles signals."""
+        self.until(lambda: answers_signals(self.process.pid), "its signal handlers")
 
     def ranks(self) -> list[psutil.Process]:
-        """The rank processes, in order: the children of the fork server, in the order of their birth."""
-        nursery = self.nursery()
-        return sorted(nursery.children(), key=lambda child: child.pid) if nursery else []
+        """The rank processes by rank: the children of the fork server by pid."""
+        fork_server = self.fork_server()
+        return sorted(fork_server.children(), key=lambda child: child.pid) if fork_server else []
 
-    def nursery(self) -> psutil.Process | None:
+    def fork_server(self) -> psutil.Process | None:
         try:
             children = psutil.Process(self.process.pid).children()
             return next((child for child in children if "forkserver" in " ".join(child.cmdline())), None)
@@ -91,23 +91,23 @@ class Running:
             return None
 
     def helpers(self) -> list[psutil.Process]:
-        """Every process of the command but itself."""
+        """All descendants of the command's process."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def until_training(self, journal: Path, lines: int = 1) -> None:
-        """Wait until ``journal`` has got so many more lines."""
+        """Wait until ``journal`` has ``lines`` more lines."""
         before = _line_count(journal)
         self.until(lambda: _line_count(journal) >= before + lines, "training")
 
     def signal(self, number: int, group: bool = False) -> None:
-        """Send a signal to the parent, or, as Ctrl-C in a terminal does, to all of its process group."""
+        """Send a signal to the parent or, like Ctrl-C in a terminal, to its process group."""
         if group:
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)
 
     def wait(self, seconds: float = LIMIT) -> Ended:
-        """Its end, with nothing left behind; what only a next start can clear away after SIGKILL is left to that."""
+        """Wait for the end and check for leftovers. After SIGKILL temporary files may stay for the next start."""
         try:
             code = self.process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
@@ -120,13 +120,13 @@ class Running:
 
 
 class Scene:
-    """One case's folder and commands.
+    """The folder and the commands of one case.
 
     Attributes:
         folder: the current folder of its commands.
         tmp: their TMPDIR.
-        random: for moments and places; seeded by the suite's seed and the case's name.
-        times: how often each fault of the case is to be tried.
+        random: for random moments and bytes; its seed is made of the suite's seed and the case's name.
+        times: how often to try each fault of the case.
         count: how often each fault was handled.
         next_start: what the start after each fault did.
     """
@@ -155,11 +155,11 @@ class Scene:
 
         Args:
             arguments: of the command.
-            plan: what the injected network does, and where (``injected.py``).
-            env: of the command, beside the usual.
+            plan: the fault that the injected network has (``injected.py``).
+            env: additional environment variables.
             module: whose ``main`` is the command.
-            before: a command that runs this one, as in ``prlimit ...``.
-            tmp: TMPDIR, for commands that run beside others.
+            before: a prefix, such as ``prlimit ...``.
+            tmp: TMPDIR, for commands that run at the same time as others.
         """
         (self.folder / ANNOUNCED).unlink(missing_ok=True)
         mark = f"{self.base}:{len(self._commands)}"
@@ -176,7 +176,7 @@ class Scene:
         return self.start(*arguments, **how).wait(seconds)
 
     def handled(self, fault: str, next_start: str) -> None:
-        """Count a fault after which everything was as it should be."""
+        """Count a fault that was handled."""
         self.count[fault] += 1
         self.next_start[fault] = next_start
 
@@ -184,34 +184,33 @@ class Scene:
         return self.folder / run_dir / "metrics.jsonl"
 
     def check_processes(self, mark: str) -> None:
-        """Nothing that carries the mark lives ten seconds later."""
+        """Check that the command's processes end within ten seconds."""
         deadline = time.monotonic() + ORPHAN_SECONDS
         while alive := marked(mark):
             assert time.monotonic() < deadline, f"processes survive: {alive}"
             time.sleep(0.02)
 
-    def check_temporary(self, tmp: Path, before: set[str], told: str) -> None:
-        """Nothing new is left in a command's TMPDIR, nothing of ours from before it, and nothing in shared memory.
+    def check_temporary(self, tmp: Path, before: set[str], how_it_ended: str) -> None:
+        """Check that the command left nothing in its TMPDIR, no folders of the package there, and no shared memory.
 
-        Commands that run beside each other share that: it is looked at once the last one has ended. ``told`` says how
-        the command ended.
+        Shared memory is checked after the last of several simultaneous commands. ``how_it_ended`` is for the message.
         """
         names = sorted(path.name for path in tmp.iterdir())
         left = [name for name in names if name not in before or name.startswith("cifar-exp-")]
         left = [name for name in left if not name.startswith(KEPT_CACHE)]
-        assert not left, f"left in TMPDIR: {left}; {told}"
+        assert not left, f"left in TMPDIR: {left}; {how_it_ended}"
         alone = all(command.process.poll() is not None for command in self._commands)
-        if OWN_MOUNTS in os.environ and alone:  # else others have files there, too
+        if OWN_MOUNTS in os.environ and alone:  # otherwise other processes have files there, too
             shared = sorted(shared_memory() - self._shared)
-            assert not shared, f"left in shared memory: {shared}; {told}"
+            assert not shared, f"left in shared memory: {shared}; {how_it_ended}"
 
     def check_files(self) -> None:
-        """No half-written file is left, wherever."""
+        """Check that no half-written file is left in any folder."""
         left = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*.cifar-exp-tmp")]
         assert not left, f"half-written files are left: {left}"
 
     def close(self) -> None:
-        """End whatever a failed case left running."""
+        """Kill the processes that a failed case left."""
         for running in self._commands:
             for pid in marked(running.mark):
                 os.kill(pid, signal.SIGKILL)
@@ -220,12 +219,12 @@ class Scene:
 
 @dataclass
 class Suite:
-    """What all cases share.
+    """Parameters and uninterrupted runs that all cases share.
 
     Attributes:
         base: folder for the scenes.
         seed: of every random choice.
-        repeat: how often a racy fault is tried.
+        repeat: how often to try a racy fault.
         examples: random configurations to try.
         damages: damaged checkpoints to try.
         jobs: runs of the long sweep.
@@ -244,29 +243,29 @@ class Suite:
         self.numbers = count()
 
 
-def says(ended: Ended, code: int, *words: str, traceback: bool = False) -> None:
+def check_exit(ended: Ended, code: int, *words: str, traceback: bool = False) -> None:
     """Check a command's exit code and message."""
-    told = f"exit code {ended.code}, stderr: {ended.err[-3000:]}"
-    assert ended.code == code, f"{told}, where {code} was to come; stdout: {ended.out[-500:]}"
+    how_it_ended = f"exit code {ended.code}, stderr: {ended.err[-3000:]}"
+    assert ended.code == code, f"{how_it_ended}, expected {code}; stdout: {ended.out[-500:]}"
     for word in words:
-        assert word in ended.err, f"no {word!r} in: {told}"
-    assert traceback or "Traceback" not in ended.err, told
+        assert word in ended.err, f"no {word!r} in: {how_it_ended}"
+    assert traceback or "Traceback" not in ended.err, how_it_ended
 
 
 def shared_memory() -> set[str]:
-    """Names of what Python and torch keep there."""
+    """Names of the shared memory files of Python and torch."""
     return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(SHARED)}
 
 
 def marked(mark: str) -> list[int]:
-    """Processes that were born with the mark in their environment; the dead that nobody has buried are none."""
+    """Pids of processes with the mark in their environment, without zombies."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
-            except OSError:  # another user's, or gone
+            except OSError:  # another user's process, or it has ended
                 continue
     return found
 

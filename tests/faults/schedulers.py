@@ -1,30 +1,37 @@
-"""Signals as schedulers, containers and `timeout` send them: to every process of the run, and again."""
+"""Signals to every process of a run, once or twice, as schedulers, containers and `timeout` send them."""
 
 import signal
 import time
 
-from tests.faults.deaths import GOES_ON, PACE, chain, interrupt_at
+from tests.faults.interruptions import PACE, RESUMES, interrupt_at, interrupt_repeatedly
 from tests.faults.registry import case
-from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, assert_same_as_uninterrupted, ends, settings
-from tests.faults.scene import Running, Scene, says
+from tests.faults.runs import (
+    EPOCHS_A_TRY,
+    HERE,
+    UNTRACKED,
+    assert_same_as_uninterrupted,
+    check_exit_and_status,
+    settings,
+)
+from tests.faults.scene import Running, Scene, check_exit
 
 
 @case("SIGTERM of every process", racy=True, needs=("linux",))
 def all_terminated(scene: Scene) -> None:
-    """scancel, docker stop, systemd."""
+    """As scancel, docker stop and systemd do."""
     fault = "SIGTERM of every process"
-    chain(scene, fault, lambda run: run.signal(signal.SIGTERM, group=True), 143, status="KILLED")
+    interrupt_repeatedly(scene, fault, lambda run: run.signal(signal.SIGTERM, group=True), 143, status="KILLED")
 
 
 @case("SIGUSR1 of every process", racy=True, needs=("linux",))
 def all_preempted(scene: Scene) -> None:
     fault = "SIGUSR1 of every process"
-    chain(scene, fault, lambda run: run.signal(signal.SIGUSR1, group=True), 138, status="KILLED")
+    interrupt_repeatedly(scene, fault, lambda run: run.signal(signal.SIGUSR1, group=True), 138, status="KILLED")
 
 
 @case("SIGTERM of every process, saved within the step", racy=True, needs=("linux",))
 def all_terminated_twice(scene: Scene) -> None:
-    """`timeout` sends its signal to the command and to its group: the step is saved for all that."""
+    """`timeout` signals the command, then its process group. A checkpoint is saved all the same."""
     run = settings(10_000)
     for tried in range(scene.times):
         here = (f"hydra.run.dir=run-{tried}", *UNTRACKED, "checkpoint.every=1000")
@@ -32,9 +39,9 @@ def all_terminated_twice(scene: Scene) -> None:
         running.until_training(scene.journal(f"run-{tried}"), lines=1 + scene.random.randrange(30))
         running.signal(signal.SIGTERM)
         running.signal(signal.SIGTERM, group=True)
-        says(running.wait(), 143)
+        check_exit(running.wait(), 143)
         assert list((scene.folder / f"run-{tried}" / "checkpoints").glob("*.json")), "nothing was saved"
-        scene.handled("SIGTERM of every process, saved within the step", GOES_ON)
+        scene.handled("SIGTERM of every process, saved within the step", RESUMES)
 
 
 @case("SIGTERM of every process while it starts", racy=True, needs=("linux",))
@@ -65,12 +72,12 @@ def all_terminated_in_save(scene: Scene) -> None:
 
 @case("SIGTERM of a rank, fork server or resource tracker", needs=("linux",))
 def helpers_terminated(scene: Scene) -> None:
-    """They leave it to the command, which did not get it."""
+    """These processes ignore SIGTERM; only the command handles it."""
     run = settings(EPOCHS_A_TRY)
     running = scene.start(*run, *HERE, plan=PACE)
     running.until_training(scene.journal(), lines=5)
     for process in running.helpers():
         process.terminate()
-    ends(scene, running.wait(), 0, "FINISHED")
+    check_exit_and_status(scene, running.wait(), 0, "FINISHED")
     assert_same_as_uninterrupted(scene, run)
     scene.handled("SIGTERM of a rank, fork server or resource tracker", "none needed: it trains to the end")

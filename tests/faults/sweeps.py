@@ -1,4 +1,4 @@
-"""Sweeps: a job that fails, a parent that is killed, many at once, and one that goes on for hours."""
+"""Sweeps: a failing job, a killed parent, many at once, and one that takes hours."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ import psutil
 from cifar_exp.records import journal
 from tests.faults.registry import case
 from tests.faults.runs import assert_recorded_once, rows, settings, statuses
-from tests.faults.scene import LIMIT, Running, Scene, says
+from tests.faults.scene import LIMIT, Running, Scene, check_exit
 from tests.helpers.runs import curve
 
 EPOCHS_A_JOB = 10
@@ -18,18 +18,18 @@ ONE_RANK = ("devices.count=1", "train.batch_size=16")
 
 
 def jobs(scene: Scene) -> list[Path]:
-    """The jobs' folders, relative to the scene's, in order."""
+    """The jobs' folders, relative to the scene's folder, by number."""
     found = [path.parent.relative_to(scene.folder) for path in scene.folder.glob("outputs/multirun/*/*/*/run.json")]
     return sorted(found, key=lambda path: (path.parent, int(path.name)))
 
 
 @case("one failing job of a sweep")
 def failing_job(scene: Scene) -> None:
-    """The others are trained; the exit code is the failure's."""
+    """The other jobs are trained. The exit code is that of the failure."""
     sweep = ("-m", *settings(2, *ONE_RANK), "train.batch_size=16,4096,8")
-    for number in range(2):  # a next start skips what is finished
+    for number in range(2):  # the second start skips finished jobs
         ended = scene.run(*sweep, *(["resume=auto"] if number else []))
-        says(ended, 2, "job 1 failed: train.batch_size=4096")
+        check_exit(ended, 2, "job 1 failed: train.batch_size=4096")
         trained = [job for job in jobs(scene) if job.name != "1" and finished(scene, job)]
         assert len(trained) == 2
         assert sorted(statuses(scene)) == ["FAILED", "FINISHED", "FINISHED"], statuses(scene)  # the sweep and two jobs
@@ -38,7 +38,7 @@ def failing_job(scene: Scene) -> None:
 
 @case("SIGKILL of a sweep's parent", "Ctrl-C in a sweep", racy=True, needs=("linux",))
 def interrupted_sweep(scene: Scene) -> None:
-    """One sweep, interrupted again and again: what is finished is not touched, what is not goes on."""
+    """Interrupt one sweep repeatedly: finished jobs are skipped, unfinished ones resume."""
     seeds = ",".join(map(str, range(2 + scene.times)))
     sweep = ("-m", *settings(EPOCHS_A_JOB, *ONE_RANK), f"seed={seeds}", "resume=auto")
     for fault, number, code in (("SIGKILL of a sweep's parent", signal.SIGKILL, -9), ("Ctrl-C in a sweep", 2, 130)):
@@ -49,11 +49,11 @@ def interrupted_sweep(scene: Scene) -> None:
             running = scene.start(*sweep, plan={"pace": 0.02})
             running.until(lambda wanted=wanted: total_lines(scene) >= wanted, "training")
             running.signal(number, group=number == signal.SIGINT)
-            says(running.wait(), code)
+            check_exit(running.wait(), code)
             for job, content in before.items():
                 assert scene.journal(str(job)).read_bytes() == content, f"{job} was trained twice"
-            scene.handled(fault, "skips the finished jobs and goes on with the partial one")
-    says(scene.run(*sweep), 0)
+            scene.handled(fault, "skips the finished jobs and resumes the unfinished one")
+    check_exit(scene.run(*sweep), 0)
     assert len(jobs(scene)) == 2 + scene.times, jobs(scene)
     assert len({job.parent for job in jobs(scene)}) == 1
     assert statuses(scene) == ["FINISHED"] * (3 + scene.times), statuses(scene)
@@ -73,7 +73,7 @@ def total_lines(scene: Scene) -> int:
 
 @case("eight sweeps at once into one fresh store")
 def eight_sweeps(scene: Scene) -> None:
-    """Nothing is lost: every job of each has its run, with every point once."""
+    """Every job has its MLflow run, with every point once."""
     count = 8
     sweeps: list[Running] = []
     for number in range(count):
@@ -81,7 +81,7 @@ def eight_sweeps(scene: Scene) -> None:
         tmp.mkdir()
         sweeps.append(scene.start("-m", *settings(2, *ONE_RANK), f"seed={2 * number},{2 * number + 1}", tmp=tmp))
     for sweep in sweeps:
-        says(sweep.wait(3 * LIMIT), 0)
+        check_exit(sweep.wait(3 * LIMIT), 0)
     assert len(jobs(scene)) == 2 * count
     assert statuses(scene) == ["FINISHED"] * 3 * count
     for job in jobs(scene):
@@ -92,38 +92,38 @@ def eight_sweeps(scene: Scene) -> None:
 
 
 MEGABYTE = 1e6
-SETTLED = 20  # jobs after which everything that is made once has been made
+SETTLED = 20  # jobs before the measurement starts; the first ones allocate what all use
 
 
 @case("a sweep of 200 runs", slow=True, needs=("linux",))
 def long_sweep(scene: Scene) -> None:
-    """No growth of files, threads and memory, in the parent and in the fork server: at most 0.1 MB a run."""
+    """Open files and threads of parent and fork server do not grow, their memory by at most 0.1 MB per run."""
     count = scene.suite.jobs
     running = scene.start("-m", *settings(1, *ONE_RANK), f"seed=range({count})")
     samples: list[list[tuple[float, int, int]]] = []
     while running.process.poll() is None:
         done = sum(finished(scene, job) for job in jobs(scene)[-2:]) + max(0, len(jobs(scene)) - 2)
-        if done > len(samples) and (nursery := running.nursery()):
+        if done > len(samples) and (fork_server := running.fork_server()):
             try:
-                samples.append([usage(psutil.Process(running.process.pid)), usage(nursery)])
+                samples.append([usage(psutil.Process(running.process.pid)), usage(fork_server)])
             except psutil.Error:
                 continue
         time.sleep(0.1)
-    says(running.wait(), 0)
+    check_exit(running.wait(), 0)
     assert statuses(scene) == ["FINISHED"] * (count + 1)
     settled = samples[min(SETTLED, count // 4) :]
-    assert len(settled) > count // 3, f"only {len(samples)} of {count} jobs were looked at"
-    told = []
+    assert len(settled) > count // 3, f"only {len(samples)} of {count} jobs were measured"
+    usages = []
     for number, who in enumerate(("parent", "fork server")):
         memory, files, threads = zip(*(sample[number] for sample in settled), strict=True)
         growth = linear_regression(range(len(memory)), memory).slope / MEGABYTE
-        told.append(
+        usages.append(
             f"{who} {growth:+.3f} MB a run, {files[0]} to {files[-1]} files, {threads[0]} to {threads[-1]} threads"
         )
-        assert growth <= 0.1, told
-        assert max(files[-5:]) <= max(files[:10]), told
-        assert max(threads[-5:]) <= max(threads[:10]), told
-    scene.handled("a sweep of 200 runs", f"none needed: {'; '.join(told)}")
+        assert growth <= 0.1, usages
+        assert max(files[-5:]) <= max(files[:10]), usages
+        assert max(threads[-5:]) <= max(threads[:10]), usages
+    scene.handled("a sweep of 200 runs", f"none needed: {'; '.join(usages)}")
 
 
 def usage(process: psutil.Process) -> tuple[float, int, int]:

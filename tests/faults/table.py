@@ -1,4 +1,4 @@
-"""Running a case, and the table of what became of each fault."""
+"""Run a case, and the table of results."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ class Row:
 
     Attributes:
         fault: its name.
-        times: how often it was to be tried; 0 where it cannot be tried here.
-        handled: how often all that had to hold after it did hold.
-        next_start: what the start after it did, or why it was not run.
-        problem: what did not hold, the first time that something did not.
+        times: how often to try it; 0 if it cannot be tried here.
+        handled: how often all checks after it passed.
+        next_start: what the next start did, or why the fault was not tried.
+        problem: the first check that failed.
     """
 
     fault: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def run_case(case: Case, suite: Suite) -> list[Row]:
-    """Inject a case's faults; a row for each. Its folder is removed where all of them were handled."""
+    """Inject a case's faults; returns a row for each. If all were handled, the case's folder is removed."""
     if reason := case.not_run():
         return [Row(fault, 0, 0, f"NOT RUN: {reason}") for fault in case.faults]
     times = suite.repeat if case.racy else 1
@@ -46,7 +46,7 @@ def run_case(case: Case, suite: Suite) -> list[Row]:
     try:
         case.function(scene)
         scene.check_files()
-    except (Exception, subprocess.TimeoutExpired) as error:  # whatever a fault does to us is a fault not handled
+    except (Exception, subprocess.TimeoutExpired) as error:  # any exception means a fault was not handled
         brief = f"{type(error).__name__}: {error}" if isinstance(error, AssertionError) else traceback.format_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"{brief}\n({place.filename}:{place.lineno}; folder {scene.base})"
@@ -60,14 +60,14 @@ def run_case(case: Case, suite: Suite) -> list[Row]:
         else Row(fault, times, scene.count[fault], scene.next_start.get(fault, ""))
         for fault in case.faults
     ]
-    if problem and not any(row.problem for row in rows):  # what had to hold after the last of them did not
+    if problem and not any(row.problem for row in rows):  # a check after the last fault failed
         last = rows[-1]
         rows[-1] = Row(last.fault, last.times, last.handled - 1, last.next_start, problem)
     return rows
 
 
 def totals(rows: Sequence[Row]) -> str:
-    """The whole in a line."""
+    """All results in one line."""
     tried = [row for row in rows if row.times]
     handled = [row for row in tried if row.handled == row.times and not row.problem]
     left = f"; {len(rows) - len(tried)} NOT RUN" if len(tried) < len(rows) else ""
@@ -76,7 +76,7 @@ def totals(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row], suite: Suite) -> str:
-    """The table as Markdown, which a terminal shows as well."""
+    """The table as Markdown with aligned columns."""
     cells = [(row.fault, str(row.times or "-"), str(row.handled if row.times else "-"), row.next_start) for row in rows]
     head = ("fault", "times", "handled", "the next start")
     widths = [max(len(line[column]) for line in [head, *cells]) for column in range(4)]
@@ -89,6 +89,11 @@ def as_markdown(rows: Sequence[Row], suite: Suite) -> str:
 
 
 def as_json(rows: Sequence[Row], suite: Suite) -> str:
-    """The table as JSON, with the problems in full."""
-    told = {"seed": suite.seed, "repeat": suite.repeat, "time": round(time.time()), "faults": [asdict(r) for r in rows]}
-    return json.dumps(told, indent=1) + "\n"
+    """The table as JSON, with problems."""
+    document = {
+        "seed": suite.seed,
+        "repeat": suite.repeat,
+        "time": round(time.time()),
+        "faults": [asdict(r) for r in rows],
+    }
+    return json.dumps(document, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""Some of the real faults that the project handles. To inject all of them: ``uv run python -m tests.faults``."""
+"""The quick part of the fault suite. All faults: ``uv run python -m tests.faults``."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,12 @@ QUICK = [case for case in CASES if case.quick]
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """One for all cases of this file: they share the uninterrupted runs that others are compared with."""
+    """One suite for all cases, so that they share the uninterrupted runs."""
     return Suite(tmp_path_factory.mktemp("faults"), seed=0, repeat=1)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
-def test_a_fault_is_handled(case: Case, suite: Suite) -> None:
+def test_fault_is_handled(case: Case, suite: Suite) -> None:
     for row in run_case(case, suite):
         if not row.times:
             pytest.skip(row.next_start)
@@ -29,7 +29,7 @@ def test_a_fault_is_handled(case: Case, suite: Suite) -> None:
         assert row.handled == row.times, row.fault
 
 
-def test_every_fault_is_in_the_list_once_and_there_are_more_than_sixty() -> None:
+def test_fault_names_are_unique_and_every_case_is_registered() -> None:
     names = [fault for case in CASES for fault in case.faults]
     assert len(names) == len(set(names)) >= 60
     functions = {case.name for case in CASES}

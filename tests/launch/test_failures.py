@@ -71,7 +71,7 @@ def test_a_rank_that_raises_is_shown_once_with_its_traceback(cifar_exp: Command,
     ("start", "number", "code"),
     [("born", signal.SIGTERM, 143), ("started", signal.SIGINT, 130), ("started", signal.SIGHUP, 129)],
 )
-def test_a_signal_to_the_parent_ends_everything(
+def test_signal_to_the_parent_ends_all_processes(
     request: pytest.FixtureRequest, workplace: Path, store: Path, start: str, number: signal.Signals, code: int
 ) -> None:
     process = request.getfixturevalue(start)(*LONG)
@@ -114,14 +114,14 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_too_and_ends_a_sweep(workplace: 
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]  # the first job and the parent
 
 
-def test_a_killed_parent_takes_its_ranks_along(born: Start, workplace: Path) -> None:
+def test_ranks_end_when_their_parent_is_killed(born: Start, workplace: Path) -> None:
     process = born(*LONG, "tracking=none")
     ranks = training_ranks(process, workplace)
     process.kill()
     assert_nothing_is_left(ranks)
 
 
-def test_a_loss_that_is_not_finite_is_exit_code_6(cifar_exp: Command) -> None:
+def test_non_finite_loss_is_exit_code_6(cifar_exp: Command) -> None:
     done = cifar_exp(*TINY, "devices.count=2", "optimizer.lr=1e30", "train.precision=fp32", "tracking=none")
     assert done.returncode == 6
     assert "training has diverged" in done.stderr
@@ -139,7 +139,7 @@ def test_ranks_listen_on_loopback_alone(born: Start, workplace: Path) -> None:
     process.communicate(timeout=120)
 
 
-def test_a_folder_that_holds_a_run_is_not_used_for_another(cifar_exp: Command, workplace: Path) -> None:
+def test_folder_of_a_run_is_not_used_for_another(cifar_exp: Command, workplace: Path) -> None:
     options = [*TINY, "tracking=none", "progress=quiet", "train.epochs=1", "hydra.run.dir=here"]
     assert cifar_exp(*options).returncode == 0
     journal = (workplace / "here" / "metrics.jsonl").read_text()
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_made_is_exit_code_8(cifar_exp: Command, workpla
     assert "Traceback" not in done.stderr
 
 
-def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path) -> None:
+def test_sigstopped_rank_does_not_delay_the_end(started: Start, workplace: Path) -> None:
     """It only reacts to SIGKILL; elastic would wait half a minute for it."""
     process = started(*LONG, "devices.count=2", "devices.oversubscribe=true")
     training_ranks(process, workplace)[1].send_signal(signal.SIGSTOP)
@@ -168,7 +168,7 @@ def test_a_stopped_rank_does_not_hold_up_the_end(started: Start, workplace: Path
     assert_nothing_is_left(family)
 
 
-def test_a_second_signal_does_not_leave_the_run_open(born: Start, workplace: Path, store: Path) -> None:
+def test_second_signal_still_closes_the_mlflow_run(born: Start, workplace: Path, store: Path) -> None:
     process = born(*LONG)
     training_ranks(process, workplace)
     wait_for_tracked_runs(process, store, 1)
@@ -202,7 +202,7 @@ def test_ctrl_c_while_starting_is_one_line(workplace: Path, seconds: float) -> N
     assert errors.removeprefix(on_a_fast_machine) == "cifar-exp: stopped by signal 2\n"
 
 
-def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
+def test_signal_during_class_creation_is_recognised() -> None:
     class Field:
         def __set_name__(self, owner: type, name: str) -> None:
             raise Stopped(signal.SIGINT)
@@ -215,7 +215,7 @@ def test_a_signal_while_a_module_makes_its_classes_is_known_again() -> None:
     assert Stopped.cause_of(ValueError()) is None
 
 
-def test_a_signal_that_a_library_has_swallowed_is_raised_before_ranks_are_started() -> None:
+def test_swallowed_signal_is_raised_before_ranks_start() -> None:
     before = {number: signal.getsignal(number) for number in signals_to_answer()}
     try:
         install_signal_handlers()
@@ -249,7 +249,7 @@ except Stopped as stopped:
 """
 
 
-def test_a_signal_where_nothing_can_be_raised_is_told_once_and_other_errors_there_are_shown() -> None:
+def test_signal_in_a_finalizer_is_reported_once_and_other_errors_are_shown() -> None:
     done = subprocess.run([sys.executable, "-c", DELETED], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "130\n"
     assert "Stopped" not in done.stderr
@@ -258,8 +258,8 @@ def test_a_signal_where_nothing_can_be_raised_is_told_once_and_other_errors_ther
 
 
 @pytest.mark.parametrize("command", ["train", "verify"])
-def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(command: str, tmp_path: Path) -> None:
-    """As omegaconf does, which cannot undo what it was in the midst of."""
+def test_signal_converted_to_an_error_by_a_library_is_recognised(command: str, tmp_path: Path) -> None:
+    """As omegaconf does: it catches exceptions that interrupt it and raises its own."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
         "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
@@ -279,10 +279,10 @@ def test_a_signal_of_which_a_library_makes_an_error_is_that_signal(command: str,
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
-def test_a_signal_of_which_a_jobs_import_makes_an_error_is_that_signal(
+def test_signal_converted_to_an_error_by_an_import_is_recognised(
     cifar_exp: Command, workplace: Path, sweep: list[str]
 ) -> None:
-    """As numpy does, which cannot be imported again where that was interrupted: no job is to be blamed for it."""
+    """Numpy cannot be imported again after an interrupted import; the job is not reported as failed."""
     (workplace / "interrupted.py").write_text(
         "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\n"
         "except BaseException:\n    raise ImportError('cannot load module more than once per process') from None\n"
@@ -321,14 +321,14 @@ import cifar_exp.launch.forkserver_preload
     ("failing", "shown"),
     [("Lock.__new__(Lock).__setstate__((0, 1, 1, '/gone'))", False), ("raise EOFError", False), ("open('gone')", True)],
 )
-def test_a_rank_whose_parent_was_stopped_while_it_was_told_its_job_says_nothing(failing: str, shown: bool) -> None:
+def test_rank_is_silent_if_its_parent_ends_while_sending_the_job(failing: str, shown: bool) -> None:
     done = subprocess.run([sys.executable, "-c", ABANDONED.format(failing)], capture_output=True, text=True)
     assert done.returncode == 1
     assert ("FileNotFoundError" in done.stderr) == shown
     assert ("Traceback" in done.stderr) == shown
 
 
-def test_a_thread_that_was_left_alone_does_not_change_how_the_process_ends() -> None:
+def test_abandoned_thread_does_not_change_the_exit_code() -> None:
     script = (
         "import atexit, threading, time\n"
         "from cifar_exp.system.process import end_process\n"
@@ -342,11 +342,11 @@ def test_a_thread_that_was_left_alone_does_not_change_how_the_process_ends() -> 
     assert (done.returncode, done.stdout, done.stderr) == (130, "cleared up\n", "")
 
 
-def test_a_rank_that_was_forked_before_anybody_could_know_of_it_is_ended_too() -> None:
+def test_rank_forked_just_before_the_end_is_ended_too() -> None:
     subprocess.run([sys.executable, "-c", FORGOTTEN], env=environment(), check=True, timeout=120)
 
 
-def test_a_rank_that_finds_its_launcher_gone_ends_without_a_word(tmp_path: Path) -> None:
+def test_rank_without_launcher_ends_silently(tmp_path: Path) -> None:
     """Its failure report would be written to files that nobody removes."""
     gone = str(tmp_path / "gone")
     code = f"from pathlib import Path; from cifar_exp.worker.train_job import run_rank; run_rank(None, Path({gone!r}))"
@@ -365,14 +365,14 @@ def test_a_last_step_that_diverges_is_exit_code_6(cifar_exp: Command) -> None:
     assert "training has diverged" in done.stderr
 
 
-def test_settings_that_do_not_go_together_are_exit_code_2(cifar_exp: Command) -> None:
+def test_contradictory_settings_are_exit_code_2(cifar_exp: Command) -> None:
     done = cifar_exp(*TINY, "+optimizer.nesterov=true", "optimizer.momentum=0", "tracking=none")
     assert done.returncode == 2
     assert "Nesterov" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_network_draws_depends_on_seed_and_rank(cifar_exp: Command, workplace: Path) -> None:
+def test_random_numbers_of_a_network_depend_on_seed_and_rank(cifar_exp: Command, workplace: Path) -> None:
     """A user's own module too: it lies in the current folder and is trusted by name."""
     (workplace / "drawing.py").write_text(
         "import os, torch\nfrom torch import nn\n"

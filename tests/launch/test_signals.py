@@ -24,7 +24,7 @@ from cifar_exp.system.signals import STOPPING, blocked_signals, is_repeated, oth
 BLOCKED = "import signal; print(*sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
 
 
-def test_a_process_of_a_run_starts_with_signals_blocked_and_the_command_goes_on_without() -> None:
+def test_child_process_starts_with_signals_blocked_and_the_command_unblocks_them() -> None:
     """Between its start and its own handlers a signal would end it."""
     with blocked_signals():
         done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True, timeout=60)
@@ -32,8 +32,8 @@ def test_a_process_of_a_run_starts_with_signals_blocked_and_the_command_goes_on_
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOPPING)
 
 
-def test_torch_ends_ranks_by_a_signal_that_they_do_not_leave_to_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a restart takes half a minute."""
+def test_torch_ends_ranks_by_a_signal_that_they_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a restart takes 30 s."""
     sent: list[tuple[signal.Signals, int]] = []
     monkeypatch.setattr(PContext, "close", lambda _ranks, death_sig, timeout: sent.append((death_sig, timeout)))
     killed: list[Any] = []
@@ -48,7 +48,7 @@ def test_torch_ends_ranks_by_a_signal_that_they_do_not_leave_to_their_parent(mon
     assert sent == [(signal.SIGKILL, 30), (signal.SIGKILL, 30), (signal.SIGTERM, 5)]
 
 
-def test_the_same_signal_again_at_once_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_signal_within_a_second_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` sends it to the command and to the command's group."""
     killed: list[bool] = []
     monkeypatch.setattr(rank_processes, "kill_ranks", lambda: killed.append(True))
@@ -72,8 +72,8 @@ def test_the_same_signal_again_at_once_counts_once(tmp_path: Path, monkeypatch: 
     assert not is_repeated(late, signal.SIGTERM)
 
 
-def test_the_handler_of_the_program_around_is_called_once_the_ranks_have_ended(tmp_path: Path) -> None:
-    """Submitit's requeues the job; before, the steps since the last checkpoint were lost."""
+def test_outer_signal_handler_is_called_after_the_ranks_have_ended(tmp_path: Path) -> None:
+    """Submitit's handler requeues the job, so the checkpoint must be saved before."""
     called: list[int] = []
 
     def requeue(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -96,8 +96,8 @@ def test_the_handler_of_the_program_around_is_called_once_the_ranks_have_ended(t
     assert other_handler(signal.SIG_DFL) is other_handler(signal.default_int_handler) is None
 
 
-def test_a_start_method_that_a_library_has_added_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joblib's worker processes have one called loky, which ranks would not know."""
+def test_start_method_added_by_a_library_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joblib's worker processes use the start method loky, which ranks do not have."""
     contexts: Any = multiprocessing.context
     added = type("LokyContext", (multiprocessing.context.SpawnContext,), {"_name": "loky"})()
     monkeypatch.setitem(contexts._concrete_contexts, "loky", added)

@@ -77,15 +77,15 @@ def test_max_pooling_follows_the_first_two_blocks_and_8x8_is_left_for_the_averag
     assert kinds == [*block, "MaxPool2d", *block, "MaxPool2d", *block, *head]
 
 
-def test_no_softmax_ends_the_network() -> None:
-    """The loss takes logits: they are not probabilities yet."""
+def test_network_returns_logits_without_softmax() -> None:
+    """The loss takes logits, not probabilities."""
     torch.manual_seed(0)
     logits = seeded(partial(convnet, width=4, depth=1), 5, seed=0)(torch.randn(64, 3, 32, 32))
     assert not torch.allclose(logits.sum(1), torch.ones(64))
     assert logits.min() < 0
 
 
-def test_convnet_starts_as_matlab_does() -> None:
+def test_convnet_has_matlabs_initial_weights() -> None:
     """Glorot uniform: within sqrt(6 / (fan in + fan out)), evenly, and zero biases."""
     network = seeded(partial(convnet, width=16, depth=2), 10, seed=3)
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
@@ -170,7 +170,7 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
     assert not torch.equal(values(8), first)
 
 
-def test_seeding_a_model_leaves_the_global_random_state_alone() -> None:
+def test_seeding_a_model_does_not_change_the_global_rng() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     seeded(partial(convnet, width=4, depth=1), 10, seed=0)

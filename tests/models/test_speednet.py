@@ -59,13 +59,13 @@ def test_whitening_does_not_depend_on_the_scale_of_the_pixels() -> None:
     torch.testing.assert_close(large.weight.abs() * 100, small.weight.abs(), atol=1e-3, rtol=1e-3)
 
 
-def test_patches_are_what_a_convolution_multiplies() -> None:
+def test_whitening_patches_match_the_convolutions_windows() -> None:
     images, layer = correlated_images(3), Whitening()
     products = patches_of(images, 2) @ layer.weight.flatten(1).T
     torch.testing.assert_close(products, layer(images).permute(0, 2, 3, 1).reshape(-1, 24), atol=1e-5, rtol=1e-5)
 
 
-def test_the_whitening_layer_is_initialised_where_it_stands_and_not_trained() -> None:
+def test_whitening_layer_is_initialised_in_place_and_frozen() -> None:
     network = speednet(num_classes=10, widths=(8, 8, 8))
     initialize_from_images(network, correlated_images())
     before = network[0].weight.clone()
@@ -79,7 +79,7 @@ def test_the_whitening_layer_is_initialised_where_it_stands_and_not_trained() ->
     assert torch.equal(again[0].weight, before)
 
 
-def test_without_whitening_the_first_layer_is_trained_and_wants_no_images() -> None:
+def test_without_whitening_the_first_layer_is_trained_and_needs_no_images() -> None:
     network = speednet(num_classes=10, widths=(8, 8, 8), whitening=False)
     before = network[0].weight.clone()
     initialize_from_images(network, correlated_images())
@@ -123,8 +123,8 @@ def test_convolutions_start_as_the_identity_on_their_first_channels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_largest_value_and_its_gradient_are_those_of_adaptive_pooling(dtype: torch.dtype) -> None:
-    """Where several are the largest, too, of which the first one has the gradient."""
+def test_global_max_and_gradient_equal_adaptive_pooling(dtype: torch.dtype) -> None:
+    """Also for several equal maxima: the first one gets the gradient."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-2, 3, (5, 7, 3, 2), generator=generator).to(dtype).to(memory_format=torch.channels_last)
     gradient = torch.randn(5, 7, generator=generator).to(dtype)

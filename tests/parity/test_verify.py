@@ -46,7 +46,7 @@ def failed(result: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.usefixtures("no_store")
-def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) -> None:
+def test_several_ranks_compute_what_one_rank_computes(cifar_exp: Command, workplace: Path) -> None:
     """Every check's figure on 1, 2 and 4 ranks; what is written, where, and for whom."""
     done = cifar_exp("verify", *SMALL, "devices.count=1,2,4")
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,9 @@ def test_ranks_compute_what_one_computes(cifar_exp: Command, workplace: Path) ->
         "one step, bf16, three ranks",
     ],
 )
-def test_parity_holds_for_all_that_changes_a_step(cifar_exp: Command, workplace: Path, words: tuple[str, ...]) -> None:
+def test_parity_check_passes_for_all_settings_that_change_a_step(
+    cifar_exp: Command, workplace: Path, words: tuple[str, ...]
+) -> None:
     base = [word for word in SMALL if not (word.startswith("model.") and "experiment=speedrun" in words)]
     done = cifar_exp("verify", *base, "devices.count=2", *words)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,7 +164,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_by_the_checks_that_are_about_it(cifar_exp: Command, workplace: Path, fault: str) -> None:
+def test_each_injected_fault_fails_its_check(cifar_exp: Command, workplace: Path, fault: str) -> None:
     code, expected = FAULTS[fault]
     network = "from cifar_exp.models.networks import convnet\ndef model(*, num_classes, width, depth):\n"
     network += "    return convnet(num_classes=num_classes, width=width, depth=depth)\n"
@@ -226,9 +228,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_wrong_is_one_message_with_the_contracts_exit_code(
-    cifar_exp: Command, workplace: Path, words: str
-) -> None:
+def test_errors_are_one_message_with_the_documented_exit_code(cifar_exp: Command, workplace: Path, words: str) -> None:
     code, parts = REFUSED[words]
     (workplace / "something").touch()
     done = cifar_exp("verify", *words.split())
@@ -240,7 +240,7 @@ def test_what_is_wrong_is_one_message_with_the_contracts_exit_code(
     assert not list(workplace.rglob("parity.*"))
 
 
-def test_one_core_has_nothing_to_compare_and_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_core_has_nothing_to_compare_and_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "own_cores", lambda: [0])
     with pytest.raises(MachineError, match=r"found 1 core.*Set devices\.count=1,2 devices\.oversubscribe=true"):
         configurations(["devices=cpu"])
@@ -345,7 +345,7 @@ def broken(made: list[Check]) -> dict[str, float]:
     return {check.name: check.measured for check in made if not check.holds}
 
 
-def test_what_is_the_same_holds_with_nothing_between() -> None:
+def test_equal_measurements_have_no_difference() -> None:
     made = checks()
     assert broken(made) == {}
     assert {check.measured for check in made} == {0}
@@ -365,7 +365,7 @@ def test_images_are_compared_by_step_and_micro_batch() -> None:
     ("gradient", "measured"),
     [([3.0, 4.0 + 4e-5], 8e-6), ([3.0, 4.001], 2e-4), ([6.0, 8.0], 1.0), ([3.0, float("nan")], float("nan"))],
 )
-def test_gradients_are_compared_over_the_norm_of_the_whole(gradient: list[float], measured: float) -> None:
+def test_gradient_difference_is_relative_to_the_global_norm(gradient: list[float], measured: float) -> None:
     ours = {1: {"weight": torch.tensor(gradient)}, 2: FIRST.gradients[2]}
     made = checks(first=replace(FIRST, gradients=ours))
     (check,) = (check for check in made if check.name == "gradient of step 1")
@@ -386,7 +386,7 @@ def test_the_tensor_with_the_largest_difference_is_named() -> None:
     assert relative_difference({}, theirs)[0] == float("inf")
 
 
-def test_a_step_that_one_side_alone_skips_does_not_hold() -> None:
+def test_step_skipped_on_one_side_only_fails_the_check() -> None:
     skipped = {2: FIRST.gradients[2]}
     assert broken(checks(first=replace(FIRST, gradients=skipped))) == {"gradient of step 1": float("inf")}
     both = checks(first=replace(FIRST, gradients=skipped), reference=replace(REFERENCE, gradients=skipped))
@@ -394,7 +394,7 @@ def test_a_step_that_one_side_alone_skips_does_not_hold() -> None:
     assert "skipped" in next(check.found for check in both if check.name == "gradient of step 1")
 
 
-def test_parameters_are_compared_over_how_far_a_step_moved_them() -> None:
+def test_parameter_difference_is_relative_to_the_step_length() -> None:
     moved = FIRST.parameters | {2: {"weight": torch.tensor([1.0, 5.2])}}
     assert broken(checks(first=replace(FIRST, parameters=moved))) == {
         "parameters after steps 1 to 2": pytest.approx(0.1)
@@ -421,12 +421,12 @@ def test_parameters_without_a_gradient_are_not_compared() -> None:
 @pytest.mark.parametrize(
     ("tested", "misplaced"), [([22, 23, 23], 1), ([22], 1), ([23, 22], 2), ([21, 22, 23], 3), ([], 2)]
 )
-def test_every_test_image_is_to_be_evaluated_once_and_in_its_place(tested: list[int], misplaced: int) -> None:
+def test_every_test_image_must_be_evaluated_once_and_in_order(tested: list[int], misplaced: int) -> None:
     second = replace(SECOND, tested=rows(*tested) if tested else torch.empty(0, 32, dtype=torch.uint8))
     assert broken(checks(second=second)) == {"images missing, doubled or misplaced": misplaced}
 
 
-def test_counts_and_accuracies_are_to_be_exact_and_losses_close() -> None:
+def test_counts_and_accuracies_must_be_exact_and_losses_close() -> None:
     for evaluated, expected in (
         (MetricValues(1.5, 0.5, 5), {"images counted": 1}),
         (MetricValues(1.5, 0.75, 4), {"accuracy": 0.25}),
@@ -437,7 +437,7 @@ def test_counts_and_accuracies_are_to_be_exact_and_losses_close() -> None:
         assert broken(checks(first=replace(FIRST, evaluated=evaluated))) == expected
 
 
-def test_the_report_names_what_does_not_hold_and_is_json_without_nan() -> None:
+def test_report_names_failed_checks_and_its_json_has_no_nan() -> None:
     lost = replace(FIRST, gradients={step: {"weight": torch.tensor([3.0, float("nan")])} for step in (1, 2)})
     results = [ParityResult(1, "one", checks(), {}), ParityResult(2, "two", checks(first=lost), {})]
     made = ParityReport("a network", "cifar-exp verify", "fp32", "1e-5 is allowed", {"seed": "0"}, {}, results)
@@ -453,7 +453,7 @@ def test_the_report_names_what_does_not_hold_and_is_json_without_nan() -> None:
     }
 
 
-def test_more_is_allowed_where_both_sides_round_in_different_places() -> None:
+def test_tolerance_is_larger_if_both_sides_round_differently() -> None:
     """Dividing by a power of two is exact; float16 loses small numbers; joined statistics change the forward pass."""
     alike = tolerances("fp32", 4, is_synchronized=False)
     assert (alike.gradient, alike.loss, alike.accuracy, alike.evaluation_loss) == (1e-5, 1e-6, 0, 1e-6)
@@ -467,7 +467,7 @@ def test_more_is_allowed_where_both_sides_round_in_different_places() -> None:
     assert (joined.gradient, joined.loss, joined.accuracy) == (5e-2, 1e-5, 0)
 
 
-def test_a_digest_is_of_all_values_and_the_label() -> None:
+def test_image_digest_covers_all_values_and_the_label() -> None:
     images = torch.rand(3, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     images[2] = images[0]
     first, second, third = digests(images, torch.tensor([1, 1, 2]))

@@ -161,16 +161,16 @@ def try_in(environment: Environment, base: Path, expected: Sequence[float] | Non
         _words(environment, place), cwd=work, env=variables, capture_output=True, check=False, timeout=1800
     )
     seconds = time.monotonic() - began
-    told = (done.stdout + done.stderr).decode(errors="replace")[-3000:]
+    output = (done.stdout + done.stderr).decode(errors="replace")[-3000:]
     if done.returncode:
-        return Outcome(environment.name, seconds, (), f"exit code {done.returncode}\n{told}")
+        return Outcome(environment.name, seconds, (), f"exit code {done.returncode}\n{output}")
     results = place / environment.outputs if environment.outputs else work
     found = tracked(results / "outputs" / "mlflow.db")
     problems = [] if expected is None or found == expected else [f"accuracies {found} in place of {expected}"]
     if not list(results.rglob("speedup.png")) and not list(place.rglob("speedup.png")):
         problems.append("no report")
     problems += [f"left behind: {path}" for path in left_behind(place, work)]
-    return Outcome(environment.name, seconds, found, "\n".join([*problems, told]) if problems else "")
+    return Outcome(environment.name, seconds, found, "\n".join([*problems, output]) if problems else "")
 
 
 def _lacking(environment: Environment) -> str:

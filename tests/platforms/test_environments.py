@@ -16,7 +16,7 @@ def test_a_sweep_works_in(environment: Environment, tmp_path: Path) -> None:
     assert outcome.not_run or len(outcome.accuracies) == 4, "two jobs, and both numbers of devices of their parent"
 
 
-def test_what_is_left_behind_is_seen(tmp_path: Path) -> None:
+def test_leftover_files_are_detected(tmp_path: Path) -> None:
     for name in ("home/.cache/cifar-exp/numba", "work/outputs/a", "work/~", "tmp/x"):
         (tmp_path / name).mkdir(parents=True)
     assert [path.relative_to(tmp_path).as_posix() for path in left_behind(tmp_path, tmp_path / "work")] == [

@@ -77,7 +77,7 @@ def test_processes_that_read_image_files_are_spawned_too(on_macos: Start, starte
 
 
 @pytest.mark.timeout(900)
-def test_a_stopped_run_leaves_nothing_and_goes_on(on_macos: Start, workplace: Path) -> None:
+def test_stopped_run_leaves_no_processes_and_resumes(on_macos: Start, workplace: Path) -> None:
     """Ctrl-C reaches all processes of the terminal."""
     long = [*TINY, "train.epochs=100000", "devices.count=2", "tracking=none", "hydra.run.dir=run", "resume=auto"]
     process = on_macos(*long)

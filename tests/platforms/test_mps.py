@@ -50,7 +50,7 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("apple")
-def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_devices(DEVICES)
     assert (found.accelerator, found.world_size, found.threads, str(found)) == ("mps", 1, 8, "1 GPU (found 1 GPU)")
     assert device_counts(DEVICES) == [1]
@@ -64,12 +64,12 @@ def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("apple")
 @pytest.mark.parametrize("kind", ["auto", "mps"])
-def test_several_ranks_are_refused_with_what_to_set(kind: Any) -> None:
+def test_several_mps_ranks_are_refused_with_a_remedy(kind: Any) -> None:
     with pytest.raises(MachineError, match=r"devices\.count=2.*Set devices\.count=1, or devices=cpu devices\.count=2"):
         find_devices(replace(DEVICES, accelerator=kind, count=2))
 
 
-def test_where_there_is_none_the_command_says_so_and_leaves_nothing(cifar_exp: Command, workplace: Path) -> None:
+def test_missing_mps_is_refused_and_leaves_no_files(cifar_exp: Command, workplace: Path) -> None:
     done = cifar_exp(*TINY, "devices=mps", "hydra.run.dir=run")
     assert done.returncode == 4
     assert "devices.accelerator=mps" in done.stderr
@@ -89,7 +89,7 @@ def test_bfloat16_is_refused_where_macos_is_too_old(monkeypatch: pytest.MonkeyPa
     assert accelerator.resolve_precision("fp16", MPS) == torch.float16
 
 
-def test_images_stay_on_the_host_where_they_would_fill_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_stay_on_the_host_if_they_would_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(recommended_max_memory=lambda: 1000, driver_allocated_memory=lambda: 200)
     monkeypatch.setattr(torch, "mps", memory)
     assert residency_on(MPS, "auto", 400) == "device"
@@ -98,7 +98,7 @@ def test_images_stay_on_the_host_where_they_would_fill_its_memory(monkeypatch: p
     assert not accelerator.supports_async_copies(MPS)
 
 
-def test_random_numbers_of_the_device_are_saved_and_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rng_state_of_the_device_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []
     state = torch.tensor([7], dtype=torch.uint8)
     monkeypatch.setattr(torch, "mps", SimpleNamespace(get_rng_state=lambda: state, set_rng_state=taken.append))
@@ -175,7 +175,7 @@ RECIPES = (
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.usefixtures("only_mps")
-def test_an_epoch_asks_nothing_of_mps_that_it_lacks(
+def test_epoch_uses_no_operation_that_mps_lacks(
     recipe: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True)
@@ -207,13 +207,13 @@ def _only_on_the_host(values: Tensor, **_: int) -> None:
         (lambda: torch.linalg.eig(torch.ones(3, 3, device=GPU)), "none of MPS's"),
     ],
 )
-def test_what_mps_lacks_would_be_noticed(what: Callable[[], object], complaint: str) -> None:
+def test_use_of_an_operation_that_mps_lacks_is_detected(what: Callable[[], object], complaint: str) -> None:
     with OnlyWhatMPSHas(), pytest.raises(AssertionError, match=complaint):
         what()
 
 
-def test_sums_that_are_kept_elsewhere_are_the_same(only_rank: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the device has no float64: here ``meta`` stands for no device, so the CPU plays it."""
+def test_float64_sums_on_the_cpu_are_the_same(only_rank: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without float64, played by the CPU."""
     monkeypatch.setattr("cifar_exp.training.metrics.exact_device", lambda _: MPS)  # another one than its own
     metric_sums = MetricSums(only_rank.device)
     assert metric_sums.sums.dtype == torch.float32

@@ -15,7 +15,7 @@ NOTEBOOK = REPO / "examples" / "quickstart.ipynb"
 TINY = "data.train_count=96 data.test_count=64 train.batch_size=16 train.epochs=2 model.width=4 model.depth=1"
 
 
-def test_it_is_kept_without_outputs_and_paths_of_a_machine() -> None:
+def test_notebook_has_no_outputs_and_no_machine_paths() -> None:
     text = NOTEBOOK.read_text(encoding="utf-8")
     for cell in json.loads(text)["cells"]:
         assert not cell.get("outputs")
@@ -24,7 +24,7 @@ def test_it_is_kept_without_outputs_and_paths_of_a_machine() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_it_runs_from_the_first_cell_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").mkdir()
     shutil.copy(NOTEBOOK, tmp_path / "examples")
     monkeypatch.setenv("QUICKSTART_SETTINGS", TINY)
@@ -40,9 +40,9 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path: Path, monkeypatch: py
     training, sweep, figure, _, labels = list(code.values())[1:]
     page = text_of(training, "text/html")
     assert "badge finished" in page, "the page as it is at the end"
-    told = streamed(training)
-    assert "epoch 2/2" in told
-    assert "\x1b[" not in "".join(line for line in told.splitlines() if "epoch" in line)
+    output = streamed(training)
+    assert "epoch 2/2" in output
+    assert "\x1b[" not in "".join(line for line in output.splitlines() if "epoch" in line)
     assert "Speedup" in streamed(sweep)
     assert text_of(figure, "image/png")
     assert streamed(labels).count("%") == 10

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conftest import REPO
 
 
-def test_a_wheel_holds_conf_and_runs_without_the_clone(tmp_path: Path) -> None:
+def test_wheel_contains_conf_and_runs_without_the_clone(tmp_path: Path) -> None:
     build = ["uv", "build", "--quiet", "--wheel", "--out-dir", str(tmp_path / "dist"), str(REPO)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

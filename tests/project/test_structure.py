@@ -44,6 +44,6 @@ def test_a_test_imports_no_other_test(path: Path) -> None:
         "from . import test_resume",
     ],
 )
-def test_such_an_import_would_be_noticed(line: str) -> None:
+def test_import_of_another_test_is_detected(line: str) -> None:
     (name,) = imports_of_tests(line)
     assert not is_shared(name, "tests.runs")

@@ -59,7 +59,7 @@ def files(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / CHECKPOINTS).iterdir())
 
 
-def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -> None:
+def test_checkpoint_round_trip_is_bit_for_bit(tmp_path: Path) -> None:
     saved = trained()
     save(tmp_path, saved, position(70), keep=2)
     manifest = newest_intact_manifest(tmp_path, silent)
@@ -70,7 +70,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_manifest(tmp_path: Path) -
     assert files(tmp_path) == ["step-00000070.json", "step-00000070.pt"]
 
 
-def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
+def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 100):
         save(tmp_path, trained(step), position(step), keep=2)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 100) for kind in ("json", "pt")]
@@ -81,7 +81,7 @@ def best_at(step: int, best_step: int) -> CheckpointPosition:
     return replace(position(step), best_step=best_step, best_value=best_step / 1000)
 
 
-def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_beside_newer_ones(tmp_path: Path) -> None:
     for step, best_step in ((10, 10), (20, 20), (30, 20), (40, 20)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=1)
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (20, 40) for kind in ("json", "pt")]
@@ -96,22 +96,22 @@ def test_the_best_stays_whatever_newer_ones_there_are(tmp_path: Path) -> None:
     assert_equal(found, trained(50))
 
 
-def test_whoever_falls_back_to_an_older_one_finds_its_best_too(tmp_path: Path) -> None:
+def test_older_checkpoint_still_has_its_best_one(tmp_path: Path) -> None:
     for step, best_step in ((10, 10), (20, 10), (30, 30)):
         save(tmp_path, trained(step), best_at(step, best_step), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000030.pt").write_bytes(b"")
-    told: list[str] = []
-    found = checkpoint.best(tmp_path, told.append)
+    messages: list[str] = []
+    found = checkpoint.best(tmp_path, messages.append)
     assert found is not None
     assert_equal(found, trained(10))
-    assert told == [f"{tmp_path / CHECKPOINTS / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
+    assert messages == [f"{tmp_path / CHECKPOINTS / 'step-00000030.pt'}: the checkpoint is damaged and is skipped"]
     save(tmp_path, trained(25), best_at(25, 25), keep=1)  # it goes on from there
-    found = checkpoint.best(tmp_path, told.append)
+    found = checkpoint.best(tmp_path, messages.append)
     assert found is not None
     assert_equal(found, trained(25))
 
 
-def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_path: Path) -> None:
+def test_damaged_or_missing_best_checkpoint_is_an_error(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path, silent) is None
     save(tmp_path, trained(10), position(10), keep=1)
     assert checkpoint.best(tmp_path, silent) is None
@@ -119,14 +119,18 @@ def test_a_best_that_is_damaged_or_gone_is_an_error_and_never_another_one(tmp_pa
         save(tmp_path, trained(step), best_at(step, best_step), keep=1)
     path = tmp_path / CHECKPOINTS / "step-00000020.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+    with pytest.raises(
+        StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or missing"
+    ):
         checkpoint.best(tmp_path, lambda _: None)
     path.with_suffix(".json").unlink()
-    with pytest.raises(StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or gone"):
+    with pytest.raises(
+        StorageError, match=r"step-00000020\.pt: the checkpoint of the best epoch is damaged or missing"
+    ):
         checkpoint.best(tmp_path, lambda _: None)
 
 
-def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
+def test_save_copies_tensors_so_that_training_continues(tmp_path: Path) -> None:
     saved, expected = trained(), trained()
     with CheckpointSaver(tmp_path, keep=2) as saver:
         saver.save(saved, position(10))
@@ -136,7 +140,7 @@ def test_a_copy_is_saved_so_that_training_may_go_on(tmp_path: Path) -> None:
     assert_equal(newest(tmp_path, silent), expected)
 
 
-def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
+def test_failed_save_is_reported_and_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, trained(0), position(10), keep=2)
@@ -156,10 +160,10 @@ def test_a_save_that_fails_is_reported_and_keeps_the_one_before(
 
 
 @pytest.mark.parametrize("file", ["step-00000010-again.pt", "step-00000010.json"])
-def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole(
+def test_saving_a_step_again_keeps_the_old_checkpoint_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """A run that was stopped in an evaluation saves there, and again after the evaluation that it goes on with."""
+    """A run that is stopped in an evaluation saves there; the resumed run saves the same step again after it."""
     save(tmp_path, trained(0), position(10), keep=1)
     replace_file = Path.replace
 
@@ -181,7 +185,7 @@ def test_a_step_that_is_saved_again_keeps_what_it_had_until_the_new_one_is_whole
     assert files(tmp_path) == ["step-00000020.json", "step-00000020.pt"]
 
 
-def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(tmp_path: Path) -> None:
+def test_manifest_of_an_earlier_version_is_valid(tmp_path: Path) -> None:
     save(tmp_path, trained(0), replace(position(10), run_id="ab12"), keep=1)
     manifest = newest_intact_manifest(tmp_path, silent)
     assert manifest is not None
@@ -194,7 +198,7 @@ def test_a_manifest_of_an_earlier_version_without_the_newer_fields_is_believed(t
     assert (manifest.run_id, manifest.python, manifest.cifar_exp) == (None, "", "0.1.0")
 
 
-def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_ignored_and_removed(tmp_path: Path) -> None:
     save(tmp_path, trained(0), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000020.pt").write_bytes(b"whole or not: it has no manifest")
     (tmp_path / CHECKPOINTS / "step-00000020.json.tmp").write_text("{")  # of version 0.1
@@ -204,7 +208,7 @@ def test_what_a_killed_writer_left_counts_for_nothing_and_is_removed(tmp_path: P
     assert files(tmp_path) == [f"step-{step:08}.{kind}" for step in (10, 20) for kind in ("json", "pt")]
 
 
-def test_files_of_other_names_beside_the_checkpoints_are_the_users(tmp_path: Path) -> None:
+def test_files_with_other_names_beside_the_checkpoints_are_kept(tmp_path: Path) -> None:
     """They are not removed, do not use up a ``keep``, and are no checkpoints."""
     save(tmp_path, trained(0), position(10), keep=2)
     folder = tmp_path / CHECKPOINTS
@@ -244,13 +248,13 @@ def test_a_file_where_a_folder_should_be_is_a_storage_error(tmp_path: Path, bloc
     assert (tmp_path / blocked).read_text() == "not a folder"
 
 
-def test_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_checkpoint_message_has_a_remedy(tmp_path: Path) -> None:
     assert newest_intact_manifest(tmp_path, silent) is None
     with pytest.raises(StorageError, match=r"checkpoints: there is no checkpoint. Choose a run"):
         newest(tmp_path, silent)
 
 
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, trained(step), position(step), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000020.pt"
@@ -263,39 +267,39 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> No
         damaged.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        told: list[str] = []
-        manifest = newest_intact_manifest(tmp_path, told.append)
+        messages: list[str] = []
+        manifest = newest_intact_manifest(tmp_path, messages.append)
         assert manifest is not None
         assert manifest.step == 10
-        assert told == [f"{path}: the checkpoint is damaged and is skipped"]
+        assert messages == [f"{path}: the checkpoint is damaged and is skipped"]
     assert_equal(newest(tmp_path, lambda _: None), trained(10))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"file": "step-00000010.pt"}'])
-def test_where_none_is_sound_it_is_an_error_and_never_a_fresh_start(tmp_path: Path, content: str) -> None:
+def test_no_intact_checkpoint_is_an_error(tmp_path: Path, content: str) -> None:
     save(tmp_path, trained(), position(10), keep=2)
     (tmp_path / CHECKPOINTS / "step-00000010.json").write_text(content)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match=r"all 1 checkpoint\(s\) are damaged") as refusal:
-        newest_intact_manifest(tmp_path, told.append)
-    assert "step-00000010.json" in told[0]
+        newest_intact_manifest(tmp_path, messages.append)
+    assert "step-00000010.json" in messages[0]
     assert refusal.value.exit_code == 8
 
 
-def test_a_manifest_that_was_altered_is_not_believed(tmp_path: Path) -> None:
+def test_altered_manifest_is_skipped(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, trained(step), position(step), keep=2)
     path = tmp_path / CHECKPOINTS / "step-00000020.json"
     path.write_text(path.read_text().replace('"global_batch_size": 64', '"global_batch_size": 65'))
-    told: list[str] = []
-    manifest = newest_intact_manifest(tmp_path, told.append)
+    messages: list[str] = []
+    manifest = newest_intact_manifest(tmp_path, messages.append)
     assert manifest is not None
     assert manifest.step == 10
-    assert told == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
+    assert messages == [f"{path}: the checkpoint cannot be read and is skipped: it was changed after it was written"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_is_not_executed_even_where_its_hash_holds(tmp_path: Path, zipped: bool) -> None:
+def test_code_in_a_checkpoint_is_not_executed_even_if_its_hash_matches(tmp_path: Path, zipped: bool) -> None:
     marker = tmp_path / "executed"
     pickle.loads(pickle.dumps(Malicious(marker)))
     marker.rmdir()  # it would have worked

@@ -47,11 +47,11 @@ def runs(workplace: Path) -> Path:
     return workplace / "outputs"
 
 
-def test_every_renamed_target_has_one_first_name() -> None:
+def test_each_renamed_target_maps_to_one_original_name() -> None:
     assert len(FIRST_NAMES) == len(RENAMED)
 
 
-def test_a_run_is_resumed_where_it_was_stopped_and_ends_as_one_that_was_not(cifar_exp: Command, runs: Path) -> None:
+def test_run_of_an_earlier_version_resumes_bit_for_bit(cifar_exp: Command, runs: Path) -> None:
     before = journal.read(runs / "run")
     saved = checkpoint.newest(runs / "run", pytest.fail)
     done = cifar_exp(*TYPED, "resume=auto")
@@ -75,7 +75,7 @@ def test_a_run_is_resumed_where_it_was_stopped_and_ends_as_one_that_was_not(cifa
             torch.testing.assert_close(resumed[name], expected, atol=1e-2, rtol=1e-2)
 
 
-def test_its_network_labels_images(cifar_exp: Command, runs: Path) -> None:
+def test_network_of_an_earlier_version_predicts(cifar_exp: Command, runs: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (32, 32), (200, 30, 30)).save(runs.parent / "red.png")
@@ -86,7 +86,7 @@ def test_its_network_labels_images(cifar_exp: Command, runs: Path) -> None:
     assert Classifier.of_run(runs / "whole").preprocessing == Preprocessing((32, 32), turned=False)
 
 
-def test_its_sweep_is_reported_as_it_was(cifar_exp: Command, runs: Path) -> None:
+def test_sweep_of_an_earlier_version_has_the_same_report(cifar_exp: Command, runs: Path) -> None:
     done = cifar_exp("report", "outputs/sweep", "--to", "again")
     assert done.returncode == 0, done.stderr
     then, now = (
@@ -95,7 +95,7 @@ def test_its_sweep_is_reported_as_it_was(cifar_exp: Command, runs: Path) -> None
     assert now == then
 
 
-def test_a_changed_setting_is_told_without_the_names_that_only_moved(cifar_exp: Command, runs: Path) -> None:
+def test_changed_setting_is_reported_without_renamed_targets(cifar_exp: Command, runs: Path) -> None:
     shutil.rmtree(runs / "whole")
     done = cifar_exp(*TYPED, "resume=outputs/run", "optimizer.lr=0.05", "train.epochs=2", "progress=lines")
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def without(folder: Path, settings: list[str]) -> None:
         reseal(manifest, config_hash=info["config_hash"])
 
 
-def test_this_is_how_runs_are_hashed(runs: Path) -> None:
+def test_config_hash_is_that_of_earlier_versions(runs: Path) -> None:
     before = json.loads((runs / "run" / "run.json").read_text())
     without(runs / "run", [])
     assert json.loads((runs / "run" / "run.json").read_text()) == before | {"config_hashes": [before["config_hash"]]}
@@ -153,9 +153,9 @@ def test_a_run_from_before_a_setting_is_not_resumed_with_another_value(runs: Pat
     without(runs / "run", NEW)
     other = [*TYPED, "train.mirrored_evaluation=true"]
     config = read_config(composed(*other, "resume=auto"))
-    told: list[str] = []
-    assert resume.find(config, Path("new"), anywhere=True, warn=told.append) is None
-    (line,) = told
+    messages: list[str] = []
+    assert resume.find(config, Path("new"), anywhere=True, warn=messages.append) is None
+    (line,) = messages
     assert line.startswith("resume=auto: a new run starts. outputs/")
     assert "(train.mirrored_evaluation: false then, true now). Set them as they were to continue it, or resume=" in line
     config = read_config(composed(*other, "train.epochs=7", "resume=outputs/run"))
@@ -189,7 +189,7 @@ def test_a_new_setting_of_a_component_has_the_default_of_its_own_choice(
     assert (params["train.epochs"], params["train.batch_size"]) == (3, 256)
 
 
-def test_settings_that_are_gone_are_no_difference(tmp_path: Path) -> None:
+def test_removed_settings_are_no_difference(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     stored = {"_target_": "cifar_exp.datasets.cifar10", "root": "here", "size": 170498071, "sha256": "6d95"}
     path.write_text(yaml.safe_dump({"data": stored}))

@@ -36,7 +36,7 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "id-other", "x" * 300])
-def test_whoever_names_no_run_is_told_what_to_set(runs: Path, name: str) -> None:
+def test_unknown_run_message_has_a_remedy(runs: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"resume={name}: there is no such run under {runs}/\. Set resume= to never"):
         find_run(name, "resume")
 
@@ -46,14 +46,14 @@ def test_latest_needs_a_run(workplace: Path) -> None:  # noqa: ARG001
         find_run("latest", with_checkpoint=True)
 
 
-def test_a_sweep_is_found_or_not(runs: Path) -> None:
+def test_sweep_is_found_by_folder_or_refused(runs: Path) -> None:
     assert find_folder("latest", SWEEP_RUN_FILE) is None
     (runs / "old" / "sweep_run.json").touch()
     assert find_folder("latest", SWEEP_RUN_FILE) == find_folder("id-old", SWEEP_RUN_FILE) == runs / "old"
     assert find_folder("id-new", SWEEP_RUN_FILE) is None
 
 
-def test_a_report_and_a_delivery_read_any_folder_a_run_and_a_sweep(runs: Path) -> None:
+def test_report_and_sync_accept_folders_of_runs_and_sweeps(runs: Path) -> None:
     assert find_runs("outputs", SWEEP_RUN_FILE) == runs
     assert find_runs("latest", SWEEP_RUN_FILE) == Path("latest")
     assert find_runs("x" * 300, SWEEP_RUN_FILE) == Path("x" * 300)

@@ -27,10 +27,10 @@ def saved(run_dir: Path, **changes: Any) -> Path:
     checkpoint.save(run_dir, SOUND, position(10), keep=2)
     path = run_dir / CHECKPOINTS / NAME
     torch.save({**vars(SOUND), **changes}, path)
-    return vouched(path)
+    return with_matching_hash(path)
 
 
-def vouched(path: Path, **fields: Any) -> Path:
+def with_matching_hash(path: Path, **fields: Any) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     reseal(path.with_suffix(".json"), **{"bytes": path.stat().st_size, "sha256": digest} | fields)
     return path
@@ -68,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_checkpoint_claims_is_checked_before_it_is_used(tmp_path: Path, change: str) -> None:
+def test_contents_of_a_checkpoint_are_checked_before_use(tmp_path: Path, change: str) -> None:
     saved(tmp_path, **CHANGES[change])
     with pytest.raises(StorageError, match=rf"{NAME}: the checkpoint cannot be read: ") as refusal:
         checkpoint.newest(tmp_path, silent)
@@ -76,7 +76,7 @@ def test_what_a_checkpoint_claims_is_checked_before_it_is_used(tmp_path: Path, c
     assert field in str(refusal.value) or "a tensor claims" in str(refusal.value)
 
 
-def test_values_that_are_in_many_lists_are_looked_at_once(tmp_path: Path) -> None:
+def test_values_shared_by_many_lists_are_checked_once(tmp_path: Path) -> None:
     saved(tmp_path, training={"nested": nested()})
     assert len(checkpoint.newest(tmp_path, silent).training["nested"]) == 2
 
@@ -84,7 +84,7 @@ def test_values_that_are_in_many_lists_are_looked_at_once(tmp_path: Path) -> Non
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path)
     torch.save({name: value for name, value in vars(SOUND).items() if name != "classes"}, path)
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match=r"cannot be read: it has no classes"):
         checkpoint.newest(tmp_path, silent)
 
@@ -97,7 +97,7 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    assert vouched(path).stat().st_size < 100_000
+    assert with_matching_hash(path).stat().st_size < 100_000
     assert torch.load(path, weights_only=True)["model"]["weight"].shape == (5_000_000,)
     with pytest.raises(StorageError, match="it is compressed"):
         checkpoint.newest(tmp_path, silent)
@@ -109,16 +109,16 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
         twin = archive.infolist()[0]
         archive.filelist += [twin] * 1000
         archive._didModify = True
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match="claim to be larger than the file"):
         checkpoint.newest(tmp_path, silent)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"PK\x05\x06" + bytes(18)], ids=["empty", "text", "empty zip"])
-def test_what_is_no_checkpoint_is_one_message(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused_with_one_message(tmp_path: Path, content: bytes) -> None:
     path = saved(tmp_path)
     path.write_bytes(content)
-    vouched(path)
+    with_matching_hash(path)
     with pytest.raises(StorageError, match=rf"{NAME}: the checkpoint cannot be read: "):
         checkpoint.newest(tmp_path, silent)
 
@@ -127,11 +127,11 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with path.open("r+b") as file:
         file.truncate(2**40)
-    told: list[str] = []
+    messages: list[str] = []
     reseal(path.with_suffix(".json"), bytes=2**40)
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "bytes are read" in told[0] or "are read" in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "bytes are read" in messages[0] or "are read" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -139,26 +139,26 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     [{"file": "../../x"}, {"file": "/etc/passwd"}, {"file": ".."}, {"file": 3}, {"step": "ten"}, {"best_step": [1]}],
     ids=str,
 )
-def test_a_manifest_of_another_kind_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_manifest_with_wrong_types_is_skipped(tmp_path: Path, change: dict[str, Any]) -> None:
     path = saved(tmp_path)
     reseal(path.with_suffix(".json"), **change)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in messages[0]
 
 
-def test_brackets_without_end_are_skipped(tmp_path: Path) -> None:
+def test_deeply_nested_manifest_is_skipped(tmp_path: Path) -> None:
     path = saved(tmp_path)
     path.with_suffix(".json").write_text("[" * 100_000)
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(StorageError, match="all 1 checkpoint"):
-        checkpoint.newest(tmp_path, told.append)
-    assert "nested too deeply" in told[0]
+        checkpoint.newest(tmp_path, messages.append)
+    assert "nested too deeply" in messages[0]
 
 
-def test_a_newer_versions_manifest_is_told_as_such(tmp_path: Path) -> None:
-    """It is not passed over for an older checkpoint, which would lose what was trained since."""
+def test_manifest_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:
+    """An older checkpoint is not used instead, because the steps after it would be lost."""
     checkpoint.save(tmp_path, SOUND, replace(position(5), epoch=0), keep=2)
     path = saved(tmp_path)
     reseal(path.with_suffix(".json"), cifar_exp="9.1.0", shards=4)
@@ -169,7 +169,7 @@ def test_a_newer_versions_manifest_is_told_as_such(tmp_path: Path) -> None:
     assert "it has shards. Install that version" in str(refusal.value)
 
 
-def test_a_newer_versions_checkpoint_is_told_as_such(tmp_path: Path) -> None:
+def test_checkpoint_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:
     path = saved(tmp_path, ema_steps=3)
     reseal(path.with_suffix(".json"), cifar_exp="9.1.0")
     with pytest.raises(StorageError, match=r"\(9\.1\.0, and this is .*\): it has ema_steps\. Install that version"):

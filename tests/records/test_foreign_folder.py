@@ -79,7 +79,7 @@ def test_a_link_and_a_special_file_are_refused_wherever_a_run_is_used(run: Path,
 
 
 @pytest.mark.parametrize("name", ["checkpoints", ".hydra"])
-def test_a_folder_of_the_run_is_no_link_and_holds_none(run: Path, name: str) -> None:
+def test_links_in_a_run_folder_are_refused(run: Path, name: str) -> None:
     elsewhere = run.parent / "elsewhere"
     elsewhere.mkdir()
     (run / name).rmdir() if (run / name).exists() else None
@@ -93,7 +93,7 @@ def test_a_folder_of_the_run_is_no_link_and_holds_none(run: Path, name: str) -> 
         check_folder(run)
 
 
-def test_what_is_not_the_runs_is_left_alone(run: Path) -> None:
+def test_other_files_in_a_run_folder_are_left_unchanged(run: Path) -> None:
     (run / "data").symlink_to("/")
     as_fifo(run / "pipe")
     (run / "notes.txt").symlink_to("/etc/hostname")
@@ -145,7 +145,7 @@ def test_a_temporary_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_facts_of_another_kind_are_refused_by_name(run: Path, change: dict[str, Any]) -> None:
+def test_run_json_with_wrong_types_is_refused_by_field(run: Path, change: dict[str, Any]) -> None:
     (run / "run.json").write_text(json.dumps(FACTS | change))
     (name,) = change
     with pytest.raises(StorageError, match=rf"run\.json: the run cannot be read: {name}.*Restore that file"):
@@ -157,7 +157,7 @@ def test_facts_of_another_kind_are_refused_by_name(run: Path, change: dict[str, 
     ["[" * 100_000, '{"a":' * 100_000, "", "[]", "null", "1" * 5000, "\xff", "{}"],
     ids=lambda content: content[:8],
 )
-def test_facts_that_are_no_facts_are_refused(run: Path, content: str) -> None:
+def test_invalid_run_json_is_refused(run: Path, content: str) -> None:
     (run / "run.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(StorageError, match=r"run\.json: the run cannot be read"):
         RunInfo.load(run)
@@ -165,13 +165,13 @@ def test_facts_that_are_no_facts_are_refused(run: Path, content: str) -> None:
     assert Outcome.of(run) is None
 
 
-def test_facts_of_a_later_version_are_read(run: Path) -> None:
+def test_run_json_of_a_later_version_is_read(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(FACTS | {"more": [1], "artifacts": ["config.yaml"]}))
     assert RunInfo.load(run).artifacts == ["config.yaml"]
 
 
 @pytest.mark.parametrize("sweep", ["/home", "../../other", "0", "../..\0", "./../x"])
-def test_a_sweep_that_is_not_above_its_job_is_not_believed(run: Path, sweep: str) -> None:
+def test_sweep_path_outside_the_jobs_parents_is_ignored(run: Path, sweep: str) -> None:
     (run / "run.json").write_text(json.dumps(FACTS | {"sweep_dir": sweep}))
     assert RunInfo.load(run).sweep_dir is None
     (run / "run.json").write_text(json.dumps(FACTS | {"sweep_dir": "../.."}))
@@ -197,13 +197,13 @@ def test_a_sweep_that_is_not_above_its_job_is_not_believed(run: Path, sweep: str
     ],
     ids=lambda line: line[:50],
 )
-def test_a_line_that_is_no_entry_is_told_with_its_place(run: Path, line: str) -> None:
+def test_invalid_journal_line_is_reported_with_its_number(run: Path, line: str) -> None:
     (run / "metrics.jsonl").write_bytes((LINE + line).encode("latin-1") + b"\n")
     with pytest.raises(StorageError, match=r"metrics\.jsonl: the journal cannot be read after 1 lines: "):
         journal.read(run)
 
 
-def test_a_journal_without_an_end_of_its_line_takes_no_memory(run: Path) -> None:
+def test_endless_journal_line_takes_no_memory(run: Path) -> None:
     with (run / "metrics.jsonl").open("r+b") as file:
         file.truncate(journal.MOST_BYTES + 1)
     with pytest.raises(StorageError, match=r"268,435,457 bytes, and at most 268,435,456 are read"):
@@ -213,18 +213,18 @@ def test_a_journal_without_an_end_of_its_line_takes_no_memory(run: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["' or '1'='1", "a b", "x" * 65, "\x1b[2J", "../x", ""])
-def test_an_id_that_is_none_counts_as_none(run: Path, content: str) -> None:
+def test_invalid_run_id_counts_as_missing(run: Path, content: str) -> None:
     (run / "mlflow_run_id").write_text(content)
     assert journal.run_id(run) is None
     (run / "mlflow_run_id").write_text("0123456789abcdef\n")
     assert journal.run_id(run) == "0123456789abcdef"
 
 
-def test_a_file_is_read_without_waiting_and_only_as_far_as_its_limit(tmp_path: Path) -> None:
+def test_file_is_read_without_blocking_up_to_its_limit(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(foreign_files.RefusedFileError, match="no regular file"):
+    with pytest.raises(foreign_files.RefusedFileError, match="not a regular file"):
         foreign_files.read_text(tmp_path / "fifo")
-    with pytest.raises(foreign_files.RefusedFileError, match="no regular file"):
+    with pytest.raises(foreign_files.RefusedFileError, match="not a regular file"):
         foreign_files.read_text(Path("/dev/zero"))
     (tmp_path / "large").write_bytes(b"x" * 11)
     with pytest.raises(foreign_files.RefusedFileError, match="11 bytes, and at most 10 are read"):

@@ -23,20 +23,20 @@ def written(run_dir: Path, *entries: Entry) -> None:
     writer.close()
 
 
-def test_entries_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_journal_round_trip(tmp_path: Path) -> None:
     third = Entry(196, 2, 13.0, {"train/loss": 0.1 + 0.2, "tiny": 1e-300, "large": 2.0**60})
     written(tmp_path, FIRST, SECOND, third)
     assert read(tmp_path) == [FIRST, SECOND, third]
 
 
-def test_a_line_is_the_object_that_the_contract_promises(tmp_path: Path) -> None:
+def test_journal_line_has_the_documented_fields(tmp_path: Path) -> None:
     written(tmp_path, Entry(3, 1, 1.23456789, {"train/loss": 0.5}))
     text = (tmp_path / JOURNAL_FILE).read_text()
     assert text.endswith("\n")
     assert json.loads(text) == {"step": 3, "epoch": 1, "time": 1.2346, "metrics": {"train/loss": 0.5}}
 
 
-def test_nan_and_infinity_come_back_and_every_line_is_strict_json(tmp_path: Path) -> None:
+def test_nan_and_infinity_survive_and_every_line_is_strict_json(tmp_path: Path) -> None:
     written(tmp_path, Entry(1, 1, 0.0, {"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 1.0}))
 
     def refuse(constant: str) -> None:
@@ -55,7 +55,7 @@ def test_an_entry_is_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None
     writer.close()
 
 
-def test_a_second_writer_adds_to_what_is_there(tmp_path: Path) -> None:
+def test_second_writer_appends(tmp_path: Path) -> None:
     """The parent's closing line follows the ranks' entries."""
     written(tmp_path, FIRST)
     written(tmp_path, SECOND)
@@ -72,7 +72,7 @@ def test_a_follower_yields_each_entry_once(tmp_path: Path) -> None:
     assert list(follower.new_entries()) == [SECOND, THIRD]
 
 
-def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
+def test_partial_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     written(tmp_path, FIRST, SECOND)
     path = tmp_path / JOURNAL_FILE
     whole = path.read_bytes()
@@ -85,7 +85,7 @@ def test_a_half_written_line_waits_until_it_is_whole(tmp_path: Path) -> None:
         assert list(follower.new_entries()) == [SECOND]
 
 
-def test_a_line_that_a_killed_writer_left_half_does_not_spoil_the_next(tmp_path: Path) -> None:
+def test_partial_line_of_a_killed_writer_does_not_damage_the_next(tmp_path: Path) -> None:
     path = tmp_path / JOURNAL_FILE
     written(tmp_path, FIRST)
     follower = JournalReader(tmp_path)
@@ -111,7 +111,7 @@ def test_last_values_are_the_latest_of_every_metric(tmp_path: Path) -> None:
     assert last_values(tmp_path) == {"a": 5, "b": 3, "c": 4}
 
 
-def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+def test_step_in_the_journal_is_not_written_again(tmp_path: Path) -> None:
     """A resumed run repeats steps that are already in the journal."""
     written(tmp_path, FIRST, SECOND)
     rest = Entry(195, 1, 30.0, {"train/loss": 1.5, "lr": 0.1})
@@ -120,7 +120,7 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_full_disk_is_told_at_the_write_and_at_the_end(tmp_path: Path) -> None:
+def test_full_disk_is_reported_at_the_write_and_at_close(tmp_path: Path) -> None:
     """A line that could not be written stays in the buffer, and fails again when the file is closed."""
     writer = JournalWriter(tmp_path)
     writer._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115

@@ -59,7 +59,7 @@ def test_a_folder_that_was_moved_is_the_same_run(run: RunInfo, change: Callable[
     assert len(set(found.sessions)) == 3
 
 
-def test_a_copy_of_a_folder_is_another_run_and_stays_one(run: RunInfo, workplace: Path) -> None:
+def test_copied_folder_becomes_a_run_of_its_own(run: RunInfo, workplace: Path) -> None:
     copy = shutil.copytree(run.run_dir, workplace / "copy")
     found, original = claimed(copy, "hash")
     assert found.key not in ("", run.key)
@@ -76,7 +76,7 @@ def test_a_copy_of_a_folder_is_another_run_and_stays_one(run: RunInfo, workplace
     assert len({first.key, found.key, third.key}) == 3
 
 
-def test_the_parent_run_of_a_copied_sweep_is_another_one(workplace: Path) -> None:
+def test_copied_sweep_gets_a_new_parent_run(workplace: Path) -> None:
     for name in ("sweep", "copy"):
         (workplace / name).mkdir()
     parent = RunInfo("sweep", workplace / "sweep", {}, {}, time.time())
@@ -101,7 +101,7 @@ def test_a_run_of_an_earlier_version_keeps_its_key(run: RunInfo, workplace: Path
 
 
 @pytest.mark.usefixtures("store")
-def test_copies_that_do_not_see_each_other_do_not_share_an_mlflow_run(
+def test_separate_copies_do_not_share_an_mlflow_run(
     run: RunInfo, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on two machines: the one that continues second gets an MLflow run of its own."""

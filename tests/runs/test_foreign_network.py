@@ -90,7 +90,7 @@ HARMFUL = [
 
 
 @pytest.mark.parametrize("target", HARMFUL)
-def test_a_target_that_is_no_network_is_refused(target: str) -> None:
+def test_target_that_is_not_a_network_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match="model"):
         model_factory({"_target_": target, "command": "touch executed"}, ())
     for place in ({"norm_layer": {"_target_": target}}, {"layers": [{"_target_": target, "_partial_": True}]}):
@@ -99,19 +99,19 @@ def test_a_target_that_is_no_network_is_refused(target: str) -> None:
 
 
 @pytest.mark.parametrize("section", ["augment", "schedule", "launcher", "tracking", "data", "optimizer"])
-def test_what_a_section_may_have_another_may_not(section: str) -> None:
+def test_allow_lists_differ_by_section(section: str) -> None:
     for pattern in ALLOWED[section]:
         with pytest.raises(ConfigError, match="model"):
             model_factory({"_target_": pattern.replace("*", "x")}, ())
 
 
 @pytest.mark.parametrize("target", [None, 3, ["os.system"], {"_target_": "os.system"}])
-def test_a_target_that_is_no_text_is_refused(target: object) -> None:
+def test_target_that_is_not_a_string_is_refused(target: object) -> None:
     with pytest.raises(ConfigError, match="model"):
         network_of({"_target_": target}, STATE, 3, ())
 
 
-def test_a_sound_network_comes_with_its_weights() -> None:
+def test_valid_network_is_loaded_with_its_weights() -> None:
     model = network_of(CONVNET, STATE, 3, ())
     assert not model.training
     assert all(torch.equal(value, STATE[name]) for name, value in model.state_dict().items())
@@ -155,17 +155,17 @@ def test_a_network_far_larger_than_its_checkpoint_is_refused(settings: Mapping[s
 
 
 @pytest.mark.parametrize("settings", [CONVNET | {"width": 8}, CONVNET | {"depth": 2}], ids=str)
-def test_a_checkpoint_of_another_network_is_told(settings: Mapping[str, Any]) -> None:
+def test_checkpoint_of_another_network_is_reported(settings: Mapping[str, Any]) -> None:
     with pytest.raises(StorageError, match=r"does not fit the network that config\.yaml describes: .*Restore"):
         network_of(settings, STATE, 3, ())
 
 
-def test_what_a_network_raises_is_told() -> None:
+def test_error_of_a_network_is_reported() -> None:
     with pytest.raises(ConfigError, match=r"model: torchvision\.models\.get_model cannot be built: .*nothing"):
         network_of({"_target_": "torchvision.models.get_model", "name": "nothing"}, STATE, 3, ())
 
 
-def test_memory_is_limited_inside_the_context_alone(tmp_path: Path) -> None:
+def test_memory_is_limited_only_inside_the_context(tmp_path: Path) -> None:
     with memory_limited(0), pytest.raises((RuntimeError, MemoryError)):
         torch.empty(2**40)
     assert Classifier.batch.fget is not None

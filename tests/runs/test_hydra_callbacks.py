@@ -57,7 +57,7 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"cifar_exp_test_notes.py", "notes", "__pycache__"}
 
 
-def test_callbacks_are_told_that_a_run_was_refused_and_nothing_else_is_left(
+def test_callbacks_get_the_refusal_of_a_run_and_no_files_are_left(
     notes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_hydra(refuse, [WITH_NOTES]) == 2
@@ -78,14 +78,14 @@ def test_folders_and_files_that_were_there_before_a_refusal_stay(notes: Path) ->
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "seed=0,1")])
-def test_callbacks_are_told_of_a_signal_that_ends_a_run_or_a_sweep(notes: Path, words: tuple[str, ...]) -> None:
+def test_callbacks_get_the_signal_that_ends_a_run_or_a_sweep(notes: Path, words: tuple[str, ...]) -> None:
     with pytest.raises(Stopped, match="15"):
         run_hydra(stop, [*words, WITH_NOTES, "tracking=none", "progress=quiet"])
     end = "on_multirun_end" if words else "on_run_end FAILED StoppedJobError"
     assert notes.read_text().splitlines() == ["on_job_end FAILED StoppedJobError", end]
 
 
-def test_callbacks_are_told_how_each_job_of_a_sweep_ended(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_callbacks_get_the_outcome_of_each_job(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", "seed=0,1,2", WITH_NOTES, "tracking=none", "progress=quiet"]
     assert run_hydra(break_off, words) == 8
     assert notes.read_text().splitlines() == [
@@ -95,7 +95,7 @@ def test_callbacks_are_told_how_each_job_of_a_sweep_ended(notes: Path, capsys: p
     assert capsys.readouterr().err == "cifar-exp: job 1 failed: the disk of the test\n"
 
 
-def test_a_sweep_whose_jobs_are_all_refused_leaves_nothing(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_of_refused_jobs_leaves_no_files(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_hydra(refuse, ["-m", "seed=0,1"]) == 2  # as the jobs begin
     assert left(notes.parent) == set()
     capsys.readouterr()
@@ -104,7 +104,7 @@ def test_a_sweep_whose_jobs_are_all_refused_leaves_nothing(notes: Path, capsys: 
     assert left(notes.parent) == set()
 
 
-def test_more_ranks_than_apples_gpu_takes_refuse_a_sweep_once(
+def test_more_than_one_mps_rank_refuses_a_sweep_once(
     notes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
@@ -113,7 +113,7 @@ def test_more_ranks_than_apples_gpu_takes_refuse_a_sweep_once(
     assert left(notes.parent) == set()
 
 
-def test_a_missing_folder_of_images_is_told_before_anything_is_imported(
+def test_missing_image_folder_is_reported_before_heavy_imports(
     notes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cifar_exp.system.surroundings.set_up_environment", pytest.fail)
@@ -129,14 +129,14 @@ def test_hydras_choices_of_logging_work(notes: Path, choice: str) -> None:
     assert logs == ({"cifar-exp.log"} if choice in ("default", "run_log") else set())
 
 
-def test_jobs_work_where_the_command_was_started_whatever_chdir_says(notes: Path) -> None:
+def test_jobs_keep_the_working_folder_despite_hydra_job_chdir(notes: Path) -> None:
     seen: list[Path] = []
     words = ["-m", "seed=0,1", "hydra.job.chdir=true", "tracking=none", "progress=quiet"]
     assert run_hydra(lambda *_: seen.append(Path.cwd()), words) == 0
     assert seen == [notes.parent] * 2
 
 
-def test_a_job_is_run_again_from_what_hydra_kept_of_it(cifar_exp: Command, workplace: Path) -> None:
+def test_experimental_rerun_repeats_a_job(cifar_exp: Command, workplace: Path) -> None:
     """Hydra 1.3 keeps a pickled configuration, and the new run gets a new folder; Hydra 1.4 keeps overrides."""
     is_old = not hydra_versions._LIMITS_TARGETS
     pickled = ["+hydra.callbacks.p._target_=hydra.experimental.callbacks.PickleJobInfoCallback"] if is_old else []
@@ -151,7 +151,7 @@ def test_a_job_is_run_again_from_what_hydra_kept_of_it(cifar_exp: Command, workp
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--epochs 5", "--epochs: a setting is written without dashes, as key=value. Set train.epochs=5"),
         ("--batch-size=64", "Set train.batch_size=64"),
@@ -166,7 +166,7 @@ def test_a_job_is_run_again_from_what_hydra_kept_of_it(cifar_exp: Command, workp
         ("--config-dir nowhere", "--config-dir=nowhere: there is no such folder"),
         ("--experimental-rerun nowhere", "--experimental-rerun=nowhere: it cannot be read"),
         ("--config-dir mine experiment=no_package", "its file sets experiment.train instead of train"),
-        ("--config-dir mine experiment=listed", "experiment: its file is no preset"),
+        ("--config-dir mine experiment=listed", "experiment: its file is not a preset"),
         ("--config-dir mine experiment=indent", 'indent.yaml", line 4, column 14'),
         ("--config-dir mine experiment=latin", "latin.yaml: the file is not in UTF-8"),
         ("--config-dir mine experiment=refers", "'experiment/refers': Could not"),
@@ -176,8 +176,8 @@ def test_a_job_is_run_again_from_what_hydra_kept_of_it(cifar_exp: Command, workp
     ],
 )
 @pytest.mark.filterwarnings("ignore:Experimental rerun")
-def test_what_is_typed_wrongly_is_told_with_what_to_type(
-    notes: Path, capsys: pytest.CaptureFixture[str], words: str, told: str
+def test_invalid_command_line_is_reported_with_a_remedy(
+    notes: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str
 ) -> None:
     presets = notes.parent / "mine" / "experiment"
     presets.mkdir(parents=True)
@@ -188,7 +188,7 @@ def test_what_is_typed_wrongly_is_told_with_what_to_type(
     (presets / "refers.yaml").write_text("defaults:\n  - nothing\n")
     assert run_hydra(run_job, shlex.split(words), check) == 2
     message = capsys.readouterr().err
-    assert told in message
+    assert expected in message
     assert "Traceback" not in message
     assert "bug" not in message
     assert left(notes.parent) == {"mine"}

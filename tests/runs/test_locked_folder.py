@@ -41,14 +41,14 @@ def test_a_file_with_the_name_of_a_runs_file_is_not_overwritten(tmp_path: Path, 
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_start_that_was_killed_before_its_run_began_may_be_repeated(tmp_path: Path) -> None:
+def test_start_killed_before_training_can_be_repeated(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with locked_run_folder(start(folder), default_config()):
         pass
     (folder / "run.json").unlink()
     with locked_run_folder(start(folder), default_config()) as run:
         assert len(run.sessions) == 1
-    with pytest.raises(ConfigError, match="holds a run already"), locked_run_folder(start(folder), default_config()):
+    with pytest.raises(ConfigError, match="has a run already"), locked_run_folder(start(folder), default_config()):
         pass
 
 

@@ -91,7 +91,7 @@ def test_parameters_without_a_gradient_are_named() -> None:
     assert tried(*network("Unused")).unused == ("extra.weight", "extra.bias")
 
 
-def test_a_last_batch_of_one_image_is_tried_where_there_is_one() -> None:
+def test_last_batch_of_one_image_is_tried_if_there_is_one() -> None:
     with pytest.raises(ConfigError, match=r"float32 tensor of shape \(10,\)|bfloat16 tensor of shape \(10,\)"):
         tried(*network("Squeezes"), data=replace(DATA, test_count=501))
 
@@ -108,7 +108,7 @@ def test_a_network_for_larger_images_is_refused() -> None:
         tried(*choice)
 
 
-def test_what_only_a_gpu_can_run_is_left_to_it() -> None:
+def test_network_that_needs_a_gpu_is_checked_there() -> None:
     assert tried(*network("OnGpu"), accelerator="gpu").unused == ()
     with pytest.raises(ConfigError, match="shape"):
         tried(*network("Narrow"), accelerator="gpu")
@@ -167,7 +167,7 @@ CONTRACT = r"a schedule is a function of \(step, steps_per_epoch, epochs\)"
         f"{OWN}.of_the_epoch",
     ],
 )
-def test_what_is_no_schedule_is_refused_with_the_contract(name: str) -> None:
+def test_object_that_is_not_a_schedule_is_refused_with_the_signature(name: str) -> None:
     with pytest.raises(ConfigError, match=CONTRACT):
         tried(*scheduled(name))
     with pytest.raises(ConfigError, match=CONTRACT):  # also where torch is trusted
@@ -180,7 +180,7 @@ def test_a_schedules_arguments_are_passed_by_name() -> None:
     assert plan.learning_rates[:4] == pytest.approx([0.1, 0.1, 0.05, 0.05])
 
 
-def test_the_trial_is_no_part_of_the_reference_networks_result() -> None:
+def test_model_check_does_not_change_the_global_rng() -> None:
     """Two trials and none: the ranks build their own network, so only the caller's generator could be moved."""
     torch.manual_seed(3)
     tried("model.width=4", "model.depth=1")

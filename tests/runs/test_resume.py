@@ -28,7 +28,9 @@ def killed_after(started: Start, run_dir: Path, epochs: int, *arguments: str) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 4])  # two: ``test_stopping.py`` and the fault suite
-def test_a_killed_run_goes_on_bit_for_bit(cifar_exp: Command, started: Start, workplace: Path, ranks: int) -> None:
+def test_resume_after_kill_continues_bit_for_bit(
+    cifar_exp: Command, started: Start, workplace: Path, ranks: int
+) -> None:
     run = [*REPEATABLE, f"devices.count={ranks}", "devices.oversubscribe=true", "train.batch_size=8"]
     whole = cifar_exp(*run, "hydra.run.dir=whole", "tracking=none")
     assert whole.returncode == 0, whole.stderr
@@ -138,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_a_sound_one_it_is_exit_
     assert "Traceback" not in refused.stderr + gone.stderr
 
 
-def test_another_number_of_devices_keeps_the_global_batch(cifar_exp: Command, workplace: Path) -> None:
+def test_resume_on_another_device_count_keeps_the_global_batch(cifar_exp: Command, workplace: Path) -> None:
     run = [*TINY, "tracking=none", "devices.oversubscribe=true"]
     assert cifar_exp(*run, "devices.count=2", "hydra.run.dir=two").returncode == 0
     refused = cifar_exp(*run, "devices.count=3", "resume=two", "train.epochs=3")
@@ -153,7 +155,7 @@ def test_another_number_of_devices_keeps_the_global_batch(cifar_exp: Command, wo
     assert journal.last_values(workplace / "one")["lr"] == pytest.approx(0.01 * 64 / 256)
 
 
-def test_what_cannot_go_on_says_why(cifar_exp: Command, workplace: Path) -> None:
+def test_impossible_resume_reports_its_reason(cifar_exp: Command, workplace: Path) -> None:
     run = [*TINY, "tracking=none", "progress=quiet"]
     assert cifar_exp(*run, "hydra.run.dir=done").returncode == 0
     for change, message in {
@@ -194,12 +196,12 @@ def test_an_interrupted_sweep_trains_nothing_twice(cifar_exp: Command, started: 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
-    (told,) = re.findall(r"the same command with resume=(\S+) continues", output)
-    assert (workplace / told / "sweep.json").exists(), "a job's own folder would be where other jobs start"
+    (folder,) = re.findall(r"the same command with resume=(\S+) continues", output)
+    assert (workplace / folder / "sweep.json").exists(), "a job's own folder would be where other jobs start"
     (first,) = (workplace / "outputs").glob("multirun/*/*/0/metrics.jsonl")
     trained = first.read_text()
 
-    again = cifar_exp(*sweep, f"resume={told}")
+    again = cifar_exp(*sweep, f"resume={folder}")
     assert again.returncode == 0, again.stderr
     assert "the sweep continues" in again.stdout
     assert "0: finished before, test accuracy" in again.stdout
@@ -241,7 +243,7 @@ def test_auto_says_which_overrides_an_interrupted_sweep_had(
         assert capsys.readouterr().err == ""
 
 
-def test_what_is_damaged_elsewhere_is_passed_over_and_what_is_named_is_told(
+def test_other_damaged_runs_are_skipped_and_a_named_one_is_reported(
     cifar_exp: Command, started: Start, workplace: Path
 ) -> None:
     run = [*REPEATABLE, "tracking=none", "progress=lines"]
@@ -308,7 +310,7 @@ def test_a_new_run_that_is_stopped_before_its_first_checkpoint_starts_again_from
     assert "It started from the checkpoint of" in gone.stderr
 
 
-def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:
+def test_ema_weights_of_several_ranks_resume_bit_for_bit(cifar_exp: Command, workplace: Path) -> None:
     options = ["train.epochs=4", "train.weight_averaging=0.9", "devices.count=2", "devices.oversubscribe=true"]
     run = [*REPEATABLE, "tracking=none", *options, "checkpoint.keep=9"]
     assert cifar_exp(*run, "hydra.run.dir=whole").returncode == 0
@@ -323,7 +325,7 @@ def test_averaged_weights_of_several_ranks_go_on_bit_for_bit(cifar_exp: Command,
     assert curve(journal.read(cut)) == curve(journal.read(workplace / "whole"))
 
 
-def test_a_checkpoint_of_another_batch_keeps_its_place_in_the_schedule(cifar_exp: Command, workplace: Path) -> None:
+def test_resume_with_another_batch_size_keeps_the_place_in_the_schedule(cifar_exp: Command, workplace: Path) -> None:
     run = [*TINY, "tracking=none"]
     assert cifar_exp(*run, "hydra.run.dir=old").returncode == 0
     larger = cifar_exp(*run, "resume=old", "train.batch_size=96", "train.epochs=4", "hydra.run.dir=new")
@@ -332,13 +334,13 @@ def test_a_checkpoint_of_another_batch_keeps_its_place_in_the_schedule(cifar_exp
     assert [(entry.epoch, entry.step) for entry in epochs] == [(3, 3), (4, 4)]
 
 
-def test_a_sweeps_folder_is_one_sweeps(cifar_exp: Command, workplace: Path) -> None:
+def test_sweep_folder_is_not_used_for_another_sweep(cifar_exp: Command, workplace: Path) -> None:
     sweep = ["-m", *TINY, "tracking=none", "seed=1,2", "train.epochs=1", 'hydra.sweep.dir="outputs/it\'s one"']
     first = cifar_exp(*sweep)
     assert first.returncode == 0, first.stderr
     again = cifar_exp(*sweep)
     assert again.returncode == 2
-    assert "the folder holds a sweep already" in again.stderr
+    assert "the folder has a sweep already" in again.stderr
     (folder,) = (workplace / "outputs").glob("it*")
     (record,) = folder.glob("sweep.json")
     record.write_text(record.read_text().replace('"finished": true', '"finished": false'))

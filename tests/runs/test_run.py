@@ -22,7 +22,7 @@ from tests.helpers.image_trees import REAL_IMAGES
 from tests.helpers.mlflow_runs import all_runs, client
 
 
-def test_a_run_leaves_its_files_and_a_true_record(cifar_exp: Command, workplace: Path) -> None:
+def test_run_leaves_its_files_and_a_correct_mlflow_run(cifar_exp: Command, workplace: Path) -> None:
     done = cifar_exp(*TINY, "devices.count=2", "seed=3", "train.batch_size=16")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(cifar_exp: Com
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_stands_beside_the_plain_one(
+def test_speed_recipe_restores_whitening_and_reports_mirrored_accuracy(
     cifar_exp: Command, workplace: Path, ranks: int
 ) -> None:
     """Both accuracies are those of the saved network, evaluated here; it was trained at 16, 16 and 24 pixels."""
@@ -127,7 +127,7 @@ def test_a_speed_recipes_network_comes_back_whitened_and_its_mirrored_accuracy_s
     torch.testing.assert_close(outputs.square().mean(0)[-6:], torch.ones(6), atol=0.02, rtol=0)
 
 
-def test_images_that_a_scale_makes_too_small_for_the_network_are_refused_by_the_settings_name(
+def test_image_scale_too_small_for_the_network_is_refused_with_its_setting(
     cifar_exp: Command,
 ) -> None:
     done = cifar_exp(*TINY, "train.image_scales=[0.01]", "tracking=none")
@@ -136,7 +136,7 @@ def test_images_that_a_scale_makes_too_small_for_the_network_are_refused_by_the_
     assert "Traceback" not in done.stderr
 
 
-def test_a_tracker_that_fails_costs_exit_code_5_and_nothing_else(cifar_exp: Command, workplace: Path) -> None:
+def test_tracker_failure_is_exit_code_5_and_training_finishes(cifar_exp: Command, workplace: Path) -> None:
     (workplace / "broken.db").write_text("this is no database")
     done = cifar_exp(*TINY, "tracking.uri=sqlite:///broken.db")
     assert done.returncode == 5
@@ -146,8 +146,8 @@ def test_a_tracker_that_fails_costs_exit_code_5_and_nothing_else(cifar_exp: Comm
     assert journal.last_values(the_run(workplace))["test/count"] == 33
 
 
-def test_wrong_images_are_exit_code_3_and_leave_nothing(cifar_exp: Command, workplace: Path) -> None:
-    """The folders are there, so that the images are looked for after the run folder was created."""
+def test_invalid_images_are_exit_code_3_and_leave_no_files(cifar_exp: Command, workplace: Path) -> None:
+    """The image folders exist, so the error comes after the run folder was created."""
     for split in ("train", "test"):
         (workplace / "pictures" / split / "ant").mkdir(parents=True)
     done = cifar_exp("data=folders", "data.root=pictures", "devices=cpu")

@@ -34,7 +34,7 @@ def manifest(run_dir: Path) -> checkpoint.Manifest:
     return found
 
 
-def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit(
+def test_signal_saves_within_an_epoch_and_resume_is_bit_for_bit(
     cifar_exp: Command, started: Start, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Schedulers and containers send it to every process of the run. A requeued job starts by the same command."""
@@ -68,7 +68,7 @@ def test_a_signal_saves_in_the_midst_of_an_epoch_and_the_run_goes_on_bit_for_bit
     assert record.info.status == "FINISHED"
 
 
-def test_a_run_that_was_cut_on_four_ranks_goes_on_on_two(cifar_exp: Command, started: Start, workplace: Path) -> None:
+def test_run_interrupted_on_four_ranks_resumes_on_two(cifar_exp: Command, started: Start, workplace: Path) -> None:
     """Statistics of batch norms are then the mean of the ranks', and every image counts once."""
     run = [*STEPS, "tracking=none", "train.scaling=strong"]
     process = started(*run, "devices.count=4", "hydra.run.dir=cut")
@@ -86,9 +86,7 @@ def test_a_run_that_was_cut_on_four_ranks_goes_on_on_two(cifar_exp: Command, sta
 
 
 @pytest.mark.parametrize("how", ["file", "time"])
-def test_training_that_is_ended_early_is_finished(
-    cifar_exp: Command, started: Start, workplace: Path, how: str
-) -> None:
+def test_run_ended_early_is_finished(cifar_exp: Command, started: Start, workplace: Path, how: str) -> None:
     run = [*STEPS, *PACED, "hydra.run.dir=run"]
     folder = workplace / "run"
     process = started(*run, *(["train.max_seconds=6"] if how == "time" else []))
@@ -131,7 +129,7 @@ def model(*, num_classes, width, depth):
 
 
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('boom')"])
-def test_ranks_that_die_are_replaced_and_training_goes_on(cifar_exp: Command, workplace: Path, how: str) -> None:
+def test_dead_ranks_are_replaced_and_training_resumes(cifar_exp: Command, workplace: Path, how: str) -> None:
     (workplace / "dying.py").write_text(DYING.format(how=how))
     model = ("model._target_=dying.model", "trusted_modules=[dying]", "tracking=none", "devices.count=2")
     done = cifar_exp(*STEPS, *model, "launcher.max_restarts=1", "hydra.run.dir=run")
@@ -189,7 +187,7 @@ def test_a_network_that_its_last_update_has_broken_is_not_saved(
     assert saved == []
 
 
-def test_training_that_is_left_in_an_evaluation_evaluates_again_and_reports_each_figure_once(
+def test_training_interrupted_in_an_evaluation_evaluates_again_and_reports_once(
     tmp_path: Path, only_rank: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, model, expected = trainer(only_rank)

@@ -125,7 +125,7 @@ def test_the_preset_counts_the_machines_devices_and_interleaves_them(cifar_exp: 
         two = [run for run in children if run.data.params["train.scaling"] == scaling][-1]
         assert two.data.metrics["global_batch_size"] == batch
     for text in (
-        "Student's t over 2 runs a device count",
+        "Student's t over 2 runs per device count",
         "Amdahl's law: serial fraction",
         "test accuracy: ",
     ):
@@ -147,7 +147,7 @@ def test_a_choice_that_does_not_exist_ends_a_sweep_before_it_begins(cifar_exp: C
     assert not list(workplace.rglob("metrics.jsonl"))
 
 
-def test_two_other_settings_make_groups_that_mlflow_takes(cifar_exp: Command) -> None:
+def test_two_swept_settings_make_valid_mlflow_names(cifar_exp: Command) -> None:
     done = cifar_exp("-m", *TINY, "devices.count=1,2", "train.scaling=weak,strong", "model.width=4,8", "train.epochs=1")
     assert done.returncode == 0, done.stderr
     store = client()
@@ -157,7 +157,7 @@ def test_two_other_settings_make_groups_that_mlflow_takes(cifar_exp: Command) ->
     assert (parent.data.tags["devices"], parent.data.tags["accelerator"]) == ("1,2", "cpu")
 
 
-def test_a_broken_tracker_costs_a_sweep_its_record_and_not_its_result(cifar_exp: Command, workplace: Path) -> None:
+def test_tracker_failure_does_not_lose_a_sweeps_result(cifar_exp: Command, workplace: Path) -> None:
     (workplace / "broken.db").write_text("this is no database")
     options = ["devices.count=1,2", "train.epochs=1", "tracking.uri=sqlite:///broken.db"]
     done = cifar_exp("-m", *TINY, *options)
@@ -168,14 +168,14 @@ def test_a_broken_tracker_costs_a_sweep_its_record_and_not_its_result(cifar_exp:
 
 
 @pytest.mark.usefixtures("no_store")
-def test_runs_that_start_at_once_in_a_fresh_folder_share_a_sound_store(started: Start) -> None:
+def test_simultaneous_runs_in_a_new_folder_share_an_intact_store(started: Start) -> None:
     processes = [started(*TINY, "train.epochs=1") for _ in range(3)]
     assert [process.communicate(timeout=200)[1] for process in processes] == ["", "", ""]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [run.info.status for run in all_runs(client())] == ["FINISHED"] * 3
 
 
-def test_a_network_that_fails_is_that_jobs_refusal_and_the_others_train(cifar_exp: Command, workplace: Path) -> None:
+def test_failing_network_refuses_its_job_and_the_others_train(cifar_exp: Command, workplace: Path) -> None:
     """AlexNet needs larger images; its job starts no rank."""
     small = [word for word in TINY if not word.startswith("model.")]
     networks = "model._target_=torchvision.models.alexnet,torchvision.models.squeezenet1_1"

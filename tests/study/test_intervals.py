@@ -54,7 +54,7 @@ def test_unknown_noise_gives_no_estimate() -> None:
     samples=st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6), min_size=1, max_size=4),
     weights=st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4),
 )
-def test_an_interval_holds_its_estimate_and_is_finite(samples: list[list[float]], weights: list[float]) -> None:
+def test_interval_contains_its_estimate_and_is_finite(samples: list[list[float]], weights: list[float]) -> None:
     found = Means.of(samples).sum(weights[: len(samples)])
     if found:
         interval = found.interval()
@@ -87,7 +87,7 @@ def test_one_contrast_is_welchs_t_test() -> None:
     assert Means.of([[2.0, 2.0], [3.0, 3.0]]).deviation(np.array([[-1.0, 1]]), [1.0]) is None
 
 
-def test_the_error_of_a_median_grows_where_neighbours_are_alike() -> None:
+def test_error_of_a_median_grows_with_autocorrelation() -> None:
     """Independent blocks: 1.25 sigma / sqrt(n). Correlated blocks contain less information."""
     rng = np.random.default_rng(1)
     errors = [block_error(list(rng.standard_normal(100)))[0] for _ in range(40)]
@@ -96,7 +96,7 @@ def test_the_error_of_a_median_grows_where_neighbours_are_alike() -> None:
     assert np.mean(lasting) > 2 * np.mean(errors)
 
 
-def test_few_blocks_tell_nothing() -> None:
+def test_few_blocks_give_no_interval() -> None:
     """Five blocks are 5/3 stretches: less than one degree of freedom."""
     for values in ([], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]):
         error, freedom = block_error(values)
@@ -125,6 +125,6 @@ def test_holms_correction() -> None:
     assert adjusted([]) == []
 
 
-def test_intervals_map_through_what_rises_and_what_falls() -> None:
+def test_intervals_map_through_monotonic_functions() -> None:
     assert Interval(1, 2).mapped(lambda value: 1 / value) == Interval(0.5, 1)
     assert Interval(1, 2).around(3) == Interval(1, 3)

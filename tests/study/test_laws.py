@@ -50,7 +50,7 @@ def test_the_interval_is_that_of_error_propagation() -> None:
     assert (fit.interval.high - fit.interval.low) / 2 == pytest.approx(reach, rel=1e-4)
 
 
-def test_what_the_data_does_not_support_is_warned_of() -> None:
+def test_unsupported_law_is_warned_about() -> None:
     two = fitted("Amdahl", [1, 2], measured("Amdahl", 0.1, counts=[1, 2]))
     assert any("only two device counts" in warning for warning in two.warnings)
     broken = Means.of([[math.log(rate) - 0.001, math.log(rate) + 0.001] for rate in (100, 195, 380, 390)])
@@ -67,14 +67,14 @@ def test_what_the_data_does_not_support_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("name", ["gustafson, 3 seeds", "only the largest count is noisy"])
-def test_intervals_hold_the_truth_in_95_of_100_sweeps(name: str) -> None:
+def test_intervals_contain_the_truth_in_95_of_100_sweeps(name: str) -> None:
     """A tenth of what ``benchmarks/interval_coverage.py`` counts; its 2,000 sweeps have to reach 93 %."""
     found = coverage(SCENARIOS[name], sweeps=200)
     assert min(found.fraction, found.speedup) > LEAST - 3 * math.sqrt(LEAST * (1 - LEAST) / 200)
 
 
-def test_a_bootstrap_of_three_repeats_would_hold_it_too_rarely() -> None:
-    """Why the intervals are not percentiles of resampled repeats."""
+def test_bootstrap_of_three_repeats_contains_the_truth_too_rarely() -> None:
+    """The reason for not using percentiles of resampled repeats."""
     assert coverage(SCENARIOS["run noise alone"], sweeps=200).naive < 0.9
 
 

@@ -75,7 +75,7 @@ def test_a_study_that_cannot_be_written_leaves_the_old_files(tmp_path: Path, mon
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
-def test_the_page_holds_figure_tables_and_notes(tmp_path: Path) -> None:
+def test_page_has_figure_tables_and_notes(tmp_path: Path) -> None:
     runs = [finished(1, 0, 100), finished(1, 1, 101), finished(2, 0, 190, load=0.3), finished(2, 1, 191)]
     study = Study.of(runs, ReportSettings(target_accuracy=0.5, price_per_hour=36))
     assert study is not None
@@ -108,7 +108,7 @@ TIMES = {
 }
 
 
-def test_where_the_time_went_adds_up_and_names_the_rank_that_others_wait_for() -> None:
+def test_time_breakdown_adds_up_and_names_the_slowest_rank() -> None:
     breakdown = Breakdown.of(2, [TIMES, {"devices": 2.0}], steps=400)
     assert breakdown is not None
     assert tuple(breakdown.shares) == PARTS
@@ -121,13 +121,13 @@ def test_where_the_time_went_adds_up_and_names_the_rank_that_others_wait_for() -
     assert breakdown.notes == [
         "warning: on 2 devices: straggler: rank 1 came last in 90% of the steps; the others waited 7.5% of their "
         "training time for it",
-        "on 2 devices: each rank sends 2.7 MB a step; the link carries 1.35 GB/s, so that takes 2 ms; a step took 5 ms "
-        "of exposed and 10 ms of overlapped communication",
+        "on 2 devices: each rank sends 2.7 MB per step; the link carries 1.35 GB/s, so that takes 2 ms; a step took "
+        "5 ms of exposed and 10 ms of overlapped communication",
     ]
     assert Breakdown.of(2, [{"devices": 2.0}], steps=400) is None
 
 
-def test_the_page_says_where_the_time_went_by_rank(tmp_path: Path) -> None:
+def test_page_has_the_time_breakdown_by_rank(tmp_path: Path) -> None:
     runs = [finished(1, 0, 100), finished(2, 0, 190)]
     runs[1] = FinishedRun(runs[1].tags, {**runs[1].metrics, **TIMES}, runs[1].series)
     study = Study.of(runs)
@@ -160,7 +160,7 @@ def test_metrics_of_the_parent_run_have_the_count_as_their_step() -> None:
     assert {"speedup/weak", "speedup/strong", "images_per_second/weak"} <= named
 
 
-def test_values_with_blanks_name_their_groups_whole() -> None:
+def test_group_names_keep_values_with_spaces() -> None:
     runs = [
         finished(n, 0, 100.0 * n, 0.8, f"train.image_scales={scales}")
         for scales in ("[0.5, 1]", "null")
@@ -232,9 +232,9 @@ def test_sweeps_of_single_runs_claim_no_difference() -> None:
     faster = [replace(run, metrics={**run.metrics, "steady_images_per_second": 500.0}) for run in RUNS]
     for first, second in ((RUNS[::3], faster[::3]), (RUNS, faster[::3]), (RUNS[::3], faster)):
         compared = Comparison.of(("A", "B"), first, second)
-        assert {item.verdict for item in compared.differences} == {"noise between runs not known"}
+        assert {item.verdict for item in compared.differences} == {"noise between runs unknown"}
         assert {(item.interval, item.probability) for item in compared.differences} == {(None, None)}
-        assert any(note.startswith("noise between runs not known") for note in compared.notes)
+        assert any(note.startswith("noise between runs unknown") for note in compared.notes)
 
 
 def test_sweeps_without_anything_in_common_are_refused() -> None:
@@ -245,14 +245,14 @@ def test_sweeps_without_anything_in_common_are_refused() -> None:
 def test_jobs_that_did_not_finish_are_named_beside_the_figures_that_lack_them(tmp_path: Path) -> None:
     study = Study.of(RUNS, unfinished=["seed=1 devices.count=4: failed (6): the loss is nan"])
     assert study is not None
-    told = "warning: not in these figures: seed=1 devices.count=4: failed (6): the loss is nan"
+    warning = "warning: not in these figures: seed=1 devices.count=4: failed (6): the loss is nan"
     with (tmp_path / "shown").open("w") as file:
         study.print(Console(file=file, width=200))
-    assert told in (tmp_path / "shown").read_text()
-    assert told in study.write(tmp_path)[2].read_text()
+    assert warning in (tmp_path / "shown").read_text()
+    assert warning in study.write(tmp_path)[2].read_text()
 
 
-def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
+def test_unmeasured_times_are_blank_and_noted() -> None:
     """GPUs average gradients asynchronously: the host only measures steps."""
     metrics = {"time_split/step": 8.0, "time_split/other": 2.0}
     for rank in (0, 1):
@@ -268,7 +268,7 @@ def test_what_ranks_cannot_tell_apart_is_left_blank_and_said() -> None:
     assert rank_table([breakdown])[1] == ["2", "0", "7.50", "", "", "", "0.50", "", ""]
 
 
-def test_what_two_sweeps_were_set_to_otherwise_is_said() -> None:
+def test_differing_settings_of_two_sweeps_are_listed() -> None:
     def with_settings(runs: list[FinishedRun], **settings: object) -> list[FinishedRun]:
         return [replace(run, params={"seed": seed, **settings}) for seed, run in enumerate(runs)]
 

@@ -56,7 +56,7 @@ def test_rows_are_medians_over_repeats_in_ascending_device_count() -> None:
     ]
 
 
-def test_speedup_is_over_the_smallest_count_where_that_is_not_one() -> None:
+def test_speedup_is_relative_to_the_smallest_count() -> None:
     """From 2 to 6 devices, twice the rate: two thirds of the ideal three."""
     rows = rows_of([RunResult(6, 1536, 500.0, 20.0, 0.8), RunResult(2, 512, 250.0, 30.0, 0.9)])
     assert [(row.devices, row.speedup) for row in rows] == [(2, 1.0), (6, 2.0)]
@@ -126,7 +126,7 @@ def test_a_count_with_one_run_has_no_interval_and_the_others_have_theirs() -> No
     assert "images_per_second" in group.rows[0].intervals
     assert group.rows[1].intervals == {}
     assert "speedup" in group.rows[2].intervals
-    assert "none where devices.count is 2: one run there" in group.notes[0]
+    assert "no interval for the single runs at devices.count 2" in group.notes[0]
     assert [fit.interval for fit in group.fits] == [None, None]
 
 
@@ -142,7 +142,7 @@ def test_five_steady_blocks_of_one_seed_carry_no_interval() -> None:
     rates=st.lists(st.lists(st.floats(1, 1e6), min_size=1, max_size=3), min_size=2, max_size=4),
     blocks=st.lists(st.floats(1, 1e6), max_size=30),
 )
-def test_intervals_hold_what_they_are_about(rates: list[list[float]], blocks: list[float]) -> None:
+def test_intervals_contain_their_estimates(rates: list[list[float]], blocks: list[float]) -> None:
     group = Group.of(
         [run(2**place, rate, block_rates=tuple(blocks)) for place, sample in enumerate(rates) for rate in sample]
     )
@@ -156,7 +156,7 @@ def test_intervals_hold_what_they_are_about(rates: list[list[float]], blocks: li
         assert "nan" not in str(fit)
 
 
-def test_one_run_a_count_has_the_noise_of_its_blocks_and_says_so() -> None:
+def test_single_runs_use_the_noise_of_their_blocks_and_note_it() -> None:
     def blocks(rate: float) -> tuple[float, ...]:
         return tuple(rate * (1 + 0.01 * (-1) ** (number // 3)) for number in range(16))
 
@@ -168,11 +168,11 @@ def test_one_run_a_count_has_the_noise_of_its_blocks_and_says_so() -> None:
     assert "test_accuracy" not in group.rows[1].intervals
     bare = Group.of([run(1, 100), run(2, 190)])
     assert bare.rows[1].intervals == {}
-    assert bare.notes[0].startswith("no intervals")
+    assert bare.notes[0].startswith("no confidence intervals")
     assert "fewer than 10 steady blocks" in bare.notes[1]
 
 
-def test_what_an_accuracy_took_and_what_that_cost() -> None:
+def test_time_and_cost_to_the_target_accuracy() -> None:
     courses = {1: [[(60, 0.5), (120, 0.85)], [(60, 0.4), (140, 0.86)]], 2: [[(50, 0.5), (90, 0.85)], [(50, 0.5)]]}
     results = [run(n, 100, progress=course) for n, courses_of in courses.items() for course in courses_of]
     first, second = rows_of(results, ReportSettings(target_accuracy=0.85, price_per_hour=3.6))
@@ -199,8 +199,8 @@ def test_the_sentence_on_accuracy_names_its_test() -> None:
     assert "-20.00 points on 4 devices against 1" in worse
     assert "go beyond the noise of the seeds" in worse
     assert "F(2, 3.56) = 105, p = 0.00069" in worse  # scipy.stats.f_oneway with equal_var=False
-    assert "the noise is not known" in sentence((0.8, 0.8), (0.9, 0.9))
-    assert "cannot tell whether" in sentence((0.8,), (0.7,))
+    assert "the noise is unknown" in sentence((0.8, 0.8), (0.9, 0.9))
+    assert "noise of the seeds is unknown" in sentence((0.8,), (0.7,))
     assert sentence((0.8, 0.8, 0.8), (0.8, 0.8)).endswith("+0.00 points on 2 devices against 1: the same in all runs")
 
 
@@ -209,11 +209,11 @@ def test_disturbed_runs_are_counted_and_named() -> None:
     runs = [run(count, 100 * count, disturbances=load) for count in (1, 2) for load in loads[: count + 1]]
     group = Group.of(runs)
     assert [row.disturbed for row in group.rows] == [1, 2]
-    told = "DISTURBED: 1 of 2 runs on 1 device, 2 of 3 runs on 2 devices: others took 30% at worst"
-    assert told in group.notes
+    note = "DISTURBED: 1 of 2 runs on 1 device, 2 of 3 runs on 2 devices: others took 30% at worst"
+    assert note in group.notes
 
 
-def test_the_law_of_the_way_of_scaling_comes_first() -> None:
+def test_law_of_the_scaling_mode_comes_first() -> None:
     weak = Group.of([run(1, 100), run(2, 190)])
     strong = Group.of([RunResult(1, 256, 100, 10, 0.5), RunResult(2, 256, 190, 5, 0.5)])
     assert [fit.law for fit in weak.fits] == ["Gustafson", "Amdahl"]
@@ -228,7 +228,7 @@ def test_jobs_that_differ_in_devices_and_seed_alone_are_one_group_without_a_name
     assert grouped([["devices.count=1", "train.epochs=2"]]) == [""]
 
 
-def test_a_group_is_named_by_the_values_that_tell_it_apart() -> None:
+def test_group_is_named_by_its_differing_values() -> None:
     jobs = [
         ["experiment=speedup", f"train.scaling={scaling}", f"devices.count={count}", "seed=0"]
         for scaling in ("weak", "strong")

@@ -47,7 +47,7 @@ def test_a_partial_file_gets_its_name_once_its_content_is_on_disk(
     assert synced == [False, True]  # the content before, the name after
 
 
-def test_the_folder_for_sockets_is_made_once_and_removed_at_the_end(tmp_path: Path) -> None:
+def test_socket_folder_is_created_once_and_removed_at_the_end(tmp_path: Path) -> None:
     code = (
         "import multiprocessing, os, sys; from cifar_exp.system.surroundings import make_socket_folder as make;"
         "make(sys.argv[1]); folder = multiprocessing.current_process()._config['tempdir']; make();"

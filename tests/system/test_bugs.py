@@ -41,7 +41,7 @@ def kept(errors: str) -> str:
     return Path(place).read_text()
 
 
-def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind: str) -> None:
+def assert_reported_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind: str) -> None:
     assert done.returncode == code, done.stderr
     assert f"this is a bug, not a mistake in what was typed: {kind}: the flux capacitor is empty" in done.stderr
     assert "Traceback" not in done.stderr
@@ -66,7 +66,7 @@ def assert_told_as_a_bug(done: subprocess.CompletedProcess[str], code: int, kind
         ("import cifar_exp.cli.train as m; m.run_job", "KeyError"),
     ],
 )
-def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kind: str, tmp_path: Path) -> None:
+def test_bug_is_not_reported_as_a_user_error(place: str, kind: str, tmp_path: Path) -> None:
     patch = f"{BOOM.format(kind)}{place} = boom"
     done = run(tmp_path, patch, "train.epochs=2", "seed=1")
     if kind == "KeyError":  # its text is in quotes
@@ -78,14 +78,14 @@ def test_an_error_of_the_program_is_not_blamed_on_what_was_typed(place: str, kin
     assert "boom" in kept(done.stderr)
 
 
-def test_a_bug_of_a_job_is_kept_in_its_log(tmp_path: Path) -> None:
+def test_traceback_of_a_job_is_in_its_log(tmp_path: Path) -> None:
     done = run(tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", *TINY)
-    assert_told_as_a_bug(done, 1, "TypeError")
+    assert_reported_as_a_bug(done, 1, "TypeError")
     (log,) = tmp_path.rglob("cifar-exp.log")
     assert "the flux capacitor is empty" in log.read_text()
 
 
-def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Path) -> None:
+def test_bug_in_a_sweep_is_reported_per_job_and_other_jobs_train(tmp_path: Path) -> None:
     done = run(
         tmp_path, f"{BOOM.format('TypeError')}import cifar_exp.runs.components as c; c.build = boom", "-m", "seed=1,2"
     )
@@ -95,31 +95,31 @@ def test_a_bug_in_a_sweep_is_told_for_each_job_and_the_others_go_on(tmp_path: Pa
     assert "failed (1): this is a bug" in " ".join(done.stdout.replace("│", " ").split())
 
 
-def test_a_figure_that_cannot_be_drawn_is_no_matter_of_space(tmp_path: Path) -> None:
+def test_figure_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     patch = f"{BOOM.format('ImportError')}import cifar_exp.display.training_figure as f; f.draw_training = boom"
     done = run(tmp_path, patch, *TINY, "tracking=none")
-    assert_told_as_a_bug(done, 1, "ImportError")
+    assert_reported_as_a_bug(done, 1, "ImportError")
     assert "training finished and nothing is lost, but its page or figure was not drawn" in done.stderr
     assert "Free space" not in done.stderr
     assert (the_run(tmp_path) / "model.safetensors").exists()
 
 
-def test_a_bug_in_the_trackers_client_is_no_server_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_bug_in_the_tracker_client_is_not_reported_as_an_outage(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import mlflow; mlflow.MlflowClient.log_artifact = boom"
     done = run(tmp_path, patch, *TINY)
-    assert_told_as_a_bug(done, 5, "TypeError")
+    assert_reported_as_a_bug(done, 5, "TypeError")
     assert "training finished and nothing is lost" in done.stderr
-    assert "Once that is mended, run" in done.stderr
+    assert "Once that is fixed, run" in done.stderr
     assert "reached" not in done.stderr
     assert "unreachable" not in done.stderr
 
 
-def test_other_commands_tell_it_too(tmp_path: Path) -> None:
+def test_other_commands_report_bugs_too(tmp_path: Path) -> None:
     patch = f"{BOOM.format('TypeError')}import cifar_exp.tracking.deliveries as s; s.runs_in = boom"
-    assert_told_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
+    assert_reported_as_a_bug(run(tmp_path, patch, ".", command="sync"), 1, "TypeError")
 
 
-def test_what_cannot_be_imported_is_told_by_the_entry(tmp_path: Path) -> None:
+def test_import_error_is_reported_by_the_entry_point(tmp_path: Path) -> None:
     done = run(tmp_path, "sys.modules['torch'] = None", "latest", "x.png", command="predict")
     assert done.returncode == 1
     assert "cifar-exp: this is a bug, not a mistake in what was typed: ModuleNotFoundError" in done.stderr
@@ -127,8 +127,8 @@ def test_what_cannot_be_imported_is_told_by_the_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["data=null", "model=[[1]]", "+data=[[]]"])
-def test_words_that_make_hydra_stumble_are_named_alone(word: str, tmp_path: Path) -> None:
-    """It raises what is meant for nobody, such as ``TypeError``, but raises nothing without this word."""
+def test_arguments_that_crash_hydra_are_named(word: str, tmp_path: Path) -> None:
+    """Hydra raises, say, a ``TypeError`` because of one argument, and nothing without it."""
     done = run(tmp_path, "", "train.epochs=2", word)
     assert done.returncode == 2, done.stderr
     assert word.lstrip("+") in done.stderr
@@ -148,16 +148,14 @@ def test_words_that_make_hydra_stumble_are_named_alone(word: str, tmp_path: Path
         (("hydra.launcher._target_=nonsense", "-m"), "hydra.launcher._target_=nonsense"),
     ],
 )
-def test_hydras_own_settings_and_flags_are_blamed_where_they_are_wrong(
-    words: tuple[str, ...], named: str, tmp_path: Path
-) -> None:
+def test_invalid_hydra_settings_and_flags_are_named(words: tuple[str, ...], named: str, tmp_path: Path) -> None:
     done = run(tmp_path, "", *words)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert "bug" not in done.stderr
 
 
-def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+def test_users_invalid_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "broken.yaml").write_text("width: [1\ndepth: }")
     done = run(tmp_path, "", "--config-dir", "mine", "model=broken")
@@ -166,7 +164,7 @@ def test_a_file_of_the_users_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     assert "bug" not in done.stderr
 
 
-def test_a_bug_of_this_package_is_not_blamed_on_the_file_of_a_rerun() -> None:
+def test_bug_is_not_blamed_on_the_rerun_file() -> None:
     typed = ["--experimental-rerun", "kept"]
     with pytest.raises(AttributeError) as bug:
         causing_words(None, 1)  # type: ignore[arg-type]
@@ -174,7 +172,7 @@ def test_a_bug_of_this_package_is_not_blamed_on_the_file_of_a_rerun() -> None:
     assert str(explained(FileNotFoundError("kept"), typed)).startswith("--experimental-rerun=kept: it cannot be read")
 
 
-def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cause_of_an_error_is_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     register_resolvers()
     typed = ["seed=3", "data=null", "-m"]
     assert hydra_errors._fails_alike(ValueError(), ["data=null"])
@@ -203,11 +201,11 @@ def test_who_is_to_blame_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         (ConfigError("x"), False),
     ],
 )
-def test_a_bug_is_what_python_itself_raises(error: Exception, expected: bool) -> None:
+def test_pythons_own_exceptions_are_bugs(error: Exception, expected: bool) -> None:
     assert is_bug(error) == expected
 
 
-def test_what_the_system_refuses_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_operating_system_are_not_bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bugs.tempfile, "tempdir", str(tmp_path))
     refused = as_user_error(PermissionError(13, "Permission denied", "there"))
     assert isinstance(refused, StorageError)
@@ -223,24 +221,24 @@ def test_a_traceback_that_cannot_be_kept_is_shown(monkeypatch: pytest.MonkeyPatc
     assert "could not be kept:\nTypeError: token=***" in str(BugError(TypeError("token=abc")))
 
 
-def test_a_tracker_with_a_bug_says_so() -> None:
+def test_bug_in_a_tracker_is_reported() -> None:
     assert shortened_error(TypeError("a\nb")) == "TypeError: a b"
     assert "Once the tracker can be reached" in undelivered_message(ConnectionError("away"), Path("run"))
-    assert "Once that is mended" in undelivered_message(TypeError("x"), Path("run"))
+    assert "Once that is fixed" in undelivered_message(TypeError("x"), Path("run"))
 
 
 @pytest.mark.parametrize("version", [(3, 8, 1), (3, 10, 13), (3, 15, 0), (4, 0, 0)])
 def test_another_python_is_refused_by_name(version: tuple[int, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    told = supported.refusal(version, "linux")
-    assert f"this is Python {version[0]}.{version[1]} (" in told
-    assert "needs 3.11 to 3.14" in told
-    assert "\n" not in told
+    message = supported.refusal(version, "linux")
+    assert f"this is Python {version[0]}.{version[1]} (" in message
+    assert "needs 3.11 to 3.14" in message
+    assert "\n" not in message
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "version_info", version)
         with pytest.raises(SystemExit) as ended:
             supported.refuse_others()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"cifar-exp: {told}\n"
+    assert capsys.readouterr().err == f"cifar-exp: {message}\n"
 
 
 def test_the_pythons_of_the_matrix_are_not() -> None:
@@ -253,7 +251,7 @@ def test_the_pythons_of_the_matrix_are_not() -> None:
 @pytest.mark.parametrize(
     "name", ["__init__", "__main__", "cli/__init__", "cli/entry", "system/__init__", "system/supported"]
 )
-def test_older_pythons_can_read_what_refuses_them(name: str) -> None:
+def test_version_check_compiles_on_older_pythons(name: str) -> None:
     ast.parse((REPO / "cifar_exp" / f"{name}.py").read_text(), feature_version=(3, 7))
 
 

@@ -76,6 +76,6 @@ def test_a_run_takes_no_more_cores_than_the_quota(place: Path) -> None:
         ("4:cpu,cpuacct:/", V1, "nr_periods 3\nthrottled_time 2500000000"),
     ],
 )
-def test_the_time_that_it_takes_is_counted(place: Path, groups: str, mount: str, stat: str) -> None:
+def test_time_throttled_by_the_quota_is_measured(place: Path, groups: str, mount: str, stat: str) -> None:
     grouped(place, groups, mount, "/", {"cpu.stat": stat})
     assert throttled_seconds() == 2.5

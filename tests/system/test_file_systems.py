@@ -47,7 +47,7 @@ def refuse_fsync(monkeypatch: pytest.MonkeyPatch, number: int, of_files: bool) -
         *((n, True) for n in REFUSALS),
     ],
 )
-def test_what_is_saved_counts_as_saved_where_a_folder_cannot_be_flushed(
+def test_save_succeeds_if_folders_cannot_be_fsynced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, of_files: bool
 ) -> None:
     refuse_fsync(monkeypatch, number, of_files)
@@ -98,9 +98,7 @@ def test_without_locks_one_process_alone_trains_in_a_folder(tmp_path: Path, monk
     assert not folder.exists()
 
 
-def test_without_locks_the_mark_of_a_process_that_was_killed_is_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_marker_of_a_killed_process_is_ignored_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # restored after the test
     refuse_flock(errno.ENOLCK)
     code = f"""
@@ -139,28 +137,28 @@ def test_a_folder_that_can_only_be_read_is_not_locked(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOSYS])
-def test_shared_memory_without_room_for_a_lock_is_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_shared_memory_too_full_for_a_lock_is_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("multiprocessing.synchronize.Lock", refuse)
     monkeypatch.setattr("multiprocessing.resource_tracker.ensure_running", lambda: pytest.fail("something was started"))
-    told = rf"^/dev/shm: .*: {os.strerror(number)}\. .*set --shm-size=1g or --ipc=host$"
-    with pytest.raises(MachineError, match=told):
+    message = rf"^/dev/shm: .*: {os.strerror(number)}\. .*set --shm-size=1g or --ipc=host$"
+    with pytest.raises(MachineError, match=message):
         start_fork_server()
 
 
-def test_a_temporary_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_temporary_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with pytest.raises(StorageError, match=r"/gone cannot be written: No such .*\. Set TMPDIR="), _shared_folder():
         pass
 
 
 @pytest.mark.parametrize("gone", ["ranks", "sockets"])
-def test_what_was_removed_from_it_while_ranks_trained_is_the_cause(
+def test_temporary_folder_cleaned_during_training_is_named_as_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    """The ranks fail one way or another because of it."""
+    """The ranks' own errors differ, but this is their cause."""
     folders = {name: tmp_path / name for name in ("ranks", "sockets")}
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folders["sockets"]))  # type: ignore[attr-defined]
     for folder in folders.values():

@@ -48,7 +48,7 @@ def platform_questions(source: str) -> list[str]:
     return found
 
 
-def test_no_other_module_asks_for_the_platform() -> None:
+def test_only_host_module_checks_the_platform() -> None:
     questions = {
         path.name: platform_questions(path.read_text())
         for path in PACKAGE
@@ -60,8 +60,8 @@ def test_no_other_module_asks_for_the_platform() -> None:
 
 
 @linux
-def test_a_lock_file_of_before_is_still_understood() -> None:
-    """The ticks of the kernel, where it tells them."""
+def test_lock_file_of_an_earlier_version_is_read() -> None:
+    """It has the process's start time in kernel ticks."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     assert host.process_started(os.getpid()) == fields[19]
     assert Owner.here().boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -77,16 +77,16 @@ def no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def sysctl(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
     """What macOS says under its names."""
-    told: dict[bytes, bytes] = {}
+    stored: dict[bytes, bytes] = {}
 
     def ask(name: bytes, value: Any, size: Any, new: None, new_size: ctypes.c_size_t) -> int:
         assert (size._obj.value, new, new_size.value) == (256, None, 0)
-        if name in told:
-            value.value = told[name]
-        return 0 if name in told else -1
+        if name in stored:
+            value.value = stored[name]
+        return 0 if name in stored else -1
 
     monkeypatch.setattr(host, "c_function", lambda name: ask if name == "sysctlbyname" else None)
-    return told
+    return stored
 
 
 @pytest.mark.usefixtures("no_files")
@@ -107,7 +107,7 @@ def test_without_proc_a_process_is_known_by_when_it_was_created(sysctl: dict[byt
 
 
 @pytest.mark.usefixtures("no_files")
-def test_without_proc_and_sys_what_is_not_known_is_left_out(sysctl: dict[bytes, bytes]) -> None:
+def test_unknown_facts_are_omitted_without_proc_and_sys(sysctl: dict[bytes, bytes]) -> None:
     assert host.processor()
     sysctl[b"machdep.cpu.brand_string"] = b"Apple M0"
     assert host.processor() == "Apple M0"
@@ -133,7 +133,7 @@ def test_files_of_linux_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert host.gpus_of_the_driver() == ["NVIDIA H100"]
 
 
-def test_without_affinity_all_cores_are_ours_and_nothing_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_cores_are_used_and_none_pinned_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in dir(os) if name.lower().startswith("sched_")]:
         monkeypatch.delattr(os, name)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
@@ -147,9 +147,7 @@ def test_without_affinity_all_cores_are_ours_and_nothing_is_pinned(monkeypatch: 
 @pytest.mark.parametrize(
     ("names", "expected"), [(["lo", "eth0"], "lo"), (["lo0", "en0", "awdl0"], "lo0"), (["lo", "lo0"], "lo"), ([], "lo")]
 )
-def test_loopback_has_the_name_that_it_has_here(
-    names: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loopback_interface_is_found(names: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(names)))
     assert host.loopback() == expected
 
@@ -162,7 +160,7 @@ def test_loopback_has_the_name_that_it_has_here(
         (False, ["spawn"], ("spawn", "spawn", "libx.so")),
     ],
 )
-def test_processes_are_forked_where_that_is_safe(
+def test_fork_is_used_only_if_it_is_safe(
     macos: bool, there_are: list[str], expected: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "MACOS", macos)
@@ -216,7 +214,7 @@ finally:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_windows_is_refused_at_once_with_what_to_type(module: str) -> None:
+def test_windows_is_refused_with_a_remedy(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-c", WINDOWS, module], env=environment(), capture_output=True, text=True
     )
@@ -229,16 +227,16 @@ def test_windows_is_refused_at_once_with_what_to_type(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", PARTS)
-def test_a_part_of_the_command_that_is_started_alone_says_what_to_type(module: str) -> None:
+def test_submodule_started_alone_is_refused_with_a_remedy(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"cifar-exp: {module} is a part of the command and does nothing alone. Run python -m cifar_exp\n"
+        f"cifar-exp: {module} is part of the command and cannot run alone. Run python -m cifar_exp\n"
     )
 
 
-def test_only_a_started_module_is_looked_at() -> None:
-    """Not what a program of the user's has among its arguments."""
+def test_only_the_main_module_is_checked() -> None:
+    """Arguments of a user's program are ignored."""
     assert misstarted(["python", "-B", "-m", "cifar_exp.cli.train", "seed=1"])
     assert not misstarted(["python", "program.py", "-m", "cifar_exp.cli.train"])
     assert not misstarted(["python", "-m", "cifar_exp", "-m", "cifar_exp.cli.train"])
@@ -265,7 +263,7 @@ raise SystemExit(run_command(["--version"]))
 """
 
 
-def test_source_code_that_is_not_installed_has_a_command() -> None:
+def test_command_works_from_source_without_installation() -> None:
     """As with the source folder on ``PYTHONPATH``."""
     start = [sys.executable, "-c", NOT_INSTALLED]
     done = subprocess.run(start, env=environment(), capture_output=True, text=True)

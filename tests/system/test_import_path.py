@@ -65,7 +65,7 @@ def test_a_run_in_such_a_folder_finds_the_users_own_module(
 
 
 @pytest.mark.parametrize(("installed", "place"), [(True, 3), (False, 1)])
-def test_a_copy_that_is_not_installed_is_found_before_one_that_is(
+def test_uninstalled_copy_precedes_the_installed_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool, place: int
 ) -> None:
     """Python 3.14's fork server has the search path of its parent, and would take the installed one."""

@@ -18,7 +18,7 @@ from cifar_exp.system.machine import description
 BURN = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass"
 
 
-def test_cpu_seconds_of_children_are_ours_while_they_live_and_after() -> None:
+def test_cpu_seconds_include_running_and_ended_children() -> None:
     before = own_cpu_seconds()
     subprocess.run([sys.executable, "-c", BURN.format(0.5)], check=True)
     assert own_cpu_seconds() - before >= 0.45
@@ -28,7 +28,7 @@ def burn(seconds: float) -> None:
     exec(BURN.format(seconds))
 
 
-def test_cpu_seconds_of_ranks_are_ours_too() -> None:
+def test_cpu_seconds_include_ranks() -> None:
     """They are children of the fork server, and have ended when the load is sampled."""
     before = own_cpu_seconds()
     rank = multiprocessing.get_context("forkserver").Process(target=burn, args=(0.5,))
@@ -37,8 +37,8 @@ def test_cpu_seconds_of_ranks_are_ours_too() -> None:
     assert own_cpu_seconds() - before >= 0.45
 
 
-def test_the_load_of_a_process_that_is_none_of_ours_is_seen() -> None:
-    """It outlives the shell that started it, so it belongs to nobody here."""
+def test_load_of_another_process_is_detected() -> None:
+    """The process outlives the shell that started it, so it is not a child of the test."""
     meter = LoadMeter()
     command = f"{sys.executable} -c '{BURN.format(30)}' > /dev/null 2>&1 & echo $!"
     orphan = int(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout)
@@ -49,7 +49,7 @@ def test_the_load_of_a_process_that_is_none_of_ours_is_seen() -> None:
         psutil.Process(orphan).kill()
 
 
-def test_other_load_is_what_the_cores_did_beyond_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_load_is_total_minus_own_cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 10 s on two cores: 13 s of work, 11 of it ours."""
     times = iter([100.0, 113.0]), iter([20.0, 31.0]), iter([5.0, 15.0])
     for name, values in zip(("_machine_busy", "own_cpu_seconds"), times, strict=False):
@@ -77,7 +77,7 @@ def test_the_description_names_processor_cores_and_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "told"),
+    ("metrics", "warnings"),
     [
         ({"machine/other_load": 0.04, "machine/cpu_thermal_events": 0.0}, []),
         ({"machine/other_load": 0.12}, ["other processes took 12% of the cores"]),
@@ -87,8 +87,8 @@ def test_the_description_names_processor_cores_and_memory() -> None:
         ({"machine/gpu_power_limited": 1.0}, []),  # a GPU at its power limit is at its own limit
     ],
 )
-def test_what_disturbs_a_run(metrics: dict[str, float], told: list[str]) -> None:
-    assert [text.format(share) for text, share in disturbances(metrics).items()] == told
+def test_warnings_about_a_disturbed_run(metrics: dict[str, float], warnings: list[str]) -> None:
+    assert [text.format(share) for text, share in disturbances(metrics).items()] == warnings
 
 
 def use(pid: int, percent: int) -> SimpleNamespace:
@@ -144,7 +144,7 @@ def test_gpus_are_described_and_watched_through_nvml(monkeypatch: pytest.MonkeyP
     assert description("gpu", 1)["machine.gpus"] == "GPU 1"
 
 
-def test_others_on_a_gpu_disturb_a_run_where_its_own_processes_can_be_told_from_them(
+def test_other_gpu_processes_disturb_a_run_if_its_own_pids_are_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nvml = FakeNvml()
@@ -154,15 +154,15 @@ def test_others_on_a_gpu_disturb_a_run_where_its_own_processes_can_be_told_from_
     with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     assert watch.metrics()["machine/gpu_other_load"] == pytest.approx(0.3)
-    told = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
-    assert "other processes kept the GPUs busy for 30% of the time" in told
+    warnings = [text.format(share) for text, share in disturbances(watch.metrics()).items()]
+    assert "other processes kept the GPUs busy for 30% of the time" in warnings
     nvml.used_by = {0: [use(1, 90)], 1: [use(2, 90)]}  # ids of another namespace: our own may be among them
     with LoadWatch("gpu", 2) as watch:
         time.sleep(0.05)
     assert "machine/gpu_other_load" not in watch.metrics()
 
 
-def test_without_nvml_gpus_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpus_are_reported_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
     monkeypatch.setattr(host, "gpus_of_the_driver", lambda: ["NVIDIA H100", "NVIDIA H100"])
     assert description("gpu", 1)["machine.gpus"] == "NVIDIA H100"

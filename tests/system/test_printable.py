@@ -26,7 +26,7 @@ ON_ONE_LINE = r"a\x1b[2J\r\nb\x07[/x] :smile: \u202e\xff.png"
 IN_A_TEXT = "a\\x1b[2J\\r\nb\\x07[/x] :smile: \\u202e\\xff.png"
 
 
-def test_control_characters_are_escaped_and_all_else_stays() -> None:
+def test_only_control_characters_are_escaped() -> None:
     assert printable(EVIL) == ON_ONE_LINE
     assert printable_text(EVIL) == IN_A_TEXT
     assert printable("\x9b31m\x85\u2028\t\x7f") == r"\x9b31m\x85\u2028\t\x7f"
@@ -37,11 +37,11 @@ def test_control_characters_are_escaped_and_all_else_stays() -> None:
 
 @given(st.text())
 def test_nothing_unprintable_is_left_and_escaping_twice_changes_nothing(name: str) -> None:
-    told = printable(name)
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in told)
-    assert len(told.splitlines()) <= 1
-    assert printable(told) == told
-    told.encode()  # no lone surrogate
+    escaped = printable(name)
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in escaped)
+    assert len(escaped.splitlines()) <= 1
+    assert printable(escaped) == escaped
+    escaped.encode()  # no lone surrogate
 
 
 def test_the_terminal_shows_them_in_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_reports_show_them(tmp_path: Path) -> None:
     assert "<style>" in page
 
 
-def test_groups_of_a_strangers_sweep_have_printable_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_names_of_a_foreign_sweep_are_printable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finished_runs, "RunResult", SimpleNamespace(of=lambda *_: "a result"))
     runs = [
         finished_runs.FinishedRun({"overrides": f"seed=1 model.name={name}"}, {"test/accuracy": 0.5})

@@ -52,12 +52,12 @@ Start = Callable[..., "subprocess.Popen[str]"]
         ("data.root=/a/b@c", "data.root=/a/b@c"),
     ],
 )
-def test_secrets_are_taken_out_of_texts(text: str, expected: str) -> None:
+def test_secrets_are_masked_in_texts(text: str, expected: str) -> None:
     assert masked_text(text) == expected
     assert masked_text(expected) == expected
 
 
-def test_secrets_are_taken_out_of_settings_however_deep() -> None:
+def test_secrets_are_masked_in_nested_settings() -> None:
     settings = {
         "data": {"authToken": "abc", "password": 1234, "root": "x", "use_token": True, "secret": None},
         "mirrors": ("http://a:b@c", 3, 0.5),
@@ -73,7 +73,7 @@ def test_secrets_are_taken_out_of_settings_however_deep() -> None:
     assert not any(map(is_secret, ("num_tokens", "tokenizer", "secretary", "key", "keep", "monkey", "lr")))
 
 
-def test_a_secret_of_mlflows_variables_is_taken_out_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_mlflow_variables_are_masked_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hush-token\n")  # as `cat` reads it; requests repeats it in its error
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "lr")
     assert masked_text("in header value: b'Bearer hush-token\\n', lr") == "in header value: b'Bearer ***\\n', lr"
@@ -83,7 +83,7 @@ def files_with(secret: bytes, folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
 
 
-def test_a_run_uses_its_secrets_and_leaves_none(
+def test_run_uses_secrets_and_writes_none(
     cifar_exp: Command,
     workplace: Path,
     relay: Relay,  # noqa: F811
@@ -126,8 +126,8 @@ def test_a_run_uses_its_secrets_and_leaves_none(
     assert files_with(b"mine.images", store) != []  # the run is there, and is searched
 
 
-def test_a_mirrors_password_is_sent_to_it_alone(tmp_path: Path, server: Server) -> None:  # noqa: F811
-    """And not to where it redirects."""
+def test_password_of_a_mirror_is_sent_only_to_it(tmp_path: Path, server: Server) -> None:  # noqa: F811
+    """A redirect does not get it."""
     asked: list[tuple[str, str | None]] = []
 
     class Redirecting(BaseHTTPRequestHandler):
@@ -157,7 +157,7 @@ def modes(*folders: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_store")
-def test_outputs_are_the_users_alone_and_what_is_not_ours_stays_as_it_is(cifar_exp: Command, workplace: Path) -> None:
+def test_outputs_are_private_and_other_files_keep_their_mode(cifar_exp: Command, workplace: Path) -> None:
     umask = os.umask(0o022)
     try:
         sweep = cifar_exp("-m", *TINY, "train.epochs=1", "seed=1", "progress=quiet")
@@ -208,7 +208,7 @@ def ask(port: int, host: str, path: str = "/ajax-api/2.0/mlflow/experiments/sear
 
 
 @pytest.mark.usefixtures("no_store")
-def test_mlflows_pages_are_for_this_machine_alone(cifar_exp: Command, workplace: Path, mlflow_server: int) -> None:
+def test_mlflow_ui_listens_on_loopback_only(cifar_exp: Command, workplace: Path, mlflow_server: int) -> None:
     assert ask(mlflow_server, f"127.0.0.1:{mlflow_server}") == 200
     assert ask(mlflow_server, f"localhost:{mlflow_server}") == 200
     for foreign in ("evil.example", f"evil.example:{mlflow_server}", "10.0.0.1", f"127.0.0.1:{mlflow_server + 1}"):

@@ -13,7 +13,7 @@ from cifar_exp.cli.api import train
 from cifar_exp.cli.train import command
 from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import RUN_FILE
-from cifar_exp.runs import start
+from cifar_exp.runs import prepare
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.sweep_resume import SWEEP_FILE, claimed_sweep
 from cifar_exp.system import scheduler
@@ -51,7 +51,7 @@ ONE = {
 
 
 @pytest.mark.parametrize("variables", MANY.values(), ids=MANY)
-def test_one_of_several_processes_is_refused_with_what_to_type(variables: dict[str, str]) -> None:
+def test_process_of_another_launcher_is_refused_with_a_remedy(variables: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"has started 2 processes.*once.* devices\.count=2\. ") as refused:
         refuse_many_processes(variables)
     typed = str(refused.value).rpartition("run env ")[2].split()
@@ -60,18 +60,18 @@ def test_one_of_several_processes_is_refused_with_what_to_type(variables: dict[s
 
 
 @pytest.mark.parametrize("variables", ONE.values(), ids=ONE)
-def test_a_process_that_is_alone_is_not_refused(variables: dict[str, str]) -> None:
+def test_single_process_is_not_refused(variables: dict[str, str]) -> None:
     refuse_many_processes(variables)
 
 
-def test_what_a_process_sets_for_itself_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a notebook does that was once on a cluster."""
+def test_own_environment_variables_are_not_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that the process itself set, as a notebook may, do not count."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     refuse_many_processes()
 
 
-def test_the_command_is_refused_at_once_and_leaves_nothing(workplace: Path) -> None:
+def test_command_under_another_launcher_is_refused_and_leaves_no_files(workplace: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "cifar_exp", "tracking=none"],
         env=environment() | TORCHRUN,
@@ -87,7 +87,7 @@ def test_the_command_is_refused_at_once_and_leaves_nothing(workplace: Path) -> N
     assert not list(workplace.iterdir())
 
 
-def test_training_from_python_is_refused_too_and_questions_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_function_is_refused_under_a_launcher_and_help_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "_inherited", lambda: TORCHRUN)
     with pytest.raises(ConfigError, match="torchrun"):
         train(["tracking=none"])
@@ -121,7 +121,7 @@ def test_a_requeued_sweep_continues_in_its_folder(tmp_path: Path, monkeypatch: p
     folder, arguments = tmp_path / "sweep", ["seed=0,1"]
     with claimed_sweep(folder, "never", arguments):
         pass
-    with pytest.raises(ConfigError, match="holds a sweep already"), claimed_sweep(folder, "never", arguments):
+    with pytest.raises(ConfigError, match="has a sweep already"), claimed_sweep(folder, "never", arguments):
         pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with claimed_sweep(folder, "never", arguments) as claimed:
@@ -129,19 +129,19 @@ def test_a_requeued_sweep_continues_in_its_folder(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="overrides were"), claimed_sweep(folder, "never", ["seed=0,1,2"]):
         pass
     typed = [*arguments, "resume=never"]
-    with pytest.raises(ConfigError, match="holds a sweep already"), claimed_sweep(folder, "never", typed):
+    with pytest.raises(ConfigError, match="has a sweep already"), claimed_sweep(folder, "never", typed):
         pass
     assert (folder / SWEEP_FILE).exists()
 
 
-def test_a_requeued_job_without_a_folder_of_its_own_is_told_so(
+def test_requeued_job_without_a_fixed_folder_is_warned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     config: Any = SimpleNamespace(resume="never")
-    assert start._wanted(config, RunContext(tmp_path)) is config
+    assert prepare._wanted(config, RunContext(tmp_path)) is config
     assert "SLURM_RESTART_COUNT=1: the job was requeued, and trains from the beginning" in capsys.readouterr().err
     (tmp_path / RUN_FILE).touch()
-    assert start._wanted(config, RunContext(tmp_path, ("resume=never",))) is config
-    assert start._wanted(SimpleNamespace(resume="auto"), RunContext(tmp_path)).resume == "auto"  # type: ignore[arg-type]
+    assert prepare._wanted(config, RunContext(tmp_path, ("resume=never",))) is config
+    assert prepare._wanted(SimpleNamespace(resume="auto"), RunContext(tmp_path)).resume == "auto"  # type: ignore[arg-type]
     assert not capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_a_folder_for_caches_that_cannot_be_written_is_named(home: Path, monkeyp
 
 
 @pytest.mark.parametrize("named", [None, "/nonexistent"])
-def test_who_has_no_home_gets_one_in_a_private_temporary_folder(
+def test_missing_home_is_replaced_by_a_private_temporary_folder(
     named: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(_: object) -> Path:
@@ -83,7 +83,7 @@ def test_a_temporary_folder_that_others_may_write_is_refused(home: Path, monkeyp
 
 
 @pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("No username set in the environment")])
-def test_who_has_no_name_gets_one(error: Exception, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+def test_missing_user_name_is_replaced(error: Exception, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     def nobody() -> str:
         raise error
 
@@ -104,7 +104,7 @@ def test_a_notebook_is_known_by_its_server_or_by_its_kernels_variable(
         monkeypatch.delenv(name)
     set_up_environment()
     assert os.environ["MPLBACKEND"] == "agg"
-    assert in_notebook(), "although matplotlib is told otherwise"
+    assert in_notebook(), "although matplotlib has another backend"
     in_notebook.cache_clear()
 
 
@@ -137,11 +137,11 @@ def test_sockets_lie_where_their_names_are_short_enough(home: Path, monkeypatch:
     Path(folder).rmdir()
     multiprocessing.current_process()._config.clear()  # type: ignore[attr-defined]
     monkeypatch.setattr(surroundings, "SHORT_BASES", ("/nonexistent",))
-    with pytest.raises(StorageError, match=r"its name may have 76 characters.* Set TMPDIR=<a folder"):
+    with pytest.raises(StorageError, match=r"its name may have at most 76 characters.* Set TMPDIR=<a folder"):
         set_up_environment()
 
 
-def test_what_cannot_be_encoded_is_printed_all_the_same() -> None:
+def test_unencodable_characters_are_printed_escaped() -> None:
     code = "from cifar_exp.system.standard_streams import print_anywhere; print_anywhere(); print('a\\u2026b')"
     ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=ascii_alone, check=True, capture_output=True, timeout=60)

@@ -24,7 +24,7 @@ with private_folder() as folder:
 """
 
 
-def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
+def test_folder_of_a_killed_process_is_removed_and_a_locked_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -43,7 +43,7 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_held_stays(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_of_other_people_with_such_a_name_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_other_programs_with_such_a_name_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run, a data root, a copy of a temporary folder and a link, whatever files they hold."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run, data = tmp_path / "cifar-exp-run", tmp_path / "cifar-exp-data"
@@ -67,7 +67,7 @@ def test_folders_of_other_people_with_such_a_name_stay(tmp_path: Path, monkeypat
     assert not (tmp_path / "cifar-exp-elsewhere").exists()
 
 
-def test_an_image_cache_keeps_folders_of_other_people(tmp_path: Path) -> None:
+def test_image_cache_keeps_folders_of_other_programs(tmp_path: Path) -> None:
     (tmp_path / "unfinished-work").mkdir()
     (tmp_path / "unfinished-dead").mkdir()
     mark(tmp_path / "unfinished-dead")

@@ -1,4 +1,4 @@
-"""Runs go to a store that the user named or owns, never to one that somebody's folder names, and no other file goes."""
+"""Runs are sent to a store that the user named or owns, never to one that a foreign folder names."""
 
 import json
 import sqlite3
@@ -80,13 +80,13 @@ def test_the_users_own_stores_need_no_typing(store: Path, monkeypatch: pytest.Mo
         assert sync_command(run).endswith("cifar-exp sync run")
 
 
-def test_a_store_that_is_a_link_is_where_it_leads(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_linked_store_counts_as_its_target(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (workplace / "runs.db").symlink_to(tmp_path_factory.mktemp("else") / "runs.db")
     with pytest.raises(ConfigError, match="names that store"):
         tracker_of(run_with("sqlite:///runs.db"), {})
 
 
-def test_in_the_folder_itself_it_is_as_foreign(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_inside_the_foreign_folder_is_foreign_too(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_with("sqlite:///mlflow.db", workplace / "run")
     monkeypatch.chdir(workplace / "run")
     with pytest.raises(ConfigError, match="names that store"):
@@ -96,14 +96,14 @@ def test_in_the_folder_itself_it_is_as_foreign(workplace: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     "section", ["tracking: [a]", "tracking: {_target_: [a]}", "tracking: {_target_: x.MLflowTracker, uri: [a]}"]
 )
-def test_a_section_of_another_kind_is_told(workplace: Path, section: str) -> None:
+def test_tracking_section_with_wrong_types_is_reported(workplace: Path, section: str) -> None:
     run = run_with(None, workplace / "run")
     (run / "config.yaml").write_text(section)
     with pytest.raises(StorageError, match=r"config\.yaml: the run's configuration cannot be read"):
         tracker_of(run, {})
 
 
-def test_other_runs_are_still_delivered_and_nothing_of_a_refused_one(
+def test_refused_run_is_not_sent_and_others_are(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_with(None, workplace / "all" / "good")
@@ -122,12 +122,12 @@ def test_other_runs_are_still_delivered_and_nothing_of_a_refused_one(
     assert delivered == ["good"]
     assert capsys.readouterr().out == "delivered\n"
     assert [type(failure) for failure in failures] == [ConfigError, StorageError, StorageError]
-    told = "\n".join(map(str, failures))
-    assert "metrics.jsonl: it is a link" in told
-    assert "artifacts.0=../../secret: " in told
+    messages = "\n".join(map(str, failures))
+    assert "metrics.jsonl: it is a link" in messages
+    assert "artifacts.0=../../secret: " in messages
 
 
-def test_a_file_that_is_a_link_is_not_sent(tmp_path: Path) -> None:
+def test_linked_file_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     run = run_with(None, tmp_path / "run", artifacts=["config.yaml", "notes.txt", "pictures", "absent"])
     (run / "notes.txt").symlink_to(tmp_path / "secret")
@@ -146,7 +146,7 @@ def test_a_file_that_is_a_link_is_not_sent(tmp_path: Path) -> None:
         ("sqlite:///x.db", "/x/another/artifacts"),
     ],
 )
-def test_a_store_cannot_say_that_files_go_to_any_folder(tmp_path: Path, uri: str | None, place: str) -> None:
+def test_store_cannot_choose_the_folder_for_files(tmp_path: Path, uri: str | None, place: str) -> None:
     sink = MLflowRun(MLflowStore(uri), RunInfo("run", tmp_path, {}, {}, 0.0))
     sink.run_id, sink._place = "ab12", place
     with pytest.raises(TrackingError, match=r"at .*, which is not the run's own folder") as refusal:
@@ -159,7 +159,7 @@ def test_a_store_cannot_say_that_files_go_to_any_folder(tmp_path: Path, uri: str
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", ".", "a/b", "a\0b", "\\x"])
-def test_an_experiments_files_lie_beside_its_store_whatever_its_name(tmp_path: Path, name: str) -> None:
+def test_artifacts_are_beside_the_store_for_any_experiment_name(tmp_path: Path, name: str) -> None:
     found = artifact_folder(tmp_path, name)
     assert found.resolve().parent == tmp_path / "artifacts"
     assert artifact_folder(tmp_path, "my runs") == tmp_path / "artifacts" / "my runs"
@@ -179,15 +179,15 @@ def test_an_experiments_files_lie_beside_its_store_whatever_its_name(tmp_path: P
         *("/etc", "file:///etc", "file:///etc/", "{folder}/../../../../../../../../etc", "file:///%65tc", "dbfs:/x"),
     ],
 )
-def test_pages_show_no_files_that_a_store_names_elsewhere(workplace: Path, place: str, table: str) -> None:
+def test_ui_shows_no_files_outside_the_stores_folder(workplace: Path, place: str, table: str) -> None:
     place = place.format(folder=workplace)
     assert store_address(f"sqlite:///{database_with(workplace, table, None)}")
-    with pytest.raises(ConfigError, match="outside its folder, and its pages would show") as refusal:
+    with pytest.raises(ConfigError, match="outside its folder, and the UI would show") as refusal:
         store_address(f"sqlite:///{database_with(workplace, table, place)}")
     assert place in str(refusal.value)
 
 
-def test_pages_show_the_files_beside_a_store_and_those_of_a_moved_one(workplace: Path) -> None:
+def test_ui_shows_files_beside_the_store_and_of_a_moved_store(workplace: Path) -> None:
     for place in (
         f"file://{workplace}/artifacts/1",
         str(workplace / "artifacts"),

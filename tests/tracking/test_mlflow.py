@@ -1,4 +1,4 @@
-"""MLflow gets every point once, whatever becomes of its server; runs of the dead are closed, of the living never."""
+"""MLflow gets every point once despite outages. Only runs of dead processes are closed."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def info(run_dir: Path, **more: Any) -> RunInfo:
 
 
 def points(store: MlflowClient, run_id: str, run_dir: Path) -> Counter[tuple[str, int, str]]:
-    """Name, step and value of every point that the store holds of the metrics in a run's journal."""
+    """Name, step and value of every point in the store, for the metrics of a run's journal."""
     names = journal.last_values(run_dir)
     return Counter(
         (name, point.step, repr(point.value)) for name in names for point in store.get_metric_history(run_id, name)
@@ -52,20 +52,20 @@ def points(store: MlflowClient, run_id: str, run_dir: Path) -> Counter[tuple[str
 
 
 def written(run_dir: Path) -> Counter[tuple[str, int, str]]:
-    """The same of the journal."""
+    """Name, step and value of every point in the journal."""
     return Counter(
         (name, entry.step, repr(value)) for entry in journal.read(run_dir) for name, value in entry.metrics.items()
     )
 
 
-def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> None:
+def test_points_sent_repeatedly_are_stored_once(workplace: Path) -> None:
     tracker = MLflowTracker(f"sqlite:///{workplace / 'runs.db'}")
     run = info(workplace / "run")
     entries = [
         Entry(1, 1, 0.5, {"loss": 1.0, "odd (name)": 2.0, "bad": math.nan}),
         Entry(2, 1, 0.75, {"loss": 1.0, "bad": math.nan, "up": math.inf}),
     ]
-    for _ in range(3):  # params, which cannot be changed, and tags too
+    for _ in range(3):  # params, which MLflow does not allow to change, and tags are sent again, too
         sink = tracker.sink(run)
         sink.open()
         sink.write(entries[:1])
@@ -90,8 +90,8 @@ def test_points_are_kept_once_however_often_they_are_sent(workplace: Path) -> No
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("resumes", [True, False])
-def test_a_folder_restored_from_a_backup_doubles_no_point(workplace: Path, resumes: bool) -> None:
-    """The store has steps that the restored journal lacks. They are trained again, at another time."""
+def test_run_folder_restored_from_a_backup_duplicates_no_point(workplace: Path, resumes: bool) -> None:
+    """The store has steps that the restored journal lacks. They are trained again, with other timestamps."""
     tracker = MLflowTracker()
     run = info(workplace / "run", sessions=("first",))
     before = [Entry(step, 1, step / 2, {"loss": 1.0}) for step in (1, 2, 3)]
@@ -107,9 +107,9 @@ def test_a_folder_restored_from_a_backup_doubles_no_point(workplace: Path, resum
     assert sink.missing(again) == []
 
 
-def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_follower_waits_for_a_locked_store(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MLflowTracker(f"sqlite:///{workplace / 'made.db'}").client()
-    shutil.copy(workplace / "made.db", workplace / "runs.db")  # MLflow keeps open what it has opened
+    shutil.copy(workplace / "made.db", workplace / "runs.db")  # a copy, because MLflow keeps the first file open
     uri = f"sqlite:///{workplace / 'runs.db'}"
     run = info(workplace / "run")
     writer = journal.JournalWriter(run.run_dir)
@@ -120,35 +120,35 @@ def test_a_store_that_another_program_holds_is_waited_for(workplace: Path, capsy
     follower = Follower(run.run_dir, MLflowTracker(uri).sink(run), interval=0.1)
     follower.start()
     deadline = time.monotonic() + 120
-    told = ""
-    while "retrying" not in told:
-        told += capsys.readouterr().err
+    messages = ""
+    while "retrying" not in messages:
+        messages += capsys.readouterr().err
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "database is locked" in told
+    assert "database is locked" in messages
     held.execute("ROLLBACK")
     held.close()
     follower.finish("FINISHED", answer_seconds=100)
     assert follower.error is None
-    told += capsys.readouterr().err
-    assert told.count("retrying") == told.count("reachable again") == told.count("\n") / 2 == 1
+    messages += capsys.readouterr().err
+    assert messages.count("retrying") == messages.count("reachable again") == messages.count("\n") / 2 == 1
     store = MLflowTracker(uri).client()
     (record,) = all_runs(store)
     assert (record.info.status, record.data.metrics) == ("FINISHED", {"loss": 1.0})
 
 
-def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Relay, mlflow_server: int) -> None:  # noqa: F811
+def test_lost_answer_creates_no_second_run(workplace: Path, relay: Relay, mlflow_server: int) -> None:  # noqa: F811
     run = info(workplace / "run")
     tracker = MLflowTracker(relay.address, "lost answers")
     sink = tracker.sink(run)
     create = MlflowClient.create_run
 
-    def deaf(*arguments: Any, **more: Any) -> Any:
+    def lose_answer(*arguments: Any, **more: Any) -> Any:
         relay.turn("deaf")
         return create(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MlflowClient, "create_run", deaf)
+        patch.setattr(MlflowClient, "create_run", lose_answer)
         with pytest.raises(Exception, match="API request"):
             sink.open()
     relay.turn("pass")
@@ -161,20 +161,20 @@ def test_an_answer_that_is_lost_makes_no_second_run(workplace: Path, relay: Rela
     assert (run.run_dir / RUN_ID_FILE).read_text().strip() == sink.run_id
 
 
-def assert_each_outage_is_told_once(lines: list[str]) -> None:
-    """When it begins and when it is over, and the run's end; a busy machine has outages of its own between those two.
+def assert_each_outage_is_reported_once(lines: list[str]) -> None:
+    """Check that start and end of each outage have one line. A busy machine may have more than the two outages.
 
-    Its end is two lines, and two more where the tracker has not got everything by then.
+    The end of the run has two lines, and two more if points are undelivered.
     """
-    told = [line for line in lines if "retrying" in line or "reachable again" in line]
-    assert len(told) >= 4, lines
-    assert all("retrying" in line for line in told[::2]), lines
-    assert all("reachable again" in line for line in told[1::2]), lines
-    others = [line for line in lines if line not in told]
+    messages = [line for line in lines if "retrying" in line or "reachable again" in line]
+    assert len(messages) >= 4, lines
+    assert all("retrying" in line for line in messages[::2]), lines
+    assert all("reachable again" in line for line in messages[1::2]), lines
+    others = [line for line in lines if line not in messages]
     assert len(others) == len(set(others)) <= 4, lines
 
 
-def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_elses(
+def test_outage_loses_and_duplicates_no_points_and_a_running_run_is_locked(
     cifar_exp: Command,
     workplace: Path,
     relay: Relay,  # noqa: F811
@@ -195,11 +195,14 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
         identity = (workplace / "run" / RUN_ID_FILE).read_text().strip()
         wait_for(lambda: "step/loss" in store.get_run(identity).data.metrics, process)
         for mode in ("cut", "hang"):
-            told = (workplace / "errors").read_text().count("retrying")
+            count = (workplace / "errors").read_text().count("retrying")
             relay.turn(mode)
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("retrying") > told, process)
+            wait_for(lambda count=count: (workplace / "errors").read_text().count("retrying") > count, process)
             relay.turn("pass")
-            wait_for(lambda told=told: (workplace / "errors").read_text().count("reachable again") > told, process)
+            wait_for(
+                lambda count=count: (workplace / "errors").read_text().count("reachable again") > count,
+                process,
+            )
         for refused in (cifar_exp(*run, "resume=auto"), cifar_exp("sync", "run", f"tracking.uri={relay.address}")):
             assert refused.returncode == 2
             assert f"(process {process.pid} on " in refused.stderr
@@ -210,8 +213,8 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
         assert process.wait(timeout=120) == 130
     finally:
         process.kill()
-    assert_each_outage_is_told_once((workplace / "errors").read_text().splitlines())
-    done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # what there was no time for
+    assert_each_outage_is_reported_once((workplace / "errors").read_text().splitlines())
+    done = cifar_exp("sync", "run", f"tracking.uri={relay.address}")  # deliver the rest
     assert done.returncode == 0, done.stderr
     record = store.get_run(identity)
     assert record.info.status == "KILLED"
@@ -219,7 +222,7 @@ def test_an_outage_loses_and_doubles_nothing_and_a_run_in_progress_is_nobody_els
     assert len(store.search_runs([record.info.experiment_id])) == 1
 
 
-def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are_not(
+def test_next_start_closes_runs_of_dead_processes_only(
     cifar_exp: Command, started: Start, workplace: Path, store: Path
 ) -> None:
     sweep = started("-m", *SLOW, "seed=1,2")
@@ -233,7 +236,7 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
     mlflow = client()
     experiment = all_runs(mlflow)[0].info.experiment_id
 
-    def planted(name: str, **changes: str) -> str:
+    def run_of_owner(name: str, **changes: str) -> str:
         folder = workplace / "outputs" / name
         folder.mkdir()
         tags = {f"process.{key}": value for key, value in changes.items()}
@@ -241,17 +244,17 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
         (folder / RUN_ID_FILE).write_text(identity)
         return str(identity)
 
-    living = planted("living")
-    elsewhere = planted("elsewhere", host="another", boot_id="x")
-    container = planted("container", pid_namespace="pid:[1]", pid="1")
-    killed_there = planted("killed-there", host="another", pid_namespace="pid:[1]", pid="1")
-    training_there = planted("training-there", host="another", pid_namespace="pid:[1]", pid="1")
+    living = run_of_owner("living")
+    elsewhere = run_of_owner("elsewhere", host="another", boot_id="x")
+    container = run_of_owner("container", pid_namespace="pid:[1]", pid="1")
+    killed_there = run_of_owner("killed-there", host="another", pid_namespace="pid:[1]", pid="1")
+    training_there = run_of_owner("training-there", host="another", pid_namespace="pid:[1]", pid="1")
     for name in ("elsewhere", "killed-there", "training-there"):
         (workplace / "outputs" / name / LOCK_FILE).touch()
     held = lock_run_folder(workplace / "outputs" / "training-there")
-    reused = planted("reused", pid_started="1")
-    rebooted = planted("rebooted", boot_id="an earlier one")
-    finished = planted("finished", boot_id="an earlier one")
+    reused = run_of_owner("reused", pid_started="1")
+    rebooted = run_of_owner("rebooted", boot_id="an earlier one")
+    finished = run_of_owner("finished", boot_id="an earlier one")
     Outcome("FINISHED", 1_700_000_000.5).save(workplace / "outputs" / "finished")
     (workplace / "outputs" / "finished" / UNDELIVERED_FILE).touch()
     next_start = cifar_exp(*TINY, "train.epochs=1", "progress=quiet")
@@ -270,12 +273,12 @@ def test_runs_of_dead_processes_are_closed_by_the_next_start_and_living_ones_are
         finished: "FINISHED",
     }
     assert {identity: status.pop(identity) for identity in expected} == expected
-    assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job
+    assert sorted(status.values()) == ["FINISHED", "FINISHED", "KILLED", "KILLED"]  # the sweep and its job are KILLED
     assert mlflow.get_run(finished).info.end_time == 1_700_000_000_500
 
 
 @linux
-def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
+def test_owner_is_dead_only_if_certain() -> None:
     here = Owner.here()
     assert not here.is_gone()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -285,19 +288,19 @@ def test_an_owner_is_known_to_be_gone_only_where_that_is_certain() -> None:
     child.kill()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert theirs.is_gone()  # dead, and not yet waited for
+    assert theirs.is_gone()  # a zombie
     child.wait()
     assert theirs.is_gone()
     assert str(theirs).startswith(f"process {child.pid} on {os.uname().nodename}")
 
 
-def test_a_run_that_was_never_heard_of_is_brought_later_whole(
+def test_run_trained_during_an_outage_is_delivered_completely_later(
     cifar_exp: Command,
     workplace: Path,
     relay: Relay,  # noqa: F811
     mlflow_server: int,
 ) -> None:
-    """A server that takes requests and never answers, from the first to the last."""
+    """The server accepts requests and never answers."""
     relay.turn("hang")
     address = f"tracking.uri={relay.address.replace('//', '//me:secret-word@')}"
     began = time.monotonic()
@@ -310,13 +313,13 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
         "sync",
         str(folder.relative_to(workplace)),
         f"tracking.uri={relay.address}",
-    )  # a folder vouches for no server
+    )  # the address must be typed: a folder's address is not trusted
     assert done.stderr.splitlines()[-1].endswith(f"cifar-exp {' '.join(typed)}")
     assert "test accuracy" in done.stdout or journal.last_values(folder)["test/count"] == 33
     assert not (folder / RUN_ID_FILE).exists()
 
     again = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
-    assert again.returncode == 5  # it has been trained, and is as unknown as before
+    assert again.returncode == 5  # trained, but still undelivered
     assert "finished before, test accuracy" in again.stdout
     refused = cifar_exp("sync", str(folder))
     assert refused.returncode == 2
@@ -325,14 +328,14 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert refused.returncode == 5
     assert "Nothing is lost" in refused.stderr
     relay.turn("pass")
-    brought = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
-    assert brought.returncode == 0, brought.stderr
+    delivered = cifar_exp(*TINY, address, "tracking.experiment=never heard of", "seed=3", f"resume={folder}")
+    assert delivered.returncode == 0, delivered.stderr
     count = sum(written(folder).values())
-    assert f"{count} of {count} points were missing and are delivered, 5 files, FINISHED" in brought.stdout
+    assert f"{count} of {count} points were missing and are now delivered, 5 files, FINISHED" in delivered.stdout
     again = cifar_exp("sync", "outputs", typed[-1])
     assert again.returncode == 0, again.stderr
     assert f" 0 of {count} points" in again.stdout
-    assert "secret-word" not in done.stdout + done.stderr + refused.stderr + brought.stdout + again.stdout
+    assert "secret-word" not in done.stdout + done.stderr + refused.stderr + delivered.stdout + again.stdout
 
     store = MlflowClient(f"http://127.0.0.1:{mlflow_server}")
     identity = (folder / RUN_ID_FILE).read_text().strip()
@@ -348,17 +351,17 @@ def test_a_run_that_was_never_heard_of_is_brought_later_whole(
     assert abs(record.info.end_time / 1000 - saved["started"]) < 120
 
 
-def test_a_sweep_goes_to_another_store_whole(cifar_exp: Command, workplace: Path) -> None:
+def test_sync_delivers_a_whole_sweep_to_another_store(cifar_exp: Command, workplace: Path) -> None:
     done = cifar_exp("-m", *TINY, "devices.count=1,2", "devices.oversubscribe=false", "train.epochs=1")
     assert done.returncode == 0, done.stderr
     (folder,) = (workplace / "outputs").glob("multirun/*/*")
     shutil.move(workplace / "outputs" / "mlflow.db", workplace / "lost.db")
     other = f"sqlite:///{workplace / 'other.db'}"
-    brought = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
-    assert brought.returncode == 0, brought.stderr
-    assert len(brought.stdout.splitlines()) == 2  # the job, and the sweep that it belongs to
-    brought = cifar_exp("sync", str(folder), f"tracking.uri={other}")
-    assert brought.returncode == 0, brought.stderr
+    delivered = cifar_exp("sync", str(folder / "1"), f"tracking.uri={other}")
+    assert delivered.returncode == 0, delivered.stderr
+    assert len(delivered.stdout.splitlines()) == 2  # the job and its sweep
+    delivered = cifar_exp("sync", str(folder), f"tracking.uri={other}")
+    assert delivered.returncode == 0, delivered.stderr
     store = MlflowClient(other)
     runs = all_runs(store)
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]

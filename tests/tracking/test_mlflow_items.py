@@ -1,4 +1,4 @@
-"""Names and values that MLflow refuses are recorded in a form that it takes, and one item never holds back others."""
+"""Names and values that MLflow refuses are cleaned or cut. One refused item does not affect the others."""
 
 import time
 from pathlib import Path
@@ -30,7 +30,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "expected"), NAMES.items())
-def test_a_name_that_mlflow_refuses_is_recorded_under_one_that_it_takes(name: str, expected: str) -> None:
+def test_invalid_mlflow_name_is_cleaned(name: str, expected: str) -> None:
     assert allowed_name(name) == expected
 
 
@@ -44,7 +44,7 @@ def test_names_stay_different_and_values_are_cut() -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_mlflow_takes_all_of_them(workplace: Path) -> None:
+def test_mlflow_accepts_all_cleaned_items(workplace: Path) -> None:
     folder = workplace / "run"
     folder.mkdir()
     params = {**dict.fromkeys(NAMES, 1), "n" * 400: 1, "long": "v" * 7000, "empty": ""}
@@ -52,7 +52,7 @@ def test_mlflow_takes_all_of_them(workplace: Path) -> None:
     run = RunInfo("a run", folder, params, tags, time.time())
     run.save("hash")
     tracker = MLflowTracker()
-    for _ in range(2):  # MLflow allows no change of params
+    for _ in range(2):  # MLflow does not allow params to change
         sink = tracker.sink(run)
         sink.open()
         sink.write([Entry(1, 1, 0.5, {name: 1.0 for name in NAMES if name != "\ud800"})])
@@ -80,8 +80,8 @@ def test_metrics_keep_different_names() -> None:
 
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("sent", [0, 1, 3])
-def test_metrics_whose_names_clean_to_the_same_do_not_merge_however_they_are_sent(workplace: Path, sent: int) -> None:
-    """A run in progress and `cifar-exp sync` choose the same names."""
+def test_metrics_with_equal_cleaned_names_do_not_merge(workplace: Path, sent: int) -> None:
+    """The run and `cifar-exp sync` choose the same names."""
     folder = workplace / "run"
     folder.mkdir()
     run = RunInfo("a run", folder, {}, {}, time.time())
@@ -114,30 +114,30 @@ def test_metrics_whose_names_clean_to_the_same_do_not_merge_however_they_are_sen
 
 
 def refusing(bad: set[str], longest: int, code: int = INVALID_PARAMETER_VALUE) -> tuple[list[Param], Any]:
-    """What a server has taken, and its log function: it refuses the names in ``bad`` and longer values."""
-    taken: list[Param] = []
+    """The items that a server accepted, and its log function, which refuses the names in ``bad`` and longer values."""
+    accepted: list[Param] = []
 
     def log(params: list[Param]) -> None:
         if any(param.key in bad or len(param.value) > longest for param in params):
             raise MlflowException("no", code)
-        taken.extend(params)
+        accepted.extend(params)
 
-    return taken, log
+    return accepted, log
 
 
-def test_one_that_is_refused_does_not_hold_back_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_item_does_not_affect_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     params = [Param(f"p{number}", "v") for number in range(250)] + [Param("long", "v" * 4000)]
-    taken, log = refusing({"p7", "p200"}, longest=500)
-    told: set[str] = set()
+    accepted, log = refusing({"p7", "p200"}, longest=500)
+    reported: set[str] = set()
     for _ in range(2):
-        log_each(params, 100, log, told)
-    kept = {param.key: param.value for param in taken}
+        log_each(params, 100, log, reported)
+    kept = {param.key: param.value for param in accepted}
     assert set(kept) == {param.key for param in params} - {"p7", "p200"}
     assert kept["long"] == "v" * 496 + " ..."  # an older server's limit
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == [
-        "cifar-exp: MLflow does not take the param p7",
-        "cifar-exp: MLflow does not take the param p200",
+        "cifar-exp: MLflow refuses the param p7",
+        "cifar-exp: MLflow refuses the param p200",
     ]
 
 
@@ -149,7 +149,7 @@ def test_one_that_is_refused_does_not_hold_back_the_others(capsys: pytest.Captur
         (INVALID_PARAMETER_VALUE, "The run x must be in the 'active' state. Current state is deleted."),
     ],
 )
-def test_what_is_not_about_single_items_is_raised(code: int, message: str) -> None:
+def test_error_about_the_whole_request_is_raised(code: int, message: str) -> None:
     def log(_: object) -> None:
         raise MlflowException(message, code)
 

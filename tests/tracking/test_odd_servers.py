@@ -1,4 +1,4 @@
-"""Servers that drip, log in, redirect or are no MLflow: each call ends, and the message says what helps."""
+"""Servers that answer slowly, ask for a login, redirect or are not MLflow: each call ends with a remedy."""
 
 import threading
 import time
@@ -13,14 +13,14 @@ from cifar_exp.records.run_folder import RunInfo
 from cifar_exp.tracking import bounded_client
 from cifar_exp.tracking.follower import undelivered_message
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
-from cifar_exp.tracking.store_problems import LOGIN, OTHER_SERVER, is_hopeless
+from cifar_exp.tracking.store_problems import LOGIN, OTHER_SERVER, is_permanent
 
 PAGE = "<html>Log in</html>"
 LATER = "Once the tracker can be reached"
 
 
 class Odd(BaseHTTPRequestHandler):
-    """Answers each request alike."""
+    """A server that gives the same answer to each request."""
 
     status, body, location = 200, "", ""
     drips = False
@@ -48,7 +48,7 @@ class Odd(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Odd], str]]:
-    """The answers of a server, and its address."""
+    """The server class, to set its answer, and its address."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     answers = type("Answers", (Odd,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
@@ -79,27 +79,25 @@ def failure(tmp_path: Path, address: str) -> Exception:
         (404, '{"detail": "Not Found"}', OTHER_SERVER, False),
         (401, "You are not authenticated", LOGIN, True),
         (403, '{"error_code": "PERMISSION_DENIED", "message": "no"}', LOGIN, True),
-        (302, "", OTHER_SERVER, False),  # to itself
+        (302, "", OTHER_SERVER, False),  # a redirect to itself
         (429, "slow", LATER, False),
         (500, "x", LATER, False),
         (503, "x", LATER, False),
     ],
 )
-def test_the_message_says_what_helps(
+def test_message_of_each_server_error_has_a_remedy(
     tmp_path: Path, odd: tuple[type[Odd], str], status: int, body: str, remedy: str, final: bool
 ) -> None:
     answers, address = odd
     answers.status, answers.body, answers.location = status, body, f"{address}/again"
     error = failure(tmp_path, f"{address}/")
-    assert is_hopeless(error) is final
-    told = undelivered_message(error, tmp_path)
-    assert remedy in told
-    assert (LATER in told) == (remedy == LATER)
+    assert is_permanent(error) is final
+    message = undelivered_message(error, tmp_path)
+    assert remedy in message
+    assert (LATER in message) == (remedy == LATER)
 
 
-def test_a_server_that_drips_is_given_up(
-    tmp_path: Path, odd: tuple[type[Odd], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_answer_times_out(tmp_path: Path, odd: tuple[type[Odd], str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers, address = odd
     answers.drips = True
     monkeypatch.setattr(bounded_client, "_limit", lambda *_: 0.3)
@@ -108,7 +106,7 @@ def test_a_server_that_drips_is_given_up(
         assert len(bounded_client._hanging) <= bounded_client.MOST_HANGING
 
 
-def test_a_large_file_has_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_upload_has_a_longer_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(5_000_000))

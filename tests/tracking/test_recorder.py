@@ -1,4 +1,4 @@
-"""What a follower does with a sink that fails, hangs and comes back; sinks made for it, so that it is quick."""
+"""Followers whose sink fails, hangs and recovers. The sinks are fakes, so the tests are quick."""
 
 import os
 import signal
@@ -26,18 +26,18 @@ from cifar_exp.tracking.recorder import Recording
 
 
 class Unreliable:
-    """Takes entries, but raises what ``refuses`` returns."""
+    """A sink that raises the error that ``error_of`` returns, if any."""
 
-    def __init__(self, refuses: Callable[[str], Exception | None]) -> None:
-        self._refuses = refuses
-        self.taken: list[Entry] = []
+    def __init__(self, error_of: Callable[[str], Exception | None]) -> None:
+        self._error_of = error_of
+        self.received: list[Entry] = []
         self.sizes: list[int] = []
         self.closed: list[str] = []
         self.calls = 0
 
     def _call(self, name: str) -> None:
         self.calls += 1
-        if error := self._refuses(name):
+        if error := self._error_of(name):
             raise error
 
     def open(self) -> None:
@@ -46,7 +46,7 @@ class Unreliable:
     def write(self, entries: Sequence[Entry]) -> None:
         self._call("write")
         self.sizes.append(len(entries))
-        self.taken += entries
+        self.received += entries
 
     def close(self, status: Status) -> None:
         self._call("close")
@@ -71,7 +71,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadlines, "REFUSED_SECONDS", 0.3)
 
 
-def test_what_is_refused_is_delivered_later_once_and_told_once(
+def test_refused_entries_are_delivered_once_and_each_outage_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries = journal(tmp_path, 1200)
@@ -82,27 +82,27 @@ def test_what_is_refused_is_delivered_later_once_and_told_once(
     follower.flush(timeout=60)
     follower.finish("FINISHED", answer_seconds=60)
     assert follower.error is None
-    assert sink.taken == entries
-    assert sink.sizes == [500, 500, 200]  # never more in memory
+    assert sink.received == entries
+    assert sink.sizes == [500, 500, 200]  # at most 500 at once
     assert sink.closed == ["FINISHED"]
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "cifar-exp: tracker unreachable, training continues, retrying: http://host is away"
-    assert told[1] == "cifar-exp: tracker reachable again, delivering what it missed"
-    assert told == told[:2] * (len(told) // 2)
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[0] == "cifar-exp: tracker unreachable, training continues, retrying: http://host is away"
+    assert messages[1] == "cifar-exp: tracker reachable again, delivering what it missed"
+    assert messages == messages[:2] * (len(messages) // 2)
 
 
-def test_a_single_failure_is_nobodys_business(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_failure_is_retried_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal(tmp_path, 3)
     failures = [ConnectionError("closed")]
     sink = Unreliable(lambda name: failures.pop() if name == "write" and failures else None)
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
     follower.finish("FINISHED", answer_seconds=60)
-    assert (follower.error, len(sink.taken)) == (None, 3)
+    assert (follower.error, len(sink.received)) == (None, 3)
     assert capsys.readouterr().err == ""
 
 
-def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
+def test_hung_sink_delays_neither_training_nor_the_end(tmp_path: Path) -> None:
     journal(tmp_path, 3)
     answer = threading.Event()
     sink = Unreliable(lambda name: None if name != "write" else answer.wait() and None)
@@ -115,15 +115,15 @@ def test_a_sink_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
     assert "no answer" in str(follower.error)
     answer.set()
     follower.join(10)
-    assert sink.closed == []  # the user was told that it was not delivered: nothing is said or done behind their back
+    assert sink.closed == []  # the user knows that nothing was delivered, so nothing is sent later
     assert "no answer" in str(follower.error)
 
 
 @pytest.mark.parametrize("hangs", ["open", "write"])
-def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_hangs(
+def test_stopped_run_waits_for_a_hung_sink_for_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
-    monkeypatch.setattr(deadlines, "CLOSING_SECONDS", 10_000.0)  # of a run that was not
+    monkeypatch.setattr(deadlines, "CLOSING_SECONDS", 10_000.0)  # for a run that was not stopped
     monkeypatch.setattr(deadlines, "STOPPED_SECONDS", 0.3)
     monkeypatch.setattr(deadlines, "LEAST_SECONDS", 0.1)
     answer = threading.Event()
@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_waits_no_longer_than_it_may_however_its_sink_han
     answer.set()
 
 
-def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_page_does_not_shorten_the_trackers_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadlines, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(deadlines, "LEAST_SECONDS", 0.01)
     page = Unreliable(lambda name: time.sleep(1.5) if name == "close" else None)
@@ -153,10 +153,8 @@ def test_a_page_that_takes_long_leaves_the_tracker_its_time(tmp_path: Path, monk
     assert not is_undelivered(tmp_path)
 
 
-def test_the_note_of_what_a_store_is_owed_is_written_atomically(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An empty note, as a kill in the middle of a write would leave, is settled by any store."""
+def test_undelivered_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty note, which a kill during the write would leave, would count as delivered to any store."""
 
     def interrupted(_self: Path, _target: Path) -> None:
         raise KeyboardInterrupt
@@ -170,31 +168,31 @@ def test_the_note_of_what_a_store_is_owed_is_written_atomically(
     assert mark_delivered(tmp_path, "another") == "a server"
 
 
-def test_what_a_store_is_owed_only_that_store_settles(tmp_path: Path) -> None:
+def test_undelivered_store_is_cleared_only_by_a_delivery_to_it(tmp_path: Path) -> None:
     mark_undelivered(tmp_path, "a server")
-    mark_undelivered(tmp_path, "another")  # the run goes on with another one; the first is still owed its part
+    mark_undelivered(tmp_path, "another")  # the run resumes with another store; the first still lacks points
     assert mark_delivered(tmp_path, "another") == "a server"
     assert is_undelivered(tmp_path)
     assert mark_delivered(tmp_path, "a server") == ""
     assert not is_undelivered(tmp_path)
     assert mark_delivered(tmp_path, "a server") == ""
-    (tmp_path / UNDELIVERED_FILE).touch()  # of an earlier version, which did not say whom
+    (tmp_path / UNDELIVERED_FILE).touch()  # an earlier version did not name the store
     assert mark_delivered(tmp_path, "a server") == ""
     assert not is_undelivered(tmp_path)
 
 
-def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_final_error_is_not_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal(tmp_path, 3)
     sink = Unreliable(lambda name: sqlite3.DatabaseError("file is not a database") if name == "open" else None)
     follower = Follower(tmp_path, sink, interval=0.01)
     follower.start()
     follower.finish("FINISHED", answer_seconds=60)
-    assert sink.calls == 2  # open, and word of the end
+    assert sink.calls == 2  # open and close
     assert isinstance(follower.error, sqlite3.DatabaseError)
     assert "Unreliable failed, training continues: file is not a database" in capsys.readouterr().err
 
 
-def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
+def test_undelivered_run_prints_the_sync_command(tmp_path: Path) -> None:
     sink = Unreliable(lambda _: ConnectionError("refused"))
     display = Unreliable(lambda _: None)
     record = Recording(tmp_path, time.monotonic() - 100, sink)
@@ -204,7 +202,7 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
         with record:
             record.start(display)
             for follower in record._followers:
-                follower._deadlines._began -= 100  # it has refused for longer than anyone would wait
+                follower._deadlines._began -= 100  # as if it had been unreachable for long
             journal(tmp_path, 3)
 
     with pytest.raises(TrackingError) as caught:
@@ -212,15 +210,13 @@ def test_a_run_that_ends_undelivered_says_what_to_type(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
     assert str(caught.value).splitlines()[-1].endswith(f"cifar-exp sync {os.path.relpath(tmp_path)}")
     assert display.closed == ["FINISHED"]
-    assert len(display.taken) == 4  # three and the last line
+    assert len(display.received) == 4  # three and the last line
     outcome = Outcome.of(tmp_path)
     assert outcome is not None
     assert outcome.status == "FINISHED"
 
 
-def test_a_signal_while_a_run_is_closed_is_answered_when_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_signal_while_a_run_is_closed_is_raised_afterwards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(_number: int, _frame: object) -> None:
         raise Stopped(signal.SIGINT)
 
@@ -244,14 +240,14 @@ def test_a_signal_while_a_run_is_closed_is_answered_when_it_is(
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert display.closed == sink.closed == ["FINISHED"]
-    assert len(sink.taken) == 4  # three and the last line
+    assert len(sink.received) == 4  # three and the last line
     outcome = Outcome.of(tmp_path)
     assert outcome
     assert outcome.status == "FINISHED"
     assert capsys.readouterr().err == "cifar-exp: the run is being closed\n"
 
 
-def test_how_a_run_ended_is_on_disk_for_whoever_comes_later(tmp_path: Path) -> None:
+def test_outcome_of_a_run_is_written_to_its_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Recording(tmp_path, time.monotonic(), None):
         raise RuntimeError
     failed = Outcome.of(tmp_path)

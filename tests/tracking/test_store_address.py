@@ -1,4 +1,4 @@
-"""Stores in folders with any name, and stores whose folder was moved: each has its files beside it."""
+"""Stores in folders with unusual names, and moved stores: the artifacts are beside the store."""
 
 import shutil
 from pathlib import Path
@@ -35,12 +35,12 @@ def test_the_address_of_a_file_is_read_as_that_file(tmp_path: Path, name: str) -
         ("postgresql://me@there/runs", None),
     ],
 )
-def test_the_file_of_an_address_is_found(address: str, database: Path | None) -> None:
+def test_database_file_of_an_address_is_found(address: str, database: Path | None) -> None:
     assert database_of(address) == database
 
 
 def logged(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Log a file to a new run of the store of ``project``; returns where it is."""
+    """Log a file to a new run in the store of ``project``; returns its path."""
     monkeypatch.chdir(project)
     store = MLflowStore()
     client = store.client()
@@ -53,7 +53,7 @@ def logged(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def project(empty_store: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A project with an empty store; its name is the test's parameter."""
+    """A project folder with an empty store. The test's parameter is the folder's name."""
     folder = tmp_path / getattr(request, "param", "project")
     (folder / "outputs").mkdir(parents=True)
     shutil.copy(empty_store, folder / "outputs")
@@ -61,7 +61,7 @@ def project(empty_store: Path, tmp_path: Path, request: pytest.FixtureRequest) -
 
 
 @pytest.mark.parametrize("project", ["what?", "my%20project", 'a#b "c"'], indirect=True)
-def test_store_and_artifacts_are_in_the_project_whatever_its_name(
+def test_store_and_artifacts_are_in_the_project_for_any_folder_name(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = logged(project, monkeypatch)
@@ -80,8 +80,8 @@ def artifacts_of_runs(project: Path) -> set[str]:
     return {str(run.info.artifact_uri).partition("/cifar-exp/")[0] for run in runs}
 
 
-def test_a_store_follows_its_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After mv, old and new runs have their files in the new place, and nothing is made in the old one."""
+def test_moved_project_keeps_its_store_and_artifacts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After mv, old and new runs have their files in the new folder, and the old one is not created again."""
     logged(project, monkeypatch)
     moved = project.rename(project.with_name("other %41 place"))
     assert logged(moved, monkeypatch).is_relative_to(moved / "outputs/artifacts/cifar-exp")
@@ -89,7 +89,7 @@ def test_a_store_follows_its_project(project: Path, monkeypatch: pytest.MonkeyPa
     assert artifacts_of_runs(moved) == {(moved / "outputs/artifacts").as_uri()}
 
 
-def test_a_folder_for_artifacts_that_somebody_chose_stays(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_artifact_folder_is_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = project.parent / "disk"
     chosen.mkdir()
     address = artifact_address(chosen / "mlflow.db", "cifar-exp")

@@ -1,4 +1,4 @@
-"""Experiments and runs that others made, deleted or named, and stores that cannot be written, each get their answer."""
+"""Experiments and runs that other processes created or deleted, and stores that cannot be written."""
 
 import errno
 import sqlite3
@@ -16,7 +16,7 @@ from cifar_exp.tracking.deliveries import deliver_all
 from cifar_exp.tracking.follower import undelivered_message
 from cifar_exp.tracking.mlflow_run import MLflowRun
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
-from cifar_exp.tracking.store_problems import is_hopeless
+from cifar_exp.tracking.store_problems import is_permanent
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -36,7 +36,7 @@ def opened(tracker: MLflowTracker, run: RunInfo) -> MLflowRun:
     return sink
 
 
-def test_an_experiment_that_another_process_creates_meanwhile_is_used() -> None:
+def test_experiment_created_concurrently_is_used() -> None:
     store = MLflowTracker().client()
     create = MlflowClient.create_experiment
 
@@ -54,7 +54,7 @@ def test_an_experiment_that_another_process_creates_meanwhile_is_used() -> None:
         MLflowTracker(experiment="raced").client()
 
 
-def test_a_deleted_run_is_restored_by_a_resume_and_left_alone_by_sync(capsys: pytest.CaptureFixture[str]) -> None:
+def test_deleted_run_is_restored_by_resume_and_not_by_sync(capsys: pytest.CaptureFixture[str]) -> None:
     tracker = MLflowTracker()
     run = info("run")
     identity = opened(tracker, run).run_id
@@ -86,7 +86,7 @@ def test_an_existing_run_is_continued_by_one_run_alone(capsys: pytest.CaptureFix
     record = store.get_run(given)
     assert (record.info.run_name, record.info.status, record.data.params) == ("named", "FINISHED", {"lr": "0.1"})
     (point,) = store.get_metric_history(given, "loss")
-    assert point.timestamp / 1000 == pytest.approx(time.time(), abs=600)  # not from the given run's start
+    assert point.timestamp / 1000 == pytest.approx(time.time(), abs=600)  # relative to its own start
     for number, (wrong, words) in enumerate(
         {given: "another run has continued", "0" * 32: "no such run", "no id!": "no such run"}.items()
     ):
@@ -102,13 +102,13 @@ def test_an_experiment_is_found_by_its_id() -> None:
     uri = f"sqlite:///{Path('outputs/mlflow.db').resolve()}"
     with pytest.raises(TrackingError, match=r"experiment_id=99: .* has no such experiment. Set tracking.experiment"):
         MLflowTracker(uri, experiment_id="99").client()
-    default = MLflowTracker(experiment_id="99")  # of MLflow's own default store
+    default = MLflowTracker(experiment_id="99")  # an id in MLflow's default store
     experiment = store.get_experiment_by_name("cifar-exp")
     assert experiment is not None
     assert default.id_of_experiment(default.client()) == experiment.experiment_id
 
 
-def test_a_file_that_cannot_be_stored_holds_back_nothing() -> None:
+def test_file_that_cannot_be_stored_does_not_affect_metrics() -> None:
     sink = opened(MLflowTracker(), info("run", artifacts=(CONFIG_FILE, "run.json")))
     assert sink.run_id
     log = MlflowClient.log_artifact
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_stored_holds_back_nothing() -> None:
     assert store.get_run(sink.run_id).info.status == "FINISHED"
 
 
-def test_a_driver_that_is_not_installed_is_named() -> None:
+def test_missing_database_driver_is_named() -> None:
     with pytest.raises(TrackingError, match=r"postgresql://host/x: MLflow needs the Python module psycopg") as caught:
         MLflowTracker("postgresql://me:hush@host/x").client()
     assert "hush" not in str(caught.value)
@@ -137,7 +137,7 @@ def test_a_driver_that_is_not_installed_is_named() -> None:
     ("revision", "words"),
     [("abcdefabcdef", "A newer MLflow has made that store"), ("0584bdc529eb", "mlflow db upgrade")],
 )
-def test_a_store_of_another_version_is_told_with_what_helps(store: Path, revision: str, words: str) -> None:
+def test_store_of_another_mlflow_version_is_reported_with_a_remedy(store: Path, revision: str, words: str) -> None:
     other = store.with_name("other.db")
     other.write_bytes(store.read_bytes())
     with sqlite3.connect(other) as connection:
@@ -145,13 +145,13 @@ def test_a_store_of_another_version_is_told_with_what_helps(store: Path, revisio
     connection.close()
     with pytest.raises(Exception, match="schema") as caught:
         MLflowTracker(f"sqlite:///{other}").client()
-    assert is_hopeless(caught.value)
-    told = undelivered_message(caught.value, Path("run"))
-    assert words in told
-    assert ("upgrade" in told) == (words == "mlflow db upgrade")
+    assert is_permanent(caught.value)
+    messages = undelivered_message(caught.value, Path("run"))
+    assert words in messages
+    assert ("upgrade" in messages) == (words == "mlflow db upgrade")
 
 
-def test_sync_sends_the_sound_runs_beside_damaged_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_sends_intact_runs_and_skips_damaged_ones(capsys: pytest.CaptureFixture[str]) -> None:
     Path("all").mkdir()
     for name in ("all/0", "all/1", "all/2", "all/3"):
         info(name)
@@ -169,4 +169,4 @@ def test_a_variable_that_mlflow_cannot_read_is_named(name: str, monkeypatch: pyt
     monkeypatch.setenv(name, "abc")
     with pytest.raises(TrackingError, match=f"^{name}=abc: .* Correct or unset it$") as caught:
         MLflowTracker().client()
-    assert is_hopeless(caught.value), "another try reads the same"
+    assert is_permanent(caught.value), "another try reads the same"

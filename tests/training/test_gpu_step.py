@@ -68,7 +68,7 @@ RECIPES = ("experiment=reference", "optimizer=adamw", "experiment=speedrun", "ex
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_captured_step_is_the_whole_step(
+def test_captured_graph_covers_the_whole_step(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: list[str]
 ) -> None:
     captured: list[Crossings] = []
@@ -128,7 +128,7 @@ def test_the_host_does_not_wait_within_an_epoch(recipe: str, tmp_path: Path, mon
     ],
 )
 @pytest.mark.usefixtures("gpu")
-def test_an_optimizer_may_be_captured_unless_somebody_says_otherwise(
+def test_optimizers_are_capturable_unless_disabled(
     overrides: list[str], settings: tuple[bool | None, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = rank_on_a_gpu(monkeypatch, tmp_path, "optimizer=adamw", *overrides)
@@ -138,7 +138,7 @@ def test_an_optimizer_may_be_captured_unless_somebody_says_otherwise(
 
 @pytest.mark.parametrize("what", [lambda: torch.ones(3).to(GPU), lambda: torch.ones(3, device=GPU).cpu()])
 @pytest.mark.usefixtures("gpu")
-def test_copies_would_be_noticed(what: Callable[[], Tensor]) -> None:
+def test_host_copies_are_detected(what: Callable[[], Tensor]) -> None:
     with Crossings(allowed=True) as seen:
         what()
     assert seen.crossings == 1
@@ -148,6 +148,6 @@ def test_copies_would_be_noticed(what: Callable[[], Tensor]) -> None:
 
 @pytest.mark.parametrize("what", [lambda values: values.sum().item(), lambda values: values.nonzero()])
 @pytest.mark.usefixtures("gpu")
-def test_numbers_that_the_host_reads_would_be_noticed(what: Callable[[Tensor], object]) -> None:
+def test_host_reads_are_detected(what: Callable[[Tensor], object]) -> None:
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         what(torch.ones(3, device=GPU))

@@ -53,7 +53,7 @@ def trained(captured: bool, world: World, make_optimizer: OptimizerFactory) -> t
     return [*model.parameters(), *model.buffers()], figures
 
 
-def test_steps_of_several_sizes_have_gradients_of_their_own(only_rank: World) -> None:
+def test_steps_of_several_sizes_have_separate_gradients(only_rank: World) -> None:
     networks = []
     for captured in (False, True):
         made, model, _ = trainer(only_rank)
@@ -86,7 +86,7 @@ def test_replayed_steps_of_muon_train_the_same_network(only_rank: World) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_that_cannot_be_captured_says_so_and_changes_nothing(only_rank: World) -> None:
+def test_failed_capture_is_reported_and_training_runs_eagerly(only_rank: World) -> None:
     def refusing(function: Function) -> Function:
         function()
         raise ValueError("not this one")
@@ -129,8 +129,8 @@ def images_on_gpu(batches: TrainBatches | EvaluationBatches) -> Split:
     return batches.source.to(torch.device("cuda"))
 
 
-def test_what_made_a_capture_fail_is_told_first() -> None:
-    """CUDA's own error, raised when the capture ends, hides the one that it ended for."""
+def test_cause_of_a_failed_capture_is_reported_first() -> None:
+    """CUDA raises its own error when the capture ends, which hides the cause."""
 
     def capture() -> None:
         try:
@@ -144,7 +144,7 @@ def test_what_made_a_capture_fail_is_told_first() -> None:
     assert capture_problem(MemoryError()) == "MemoryError"
 
 
-def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(only_rank: World) -> None:
+def test_ema_weights_follow_the_formula_and_are_evaluated(only_rank: World) -> None:
     made, model, _ = trainer(only_rank)
     made = replace(made, train_step=replace(made.train_step, ema_decay=0.75))
     seen: list[Tensor] = []

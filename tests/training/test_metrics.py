@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return fake
 
 
-def test_totals_of_uneven_batches_are_those_of_the_whole_set() -> None:
+def test_totals_of_uneven_batches_equal_the_whole_set() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(33, 10, generator=generator), torch.arange(33) % 10
     metric_sums = MetricSums(CPU)
@@ -78,7 +78,7 @@ def test_averages_are_sums_over_images() -> None:
     assert averages.named("val") == {"val/loss": 2.5, "val/accuracy": 0.75}
 
 
-def test_a_loss_that_is_not_finite_stays_so() -> None:
+def test_nan_loss_stays_nan_in_the_average() -> None:
     metric_sums = MetricSums(CPU)
     metric_sums.add(torch.tensor(math.nan), torch.eye(2), torch.tensor([0, 1]))
     metric_sums.add(torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stays_so() -> None:
     assert averages.accuracy == 1.0
 
 
-def test_a_stopwatch_adds_up_spans_of_one_name_and_nothing_between_them(clock: FakeClock) -> None:
+def test_stopwatch_sums_spans_by_name_without_gaps(clock: FakeClock) -> None:
     watch = Stopwatch()
     for seconds in (2.0, 0.5):
         with watch.span("step"):
@@ -98,7 +98,7 @@ def test_a_stopwatch_adds_up_spans_of_one_name_and_nothing_between_them(clock: F
     assert watch.seconds == {"step": 2.5, "data": 1.0}
 
 
-def test_an_inner_span_takes_its_time_from_the_outer_one(clock: FakeClock) -> None:
+def test_inner_span_is_subtracted_from_the_outer_one(clock: FakeClock) -> None:
     watch = Stopwatch()
     with watch.span("outer"):
         clock.now += 1
@@ -124,7 +124,7 @@ def test_a_span_within_one_of_its_own_name_is_counted_once(clock: FakeClock) -> 
     assert watch.seconds == {"step": 7.0}
 
 
-def test_a_span_that_an_error_ends_is_counted(clock: FakeClock) -> None:
+def test_span_ended_by_an_error_is_counted(clock: FakeClock) -> None:
     watch = Stopwatch()
 
     def fail() -> None:
@@ -167,7 +167,7 @@ def test_a_metric_of_the_table_is_in_the_journal_of_training_and_evaluation(only
 
 
 @pytest.mark.usefixtures("third_metric")
-def test_a_metric_that_is_newer_than_the_checkpoint_is_not_known_for_its_epoch() -> None:
+def test_metric_missing_in_an_older_checkpoint_is_nan() -> None:
     sums = completed(torch.tensor([6.0, 2.0, 4.0], dtype=torch.float64))
     values = MetricValues.of(sums)
     assert (values.loss, values.accuracy, values.count) == (1.5, 0.5, 4)

@@ -112,13 +112,13 @@ def slow_muon(weight: Array, gradients: list[Array], rates: list[float], momentu
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (40, 4, 3, 3), (6, 6, 1, 1)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_two_steps_of_muon_are_those_of_the_slow_one(
+def test_two_muon_steps_equal_a_plain_implementation(
     shape: tuple[int, ...],
     momentum: float,
     memory_format: torch.memory_format,
     rate: Callable[[float], float | Tensor],
 ) -> None:
-    """The rate is read anew at each step, and the layout in memory makes no difference."""
+    """The learning rate is read at each step, and the memory layout does not matter."""
     generator = torch.Generator().manual_seed(0)
     weight, *gradients = (torch.randn(shape, generator=generator) for _ in range(3))
     parameter = torch.nn.Parameter(weight.clone(memory_format=memory_format))
@@ -133,7 +133,7 @@ def test_two_steps_of_muon_are_those_of_the_slow_one(
     np.testing.assert_allclose(parameter.detach().numpy(), expected, atol=2e-5)
 
 
-def test_muon_remembers_gradients_by_its_momentum() -> None:
+def test_muon_has_momentum() -> None:
     """After gradients g and 0 the second update still follows g; without momentum there is none."""
     for momentum, moves in ((0.6, True), (0.0, False)):
         parameter = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1)))
@@ -146,8 +146,8 @@ def test_muon_remembers_gradients_by_its_momentum() -> None:
         assert ((parameter - before).norm() > 0.1) == moves
 
 
-def test_muon_is_nesterov_sgd_for_all_that_is_no_convolution() -> None:
-    """Matrices and biases at rates of their own; decay shrinks both by lr x weight_decay, whatever their ratio."""
+def test_muon_uses_nesterov_sgd_for_other_parameters() -> None:
+    """Matrices and biases have their own learning rates; weight decay shrinks both by lr x weight_decay."""
     generator = torch.Generator().manual_seed(0)
     initial = [torch.randn(shape, generator=generator) for shape in ((5, 7), (5,), (2, 3, 4))]
     ratios = [3.0, 0.5, 3.0]
@@ -194,7 +194,7 @@ def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
         (torch.optim.NAdam, {"capturable": True}, False),  # has no fused one; part of its state starts at one
     ],
 )
-def test_which_optimizers_is_capturable(
+def test_capturable_optimizers(
     make: Callable[..., torch.optim.Optimizer], settings: dict[str, Any], may_be: bool
 ) -> None:
     assert is_capturable(make([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **settings)) is may_be

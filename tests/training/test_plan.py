@@ -61,14 +61,14 @@ def test_strong_scaling_keeps_the_global_batch_the_steps_and_the_rate(devices: i
 
 
 @pytest.mark.parametrize("scaling", ["weak", "strong"])
-def test_accumulation_plans_what_as_many_devices_would(scaling: str) -> None:
+def test_accumulation_has_the_plan_of_as_many_devices(scaling: str) -> None:
     one, several = plan(2, accumulate=4, scaling=scaling), plan(8, scaling=scaling)
     for name in ("per_device_batch_size", "global_batch_size", "steps_per_epoch", "dropped_images", "learning_rates"):
         assert getattr(one, name) == getattr(several, name), name
     assert (one.world_size, one.accumulate) == (2, 4)
 
 
-def test_micro_batches_that_cannot_be_are_refused() -> None:
+def test_impossible_micro_batches_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"2 devices x 3 micro-batches and must be divisible by 6\. Set .*=258"):
         plan(2, accumulate=3, scaling="strong")
 
@@ -106,14 +106,14 @@ def test_linear_warm_up_rises_by_equal_amounts_over_five_epochs() -> None:
     assert small.learning_rates == plan(1, batch_size=128).learning_rates  # nothing to warm up to
 
 
-def test_what_is_hardly_meant_is_said() -> None:
-    """A warm-up that the run does not outlast; a test set that decides when training ends."""
+def test_doubtful_settings_are_warned_about() -> None:
+    """A warm-up longer than the run; early stopping on the test set."""
     config = configured(lr_scaling="linear_warmup")
-    (told,) = warnings(config, plan(2, epochs=5))
-    assert "train.epochs=5 ends before" in told
+    (warning,) = warnings(config, plan(2, epochs=5))
+    assert "train.epochs=5 ends before" in warning
     assert warnings(config, plan(1, epochs=5)) == warnings(config, plan(2, epochs=6)) == []
-    (told,) = warnings(configured(patience=2), plan(1))
-    assert "early_stopping.patience=2: there is no validation split" in told
+    (warning,) = warnings(configured(patience=2), plan(1))
+    assert "early_stopping.patience=2: there is no validation split" in warning
     assert warnings(configured(patience=2, apart=0.1), plan(1)) == []
 
 
@@ -122,7 +122,7 @@ def test_nothing_is_dropped_where_the_batch_divides_the_set() -> None:
     assert (made.steps_per_epoch, made.dropped_images) == (3, 0)
 
 
-def test_a_batch_as_large_as_the_set_is_one_step() -> None:
+def test_batch_as_large_as_the_training_set_is_one_step() -> None:
     made = plan(2, 97, batch_size=48, epochs=1)
     assert (made.steps_per_epoch, made.dropped_images) == (1, 1)
 
@@ -148,8 +148,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_batch_that_cannot_be_is_refused_with_one_that_can(case: str) -> None:
-    """The message names setting, value and rule, and what it says to type is accepted."""
+def test_impossible_batch_size_is_refused_with_a_valid_one(case: str) -> None:
+    """The message names setting, value and rule, and its remedy is accepted."""
     (devices, count, train), parts, valid = REFUSED[case]
     with pytest.raises(ConfigError) as refusal:
         plan(devices, count, **train)
@@ -158,7 +158,7 @@ def test_a_batch_that_cannot_be_is_refused_with_one_that_can(case: str) -> None:
     assert plan(devices, count, **train | {"batch_size": valid}).steps_per_epoch >= 1
 
 
-def test_what_images_kept_apart_leave_too_few_of_is_said() -> None:
+def test_validation_split_that_leaves_too_few_images_is_refused() -> None:
     with pytest.raises(ConfigError) as refusal:
         plan(2, 40, batch_size=32, apart=0.6)
     for part in (
@@ -169,7 +169,7 @@ def test_what_images_kept_apart_leave_too_few_of_is_said() -> None:
         assert part in str(refusal.value)
 
 
-def test_weak_scaling_asks_for_no_divisibility() -> None:
+def test_weak_scaling_needs_no_divisible_batch() -> None:
     assert plan(4, batch_size=255).global_batch_size == 1020
 
 

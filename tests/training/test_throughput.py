@@ -37,7 +37,7 @@ def test_each_step_is_in_one_block_and_the_first_block_is_warm_up(per_epoch: int
     assert blocks == max(1, -(-steps // every) - 1)
 
 
-def test_a_block_counts_as_its_steps() -> None:
+def test_blocks_are_weighted_by_their_steps() -> None:
     """Two whole blocks of 5 steps outweigh the single last step."""
     throughput = Throughput([1.0, 100.0, 110.0], [5, 5, 5], open_images=1000, open_steps=1, open_seconds=1.0)
     assert throughput.steady() == (110.0, 11, 3)
@@ -46,7 +46,7 @@ def test_a_block_counts_as_its_steps() -> None:
     assert Throughput().steady() is None
 
 
-def test_blocks_come_back_from_a_checkpoint_and_from_one_of_earlier_versions() -> None:
+def test_blocks_are_restored_from_current_and_earlier_checkpoints() -> None:
     throughput = trained(7, 3, 5)
     assert Throughput.load({"throughput": throughput.state_dict()}, 5) == throughput
     assert Throughput.load({"block_rates": [1.0, 2.0]}, 5) == Throughput([1.0, 2.0], [5, 5])

@@ -78,7 +78,7 @@ def test_when_a_checkpoint_is_saved(
     assert disk.calls == (["sync", "save"] if saved else ["wait"])
 
 
-def test_a_checkpoint_says_what_it_is_of(only_rank: World, tmp_path: Path) -> None:
+def test_checkpoint_has_step_epoch_and_config_hash(only_rank: World, tmp_path: Path) -> None:
     disk = Disk()
     made = policy(only_rank, tmp_path, disk, every=1)
     after(made, epoch=4, best_epoch=3)

@@ -19,7 +19,7 @@ from tests.conftest import TINY, Command, environment
 from tests.helpers.marks import pinning
 
 
-def test_the_launcher_sees_the_whole_of_a_failure_or_nothing(tmp_path: Path) -> None:
+def test_failure_report_is_written_atomically(tmp_path: Path) -> None:
     """The launcher may read at any moment, and a rank may be killed while it writes."""
     failure = RankFailure(1, 0.0, None, "RuntimeError: no", "a line of a traceback\n" * 50_000)
     writer = threading.Thread(target=lambda: [failure.save(tmp_path, attempt=0) for _ in range(100)])
@@ -78,8 +78,8 @@ def test_a_run_closes_all_files_that_it_opens(workplace: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_rank_keeps_the_memory_that_it_frees(cifar_exp: Command, workplace: Path) -> None:
-    """A block of 40 MiB is allocated and freed twice: the second time the kernel has no page of it to find."""
+def test_freed_memory_stays_with_the_rank(cifar_exp: Command, workplace: Path) -> None:
+    """A block of 40 MiB is allocated and freed twice: the second time without page faults."""
     (workplace / "spy.py").write_text(
         "import os, pathlib, resource\nfrom cifar_exp.models.networks import convnet\n"
         "def pages():\n"

@@ -1,4 +1,4 @@
-"""Whoever means harm: in files that a run reads, in names that it is given, over the network."""
+"""Attacks: in files that a run reads, in names that it is given, over the network."""
 
 import http.client
 import time
@@ -8,11 +8,11 @@ import psutil
 import yaml
 
 from tests.faults.images import picture
-from tests.faults.records import free_port
+from tests.faults.mlflow_stores import free_port
 from tests.faults.registry import case
 from tests.faults.runs import EPOCHS_A_TRY, HERE, UNTRACKED, settings
-from tests.faults.saving import copied
-from tests.faults.scene import LIMIT, Scene, says
+from tests.faults.saving import copy_of_killed_run
+from tests.faults.scene import LIMIT, Scene, check_exit
 
 EXECUTES = "train: !!python/object/apply:os.mkdir [executed]\n"
 
@@ -20,45 +20,45 @@ EXECUTES = "train: !!python/object/apply:os.mkdir [executed]\n"
 @case("code in a run's config.yaml")
 def malicious_yaml(scene: Scene) -> None:
     run = settings(EPOCHS_A_TRY)
-    folder = copied(scene, run, "run")
+    folder = copy_of_killed_run(scene, run, "run")
     (folder / "config.yaml").write_text(EXECUTES)
-    says(scene.run(*run, *HERE, *UNTRACKED), 8, "config.yaml")
+    check_exit(scene.run(*run, *HERE, *UNTRACKED), 8, "config.yaml")
     assert not (scene.folder / "executed").exists(), "code in config.yaml was run"
     scene.handled("code in a run's config.yaml", "the same")
 
 
 @case("a target in a run's config.yaml")
 def malicious_target(scene: Scene) -> None:
-    """Prediction with somebody else's run runs only what its user trusts, whatever the run says of trust."""
-    folder = copied(scene, settings(EPOCHS_A_TRY), "run")
+    """Prediction with a foreign run imports only what its user trusts, whatever the run's config trusts."""
+    folder = copy_of_killed_run(scene, settings(EPOCHS_A_TRY), "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["trusted_modules"] = ["os", "posix", "tests"]
     picture().save(scene.folder / "picture.png")
-    # Prediction takes the network alone: it never looks at the first of them.
+    # Prediction builds the network only, so it ignores the target in `augment`.
     for section, code, words in (("augment", 0, ()), ("model", 2, ("model._target_=os.mkdir",))):
         changed = config | {section: {"_target_": "os.mkdir", "path": "executed"}}
         (folder / "config.yaml").write_text(yaml.safe_dump(changed))
-        says(scene.run("predict", "run", "trusted_modules=[tests]", "picture.png"), code, *words)
+        check_exit(scene.run("predict", "run", "trusted_modules=[tests]", "picture.png"), code, *words)
     assert not (scene.folder / "executed").exists(), "code that a run's folder names was run"
     scene.handled("a target in a run's config.yaml", "the same")
 
 
 @case("a password in the tracker's address")
 def password(scene: Scene) -> None:
-    """It is in no file of the run and in nothing that is printed."""
+    """The password is in no file of the run and in no output."""
     address = f"http://somebody:hunter2@127.0.0.1:{free_port()}"
     ended = scene.run(*settings(1), *HERE, f"tracking.uri={address}", env={"no_proxy": "127.0.0.1"})
-    says(ended, 5)
+    check_exit(ended, 5)
     assert "hunter2" not in ended.out + ended.err
-    told = [str(path) for path in scene.folder.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
-    assert not told, f"the password is in {told}"
+    leaks = [str(path) for path in scene.folder.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert not leaks, f"the password is in {leaks}"
     scene.handled("a password in the tracker's address", "the same")
 
 
 @case("another Host header", "another machine's request to the UI", "the UI's port is taken", needs=("ui", "linux"))
 def host_header(scene: Scene) -> None:
-    """A page elsewhere that rebinds its name to this machine gets nothing, and nobody else can connect at all."""
-    says(scene.run(*settings(1), *HERE), 0)
+    """DNS rebinding gets no answer, and other machines cannot connect."""
+    check_exit(scene.run(*settings(1), *HERE), 0)
     port = free_port()
     running = scene.start("ui", "--port", str(port))
     deadline = time.monotonic() + LIMIT
@@ -78,7 +78,7 @@ def host_header(scene: Scene) -> None:
     scene.handled("another machine's request to the UI", "it listens on 127.0.0.1 alone")
     second = scene.run("ui", "--port", str(port), tmp=_folder(scene))
     assert second.code not in (0, 1), second
-    says(second, second.code, str(port))
+    check_exit(second, second.code, str(port))
     scene.handled("the UI's port is taken", "the same")
     running.signal(15, group=True)
     running.process.wait(60)
@@ -91,7 +91,7 @@ def _folder(scene: Scene) -> Path:
 
 
 def status(port: int, host: str) -> int | None:
-    """What the server at ``port`` answers to a request for ``host``; None where it does not."""
+    """The HTTP status that the server at ``port`` answers for ``host``, or None."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", "/", headers={"Host": host})

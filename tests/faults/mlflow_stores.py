@@ -1,4 +1,4 @@
-"""MLflow: stores that are locked, full, damaged, old or gone, and servers that die, hang or are not there."""
+"""MLflow: stores that are locked, full, damaged, old or deleted, and servers that die, hang or are missing."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from tests.faults.runs import (
     settings,
     statuses,
 )
-from tests.faults.scene import LIMIT, Ended, Running, Scene, says
+from tests.faults.scene import LIMIT, Ended, Running, Scene, check_exit
 from tests.faults.storage import fill, remount, tmpfs
 
 SERVED = "server.db"  # the store behind the server
@@ -33,7 +33,7 @@ DELIVERED = "cifar-exp sync delivers every point once"
 
 
 class Server:
-    """An MLflow server on loopback, over a store in the scene, that can be killed and started again."""
+    """An MLflow server on loopback that can be killed and restarted. Its store is in the scene's folder."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene, self.port = scene, free_port()
@@ -48,7 +48,7 @@ class Server:
         artifacts = f"--artifacts-destination={self._scene.folder / 'server-artifacts'}"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, artifacts, *where]
-        env = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # five processes that are not needed
+        env = environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # saves five processes
         with (self._scene.base / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self._scene.base, env=env, stdout=log, stderr=log, process_group=0
@@ -96,25 +96,25 @@ def served(run: tuple[str, ...], address: str) -> tuple[str, ...]:
 
 
 def until_recorded(scene: Scene, running: Running, count: int, database: str) -> None:
-    """Wait until the store has so many points."""
+    """Wait until the store has ``count`` points."""
 
     def enough() -> bool:
         with suppress(sqlite3.Error):
             return len(rows(scene, "SELECT key FROM metrics", database)) >= count
         return False
 
-    running.until(lambda: (scene.folder / database).exists() and enough(), f"the record of {count} points")
+    running.until(lambda: (scene.folder / database).exists() and enough(), f"{count} points in the store")
 
 
-def owes(ended: Ended, *words: str) -> None:
-    """Trained to the end, not everything delivered: 5, and what to type."""
-    says(ended, 5, "nothing is lost", "cifar-exp sync run", *words)
+def check_undelivered(ended: Ended, *words: str) -> None:
+    """Check that training finished, and that exit code and message say that points are undelivered."""
+    check_exit(ended, 5, "nothing is lost", "cifar-exp sync run", *words)
 
 
-def deliver(scene: Scene, *arguments: str, database: str = "outputs/mlflow.db") -> None:
-    """Set what the run said, once its store is there again, and twice: each point is there once."""
+def sync_twice(scene: Scene, *arguments: str, database: str = "outputs/mlflow.db") -> None:
+    """Run `cifar-exp sync` twice and check that the store has each point once."""
     for _ in range(2):
-        says(scene.run("sync", "run", *arguments), 0)
+        check_exit(scene.run("sync", "run", *arguments), 0)
         assert_recorded_once(scene, database=database)
         assert statuses(scene, database)[-1] == "FINISHED"
 
@@ -127,7 +127,7 @@ def server_restarts(scene: Scene) -> None:
         time.sleep(scene.random.uniform(0, 3))
         server.start()
 
-    survives(scene, "the MLflow server is killed and restarted", outage)
+    train_through_outages(scene, "the MLflow server is killed and restarted", outage)
 
 
 @case("the MLflow server hangs for a while (SIGSTOP)", racy=True, needs=("sync", "linux"))
@@ -138,11 +138,11 @@ def server_hangs(scene: Scene) -> None:
         time.sleep(scene.random.uniform(0, 6))
         server.signal(signal.SIGCONT)
 
-    survives(scene, "the MLflow server hangs for a while (SIGSTOP)", outage)
+    train_through_outages(scene, "the MLflow server hangs for a while (SIGSTOP)", outage)
 
 
-def survives(scene: Scene, fault: str, outage: Callable[[Server], None]) -> None:
-    """One run over all outages; it ends with 0, and the store has every point once."""
+def train_through_outages(scene: Scene, fault: str, outage: Callable[[Server], None]) -> None:
+    """One run through all outages: it ends with 0, and the store has every point once."""
     run = settings(100)
     with mlflow_server(scene) as server:
         running = scene.start(*served(run, server.address), plan={"pace": 2.0}, env={"no_proxy": "127.0.0.1"})
@@ -150,16 +150,16 @@ def survives(scene: Scene, fault: str, outage: Callable[[Server], None]) -> None
         for _ in range(scene.times):
             outage(server)
         (scene.folder / HURRY).touch()
-        says_back(running.wait())
+        check_delivered(running.wait())
     assert statuses(scene, SERVED) == ["FINISHED"]
     assert_recorded_once(scene, database=SERVED)
     assert_same_as_uninterrupted(scene, run)
     for _ in range(scene.times):
-        scene.handled(fault, "none needed: every point is there once")
+        scene.handled(fault, "none needed: the store has every point once")
 
 
-def says_back(ended: Ended) -> None:
-    """Trained and recorded; what it says of the tracker meanwhile is its own matter."""
+def check_delivered(ended: Ended) -> None:
+    """Check that the run was trained and delivered. Messages about the tracker are allowed."""
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err, ended.err
 
@@ -167,11 +167,11 @@ def says_back(ended: Ended) -> None:
 @case("there is no MLflow server", needs=("sync",))
 def no_server(scene: Scene) -> None:
     run, server = settings(EPOCHS_A_TRY), Server(scene)
-    owes(scene.run(*served(run, server.address), env={"no_proxy": "127.0.0.1"}), server.address)
+    check_undelivered(scene.run(*served(run, server.address), env={"no_proxy": "127.0.0.1"}), server.address)
     assert_same_as_uninterrupted(scene, run)
     try:
         server.start()
-        deliver(scene, f"tracking.uri={server.address}", database=SERVED)
+        sync_twice(scene, f"tracking.uri={server.address}", database=SERVED)
     finally:
         server.kill()
     scene.handled("there is no MLflow server", DELIVERED)
@@ -179,12 +179,12 @@ def no_server(scene: Scene) -> None:
 
 @case("a server that accepts and never answers", "SIGTERM while the server does not answer", needs=("sync",))
 def silent_server(scene: Scene) -> None:
-    """The training does not wait for it, and its end does so for a bounded time only."""
+    """Training does not wait for the server, and the end of the run waits for a limited time."""
     run = settings(4)
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         ended = scene.run(*served(run, address), env={"no_proxy": "127.0.0.1"})
-        owes(ended)
+        check_undelivered(ended)
         running = scene.start(
             *settings(10_000), "hydra.run.dir=other", f"tracking.uri={address}", plan={"pace": 0.01},
             env={"no_proxy": "127.0.0.1"},
@@ -193,17 +193,17 @@ def silent_server(scene: Scene) -> None:
         asked = time.monotonic()
         running.signal(signal.SIGTERM)
         stopped = running.wait(60)
-        says(stopped, 143)
+        check_exit(stopped, 143)
         assert time.monotonic() - asked < 15, f"{time.monotonic() - asked:.0f} s from SIGTERM to the end"
     assert_same_as_uninterrupted(scene, run)
-    deliver(scene, "tracking.uri=null")
+    sync_twice(scene, "tracking.uri=null")
     scene.handled("a server that accepts and never answers", DELIVERED)
-    scene.handled("SIGTERM while the server does not answer", "goes on")
+    scene.handled("SIGTERM while the server does not answer", "resumes")
 
 
 @case("SQLite held exclusively for 60 s", needs=("sync",))
 def store_locked(scene: Scene) -> None:
-    """A minute of somebody else's transaction, over the end of the training: everything is delivered, then or later."""
+    """Another process locks the store for 60 s, beyond the end of training. All points are delivered then or later."""
     run = settings(EPOCHS_A_TRY)
     running = scene.start(*run, *HERE, plan={"pace": 2.0})
     until_recorded(scene, running, 5, "outputs/mlflow.db")
@@ -218,10 +218,10 @@ def store_locked(scene: Scene) -> None:
     connection.close()
     assert_same_as_uninterrupted(scene, run)
     if ended.code == 5:
-        owes(ended, "locked")
-        deliver(scene)
+        check_undelivered(ended, "locked")
+        sync_twice(scene)
     else:
-        says_back(ended)
+        check_delivered(ended)
     assert_recorded_once(scene)
     scene.handled("SQLite held exclusively for 60 s", DELIVERED if ended.code else "none needed: it waited")
 
@@ -236,10 +236,10 @@ def store_full(scene: Scene) -> None:
         until_recorded(scene, running, 5, database)
         filler = fill(store)
         (scene.folder / HURRY).touch()
-        owes(running.wait(), "full")
+        check_undelivered(running.wait(), "full")
         assert_same_as_uninterrupted(scene, run)
         filler.unlink()
-        deliver(scene, uri, database=database)
+        sync_twice(scene, uri, database=database)
     scene.handled("disk full under SQLite", DELIVERED)
 
 
@@ -248,23 +248,23 @@ def store_read_only(scene: Scene) -> None:
     run = settings(2)
     with tmpfs(scene.folder / "store", "16m") as store:
         uri = f"tracking.uri=sqlite:///{store / 'mlflow.db'}"
-        says(scene.run(*run, "hydra.run.dir=first", uri), 0)
+        check_exit(scene.run(*run, "hydra.run.dir=first", uri), 0)
         remount(store, "ro")
-        owes(scene.run(*run, *HERE, uri))
+        check_undelivered(scene.run(*run, *HERE, uri))
         remount(store, "rw")
-        deliver(scene, uri, database="store/mlflow.db")
+        sync_twice(scene, uri, database="store/mlflow.db")
     assert_same_as_uninterrupted(scene, run)
     scene.handled("a store on a read-only mount", DELIVERED)
 
 
-def spoilt_store(scene: Scene, fault: str, spoil: str, mend: str, *words: str) -> None:
-    """A store that a statement spoils before the run and another mends after it."""
+def train_with_damaged_store(scene: Scene, fault: str, damage: str, mend: str, *words: str) -> None:
+    """Damage the store by an SQL statement, train, repair it by another, and deliver."""
     run = settings(2)
-    says(scene.run(*run, "hydra.run.dir=first"), 0)
-    execute(scene, spoil)
-    owes(scene.run(*run, *HERE), *words)
+    check_exit(scene.run(*run, "hydra.run.dir=first"), 0)
+    execute(scene, damage)
+    check_undelivered(scene.run(*run, *HERE), *words)
     execute(scene, mend)
-    deliver(scene)
+    sync_twice(scene)
     assert_same_as_uninterrupted(scene, run)
     scene.handled(fault, DELIVERED)
 
@@ -278,40 +278,40 @@ def execute(scene: Scene, statement: str) -> None:
 
 @case("a store of an old MLflow", needs=("sync",))
 def store_old(scene: Scene) -> None:
-    says(scene.run(*settings(2), "hydra.run.dir=zero"), 0)
+    check_exit(scene.run(*settings(2), "hydra.run.dir=zero"), 0)
     ((head,),) = rows(scene, "SELECT version_num FROM alembic_version")
-    spoil, mend = (f"UPDATE alembic_version SET version_num = '{name}'" for name in ("451aebb31d03", head))
-    spoilt_store(scene, "a store of an old MLflow", spoil, mend, "mlflow db upgrade")
+    damage, mend = (f"UPDATE alembic_version SET version_num = '{name}'" for name in ("451aebb31d03", head))
+    train_with_damaged_store(scene, "a store of an old MLflow", damage, mend, "mlflow db upgrade")
 
 
 @case("a store of a newer MLflow", needs=("sync",))
 def store_newer(scene: Scene) -> None:
-    says(scene.run(*settings(2), "hydra.run.dir=zero"), 0)
+    check_exit(scene.run(*settings(2), "hydra.run.dir=zero"), 0)
     ((head,),) = rows(scene, "SELECT version_num FROM alembic_version")
-    spoil, mend = (f"UPDATE alembic_version SET version_num = '{name}'" for name in ("ffffffffffff", head))
-    spoilt_store(scene, "a store of a newer MLflow", spoil, mend)
+    damage, mend = (f"UPDATE alembic_version SET version_num = '{name}'" for name in ("ffffffffffff", head))
+    train_with_damaged_store(scene, "a store of a newer MLflow", damage, mend)
 
 
 @case("the experiment was deleted in MLflow", needs=("sync",))
 def experiment_deleted(scene: Scene) -> None:
-    spoil, mend = (
+    damage, mend = (
         f"UPDATE experiments SET lifecycle_stage = '{stage}' WHERE name = 'cifar-exp'"
         for stage in ("deleted", "active")
     )
-    spoilt_store(scene, "the experiment was deleted in MLflow", spoil, mend, "tracking.experiment")
+    train_with_damaged_store(scene, "the experiment was deleted in MLflow", damage, mend, "tracking.experiment")
 
 
-@case("a store that is no database", needs=("sync",))
+@case("a store that is not a database", needs=("sync",))
 def store_corrupt(scene: Scene) -> None:
     run = settings(2)
     database = scene.folder / "outputs" / "mlflow.db"
     database.parent.mkdir()
     database.write_bytes(b"this is no database" * 1000)
-    owes(scene.run(*run, *HERE), "not a database")
+    check_undelivered(scene.run(*run, *HERE), "not a database")
     database.unlink()
-    deliver(scene)
+    sync_twice(scene)
     assert_same_as_uninterrupted(scene, run)
-    scene.handled("a store that is no database", DELIVERED)
+    scene.handled("a store that is not a database", DELIVERED)
 
 
 @case("the store is deleted while it trains", needs=("sync",))
@@ -323,80 +323,80 @@ def store_deleted(scene: Scene) -> None:
         path.unlink()
     (scene.folder / HURRY).touch()
     ended = running.wait()
-    says(ended, ended.code if ended.code == 0 else 5)
-    deliver(scene)
+    check_exit(ended, ended.code if ended.code == 0 else 5)
+    sync_twice(scene)
     assert_same_as_uninterrupted(scene, run)
     scene.handled("the store is deleted while it trains", DELIVERED)
 
 
-def cut_run(scene: Scene, run: tuple[str, ...]) -> None:
-    """A run whose parent was killed."""
+def kill_parent(scene: Scene, run: tuple[str, ...]) -> None:
+    """Start a run and kill its parent."""
     running = scene.start(*run, *HERE, plan={"pace": 2.0})
     until_recorded(scene, running, 5, "outputs/mlflow.db")
     running.signal(signal.SIGKILL)
     running.wait()
 
 
-@case("the run was deleted in MLflow before it goes on", needs=("sync",))
+@case("the run was deleted in MLflow before it resumes", needs=("sync",))
 def run_deleted(scene: Scene) -> None:
-    """It goes on, and is recorded: as a new run, or as the old one once that is restored."""
+    """It resumes and is delivered: as a new MLflow run, or as the old one after that is restored."""
     run = settings(EPOCHS_A_TRY)
-    cut_run(scene, run)
+    kill_parent(scene, run)
     execute(scene, "UPDATE runs SET lifecycle_stage = 'deleted'")
     ended = scene.run(*run, *HERE)
     if ended.code:
-        owes(ended)
+        check_undelivered(ended)
         execute(scene, "UPDATE runs SET lifecycle_stage = 'active'")
-        deliver(scene)
+        sync_twice(scene)
     else:
-        says(ended, 0)
+        check_exit(ended, 0)
     assert_recorded_once(scene)
     assert_same_as_uninterrupted(scene, run)
-    scene.handled("the run was deleted in MLflow before it goes on", "goes on, bit for bit, and is recorded")
+    scene.handled("the run was deleted in MLflow before it resumes", "resumes, bit for bit, and is delivered")
 
 
 @case("a damaged mlflow_run_id")
 def run_id_damaged(scene: Scene) -> None:
     run = settings(EPOCHS_A_TRY)
-    cut_run(scene, run)
+    kill_parent(scene, run)
     (scene.folder / "run" / "mlflow_run_id").write_text("0123\n")
-    says(scene.run(*run, *HERE), 0)
+    check_exit(scene.run(*run, *HERE), 0)
     assert_recorded_once(scene)
     assert_same_as_uninterrupted(scene, run)
-    scene.handled("a damaged mlflow_run_id", "goes on, bit for bit, as a new run of MLflow")
+    scene.handled("a damaged mlflow_run_id", "resumes, bit for bit, as a new MLflow run")
 
 
-@case("SIGKILL while the store is made", racy=True, needs=("linux",))
-def killed_while_the_store_is_made(scene: Scene) -> None:
-    """A half-made store is finished, or made anew, by the next start."""
+@case("SIGKILL while the store is created", racy=True, needs=("linux",))
+def killed_while_the_store_is_created(scene: Scene) -> None:
+    """The next start completes an incomplete store, or creates it again."""
     run = settings(1)
     for number in range(scene.times):
         database = f"store-{number}.db"
         uri = f"tracking.uri=sqlite:///{scene.folder / database}"
         running = scene.start(*run, f"hydra.run.dir=cut-{number}", uri, plan={"pace": 2.0})
-        running.until((scene.folder / database).exists, "the making of the store")
+        running.until((scene.folder / database).exists, "the creation of the store")
         time.sleep(scene.random.uniform(0, 2))
         running.signal(signal.SIGKILL)
         running.wait()
-        says(scene.run(*run, f"hydra.run.dir=next-{number}", uri), 0)
+        check_exit(scene.run(*run, f"hydra.run.dir=next-{number}", uri), 0)
         assert statuses(scene, database)[-1] == "FINISHED"
         assert_recorded_once(scene, f"next-{number}", database)
-        scene.handled("SIGKILL while the store is made", "finishes it and records its run")
+        scene.handled("SIGKILL while the store is created", "completes it and delivers its run")
 
 
 @case("a run left RUNNING by a parent that was killed", racy=True, needs=("stale", "linux"))
-def stale_run(scene: Scene) -> None:
-    """Any next start on this machine closes it as KILLED."""
+def run_left_running(scene: Scene) -> None:
+    """The next start on this machine sets its status to KILLED."""
     run = settings(1)
     for number in range(scene.times):
         running = scene.start(*settings(1000, f"seed={number}"), f"hydra.run.dir=cut-{number}", plan={"pace": 0.05})
-        running.until((scene.folder / f"cut-{number}" / "mlflow_run_id").exists, "its record")
+        running.until((scene.folder / f"cut-{number}" / "mlflow_run_id").exists, "its MLflow run")
         time.sleep(scene.random.uniform(0, 0.5))
         running.signal(signal.SIGKILL)
         running.wait()
         assert statuses(scene).count("RUNNING") == 1
-        says(scene.run(*run, f"hydra.run.dir=next-{number}"), 0)
+        check_exit(scene.run(*run, f"hydra.run.dir=next-{number}"), 0)
         assert statuses(scene) == ["KILLED", "FINISHED"] * (number + 1)
-        # Its user gives it up: what a killed writer has left there is cleared by a start that goes on with the run.
+        # Only a resume would remove the killed writer's temporary files, and this run is not resumed.
         shutil.rmtree(scene.folder / f"cut-{number}")
-        scene.handled("a run left RUNNING by a parent that was killed", "closes it as KILLED")
+        scene.handled("a run left RUNNING by a parent that was killed", "sets its status to KILLED")
