@@ -55,9 +55,10 @@ class Preprocessing:
         if stored is None:
             return cls(image_size, turned=False)
         try:
-            height, width = map(int, stored["image_size"])
+            height, width = stored["image_size"]
             turned = {"exif": True, "ignored": False}[stored["orientation"]]
-            if stored["resize"] != _RULE or not (height > 0 < width and height * width <= MAX_PIXELS):
+            whole = type(height) is type(width) is int
+            if stored["resize"] != _RULE or not (whole and height > 0 < width and height * width <= MAX_PIXELS):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(

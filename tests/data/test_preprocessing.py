@@ -1,5 +1,6 @@
 """Prediction preprocesses images like training and evaluation, for every format and residency."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def test_a_rule_is_read_back_as_it_was_stored_and_others_are_refused() -> None:
     rule = Preprocessing((12, 34))
     assert Preprocessing.of(rule.stored(), (1, 1)) == rule
     assert Preprocessing.of(None, (12, 34)) == Preprocessing((12, 34), turned=False)
-    for change in ({"resize": "squash"}, {"orientation": "up"}, {"image_size": [0, 5]}, {"image_size": [10**5, 10**5]}):
+    sizes = ([0, 5], [10**5, 10**5], [math.inf, 5], [math.nan, 5], [5.0, 5], ["5", "5"], [True, 5], [5], 5, "55")
+    for change in ({"resize": "squash"}, {"orientation": "up"}, *({"image_size": size} for size in sizes)):
         with pytest.raises(StorageError, match=r"preprocessing .* is unknown to this version\. Update"):
             Preprocessing.of(rule.stored() | change, (12, 34))
 
