@@ -182,6 +182,6 @@ def test_a_network_that_fails_is_that_jobs_refusal_and_the_others_train(cifar_ex
     choice = ["~model.width", "~model.depth", "train.epochs=1", "tracking=none"]
     done = cifar_exp("-m", *small, networks, *choice)
     assert done.returncode == 2
-    assert "job 0 failed: model: torchvision.models.alexnet fails on 2 x 3 x 32 x 32 images" in done.stderr
+    assert "job 0 failed: model: torchvision.models.alexnet fails on 4 x 3 x 32 x 32 images" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.parent.name for path in workplace.rglob("metrics.jsonl")] == ["1"]
