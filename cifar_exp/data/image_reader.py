@@ -19,6 +19,7 @@ from cifar_exp.system.printable import printable
 
 _DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
 MAX_PIXELS = 2**26  # cameras make 50 million; a small file can claim gigabytes of pixels
+MAX_BYTES = 8 * MAX_PIXELS  # of a file, as of 16-bit RGBA; some decoders read a file whole or byte by byte
 _RULE = "cover, crop"
 
 
@@ -74,13 +75,16 @@ def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
     ``turned``: apply the EXIF orientation.
     """
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            return f"has {size:,} bytes, more than {MAX_BYTES:,}"
         with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
             if image.width * image.height > MAX_PIXELS:
                 return f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
             shallow = _eight_bits(_turned(image) if turned else image, image.format)
             if isinstance(shallow, str):
                 return shallow
-            return np.ascontiguousarray(np.asarray(_rgb(shallow)).transpose(2, 0, 1))
+            # A copy even of a single pixel: Pillow's own array is read-only, and torch warns of that.
+            return np.array(np.asarray(_rgb(shallow)).transpose(2, 0, 1), order="C")
     except (ImportError, NameError):  # no file raises these
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files

@@ -1,6 +1,7 @@
 """Prediction preprocesses images like training and evaluation, for every format and residency."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from cifar_exp.data import class_folders
 from cifar_exp.data.batches import EvaluationBatches, Normalization
-from cifar_exp.data.image_reader import MAX_PIXELS, Preprocessing, decode_image, read_image
+from cifar_exp.data.image_reader import MAX_BYTES, MAX_PIXELS, Preprocessing, decode_image, read_image
 from cifar_exp.errors import DataError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.runs.classifier import Classifier, images_in
@@ -165,6 +166,25 @@ def test_what_would_use_up_memory_or_start_a_program_is_refused(tmp_path: Path) 
     assert "too long and narrow" in str(read_image(tmp_path / "thin.png", rule))
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
     assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is no image of a known format")
+
+
+@pytest.mark.parametrize("kind", ["webp", "ppm", "png", "tiff"])
+def test_a_file_far_larger_than_any_image_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"sparse.{kind}"
+    Image.new("RGB", (4, 4)).save(path)
+    if kind == "ppm":
+        path.write_bytes(b"P6\n#")  # a comment without an end
+    assert (kind == "ppm") == isinstance(decode_image(path), str)
+    os.truncate(path, MAX_BYTES + 1)
+    assert decode_image(path) == "has 536,870,913 bytes, more than 536,870,912"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "pixel.png")
+    image = read_image(tmp_path / "pixel.png", Preprocessing((2, 2)))
+    assert isinstance(image, torch.Tensor)
+    assert image[:, 1, 1].tolist() == [1, 2, 3]
 
 
 def test_prediction_passes_over_what_training_passes_over(tmp_path: Path) -> None:
