@@ -185,3 +185,10 @@ def test_a_network_that_fails_is_that_jobs_refusal_and_the_others_train(cifar_ex
     assert "job 0 failed: model: torchvision.models.alexnet fails on 4 x 3 x 32 x 32 images" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.parent.name for path in workplace.rglob("metrics.jsonl")] == ["1"]
+
+
+def test_jobs_that_would_share_a_folder_are_refused_before_the_first_one(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp("-m", *TINY, "seed=0,1", "hydra.sweep.subdir=same", "tracking=none")
+    assert done.returncode == 2
+    assert "hydra.sweep.subdir=same: jobs 0 and 1 would have the same folder. Set 'hydra.sweep.subdir=" in done.stderr
+    assert not list(workplace.rglob("run.json"))
