@@ -19,6 +19,7 @@ from cifar_exp.system.printable import printable
 
 _DECODERS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not EPS and the like, which start other programs
 MAX_PIXELS = 2**26  # cameras make 50 million; a small file can claim gigabytes of pixels
+MAX_BYTES = 8 * MAX_PIXELS  # of a file, as of 16-bit RGBA; some decoders read a file whole or byte by byte
 _RULE = "cover, crop"
 
 
@@ -55,9 +56,10 @@ class Preprocessing:
         if stored is None:
             return cls(image_size, turned=False)
         try:
-            height, width = map(int, stored["image_size"])
+            height, width = stored["image_size"]
             turned = {"exif": True, "ignored": False}[stored["orientation"]]
-            if stored["resize"] != _RULE or not (height > 0 < width and height * width <= MAX_PIXELS):
+            whole = type(height) is type(width) is int
+            if stored["resize"] != _RULE or not (whole and height > 0 < width and height * width <= MAX_PIXELS):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(
@@ -73,13 +75,16 @@ def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
     ``turned``: apply the EXIF orientation.
     """
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            return f"has {size:,} bytes, more than {MAX_BYTES:,}"
         with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
             if image.width * image.height > MAX_PIXELS:
                 return f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
             shallow = _eight_bits(_turned(image) if turned else image, image.format)
             if isinstance(shallow, str):
                 return shallow
-            return np.ascontiguousarray(np.asarray(_rgb(shallow)).transpose(2, 0, 1))
+            # A copy even of a single pixel: Pillow's own array is read-only, and torch warns of that.
+            return np.array(np.asarray(_rgb(shallow)).transpose(2, 0, 1), order="C")
     except (ImportError, NameError):  # no file raises these
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files

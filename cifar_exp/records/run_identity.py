@@ -50,7 +50,7 @@ def claimed(folder: Path, config_hash: str) -> tuple[RunInfo, Path | None]:
         content = _with_new_key(folder, content, str(original))
     hashes = {content.get("config_hash"): None, **dict.fromkeys(content.get("config_hashes", ())), config_hash: None}
     sessions = [*content.get("sessions", ()), uuid.uuid4().hex][-SESSIONS:]
-    content |= {"config_hashes": list(hashes), "place": place_of(folder), "sessions": sessions}
+    content |= {"config_hashes": [*filter(None, hashes)], "place": place_of(folder), "sessions": sessions}
     with storage_errors(folder / RUN_FILE, FREE_SPACE):
         write_json(folder / RUN_FILE, content)
     return replace(RunInfo.load(folder), sessions=tuple(sessions)), original if known else None
@@ -119,5 +119,4 @@ def _with_new_key(folder: Path, content: Mapping[str, Any], copied_from: str) ->
 
 
 def _content(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = foreign_files.read_json(path)
-    return content
+    return foreign_files.read_json_object(path)

@@ -36,6 +36,9 @@ class RunFacts(TypedDict):
     sweep_dir: NotRequired[str]
     origin: NotRequired[Origin]
     key: NotRequired[Annotated[str, Field(pattern=r"^[\w-]{0,64}$")]]
+    config_hash: NotRequired[str | None]
+    config_hashes: NotRequired[list[str | None]]
+    sessions: NotRequired[list[str]]
 
 
 class OutcomeFacts(TypedDict):

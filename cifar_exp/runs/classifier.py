@@ -71,6 +71,11 @@ class Classifier:
         """``images``: as returned by :meth:`read` -> the label of each and its probability."""
         with within_available_memory(), refusing("model: it cannot label images", (), "Choose another run"):
             best = self.probabilities(torch.stack(list(images))).max(1)
+        if unknown := int((~best.values.isfinite()).sum()):
+            raise ConfigError(
+                f"model: its outputs for {unknown} of {len(images)} images are no finite numbers, so the weights or "
+                f"the normalization of this checkpoint are useless. Choose another run"
+            )
         names = [self.classes[index] for index in best.indices.tolist()]
         return list(zip(names, best.values.tolist(), strict=True))
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_exp.config.targets import ALLOWED, allowed, matches
 from cifar_exp.errors import ConfigError, StorageError
@@ -38,6 +39,7 @@ def network_of(
         refusing(f"model: {printable(target)} cannot be built", trusted, _RESTORE),
         nullcontext() if is_own else _within(2 * size, "the network that config.yaml describes"),
         nullcontext() if is_own else _without_downloads(target),
+        nullcontext() if is_own else _FewOperations(len(state)),
     ):
         model = model_factory(section, trusted)(num_classes=num_classes)  # nested targets are built first
     try:
@@ -68,6 +70,26 @@ def _within(size: float, what: str) -> Iterator[None]:
         raise ConfigError(
             f"model: {what} needs more memory than its checkpoint or this machine has. {_RESTORE}"
         ) from None
+
+
+class _FewOperations(TorchDispatchMode):
+    """Inside this context more tensor operations than ``tensors`` need for their creation raise a ConfigError.
+
+    Memory limits a network, too, but a million tiny layers take minutes before they fill it.
+    """
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors, self._left = tensors, 10_000 + 100 * tensors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(
+                f"model: the network that config.yaml describes has far more layers than its checkpoint, which has "
+                f"{self._tensors:,} tensors. {_RESTORE}"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from cifar_exp.training.plan import Plan
 
 OTHER = "Correct it, or set model to another network"
 CPU = torch.device("cpu")
+MOST_TRIED = 1024  # images of a whole batch that is tried
 OF_DEVICES = (
     "cuda",
     "nvidia",
@@ -99,7 +101,7 @@ def checked_model(config: Config, components: Components, classes: int, image_si
 
 @one_thread()
 def try_out(config: Config, components: Components, plan: Plan, data: DatasetFiles, accelerator: str) -> Tried:
-    """Build the network; train and evaluate it on two images as a rank would, on the CPU.
+    """Build the network; train and evaluate it on a few images as a rank would, on the CPU.
 
     Raises:
         ConfigError: the network or the optimizer cannot work.
@@ -137,16 +139,48 @@ class _Trial:
         if self.config.train.weight_averaging:
             with refusing("train.weight_averaging: the network cannot be copied", trusted, "Set it to 0"):
                 copy.deepcopy(self.model)
-        scales = self.plan.image_scales
+        scales, shapes = self.plan.image_scales, _shapes(self.model)
         # Train, evaluate, train: state that one pass leaves behind may break the next.
-        self._at_scale(scales[0], self._train)
+        batch = self._first_pass(scales[0])
         unused = tuple(name for name, value in self.model.named_parameters() if value.requires_grad and no_grad(value))
         check_optimizer(self.config, components.make_optimizer, self.model, self.plan.learning_rates[0])
         self.model.zero_grad(set_to_none=True)
         for scale in dict.fromkeys(scales):
             self._at_scale(scale, self._evaluate)
-        self._at_scale(scales[-1], self._train)
+        self._at_scale(scales[-1], partial(self._train, count=batch))
+        self._check_shapes(shapes)
         return unused
+
+    def _first_pass(self, scale: float) -> int:
+        """Train on a few images; if that fails, on a whole batch: ghost batch norms split a batch in equal parts.
+
+        Returns:
+            The number of images that the network can be trained on.
+        """
+        whole = self.plan.per_device_batch_size
+        few = _few(whole)
+        try:
+            self._at_scale(scale, partial(self._train, count=few))
+        except ConfigError as error:
+            if not few < whole <= MOST_TRIED:
+                raise
+            try:
+                self._at_scale(scale, partial(self._train, count=whole))
+            except ConfigError:
+                raise error from error.__cause__
+            return whole
+        return few
+
+    def _check_shapes(self, before: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that training has left the shapes of the state as they were, so that a checkpoint can be loaded."""
+        after = _shapes(self.model)
+        for name in before.keys() | after.keys():
+            then, now = (shapes.get(name, "none") for shapes in (before, after))
+            if then != now:
+                raise ConfigError(
+                    f"model: {name} of {self.config.model['_target_']} changes its shape while it trains, from {then} "
+                    f"to {now}, so no checkpoint could be loaded. Give it its shape from the start"
+                )
 
     def _check_state(self) -> None:
         """Check that a checkpoint can hold the network's state and that it can be loaded again."""
@@ -171,8 +205,7 @@ class _Trial:
                 f"scales, as in train.image_scales=[0.5,0.75,1]. {error}"
             ) from error.__cause__
 
-    def _train(self, scale: float) -> None:
-        count = min(2, self.plan.per_device_batch_size)
+    def _train(self, scale: float, count: int) -> None:
         self.model.train()
         logits = self._logits(count, scale, "in training")
         labels = torch.arange(count) % len(self.data.classes)
@@ -188,15 +221,15 @@ class _Trial:
     def _evaluate(self, scale: float) -> None:
         self.model.eval()
         with torch.inference_mode():
-            self._logits(2, scale, "in evaluation")
-            if scale == self.plan.image_scales[-1] and self._evaluates_one_image():
-                self._logits(1, scale, "in evaluation")
+            for count in self._evaluated() if scale == self.plan.image_scales[-1] else [2]:
+                self._logits(count, scale, "in evaluation")
 
-    def _evaluates_one_image(self) -> bool:
-        """Whether a rank's last batch in evaluation has a single image."""
+    def _evaluated(self) -> list[int]:
+        """Small numbers of images that are single or odd where a rank's batches in evaluation are."""
         ranks = self.plan.world_size
         shares = [len(shard(count, rank, ranks)) for count in self._counts() for rank in range(ranks)]
-        return any(share % EVALUATION_BATCH == 1 for share in shares)
+        batches = {share % EVALUATION_BATCH for share in shares} | {min(share, EVALUATION_BATCH) for share in shares}
+        return sorted({_few(batch) for batch in batches if batch}, reverse=True)
 
     def _counts(self) -> list[int]:
         return [self.data.test_count, self.data.validation_count]
@@ -226,6 +259,15 @@ class _Trial:
         pixels = torch.randint(0, 256, (count, 3, *self.data.image_size))
         normalization = Normalization.of(self.config.train.normalization, self.data.mean, self.data.std)
         return resized(normalization(pixels), scale)
+
+
+def _few(batch: int) -> int:
+    """How many images are tried in place of a batch: one or two if it has no more, else 3 or 4 as it is odd or even."""
+    return batch if batch <= 2 else 4 - batch % 2
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def no_grad(parameter: Tensor) -> bool:

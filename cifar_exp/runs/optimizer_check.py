@@ -28,7 +28,8 @@ def check_optimizer(config: Config, make: Any, model: nn.Module, lr: float) -> N
     path, trusted = config.optimizer["_target_"], config.trusted_modules
     target = make.func if isinstance(make, partial) else make
     settings: Mapping[str, Any] = make.keywords if isinstance(make, partial) else {}
-    if target in PLAIN and not SPECIAL & settings.keys():
+    dense = all(value.grad is None or value.grad.layout == torch.strided for value in model.parameters())
+    if target in PLAIN and dense and not SPECIAL & settings.keys():
         return
     with refusing(f"optimizer: {path} cannot be sent to the ranks", trusted, "Define it at the top of its module"):
         pickle.dumps(make)

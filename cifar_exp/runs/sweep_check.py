@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
-from cifar_exp.errors import CifarExpError, MachineError
+from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 
 Check = Callable[[DictConfig], None]
 
@@ -27,11 +27,14 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
             and each refused job is reported in its turn.
     """
     refusals: list[CifarExpError] = []
+    folders: dict[Path, int] = {}
     for number, overrides in enumerate(jobs):
         job = context.config_loader.load_sweep_config(config, list(overrides))
         try:
             if check:
-                _call(check, job, number)
+                _check_folder(folders, _call(check, job, number), number)
+        except SharedFolderError:
+            raise
         except MachineError:
             raise
         except CifarExpError as error:
@@ -40,8 +43,30 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
         raise refusals[0]
 
 
-def _call(check: Check, job: DictConfig, number: int) -> None:
-    """Call ``check`` with the configuration of the job. Interpolations of Hydra's settings can be resolved."""
+class SharedFolderError(ConfigError):
+    """Two jobs of a sweep have the same folder."""
+
+
+def _check_folder(folders: dict[Path, int], folder: Path, number: int) -> None:
+    """Note the folder of a job.
+
+    Raises:
+        SharedFolderError: an earlier job has the same one.
+    """
+    first = folders.setdefault(folder, number)
+    if first != number:
+        raise SharedFolderError(
+            f"hydra.sweep.subdir={folder}: jobs {first} and {number} would have the same folder. Set "
+            f"'hydra.sweep.subdir=${{hydra.job.num}}', or leave it out"
+        )
+
+
+def _call(check: Check, job: DictConfig, number: int) -> Path:
+    """Call ``check`` with the configuration of the job. Interpolations of Hydra's settings can be resolved.
+
+    Returns:
+        The folder of the job in that of the sweep, whose name may have changed since: it may hold the time.
+    """
     state = HydraConfig.instance()
     before = state.cfg
     settings = copy.deepcopy(job)
@@ -56,5 +81,6 @@ def _call(check: Check, job: DictConfig, number: int) -> None:
         with read_write(settings), open_dict(settings):
             del settings["hydra"]
         check(settings)
+        return folder.relative_to(str(job.hydra.sweep.dir))
     finally:
         state.cfg = before

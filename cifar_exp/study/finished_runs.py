@@ -16,6 +16,7 @@ from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.journal import run_id
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo
 from cifar_exp.study.run_result import RunResult, Sample
+from cifar_exp.study.time_breakdown import Breakdown
 from cifar_exp.system import load_watch, machine
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
@@ -97,7 +98,9 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
     groups: dict[str, list[RunResult]] = {name: [] for name in names}
     for run, name in zip(counted, names, strict=True):
         try:
-            groups[name].append(RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics)))
+            result = RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics))
+            Breakdown.of(result.devices, [result.times], result.steps)  # raises if its times are no run's
+            groups[name].append(result)
         except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
             overrides = printable(run.tags.get("overrides", ""))
             raise StorageError(

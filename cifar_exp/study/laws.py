@@ -62,7 +62,8 @@ class Fit:
 def relative_rate(law: Name, fraction: float, devices: float) -> float:
     """Throughput of ``devices`` / throughput of one."""
     if law == "Amdahl":
-        return 1 / (fraction + (1 - fraction) / devices)
+        seconds = fraction + (1 - fraction) / devices
+        return 1 / seconds if seconds > 0 else math.inf  # of a fraction below 0
     return fraction + (1 - fraction) * devices
 
 

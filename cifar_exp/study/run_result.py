@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 from cifar_exp.study.time_breakdown import PREFIXES
 
 Sample = tuple[int, float, float]  # step, seconds since the start of the run, value
+# The smallest and the largest value of a metric that a run can have. Ratios of such values, and the intervals of these,
+# are finite numbers.
+LIMITS = {
+    "devices": (1, 2**20),
+    "global_batch_size": (1, 2**40),
+    "steady_images_per_second": (1e-3, 1e9),
+    "time/train_seconds": (1e-6, 1e9),
+    "test/accuracy": (0, 1),
+    "time/total_seconds": (0, 1e9),
+    "val/accuracy": (0, 1),
+    "step/images_per_second": (1e-3, 1e9),
+}
+OTHERS = (-1e30, 1e30)  # of times, bytes and shares
+MEASURED = (*PREFIXES, "machine/")
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,13 @@ class RunResult:
         series: Mapping[str, Sequence[Sample]] | None = None,
         disturbances: Mapping[str, float] | None = None,
     ) -> "RunResult":
-        """Build it from the last values of a finished run's metrics, and from all values of some of them."""
+        """Build it from the last values of a finished run's metrics, and from all values of some of them.
+
+        Raises:
+            KeyError: a metric is missing.
+            ValueError: a value is one that no run can have. The run may be somebody else's.
+        """
+        _check(metrics, series or {})
         blocks = (series or {}).get("step/images_per_second", ())
         epochs = (series or {}).get("val/accuracy", ())
         images = epochs[-1][0] * metrics["global_batch_size"] if epochs else None
@@ -69,3 +89,17 @@ class RunResult:
     def seconds_to(self, accuracy: float) -> float | None:
         """Seconds from the start to the first validation with at least ``accuracy``; None if it was not reached."""
         return next((seconds for seconds, reached in self.progress if reached >= accuracy), None)
+
+
+def _check(metrics: Mapping[str, float], series: Mapping[str, Sequence[Sample]]) -> None:
+    """Check that each value that a study uses is one that a run can have.
+
+    Raises:
+        ValueError: a value is not finite or outside its limits.
+    """
+    used = [(name, value) for name, value in metrics.items() if name in LIMITS or name.startswith(MEASURED)]
+    used += [(name, value) for name, samples in series.items() for _, _, value in samples]
+    for name, value in used:
+        low, high = LIMITS.get(name, OTHERS)
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value:g} is not between {low:g} and {high:g}")

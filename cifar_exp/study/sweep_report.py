@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from cifar_exp.config.schema import ReportSettings
-from cifar_exp.errors import ConfigError
+from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.find_run import find_runs
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, Outcome, RunInfo
+from cifar_exp.records.stored_facts import reason
 from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, finished_runs
 from cifar_exp.study.speedup_study import Study
+
+_SETTINGS = TypeAdapter(ReportSettings)
 
 
 def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, price_per_hour: float | None) -> Study:
@@ -25,7 +30,7 @@ def sweep_report(sweep: str, uri: str | None, target_accuracy: float | None, pri
         ConfigError: the sweep has no finished runs with two device counts.
     """
     runs = finished_runs(sweep, uri)
-    settings = _settings(runs, target_accuracy, price_per_hour)
+    settings = report_settings(runs, target_accuracy, price_per_hour)
     return _study(sweep, runs, settings)
 
 
@@ -34,14 +39,20 @@ def compared_sweeps(sweeps: Sequence[str], uri: str | None) -> Comparison:
     return _comparison(sweeps, [finished_runs(sweep, uri) for sweep in sweeps])
 
 
-def _settings(
+def report_settings(
     runs: Sequence[FinishedRun], target_accuracy: float | None, price_per_hour: float | None
 ) -> ReportSettings:
     """The report settings of the command line, else those of the sweep."""
     given = runs[0].params if runs else {}
-    then = [given.get(f"report.{name}") for name in ("target_accuracy", "price_per_hour")]
-    target, price = (None if value in (None, "None") else float(value) for value in then)
-    return ReportSettings(target_accuracy or target, price_per_hour or price)
+    typed = {"target_accuracy": target_accuracy, "price_per_hour": price_per_hour}
+    values = {name: given.get(f"report.{name}") if value is None else value for name, value in typed.items()}
+    try:
+        return _SETTINGS.validate_python({name: None if value == "None" else value for name, value in values.items()})
+    except ValidationError as error:  # the sweep may be somebody else's
+        raise StorageError(
+            f"the settings of the sweep: report.{reason(error)}. Set report.target_accuracy=<0 to 1> and "
+            f"report.price_per_hour=<price>"
+        ) from error
 
 
 def _study(sweep: str, runs: Sequence[FinishedRun], settings: ReportSettings) -> Study:

@@ -28,15 +28,17 @@ def opened(path: Path, limit: float = LIMIT) -> BufferedReader:
     """
     if path.is_symlink():
         raise RefusedFileError(f"{path} is a link to {path.readlink()}, and links are not followed there")
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW), "rb")
-    about = os.fstat(file.fileno())
-    if not stat.S_ISREG(about.st_mode):
-        file.close()
-        raise RefusedFileError(f"{path} is not a regular file")
-    if about.st_size > limit:
-        file.close()
-        raise RefusedFileError(f"{path} has {about.st_size:,} bytes, and at most {limit:,.0f} are read")
-    return file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise RefusedFileError(f"{path} is not a regular file")
+        if about.st_size > limit:
+            raise RefusedFileError(f"{path} has {about.st_size:,} bytes, and at most {limit:,.0f} are read")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def read_text(path: Path, limit: int = LIMIT) -> str:
@@ -48,6 +50,14 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 def read_json(path: Path, limit: int = LIMIT) -> Any:
     """The content of a JSON file; for the errors see :func:`opened`. Other content is a ``ValueError``."""
     return from_json(read_text(path, limit))
+
+
+def read_json_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
+    """The fields of a JSON file; for the errors see :func:`opened`. Other content is a ``ValueError``."""
+    content = read_json(path, limit)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no fields")
+    return content
 
 
 def from_json(text: str | bytes) -> Any:

@@ -1,5 +1,7 @@
 """Prediction preprocesses images like training and evaluation, for every format and residency."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from cifar_exp.data import class_folders
 from cifar_exp.data.batches import EvaluationBatches, Normalization
-from cifar_exp.data.image_reader import MAX_PIXELS, Preprocessing, decode_image, read_image
+from cifar_exp.data.image_reader import MAX_BYTES, MAX_PIXELS, Preprocessing, decode_image, read_image
 from cifar_exp.errors import DataError, StorageError
 from cifar_exp.records import journal
 from cifar_exp.runs.classifier import Classifier, images_in
@@ -152,7 +154,8 @@ def test_preprocessing_survives_storage_and_unknown_rules_are_refused() -> None:
     rule = Preprocessing((12, 34))
     assert Preprocessing.of(rule.stored(), (1, 1)) == rule
     assert Preprocessing.of(None, (12, 34)) == Preprocessing((12, 34), turned=False)
-    for change in ({"resize": "squash"}, {"orientation": "up"}, {"image_size": [0, 5]}, {"image_size": [10**5, 10**5]}):
+    sizes = ([0, 5], [10**5, 10**5], [math.inf, 5], [math.nan, 5], [5.0, 5], ["5", "5"], [True, 5], [5], 5, "55")
+    for change in ({"resize": "squash"}, {"orientation": "up"}, *({"image_size": size} for size in sizes)):
         with pytest.raises(StorageError, match=r"preprocessing .* is unknown to this version\. Update"):
             Preprocessing.of(rule.stored() | change, (12, 34))
 
@@ -163,6 +166,25 @@ def test_images_that_exhaust_memory_or_start_a_program_are_refused(tmp_path: Pat
     assert "too long and narrow" in str(read_image(tmp_path / "thin.png", rule))
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
     assert str(read_image(tmp_path / "program.png", rule)).endswith("program.png: is not an image in a known format")
+
+
+@pytest.mark.parametrize("kind", ["webp", "ppm", "png", "tiff"])
+def test_a_file_far_larger_than_any_image_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"sparse.{kind}"
+    Image.new("RGB", (4, 4)).save(path)
+    if kind == "ppm":
+        path.write_bytes(b"P6\n#")  # a comment without an end
+    assert (kind == "ppm") == isinstance(decode_image(path), str)
+    os.truncate(path, MAX_BYTES + 1)
+    assert decode_image(path) == "has 536,870,913 bytes, more than 536,870,912"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "pixel.png")
+    image = read_image(tmp_path / "pixel.png", Preprocessing((2, 2)))
+    assert isinstance(image, torch.Tensor)
+    assert image[:, 1, 1].tolist() == [1, 2, 3]
 
 
 def test_prediction_skips_the_files_that_training_skips(tmp_path: Path) -> None:

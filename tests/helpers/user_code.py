@@ -41,6 +41,59 @@ class Lazy(Base):
         self.head = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(num_classes))
 
 
+class OnlyTwo(Base):
+    """Two images, whatever it gets."""
+
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self._hidden(images)).view(2, -1)
+
+
+class EvenOnly(Base):
+    """It looks at pairs of images."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images.reshape(2, -1, *images.shape[1:]).flatten(0, 1))
+
+
+class Ghost(Base):
+    """In training it splits a batch in eight parts, as ghost batch norms do."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images.reshape(8, -1, *images.shape[1:]).flatten(0, 1) if self.training else images)
+
+
+class Grows(Base):
+    """A buffer of all that it has seen."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("seen", torch.zeros(1, 4))
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        hidden = super()._hidden(images)
+        if self.training:
+            self.seen = torch.cat([self.seen, hidden.detach().float().mean(0, keepdim=True)])
+        return hidden
+
+
+class Adds(Base):
+    """A parameter that appears in the first step."""
+
+    def forward(self, images: Tensor) -> Any:
+        if self.training and not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.zeros(1))
+        return super().forward(images)
+
+
+class SparseGradients(Base):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.table = nn.Embedding(8, 4, sparse=True)
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        return super()._hidden(images) + self.table(torch.zeros(len(images), dtype=torch.long))
+
+
 class NeverUsedLazy(Base):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)

@@ -148,13 +148,18 @@ def test_manifest_with_wrong_types_is_skipped(tmp_path: Path, change: dict[str, 
     assert "step-00000010.json: the checkpoint cannot be read and is skipped: " in messages[0]
 
 
-def test_deeply_nested_manifest_is_skipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("[" * 100_000, "nested too deeply"), *((text, "holds no fields") for text in ("[1, 2]", "5", "null", '"file"'))],
+    ids=lambda text: text[:10],
+)
+def test_a_manifest_without_fields_is_skipped(tmp_path: Path, content: str, why: str) -> None:
     path = saved(tmp_path)
-    path.with_suffix(".json").write_text("[" * 100_000)
+    path.with_suffix(".json").write_text(content)
     messages: list[str] = []
     with pytest.raises(StorageError, match="all 1 checkpoint"):
         checkpoint.newest(tmp_path, messages.append)
-    assert "nested too deeply" in messages[0]
+    assert why in messages[0]
 
 
 def test_manifest_of_a_newer_version_is_reported_as_such(tmp_path: Path) -> None:

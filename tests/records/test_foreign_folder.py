@@ -17,6 +17,7 @@ from cifar_exp.records import journal
 from cifar_exp.records.find_run import find_run
 from cifar_exp.records.folder_check import FILES, check_folder, check_job_folders
 from cifar_exp.records.run_folder import Outcome, RunInfo, lock_run_folder
+from cifar_exp.records.run_identity import claimed
 from cifar_exp.study.finished_runs import folder_run
 from cifar_exp.system import foreign_files
 from cifar_exp.system.atomic_files import write_atomically
@@ -142,6 +143,11 @@ def test_a_temporary_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:
         {"key": "' or 1 = 1"},
         {"origin": {"folder": "..", "step": "ten"}},
         {"origin": []},
+        {"config_hash": [1]},
+        {"config_hashes": 5},
+        {"config_hashes": [[1]]},
+        {"sessions": 5},
+        {"sessions": [[1]]},
     ],
     ids=str,
 )
@@ -150,6 +156,16 @@ def test_run_json_with_wrong_types_is_refused_by_field(run: Path, change: dict[s
     (name,) = change
     with pytest.raises(StorageError, match=rf"run\.json: the run cannot be read: {name}.*Restore that file"):
         RunInfo.load(run)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "[1, 2]"])
+def test_a_place_whose_facts_are_none_is_no_original(run: Path, content: str) -> None:
+    other = run.parent / "other"
+    other.mkdir()
+    (other / "run.json").write_text(content)
+    facts = FACTS | {"key": "k", "place": {"path": str(other), "device": 0, "inode": 0}}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert claimed(run, "ab")[1] is None
 
 
 @pytest.mark.parametrize(
@@ -226,6 +242,11 @@ def test_file_is_read_without_blocking_up_to_its_limit(tmp_path: Path) -> None:
         foreign_files.read_text(tmp_path / "fifo")
     with pytest.raises(foreign_files.RefusedFileError, match="not a regular file"):
         foreign_files.read_text(Path("/dev/zero"))
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    with pytest.raises(foreign_files.RefusedFileError, match="no regular file"):
+        foreign_files.read_text(tmp_path)  # a folder in place of the file
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
     (tmp_path / "large").write_bytes(b"x" * 11)
     with pytest.raises(foreign_files.RefusedFileError, match="11 bytes, and at most 10 are read"):
         foreign_files.read_text(tmp_path / "large", 10)

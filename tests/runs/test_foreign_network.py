@@ -1,5 +1,6 @@
 """The network of an untrusted run: only a network is built, no download, memory limited by the checkpoint."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from cifar_exp.config.targets import ALLOWED
+from cifar_exp.data.batches import Normalization
+from cifar_exp.data.image_reader import Preprocessing
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.models.networks import convnet
 from cifar_exp.runs.classifier import Classifier
@@ -89,6 +92,13 @@ HARMFUL = [
 ]
 
 
+CLONES = {
+    "_target_": "torch.nn.TransformerEncoder",
+    "encoder_layer": {"_target_": "torch.nn.TransformerEncoderLayer", "d_model": 2, "nhead": 1, "dim_feedforward": 1},
+    "num_layers": 10**9,
+}
+
+
 @pytest.mark.parametrize("target", HARMFUL)
 def test_target_that_is_not_a_network_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match="model"):
@@ -154,6 +164,21 @@ def test_a_network_far_larger_than_its_checkpoint_is_refused(settings: Mapping[s
     torch.zeros(3 * 2**28)  # 3 GiB: there is no limit afterwards
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CONVNET | {"depth": 10**9},
+        CONVNET | {"_target_": "cifar_exp.models.networks.resnet", "depth": 10**9},
+        {"_target_": "torchvision.models.VGG", "features": CLONES},  # copied layers
+    ],
+    ids=lambda settings: settings["_target_"],
+)
+def test_a_network_of_far_more_layers_than_its_checkpoint_is_refused_at_once(settings: Mapping[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"far more layers than its checkpoint, which has \d+ tensors"):
+        network_of(settings, STATE, 3, ())
+    assert len(nn.Sequential(*(nn.Linear(1, 1) for _ in range(4000)))) == 4000  # there is no limit afterwards
+
+
 @pytest.mark.parametrize("settings", [CONVNET | {"width": 8}, CONVNET | {"depth": 2}], ids=str)
 def test_checkpoint_of_another_network_is_reported(settings: Mapping[str, Any]) -> None:
     with pytest.raises(StorageError, match=r"does not fit the network that config\.yaml describes: .*Restore"):
@@ -171,3 +196,13 @@ def test_memory_is_limited_only_inside_the_context(tmp_path: Path) -> None:
     assert Classifier.batch.fget is not None
     assert nn.Linear(2, 2).weight.shape == (2, 2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_returns_no_numbers_labels_nothing(value: float) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    classifier = Classifier(model.eval(), "abc", Normalization(), Preprocessing((4, 4)), (4, 4))
+    assert len(classifier.label([torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2)) == 2
+    nn.init.constant_(model[2].bias, value)
+    with pytest.raises(ConfigError, match="its outputs for 2 of 2 images are no finite numbers"):
+        classifier.label([torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2)

@@ -43,8 +43,8 @@ def network(name: str) -> list[str]:
 
 REFUSED = {
     "Pair": "returns an object of type tuple",
-    "Narrow": "shape (2, 9)",
-    "Map": "shape (2, 10, 1, 1)",
+    "Narrow": "shape (4, 9)",
+    "Map": "shape (4, 10, 1, 1)",
     "Labels": "int64 tensor",
     "Detached": "do not depend on its parameters",
     "NotANumber": "returns NaN or infinity in training",
@@ -55,8 +55,12 @@ REFUSED = {
     "FailsInEvaluation": "in evaluation: KeyError: 'statistics' (user_code.py, line ",
     "Remembers": "backward pass of tests.helpers.user_code.Remembers fails: RuntimeError",
     "InPlace": "backward pass of tests.helpers.user_code.InPlace fails: RuntimeError",
-    "OnGpu": "fails on 2 x 3 x 16 x 16 images in training",
+    "OnGpu": "fails on 4 x 3 x 16 x 16 images in training",
     "Viewed": "(user_code.py, line ",
+    "OnlyTwo": "shape (2, 20) for 4 x 3 x 16 x 16 images",
+    "EvenOnly": "fails on 3 x 3 x 16 x 16 images in evaluation: RuntimeError",  # 33 test images
+    "Grows": "seen of tests.helpers.user_code.Grows changes its shape while it trains, from (1, 4) to ",
+    "Adds": "late of tests.helpers.user_code.Adds changes its shape while it trains, from none to (1,)",
     "NeverUsedLazy": "other.weight",
     "Secret": "get_extra_state",
     "exits": "SystemExit: no network for 10 classes (user_code.py, line ",
@@ -74,7 +78,7 @@ def test_a_network_that_cannot_work_is_refused(name: str) -> None:
     assert str(refusal.value).partition(". ")[2]  # a remedy
 
 
-@pytest.mark.parametrize("name", ["Base", "Lazy", "Volume", "Noted", "Squeezes"])
+@pytest.mark.parametrize("name", ["Base", "Lazy", "Volume", "Noted", "Squeezes", "Ghost"])
 def test_a_network_that_works_is_not_refused(name: str) -> None:
     before = torch.get_rng_state()
     assert tried(*network(name)).unused == ()
@@ -104,7 +108,7 @@ def test_batch_norm_over_single_values_is_refused_where_a_rank_has_one_image() -
 
 def test_a_network_for_larger_images_is_refused() -> None:
     choice = ["model._target_=torchvision.models.alexnet", "~model.width", "~model.depth"]
-    with pytest.raises(ConfigError, match=r"model: torchvision.models.alexnet fails on 2 x 3 x 16 x 16 images"):
+    with pytest.raises(ConfigError, match=r"model: torchvision.models.alexnet fails on 4 x 3 x 16 x 16 images"):
         tried(*choice)
 
 
@@ -130,6 +134,20 @@ def test_an_optimizer_that_cannot_work_is_refused(name: str, part: str) -> None:
     assert str(refusal.value).startswith("optimizer")
     assert part in str(refusal.value)
     assert "Set optimizer=sgd" in str(refusal.value)
+
+
+def test_sparse_gradients_are_tried_with_the_plain_optimizers_too() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer: torch.optim.SGD fails in a step: .*add\(sparse, dense"):
+        tried(*network("SparseGradients"), "optimizer.weight_decay=0.1")
+    tried(*network("SparseGradients"), "optimizer.weight_decay=0")
+
+
+def test_parity_of_batches_counts() -> None:
+    tried(*network("EvenOnly"), data=replace(DATA, test_count=1032))
+    with pytest.raises(ConfigError, match="fails on 3 x 3 x 16 x 16 images in training"):
+        tried(*network("EvenOnly"), "train.batch_size=15", data=replace(DATA, test_count=1032))
+    with pytest.raises(ConfigError, match="fails on 3 x 3 x 16 x 16 images in training"):
+        tried(*network("Ghost"), "train.batch_size=15")
 
 
 @pytest.mark.parametrize("name", [f"{OWN}.Sgd", "torch.optim.RMSprop"])

@@ -182,6 +182,13 @@ def test_failing_network_refuses_its_job_and_the_others_train(cifar_exp: Command
     choice = ["~model.width", "~model.depth", "train.epochs=1", "tracking=none"]
     done = cifar_exp("-m", *small, networks, *choice)
     assert done.returncode == 2
-    assert "job 0 failed: model: torchvision.models.alexnet fails on 2 x 3 x 32 x 32 images" in done.stderr
+    assert "job 0 failed: model: torchvision.models.alexnet fails on 4 x 3 x 32 x 32 images" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.parent.name for path in workplace.rglob("metrics.jsonl")] == ["1"]
+
+
+def test_jobs_that_would_share_a_folder_are_refused_before_the_first_one(cifar_exp: Command, workplace: Path) -> None:
+    done = cifar_exp("-m", *TINY, "seed=0,1", "hydra.sweep.subdir=same", "tracking=none")
+    assert done.returncode == 2
+    assert "hydra.sweep.subdir=same: jobs 0 and 1 would have the same folder. Set 'hydra.sweep.subdir=" in done.stderr
+    assert not list(workplace.rglob("run.json"))

@@ -40,6 +40,12 @@ def test_gains_of_doubling_by_hand() -> None:
     assert "16 devices instead of 8 would give 1.36" in str(amdahl)
 
 
+def test_a_fraction_below_zero_predicts_no_end_of_throughput_in_place_of_a_division_by_zero() -> None:
+    assert relative_rate("Amdahl", -1.0, 2) == math.inf
+    assert relative_rate("Amdahl", -1.0, 4) == math.inf
+    assert relative_rate("Amdahl", -0.1, 2) == pytest.approx(1 / 0.45)
+
+
 def test_the_interval_is_that_of_error_propagation() -> None:
     """Two counts: f = 2 / S - 1, so its error is 2 / S times that of ln S. Two repeats each: t of 2 degrees, 4.303."""
     fit = fitted("Amdahl", [1, 2], measured("Amdahl", 0.1, noise=0.005, counts=[1, 2]))

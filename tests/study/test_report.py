@@ -17,6 +17,7 @@ from cifar_exp.study.comparison import Comparison
 from cifar_exp.study.finished_runs import FinishedRun, overlapping, results_by_group
 from cifar_exp.study.report_page import report_html
 from cifar_exp.study.speedup_study import Study
+from cifar_exp.study.sweep_report import report_settings
 from cifar_exp.study.time_breakdown import PARTS, Breakdown, rank_table
 
 
@@ -306,3 +307,71 @@ def test_a_study_of_overlapping_runs_has_no_speedup() -> None:
         for number, run in enumerate(RUNS)
     ]
     assert Study.of(timed) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300)) for name in ("steady_images_per_second",)),
+        *((name, (0.0, -1.0, math.nan, math.inf, 1e300, 1e-300)) for name in ("time/train_seconds",)),
+        *((name, (0.0, 0.5, -1.0, math.nan, math.inf, 1e300)) for name in ("devices", "global_batch_size")),
+        *((name, (-0.1, 1.1, math.nan, math.inf, 1e300)) for name in ("test/accuracy",)),
+        ("time/total_seconds", (-1.0, math.nan)),
+        ("machine/other_load", (math.inf,)),
+        ("time_split/step", (math.nan, math.inf, 1e308)),
+        ("rank_time/0/compute", (math.nan, math.inf)),
+        ("rank_time/x/compute", (1.0,)),
+        ("rank_time/0/last_share", (1.0,)),
+        ("communication/link_bytes_per_second", (1.0,)),  # without the bytes that are sent
+    ],
+    ids=str,
+)
+def test_values_that_no_run_has_are_refused_with_their_run(name: str, values: tuple[float, ...]) -> None:
+    times = {"time_split/step": 1.0, "time_split/data": 1.0}
+    for value in values:
+        wrong = replace(RUNS[1], metrics={**RUNS[1].metrics, **times, name: value})
+        with pytest.raises(StorageError, match=r"the metrics of the run with .*seed=1 .* are no run's: .*Leave it out"):
+            Study.of([RUNS[0], wrong, *RUNS[2:]])
+
+
+@pytest.mark.parametrize("name", ["val/accuracy", "step/images_per_second"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_values_of_a_series_that_no_run_has_are_refused(name: str, value: float) -> None:
+    wrong = replace(RUNS[1], series={**RUNS[1].series, name: [(1, 1.0, value)]})
+    with pytest.raises(StorageError, match=rf"are no run's: .*{name}="):
+        results_by_group([RUNS[0], wrong])
+
+
+def test_the_most_extreme_values_of_runs_make_a_report_of_finite_numbers(tmp_path: Path) -> None:
+    rates = {1: (1e-3, 1e9), 2: (1e9, 1e-3)}
+    runs = [
+        replace(
+            run := finished(devices, seed, rate, accuracy=seed),
+            metrics={**run.metrics, "time/train_seconds": rates[devices][1 - seed], "time/total_seconds": 0.0},
+            series={"step/images_per_second": [(step, step, rates[devices][step % 2]) for step in range(30)]},
+        )
+        for devices, of_seeds in rates.items()
+        for seed, rate in enumerate(of_seeds)
+    ]
+    for some in (runs, runs[::2]):
+        study = Study.of(some)
+        assert study is not None
+        assert "nan" not in study.write(tmp_path)[0].read_text()
+        assert Comparison.of(("A: old", "B: new"), some, some).write(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["target_accuracy", "price_per_hour"])
+@pytest.mark.parametrize("value", ["abc", [1], {"a": 1}, math.nan, math.inf, -3])
+def test_settings_of_a_strangers_sweep_that_are_none_are_told(name: str, value: object) -> None:
+    runs = [replace(RUNS[0], params={f"report.{name}": value})]
+    with pytest.raises(StorageError, match=rf"the settings of the sweep: report\.{name}=.*Set report\."):
+        report_settings(runs, None, None)
+    typed = report_settings(runs, 0.5, 2.0)
+    assert (typed.target_accuracy, typed.price_per_hour) == (0.5, 2.0)
+
+
+def test_settings_of_the_sweep_count_where_none_are_typed() -> None:
+    runs = [replace(RUNS[0], params={"report.target_accuracy": "0.5", "report.price_per_hour": "None"})]
+    assert report_settings(runs, None, None) == ReportSettings(0.5, None)
+    assert report_settings(runs, 0.75, None) == ReportSettings(0.75, None)
+    assert report_settings([], None, 1.5) == ReportSettings(None, 1.5)
