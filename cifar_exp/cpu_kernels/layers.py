@@ -4,6 +4,7 @@ See :mod:`cifar_exp.cpu_kernels.batch_norm`, :mod:`cifar_exp.cpu_kernels.max_poo
 :mod:`cifar_exp.cpu_kernels.winograd`.
 """
 
+import weakref
 from typing import Any, Self
 
 import torch
@@ -13,8 +14,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar_exp.cpu_kernels import activations, batch_norm, max_pool, numba_runtime, winograd
+from cifar_exp.errors import ConfigError
 from cifar_exp.models.replaced_batch_norm import ReplacedBatchNorm
 
+# Forward passes whose outputs do not reach the activation: recomputing for the backward pass may end before it.
+MOST_MISSED = 2
 FUNCTIONS = {activations.IDENTITY: lambda values: values, activations.RELU: F.relu, activations.GELU: F.gelu}
 
 
@@ -33,6 +37,8 @@ class FusedBatchNorm(ReplacedBatchNorm):
 
     activation = activations.IDENTITY
     dtype = torch.float32  # of the inputs
+    latest: "weakref.ref[Tensor] | None" = None  # the outputs that have not reached the place of the activation yet
+    missed = 0  # forward passes since outputs last reached that place
 
     @classmethod
     def with_activation(cls, layer: _BatchNorm, activation: int, dtype: torch.dtype) -> "FusedBatchNorm":
@@ -42,7 +48,19 @@ class FusedBatchNorm(ReplacedBatchNorm):
         return made
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs``: (N, C, H, W) -> the same shape and dtype."""
+        """``inputs``: (N, C, H, W) -> the same shape and dtype.
+
+        Raises:
+            ConfigError: the network does not pass the outputs to the activation that is fused.
+        """
+        outputs = self._normalized(inputs)
+        if self.activation != activations.IDENTITY:
+            self.latest, self.missed = weakref.ref(outputs), self.missed + 1
+            if self.missed > MOST_MISSED:
+                raise _called_apart()
+        return outputs
+
+    def _normalized(self, inputs: Tensor) -> Tensor:
         by_batch = self.training or self.running_mean is None
         if not (self._fits(inputs) and (_shape(inputs)[0] > 1 if by_batch else not self._needs_gradient(inputs))):
             outputs: Tensor = FUNCTIONS[self.activation](super().forward(inputs))
@@ -84,6 +102,37 @@ class FusedBatchNorm(ReplacedBatchNorm):
             mean, variance = torch.zeros((2, self.num_features), dtype=torch.float32)
             return mean, variance, 0.0
         return self.running_mean, self.running_var, self.count_batch()
+
+
+class FusedActivation(nn.Module):
+    """In the place of an activation that a fused batch norm before it has computed. The outputs are the inputs.
+
+    An ``nn.Sequential`` calls both one after the other. A network that calls only a part of it, such as
+    ``self.layers[:2](x)``, would get wrong outputs, so that is an error.
+    """
+
+    def __init__(self, layer: FusedBatchNorm) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: it is no child of this module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``inputs``: any shape.
+
+        Raises:
+            ConfigError: they are not the outputs of the batch norm.
+        """
+        (layer,) = self._layer
+        if layer.latest is None or layer.latest() is not inputs:
+            raise _called_apart()
+        layer.latest, layer.missed = None, 0
+        return inputs
+
+
+def _called_apart() -> ConfigError:
+    return ConfigError(
+        "train.compile=auto: it fuses a batch norm and the activation after it in an nn.Sequential, and this network "
+        "calls them apart, as in self.layers[:2](x). Set train.compile=never"
+    )
 
 
 def _shape(values: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from cifar_exp.cpu_kernels import (
     winograd_convolution,
     winograd_weight_gradient,
 )
-from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool, WinogradConvolution
+from cifar_exp.cpu_kernels.layers import FusedActivation, FusedBatchNorm, HalvingMaxPool, WinogradConvolution
 
 
 def fuse_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -24,7 +24,7 @@ def fuse_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Layers that are replaced:
 
-    - ``nn.BatchNorm2d``, with the ReLU or exact GELU after it in an ``nn.Sequential``. An ``nn.Identity``
+    - ``nn.BatchNorm2d``, with the ReLU or exact GELU after it in an ``nn.Sequential``. A ``FusedActivation``
       replaces the activation, so that later layers keep their names.
     - ``nn.MaxPool2d`` over 2x2 windows.
     - ``nn.Conv2d`` with 3x3 kernels, stride 1 and padding 1, in bfloat16, on processors that multiply bfloat16
@@ -74,9 +74,10 @@ def _replacements(
         layer = layers.get(name)
         if type(layer) is nn.BatchNorm2d:
             activation = _activation(layers.get(next_name))
-            yield parent, name, FusedBatchNorm.with_activation(layer, activation, dtype)
+            fused = FusedBatchNorm.with_activation(layer, activation, dtype)
+            yield parent, name, fused
             if activation != activations.IDENTITY:
-                yield parent, next_name, nn.Identity()
+                yield parent, next_name, FusedActivation(fused)
         elif type(layer) is nn.MaxPool2d and _halves(layer):
             yield parent, name, HalvingMaxPool(dtype)
         elif type(layer) is nn.Conv2d and dtype == torch.bfloat16 and winograd.pays() and _keeps_size(layer):

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cifar_exp.cpu_kernels.fuse import fuse
 from cifar_exp.cpu_kernels.layers import FusedBatchNorm, HalvingMaxPool
 from cifar_exp.cpu_kernels.replace import fuse_layers
+from cifar_exp.errors import ConfigError
 from cifar_exp.models.build import seeded
 from cifar_exp.models.networks import convnet, resnet
 from cifar_exp.models.speednet import speednet
@@ -343,3 +345,65 @@ def test_run_without_numba_warns_once_and_trains(workplace: Path, choice: str) -
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pip install 'cifar-exp[cpu]'") == (choice == "auto")
+
+
+class Parts(nn.Module):
+    """Calls its ``nn.Sequential`` in two parts, with something between them."""
+
+    def __init__(self, cut: int, between: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.cut, self.between = cut, between
+
+    def forward(self, images: Tensor) -> Tensor:
+        values: Tensor = self.layers[: self.cut](images)
+        if self.cut == 2 and self.between:
+            values = values + self.between
+        outputs: Tensor = self.layers[self.cut :](values) if self.cut != 2 or self.between else values
+        return outputs
+
+
+def trained_parts(model: nn.Module, steps: int = 4) -> Tensor:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = images.to(memory_format=torch.channels_last)
+    for _ in range(steps):
+        outputs: Tensor = model(images)
+        outputs.sum().backward()
+    return outputs
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_parts_that_keep_batch_norm_and_activation_together_work(cut: int) -> None:
+    torch.manual_seed(0)
+    model = Parts(cut).to(memory_format=torch.channels_last)
+    expected = trained_parts(copy.deepcopy(model))
+    fused = copy.deepcopy(fuse_layers(model, torch.float32))
+    torch.testing.assert_close(trained_parts(fused), expected)
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0])
+def test_a_network_that_calls_them_apart_is_refused(between: float) -> None:
+    model = fuse_layers(Parts(2, between).to(memory_format=torch.channels_last), torch.float32)
+    with pytest.raises(ConfigError, match=r"Set train\.compile=never"):
+        trained_parts(model)
+
+
+def test_recomputed_activations_are_accepted() -> None:
+    torch.manual_seed(0)
+    layers = Parts(3).layers.to(memory_format=torch.channels_last)
+    expected = trained_parts(copy.deepcopy(layers))
+    fused = fuse_layers(layers, torch.float32)
+    recomputed = Recomputed(fused)
+    torch.testing.assert_close(trained_parts(recomputed), expected)
+
+
+class Recomputed(nn.Module):
+    """Keeps no activations for the backward pass, but computes them again."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = checkpoint(self.layers, images.requires_grad_(), use_reentrant=False)
+        return outputs

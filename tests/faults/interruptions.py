@@ -288,14 +288,21 @@ def interrupt_at(
     plan: dict[str, object] | None = None,
     number: int = signal.SIGINT,
 ) -> None:
-    """Send a signal to all processes at a given point. The MLflow status is KILLED; the next start trains it."""
+    """Send a signal to all processes at a given point. The MLflow status is KILLED; the next start trains it.
+
+    On a busy machine the seconds after the signal may not suffice to write the status. Then the command says so, and
+    ``cifar-exp sync`` writes it.
+    """
     run = settings(EPOCHS_A_TRY)
     for tried in range(scene.times):
         here = (f"hydra.run.dir=run-{tried}", "resume=auto")
         running = scene.start(*run, *here, plan=plan)
         reach(running)
         running.signal(number, group=True)
-        check_exit(running.wait(), 128 + number)
+        ended = running.wait()
+        check_exit(ended, 128 + number)
+        if f"cifar-exp sync run-{tried}" in ended.err:
+            check_exit(scene.run("sync", f"run-{tried}"), 0)
         assert set(statuses(scene)) <= {"KILLED", "FINISHED"}, statuses(scene)
         if tried == 0 or scene.random.random() < 0.1:  # the next start is the same each time, so a sample is enough
             check_exit(scene.run(*run, *here), 0)
