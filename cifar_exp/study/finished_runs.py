@@ -103,8 +103,9 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
             groups[name].append(result)
         except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
             overrides = printable(run.tags.get("overrides", ""))
+            why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else printable(error)
             raise StorageError(
-                f"the metrics of the run with {overrides or 'no overrides'} are invalid: {error!r}. Leave it out"
+                f"the metrics of the run with {overrides or 'no overrides'} are invalid: {why}. Leave it out"
             ) from error
     return groups
 

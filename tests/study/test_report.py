@@ -330,7 +330,7 @@ def test_values_that_no_run_has_are_refused_with_their_run(name: str, values: tu
     times = {"time_split/step": 1.0, "time_split/data": 1.0}
     for value in values:
         wrong = replace(RUNS[1], metrics={**RUNS[1].metrics, **times, name: value})
-        with pytest.raises(StorageError, match=r"the metrics of the run with .*seed=1 .* are no run's: .*Leave it out"):
+        with pytest.raises(StorageError, match=r"the metrics of the run with .*seed=1 .* are invalid: .*Leave it out"):
             Study.of([RUNS[0], wrong, *RUNS[2:]])
 
 
@@ -338,7 +338,7 @@ def test_values_that_no_run_has_are_refused_with_their_run(name: str, values: tu
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_values_of_a_series_that_no_run_has_are_refused(name: str, value: float) -> None:
     wrong = replace(RUNS[1], series={**RUNS[1].series, name: [(1, 1.0, value)]})
-    with pytest.raises(StorageError, match=rf"are no run's: .*{name}="):
+    with pytest.raises(StorageError, match=rf"are invalid: .*{name}="):
         results_by_group([RUNS[0], wrong])
 
 

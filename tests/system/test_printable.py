@@ -17,6 +17,7 @@ from cifar_exp.config.messages import shown
 from cifar_exp.display.curves import PageFacts
 from cifar_exp.display.page import page_html
 from cifar_exp.study import finished_runs, report_page
+from cifar_exp.study.run_result import RunResult
 from cifar_exp.system.printable import print_notice, printable, printable_text
 from cifar_exp.system.redaction import MaskingFormatter
 from cifar_exp.system.terminal import Terminal
@@ -82,12 +83,13 @@ def test_reports_show_them(tmp_path: Path) -> None:
 
 
 def test_group_names_of_a_foreign_sweep_are_printable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finished_runs, "RunResult", SimpleNamespace(of=lambda *_: "a result"))
+    result = RunResult(1, 256, 1000.0, 50.0, 0.5)
+    monkeypatch.setattr(finished_runs, "RunResult", SimpleNamespace(of=lambda *_: result))
     runs = [
         finished_runs.FinishedRun({"overrides": f"seed=1 model.name={name}"}, {"test/accuracy": 0.5})
         for name in ("plain", EVIL)
     ]
-    assert finished_runs.results_by_group(runs) == {"plain": ["a result"], ON_ONE_LINE: ["a result"]}
+    assert finished_runs.results_by_group(runs) == {"plain": [result], ON_ONE_LINE: [result]}
 
 
 def test_values_of_settings_are_shown_on_one_line() -> None:
