@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -187,7 +188,7 @@ class Scene:
         """Check that the command's processes end within ten seconds."""
         deadline = time.monotonic() + ORPHAN_SECONDS
         while alive := marked(mark):
-            assert time.monotonic() < deadline, f"processes survive: {alive}"
+            assert time.monotonic() < deadline, f"processes survive: {[_described(pid) for pid in alive]}"
             time.sleep(0.02)
 
     def check_temporary(self, tmp: Path, before: set[str], how_it_ended: str) -> None:
@@ -268,6 +269,17 @@ def marked(mark: str) -> list[int]:
             except OSError:  # another user's process, or it has ended
                 continue
     return found
+
+
+def _described(pid: int) -> str:
+    """A process for a message: its parent, state, age in seconds, kernel wait, and command."""
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process(pid)
+        age = time.time() - process.create_time()
+        where = Path(f"/proc/{pid}/wchan").read_text()
+        command = " ".join(process.cmdline())[-120:]
+        return f"{pid} (parent {process.ppid()}, {process.status()}, {age:.0f} s, {where}): {command}"
+    return f"{pid}: it has ended"
 
 
 def _line_count(path: Path) -> int:
