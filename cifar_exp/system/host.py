@@ -92,16 +92,15 @@ def end_with_parent() -> None:
 
     On Linux the kernel kills it. Elsewhere a thread waits for the end of multiprocessing's pipe to the parent.
     """
-    import multiprocessing
     import signal
-    import threading
 
-    parent = multiprocessing.parent_process()
     if prctl := c_function("prctl"):
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent and not parent.is_alive():  # it ended before this call, which the kernel does not report
-            os.kill(os.getpid(), signal.SIGKILL)
-    elif parent:
+        return
+    import multiprocessing
+    import threading
+
+    if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent.sentinel,), name="parent", daemon=True).start()
 
 
