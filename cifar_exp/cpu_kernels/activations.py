@@ -28,9 +28,8 @@ def gaussian(value):
     shifted = exponent * LOG2_E + TO_INTEGER
     rest = exponent - (shifted - TO_INTEGER) * LN_2
     series = ONE + rest * (ONE + rest * (E2 + rest * (E3 + rest * (E4 + rest * (E5 + rest * E6)))))
-    power = np.uint32(
-        np.float32(shifted).view(np.uint32) + np.uint32(127)
-    )  # a power of two as the bits of its exponent
+    # A power of two, as the bits of its exponent.
+    power = np.uint32(np.float32(shifted).view(np.uint32) + np.uint32(127))
     exponential = series * np.uint32(power << np.uint32(23)).view(np.float32)
     t = ONE / (ONE + P * size)
     tail = HALF * exponential * t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5))))

@@ -209,9 +209,7 @@ def _unsealed(path: Path) -> Manifest:
         StorageError: it has fields that this version does not know.
     """
     content = foreign_files.read_text(path)
-    fields = foreign_files.from_json(content)
-    if not isinstance(fields, dict):
-        raise ValueError("it holds no fields")
+    fields = foreign_files.fields_from_json(content)
     fields.pop("seal", None)
     if sealed(fields) != content.encode():
         raise ValueError("it was changed after it was written")

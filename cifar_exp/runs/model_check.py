@@ -225,7 +225,7 @@ class _Trial:
                 self._logits(count, scale, "in evaluation")
 
     def _evaluated(self) -> list[int]:
-        """Small numbers of images that are single or odd where a rank's batches in evaluation are."""
+        """The numbers of images to evaluate: one for each kind of a rank's batches; see :func:`_few`."""
         ranks = self.plan.world_size
         shares = [len(shard(count, rank, ranks)) for count in self._counts() for rank in range(ranks)]
         batches = {share % EVALUATION_BATCH for share in shares} | {min(share, EVALUATION_BATCH) for share in shares}
@@ -262,7 +262,7 @@ class _Trial:
 
 
 def _few(batch: int) -> int:
-    """How many images are tried in place of a batch: one or two if it has no more, else 3 or 4 as it is odd or even."""
+    """The number of images that stands for a batch: 3 for an odd size, 4 for an even one, all of a smaller batch."""
     return batch if batch <= 2 else 4 - batch % 2
 
 

@@ -99,7 +99,7 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
     for run, name in zip(counted, names, strict=True):
         try:
             result = RunResult.of(run.metrics, run.series, load_watch.disturbances(run.metrics))
-            Breakdown.of(result.devices, [result.times], result.steps)  # raises if its times are no run's
+            Breakdown.of(result.devices, [result.times], result.steps)  # raises for invalid times
             groups[name].append(result)
         except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
             overrides = printable(run.tags.get("overrides", ""))

@@ -108,7 +108,7 @@ def _interval_note(repeats: Mapping[int, Sequence[RunResult]], log_rates: Means)
             "noise between runs unknown: 95 % intervals come from blocks of steps within the single run per device "
             "count (block bootstrap); another run may differ more. Set seed=0,1,2"
         )
-    return "no confidence intervals: they need at least two runs per device count. Set seed=0,1,2"
+    return "no confidence intervals: a single run per device count, with too few blocks of steps. Set seed=0,1,2"
 
 
 def accuracy_sentence(repeats: Mapping[int, Sequence[RunResult]]) -> str:

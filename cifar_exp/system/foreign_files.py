@@ -53,8 +53,17 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
 
 
 def read_json_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
-    """The fields of a JSON file; for the errors see :func:`opened`. Other content is a ``ValueError``."""
-    content = read_json(path, limit)
+    """The fields of a JSON file; for the errors see :func:`opened` and :func:`fields_from_json`."""
+    return fields_from_json(read_text(path, limit))
+
+
+def fields_from_json(text: str | bytes) -> dict[str, Any]:
+    """The fields of a JSON text.
+
+    Raises:
+        ValueError: it is not a JSON object, or nested too deeply.
+    """
+    content = from_json(text)
     if not isinstance(content, dict):
         raise ValueError("it holds no fields")
     return content
