@@ -92,15 +92,16 @@ def end_with_parent() -> None:
 
     On Linux the kernel kills it. Elsewhere a thread waits for the end of multiprocessing's pipe to the parent.
     """
-    import signal
-
-    if prctl := c_function("prctl"):
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        return
     import multiprocessing
+    import signal
     import threading
 
-    if parent := multiprocessing.parent_process():
+    parent = multiprocessing.parent_process()
+    if prctl := c_function("prctl"):
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent and not parent.is_alive():  # it ended before this call, which the kernel does not report
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif parent:
         threading.Thread(target=_end_after, args=(parent.sentinel,), name="parent", daemon=True).start()
 
 

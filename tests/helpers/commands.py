@@ -137,6 +137,9 @@ def _forked_or(spawn: Callable[..., int]) -> Callable[..., int]:
                     if callable(signal.getsignal(number)):
                         signal.signal(number, signal.SIG_DFL)
                 forkserver._forkserver.__init__()  # its lock is held at this point
+                # A started fork server has no parent in multiprocessing's sense. This one would inherit the command's,
+                # with a sentinel that the lines below close.
+                multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
                 for before, after in pairwise(sorted({2, *descriptors, os.sysconf("SC_OPEN_MAX")})):
                     if after > before + 1:  # an empty range would mean all descriptors
                         os.closerange(before + 1, after)

@@ -270,3 +270,37 @@ def test_command_works_from_source_without_installation() -> None:
     assert (done.returncode, done.stdout) == (0, "cifar-exp, version of source code that is not installed\n"), (
         done.stderr
     )
+
+
+LATE = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from cifar_exp.system import host
+
+def child(ready):
+    ready.put(os.getpid())
+    while multiprocessing.parent_process().is_alive():
+        time.sleep(0.01)
+    host.end_with_parent()
+    Path(sys.argv[2]).touch()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ready = context.SimpleQueue()
+    context.Process(target=child, args=(ready,)).start()
+    print(ready.get(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_a_process_whose_parent_ended_before_it_asked_ends_too(method: str, tmp_path: Path) -> None:
+    script, survived = tmp_path / "late.py", tmp_path / "survived"
+    script.write_text(LATE)
+    words = [sys.executable, script, method, survived]
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    child.wait(timeout=60)
+    assert not survived.exists()
