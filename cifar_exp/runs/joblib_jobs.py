@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,14 @@ SAVING_SECONDS = 8.0  # ranks get 7 of them
 
 
 @contextmanager
-def saving_jobs(sweep_dir: Path) -> Iterator[None]:
+def saving_jobs(sweep_dir: Path, processes: Callable[[], list[int]] | None = None) -> Iterator[None]:
     """Pass a signal in the block on to the jobs, and wait until they have saved and closed their runs.
 
     Joblib would kill them at once. They have ended when the locks of their folders are free.
+
+    Args:
+        sweep_dir: the folder of the sweep.
+        processes: returns the processes of the jobs; None: those of Hydra's joblib launcher.
 
     Raises:
         Stopped: for the signal, after the wait; for a second signal at once.
@@ -39,7 +43,7 @@ def saving_jobs(sweep_dir: Path) -> Iterator[None]:
                 return
             raise received[0]
         received.append(Stopped(number))
-        workers = _workers()  # none of other launchers: their jobs live on, or got the signal themselves
+        workers = (processes or _workers)()  # none of other launchers: their jobs live on, or got the signal themselves
         locks = [path for path in sweep_dir.rglob(LOCK_FILE) if path.parent != sweep_dir and not is_free(path)]
         for worker in workers:
             with suppress(ProcessLookupError):

@@ -110,7 +110,7 @@ class StudySweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         jobs = self._jobs(arguments)
-        check_jobs(self.hydra_context, self.config, jobs, getattr(self._task, "check", None))
+        self._check(jobs)
         wanted = Path(self.config.hydra.sweep.dir)
         if not self._is_ours():
             wanted.mkdir(parents=True, exist_ok=True)
@@ -126,6 +126,23 @@ class StudySweeper(Sweeper):
             done = self._sweep(sweep_dir, jobs)
             sweep_resume.end_sweep(sweep_dir)
         return done
+
+    def _check(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Check the jobs before the first one starts: each by the task function, all together by the launcher."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        check_job, check_all = getattr(self._task, "check", None), getattr(self.launcher, "check", None)
+        checked: list[DictConfig] = []
+
+        def check(config: DictConfig) -> None:
+            if check_job:
+                check_job(config)
+            if check_all and "devices" in config:
+                checked.append(OmegaConf.masked_copy(config, "devices"))
+
+        check_jobs(self.hydra_context, self.config, jobs, check if check_job or check_all else None)
+        if check_all:
+            check_all(checked)
 
     def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> Sequence[JobReturn]:
         assert self.config is not None
@@ -210,9 +227,10 @@ class StudySweeper(Sweeper):
         # One by one with Hydra's own launcher, which would go on after a signal.
         is_here = isinstance(self.launcher, BasicLauncher)
         size = 1 if is_here else self.max_batch_size or len(jobs)
+        processes = getattr(self.launcher, "processes_to_stop", None)
         done: list[JobReturn] = []
         for start in range(0, len(jobs), size):
-            with nullcontext() if is_here else saving_jobs(sweep_dir):
+            with nullcontext() if is_here else saving_jobs(sweep_dir, processes):
                 done += self.launcher.launch(jobs[start : start + size], initial_job_idx=start)
             for job in done[start:]:
                 if job.status == JobStatus.FAILED:
@@ -225,6 +243,7 @@ class StudySweeper(Sweeper):
                 gc.collect()
                 gc.freeze()
         end_idle_workers()
+        getattr(self.launcher, "end_processes", lambda: None)()
         return done
 
 

@@ -72,7 +72,10 @@ def print_summary(
     study = Study.of(list(finished.values()), settings, unfinished)
     if oversubscribed := sum(run.tags.get("oversubscribed") == "true" for run in finished.values()):
         console.print(f"{oversubscribed} oversubscribed run(s) are not in the speedup, because their ranks share cores")
-    if shared := len(overlapping(list(finished.values()))):
+    shared = len(overlapping(list(finished.values())))
+    if shared and len({run.tags.get("devices") for run in finished.values()}) == 1:
+        console.print(f"{shared} jobs ran at the same time on one machine: they shared it, so images/s are lower")
+    elif shared:
         console.print(
             f"OVERLAPPING: {shared} jobs ran at the same time as others on one machine: no speedup is computed from "
             f"them. Set hydra/launcher=basic to run one after the other"
