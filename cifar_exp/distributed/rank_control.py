@@ -8,6 +8,8 @@ from pathlib import Path
 from cifar_exp.distributed.heartbeat import Heartbeat, heartbeat_file
 from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, STOP_FILE, Request, StopPoint, agree, agreement
 
+LONGEST_REASON = 300  # characters
+
 
 @dataclass
 class RankControl:
@@ -83,8 +85,17 @@ class RankControl:
             return Request("interrupt", "a signal")
         stop = self.run_dir / STOP_FILE
         if stop.is_file():  # a folder of that name cannot be removed by a rank, and is no request
+            reason = _first_words(stop)
             stop.unlink(missing_ok=True)  # remove the file, or it would stop the resumed run as well
-            return Request("stop", f"the file {stop.name} in the run's folder")
+            return Request("stop", reason or f"the file {stop.name} in the run's folder")
         if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
             return Request("stop", "train.max_seconds is over; it counts from the start of the command")
         return None
+
+
+def _first_words(path: Path) -> str:
+    """The text of a stop file in one line: it may say why training is to end."""
+    try:
+        return " ".join(path.read_text(errors="replace")[:LONGEST_REASON].split())
+    except OSError:
+        return ""

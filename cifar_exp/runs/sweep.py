@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -23,12 +24,16 @@ from cifar_exp.errors import CifarExpError, ConfigError, Stopped
 from cifar_exp.records.refused_start import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
+from cifar_exp.runs.search_study import STORAGE_FILE
 from cifar_exp.runs.sweep_check import check_jobs
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.bugs import as_user_error, exit_code, forget_frames
 from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.system.redaction import masked, masked_text
+
+if TYPE_CHECKING:
+    from cifar_exp.study.finished_runs import FinishedRun
 
 POWERS_OF_TWO = "powers_of_two"  # device counts of a preset: 1, 2, 4, ... up to the devices of this machine
 
@@ -99,7 +104,7 @@ class StudySweeper(Sweeper):
                     raise failed.failure  # noqa: B904
                 report_failure(failed.exit_code)
                 jobs = failed.jobs
-        size = self.max_batch_size or len(jobs)
+        size = self.max_batch_size or len(jobs) or 1
         return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
     def _is_ours(self) -> bool:
@@ -148,23 +153,21 @@ class StudySweeper(Sweeper):
         assert self.config is not None
         from cifar_exp.runs.parent_run import ParentRun
         from cifar_exp.study.finished_runs import folder_run
-        from cifar_exp.study.speedup import SPEEDUP_ALONE
 
         container: Any = OmegaConf.to_container(self.config)
         if isinstance(container.get("tracking"), dict):  # for `sync`, perhaps without these variables
             container["tracking"] = with_environment(container["tracking"])
         composed = OmegaConf.create(masked(container))
         write_atomically(sweep_dir / MULTIRUN_FILE, OmegaConf.to_yaml(composed))
-        tags = {"sweep": sweep_dir.as_posix(), "jobs": str(len(jobs))}
+        tags = {"sweep": sweep_dir.as_posix(), "jobs": str(self._job_count(jobs))}
         quiet = OmegaConf.select(self.config, "progress", default="auto") == "quiet"
         with ParentRun(self.config, sweep_dir, tags) as parent:
             for line in [] if quiet else parent.lines:
                 print(line, flush=True)
             done = self._run(jobs, sweep_dir)
-            rows = [_row(number, job) for number, job in enumerate(done)]
+            rows = self._rows(done)
             finished = {row.number: run for row in rows if row.is_finished and (run := folder_run(row.run_dir))}
-            settings = read_section(ReportSettings, self.config, "report") if "report" in self.config else SPEEDUP_ALONE
-            metrics, artifacts = print_summary(rows, finished, sweep_dir, settings, quiet)
+            metrics, artifacts = self._summarize(rows, finished, sweep_dir, quiet)
             if parent.is_new and all(row.is_refused for row in rows):
                 parent.discard()
             else:
@@ -174,6 +177,24 @@ class StudySweeper(Sweeper):
             if failures := [row.failure for row in rows if row.failure]:
                 raise SweepFailedError(failures[0], done)
         return done
+
+    def _job_count(self, jobs: Sequence[Sequence[str]]) -> int:
+        return len(jobs)
+
+    def _rows(self, done: Sequence[JobReturn]) -> list[JobRow]:
+        """The rows of the jobs that ran, from what Hydra returned for them."""
+        return [row_of(number, job) for number, job in enumerate(done)]
+
+    def _summarize(
+        self, rows: Sequence[JobRow], finished: "dict[int, FinishedRun]", sweep_dir: Path, quiet: bool
+    ) -> tuple[list[tuple[str, float, int]], list[Path]]:
+        """Print the results. Returns metrics for the parent run as (name, value, step), and files for it."""
+        assert self.config is not None
+        from cifar_exp.study.speedup import SPEEDUP_ALONE
+
+        is_set = "report" in self.config
+        settings = read_section(ReportSettings, self.config, "report") if is_set else SPEEDUP_ALONE
+        return print_summary(rows, finished, sweep_dir, settings, quiet)
 
     def _continue_in(self, sweep_dir: Path, arguments: Sequence[str]) -> list[str]:
         """Let the jobs run in ``sweep_dir`` with ``resume=auto``: finished jobs are skipped, others are resumed.
@@ -193,11 +214,9 @@ class StudySweeper(Sweeper):
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
         """The overrides of each job: the cartesian product, whose last override varies fastest."""
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         choices: dict[str, list[str]] = {}
         # An override replaces the preset's value for the same key. The preset's order of keys stays.
-        for override in parser.parse_overrides([*self._preset(arguments), *arguments]):
+        for override in self._parsed(arguments):
             key = override.get_key_element()
             if override.value_type is None:  # ~key: whatever its value is
                 choices[key] = [key]
@@ -210,6 +229,12 @@ class StudySweeper(Sweeper):
                     f"{override.input_line}: an interval is not a list of values. Set {key}=a,b,c or {key}=range(a,b,c)"
                 )
         return [list(job) for job in itertools.product(*choices.values())]
+
+    def _parsed(self, arguments: Sequence[str]) -> list[Override]:
+        """The overrides of the preset, then those of the command line."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        return parser.parse_overrides([*self._preset(arguments), *arguments])
 
     def _preset(self, arguments: Sequence[str]) -> list[str]:
         """``hydra.sweeper.params`` as overrides. ``powers_of_two`` becomes device counts of this machine."""
@@ -238,7 +263,7 @@ class StudySweeper(Sweeper):
                         raise stopped
                     forget_frames(job._return_value)  # they reference all objects of the job
                 if self._is_ours():  # another program may read the configurations of the jobs
-                    _forget_config(job)
+                    forget_config(job)
             if start == 0:  # objects of the first job stay alive; frozen, they do not slow down later collections
                 gc.collect()
                 gc.freeze()
@@ -256,8 +281,8 @@ def _removing_refused_sweep(sweep_dir: Path) -> Iterator[None]:
     try:
         yield
     except SweepFailedError as failed:
-        if all(_row(number, job).is_refused for number, job in enumerate(failed.jobs)):
-            before.restore([SWEEP_FILE, MULTIRUN_FILE])
+        if all(row_of(number, job).is_refused for number, job in enumerate(failed.jobs)):
+            before.restore([SWEEP_FILE, MULTIRUN_FILE, STORAGE_FILE])
         raise
 
 
@@ -283,14 +308,15 @@ def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
         raise
 
 
-def _forget_config(job: JobReturn) -> None:
+def forget_config(job: JobReturn) -> None:
     """Keep of a job's configuration only what is read later. Hydra returns two copies of it, 0.14 MB each."""
     assert job.hydra_cfg is not None
     job.cfg = None
     job.hydra_cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": job.hydra_cfg.hydra.runtime.output_dir}}})
 
 
-def _row(number: int, job: JobReturn) -> JobRow:
+def row_of(number: int, job: JobReturn) -> JobRow:
+    """The row of a job in the table at the end."""
     assert job.hydra_cfg is not None
     failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
     return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)

@@ -43,6 +43,12 @@ def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequenc
         raise refusals[0]
 
 
+def folder_of(context: HydraContext, config: DictConfig, overrides: Sequence[str], number: int) -> Path:
+    """The folder of a job, in that of the sweep."""
+    job = context.config_loader.load_sweep_config(config, list(overrides))
+    return Path(str(config.hydra.sweep.dir)) / _call(lambda _settings: None, job, number)
+
+
 class SharedFolderError(ConfigError):
     """Two jobs of a sweep have the same folder."""
 
