@@ -36,16 +36,15 @@ class SearchSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("n_trials", "n_jobs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"hydra.sweeper.{name}={getattr(self, name)}: it must be 1 or more")
-        for name in ("startup_trials", "warmup_epochs", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"hydra.sweeper.{name}={getattr(self, name)}: it must be 0 or more")
+        least = {"n_trials": 1, "n_jobs": 1, "startup_trials": 0, "warmup_epochs": 0, "seed": 0}
+        for name, number in least.items():
+            if (value := getattr(self, name)) < number:
+                setting = f"hydra.sweeper.{name}"
+                raise ConfigError(f"{setting}={value}: it must be {number} or more. Set {setting}={number}")
         for name, known in (("sampler", ("tpe", "random")), ("pruner", ("median", "none"))):
             if getattr(self, name) not in known:
                 value = printable(getattr(self, name))
-                raise ConfigError(f"hydra.sweeper.{name}={value}: it must be {' or '.join(known)}")
+                raise ConfigError(f"hydra.sweeper.{name}={value}: it must be {' or '.join(known)}. Set one of these")
 
 
 def check_optuna() -> None:
@@ -202,7 +201,7 @@ class SearchStudy:
         if self.settings.pruner == "none":
             return optuna.pruners.NopPruner()
         return optuna.pruners.MedianPruner(
-            n_startup_trials=self.settings.startup_trials, n_warmup_steps=self.settings.warmup_epochs
+            n_startup_trials=self.settings.startup_trials, n_warmup_steps=self.settings.warmup_epochs + 1
         )
 
     def _check_identity(self, own: dict[str, Any]) -> None:
@@ -226,7 +225,17 @@ class SearchStudy:
 
         try:
             yield
-        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, ImportError, OSError) as error:
+        except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as error:
+            raise ConfigError(
+                f"hydra.sweeper.storage={masked_text(self._address)}: it is not the address of a database. Set "
+                f"hydra.sweeper.storage=sqlite:////<path> or postgresql://<host>/<database>"
+            ) from error
+        except ImportError as error:
+            raise ConfigError(
+                f"hydra.sweeper.storage={masked_text(self._address)}: this database needs a package that is not "
+                f"installed ({error}). Install it, or set another database"
+            ) from error
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             setting = "hydra.sweeper.storage" if self.settings.storage else "hydra.sweep.dir"
             cause = masked_text(str(error.__cause__ or error).splitlines()[0])
             raise StorageError(

@@ -137,7 +137,7 @@ class SearchSweeper(StudySweeper):
         assert self._study is not None
         while found := self._study.next_trial():
             trial, overrides, was_interrupted = found
-            self._run_trial(trial, [*overrides, *(["resume=auto"] if was_interrupted else [])], pruning)
+            self._run_trial(trial, _resumed(overrides) if was_interrupted else overrides, pruning)
 
     def _run_trial(self, trial: Any, overrides: list[str], pruning: Pruning) -> None:
         assert self.config is not None
@@ -188,3 +188,7 @@ class SearchSweeper(StudySweeper):
     ) -> tuple[list[tuple[str, float, int]], list[Path]]:
         assert self._study is not None
         return report(self._study, sweep_dir, quiet)
+
+
+def _resumed(overrides: Sequence[str]) -> list[str]:
+    return [*(word for word in overrides if not word.startswith("resume=")), "resume=auto"]

@@ -226,7 +226,8 @@ class StudySweeper(Sweeper):
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
                 raise ConfigError(
-                    f"{override.input_line}: an interval is not a list of values. Set {key}=a,b,c or {key}=range(a,b,c)"
+                    f"{override.input_line}: an interval is not a list of values. Set {key}=a,b,c or "
+                    f"{key}=range(a,b,c), or hydra/sweeper=search to search it"
                 )
         return [list(job) for job in itertools.product(*choices.values())]
 
