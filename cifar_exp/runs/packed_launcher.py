@@ -1,6 +1,7 @@
 """Hydra's launcher for jobs that need fewer devices than there are: they run side by side, each on its own devices."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ from cifar_exp.system.import_path import SafeHelpers
 from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.system.redaction import masked, masked_text
 from cifar_exp.system.signals import REPEAT_SECONDS, blocked_signals, signals_to_answer
+
+WARNINGS = "PYTHONWARNINGS"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class SlotProcess:
             variables = {} if self.slot.gpus is None else {GPU_VARIABLE: self.slot.gpus}
             start = (list(self.slot.cores), os.getpid())
             self._executor = ProcessPoolExecutor(1, initializer=begin_slot, initargs=start, env=variables)
-        with blocked_signals(), SafeHelpers():
+        with blocked_signals(), SafeHelpers(), _quiet_trackers():
             return self._executor.submit(*call)
 
     def pids(self) -> list[int]:
@@ -187,7 +190,7 @@ class PackedLauncher(Launcher):
         except BrokenProcessPool as error:
             with self._lock:
                 process.end()
-            return self._lost(job, f"its process ended: {_first_line(error)}")
+            return self._lost(job, f"its process ended{_how(error)}, perhaps for lack of memory")
         except Exception as error:  # what the job returns cannot be pickled, or this process ends
             if not self._is_stopping:
                 print_notice(masked_text(f"job {job.number} failed: {as_user_error(error)}"))
@@ -228,5 +231,20 @@ def _current(config: DictConfig) -> Iterator[None]:
         state.cfg = before
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+@contextmanager
+def _quiet_trackers() -> Iterator[None]:
+    """Python's resource tracker, if it starts in the block, does not warn of what a killed process left to it."""
+    before = os.environ.get(WARNINGS)
+    os.environ[WARNINGS] = ",".join(filter(None, (before, "ignore:resource_tracker")))
+    try:
+        yield
+    finally:
+        del os.environ[WARNINGS]
+        if before is not None:
+            os.environ[WARNINGS] = before
+
+
+def _how(error: BaseException) -> str:
+    """The exit code or signal in joblib's message about a process that died; empty if it has none."""
+    found = re.search(r"exit codes? of the workers? (?:is|are) \{(.+?)\}", str(error))
+    return f" by {found[1]}" if found else ""
