@@ -27,8 +27,9 @@ from cifar_exp.runs.search_study import (
     SearchStudy,
     check_optuna,
 )
-from cifar_exp.runs.sweep import StudySweeper, forget_config, row_of
+from cifar_exp.runs.sweep import StudySweeper
 from cifar_exp.runs.sweep_check import check_jobs, folder_of
+from cifar_exp.runs.sweep_job import forget_config, row_of
 from cifar_exp.runs.sweep_summary import JobRow
 from cifar_exp.system.bugs import described, forget_frames
 from cifar_exp.system.redaction import masked, masked_text

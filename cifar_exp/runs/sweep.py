@@ -26,11 +26,12 @@ from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
 from cifar_exp.runs.search_study import STORAGE_FILE
 from cifar_exp.runs.sweep_check import check_jobs
+from cifar_exp.runs.sweep_job import forget_config, row_of, run_and_report
 from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
-from cifar_exp.system.bugs import as_user_error, exit_code, forget_frames
-from cifar_exp.system.printable import print_notice, printable
-from cifar_exp.system.redaction import masked, masked_text
+from cifar_exp.system.bugs import exit_code, forget_frames
+from cifar_exp.system.printable import printable
+from cifar_exp.system.redaction import masked
 
 if TYPE_CHECKING:
     from cifar_exp.study.finished_runs import FinishedRun
@@ -76,7 +77,7 @@ class StudySweeper(Sweeper):
 
         self.hydra_context, self.config, self._task = hydra_context, config, task_function
         self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=partial(_run_and_report, task_function), config=config
+            hydra_context=hydra_context, task_function=partial(run_and_report, task_function), config=config
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
@@ -291,33 +292,3 @@ def _counts(config: DictConfig) -> list[int]:
     from cifar_exp.launch.devices import device_counts
 
     return device_counts(read_section(Devices, config, "devices"))
-
-
-def _run_and_report(task_function: TaskFunction, composed: DictConfig) -> Any:
-    """Print a job's overrides, run it, and print the error if it fails."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra = HydraConfig.get()
-    overrides = masked(OmegaConf.to_container(hydra.overrides.task))  # as they were typed
-    if OmegaConf.select(composed, "progress") != "quiet":
-        print(f"\n== job {hydra.job.num}: {printable(' '.join(overrides))}", flush=True)
-    try:
-        return task_function(composed)
-    except Exception as error:
-        if not Stopped.cause_of(error):
-            print_notice(masked_text(f"job {hydra.job.num} failed: {as_user_error(error)}"))
-        raise
-
-
-def forget_config(job: JobReturn) -> None:
-    """Keep of a job's configuration only what is read later. Hydra returns two copies of it, 0.14 MB each."""
-    assert job.hydra_cfg is not None
-    job.cfg = None
-    job.hydra_cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": job.hydra_cfg.hydra.runtime.output_dir}}})
-
-
-def row_of(number: int, job: JobReturn) -> JobRow:
-    """The row of a job in the table at the end."""
-    assert job.hydra_cfg is not None
-    failure = job._return_value if job.status == JobStatus.FAILED else None  # the property would raise and print
-    return JobRow(number, masked(list(job.overrides or [])), Path(job.hydra_cfg.hydra.runtime.output_dir), failure)

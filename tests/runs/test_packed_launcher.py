@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,37 +101,39 @@ def trained_steps(workplace: Path) -> dict[str, int]:
 
 
 @pinning
-def test_a_signal_saves_all_jobs_and_the_sweep_continues_with_a_job_whose_process_is_killed(
+def test_a_signal_saves_all_jobs_of_which_each_has_its_own_core_and_starts_no_other(
     started: Start, workplace: Path
 ) -> None:
-    words = ["-m", *LONG, "seed=0,1,2", PACKED]
-    sweep = started(*words)
+    sweep = started("-m", *LONG, "seed=0,1,2", PACKED)
     wait_for(lambda: len(trained_steps(workplace)) == 2, sweep)
     family = psutil.Process(sweep.pid).children(recursive=True)
-    folders = job_folders(workplace)
-    used = [set(child.cpu_affinity()) for child in psutil.Process(sweep.pid).children() if _is_slot(child)]
+    used = [set(child.cpu_affinity()) for child in _slots(sweep)]
     assert len(used) == 2
     assert not used[0] & used[1]
     sweep.send_signal(signal.SIGTERM)
     output, errors = sweep.communicate(60)
     assert sweep.returncode == 143, output + errors
     assert "Traceback" not in errors
+    assert "resource_tracker" not in errors
     assert_nothing_is_left(family)
-    for folder in folders.values():
+    assert sorted(job_folders(workplace)) == ["0", "1"]
+    for folder in job_folders(workplace).values():
         assert json.loads((folder / "outcome.json").read_text())["status"] == "KILLED"
         assert list((folder / "checkpoints").iterdir())
-    assert sorted(job_folders(workplace)) == ["0", "1"]  # the third was not started
 
-    before = trained_steps(workplace)
-    resumed = started(*words, "resume=auto")
-    wait_for(lambda: all(step > before[name] for name, step in trained_steps(workplace).items()), resumed)
-    first = min(_slots(resumed), key=lambda child: child.pid)
-    first.kill()
-    wait_for(lambda: "2" in trained_steps(workplace), resumed)  # the next job, in a new process
-    family = psutil.Process(resumed.pid).children(recursive=True)
-    resumed.kill()
-    resumed.wait(30)
-    time.sleep(1)
+
+@pinning
+def test_a_killed_process_ends_its_job_alone_and_a_killed_command_leaves_nothing(
+    started: Start, workplace: Path
+) -> None:
+    sweep = started("-m", *LONG, "seed=0,1,2", PACKED)
+    wait_for(lambda: len(trained_steps(workplace)) == 2, sweep)
+    _slots(sweep)[0].kill()
+    wait_for(lambda: "2" in trained_steps(workplace), sweep)  # the next job, in a new process
+    family = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.kill()
+    assert "its process ended by SIGKILL(-9), perhaps for lack of memory" in sweep.communicate(30)[1]
+    psutil.wait_procs(family, timeout=5)  # a slot looks for its parent four times a second
     assert_nothing_is_left(family)
 
 
