@@ -85,7 +85,7 @@ class SearchStudy:
         self._lock = threading.RLock()
         self._address = settings.storage or str(sweep_dir / STORAGE_FILE)
         with self._storage_errors():
-            storage = optuna.storages.RDBStorage(settings.storage or _sqlite(sweep_dir / STORAGE_FILE))
+            storage = _database(settings.storage or _sqlite(sweep_dir / STORAGE_FILE))
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=settings.study,
@@ -242,6 +242,19 @@ class SearchStudy:
                 f"{setting}={masked_text(self._address)}: the study cannot be read or written there: {cause}. Set "
                 f"{setting} to a place that can, and start again; a search that was begun continues with resume=auto"
             ) from error
+
+
+def _database(address: str) -> Any:
+    """Optuna's storage. Of two processes that create its tables at the same moment, one fails and tries again."""
+    import optuna
+    import sqlalchemy
+    from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
+
+    errors = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.IntegrityError)
+    attempts = retry(
+        retry=retry_if_exception_type(errors), stop=stop_after_attempt(3), wait=wait_fixed(0.5), reraise=True
+    )
+    return attempts(optuna.storages.RDBStorage)(address)
 
 
 def _sqlite(path: Path) -> str:
