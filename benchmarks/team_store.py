@@ -11,6 +11,7 @@ server, PostgreSQL. With ``--restarts`` the recipe is ended by SIGTERM and start
 
 import argparse
 import json
+import multiprocessing
 import os
 import secrets
 import signal
@@ -25,9 +26,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-from harness import RESULTS, machine
 
 from cifar_exp.errors import TrackingError
 from cifar_exp.records import journal
@@ -49,10 +49,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="that a writer takes to write its journal")
     parser.add_argument("--restarts", type=int, default=0, help="SIGTERM to the recipe, and another start")
     parser.add_argument("--crashes", type=int, default=0, help="SIGKILL to database and server, and another start")
-    parser.add_argument("--writer", nargs=2, metavar=("FOLDER", "ADDRESS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.writer:
-        return write(Path(options.writer[0]), options.writer[1], options.points, options.seconds)
     with tempfile.TemporaryDirectory(prefix="team-store-benchmark-") as folder:
         Path(folder).chmod(0o711)  # the database may run as another user
         return measure(options, Path(folder))
@@ -60,16 +57,19 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, folder: Path) -> int:
     with running(TeamStore(folder / "store", free_port(), free_port())) as store:
+        os.environ.update(store.login())  # by the environment, as for a user
         began = time.monotonic()
         writers = [start_writer(folder / f"run-{number}", store, options) for number in range(options.writers)]
         faults = disturb(store, options, writers)
-        codes = [process.wait() for process in writers]
+        for process in writers:
+            process.join()
         seconds = time.monotonic() - began
-        late = [number for number, code in enumerate(codes) if code]
+        late = [number for number, process in enumerate(writers) if process.exitcode]
         for number in late:
-            with login(store):
-                print(tracker(store.address).deliver(folder / f"run-{number}"), flush=True)
+            print(tracker(store.address).deliver(folder / f"run-{number}"), flush=True)
         found = check(store, [folder / f"run-{number}" for number in range(options.writers)])
+    from harness import RESULTS, machine  # imports torch, which writers do not need
+
     result = {
         **{"benchmark": "team_store", "date": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine()},
         **{"writers": options.writers, "points of each": options.points, "faults": faults},
@@ -101,6 +101,11 @@ class TeamStore:
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def login(self) -> dict[str, str]:
+        """The variables with which a user writes to the store."""
+        name = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": self.password}
+        return name | {"no_proxy": "127.0.0.1"}
 
     def start(self) -> None:
         settings = {
@@ -162,12 +167,12 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def disturb(store: TeamStore, options: argparse.Namespace, writers: "list[subprocess.Popen[bytes]]") -> list[str]:
+def disturb(store: TeamStore, options: argparse.Namespace, writers: list[BaseProcess]) -> list[str]:
     """End the store and start it again, evenly spread over the time in which the journals are written."""
     faults = [*(["crash"] * options.crashes), *(["restart"] * options.restarts)]
     for fault in faults:
         time.sleep(options.seconds / (len(faults) + 1))
-        alive = sum(process.poll() is None for process in writers)
+        alive = sum(process.is_alive() for process in writers)
         print(f"{fault}, while {alive} writers are running", flush=True)
         (store.crash if fault == "crash" else store.stop)()
         store.start()
@@ -177,21 +182,13 @@ def disturb(store: TeamStore, options: argparse.Namespace, writers: "list[subpro
 # A writer
 
 
-def start_writer(folder: Path, store: TeamStore, options: argparse.Namespace) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, __file__, "--writer", str(folder), store.address]
-    command += ["--points", str(options.points), "--seconds", str(options.seconds)]
-    return subprocess.Popen(command, env=os.environ | logins(store))
-
-
-def logins(store: TeamStore) -> dict[str, str]:
-    name = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": store.password}
-    return name | {"no_proxy": "127.0.0.1"}
-
-
-@contextmanager
-def login(store: TeamStore) -> Iterator[None]:
-    os.environ.update(logins(store))
-    yield
+def start_writer(folder: Path, store: TeamStore, options: argparse.Namespace) -> BaseProcess:
+    """A process of its own. A server forks it, so that MLflow is imported once and not sixteen times."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow", "cifar_exp.tracking.mlflow_tracker", "cifar_exp.tracking.recorder"])
+    process = context.Process(target=write, args=(folder, store.address, options.points, options.seconds))
+    process.start()
+    return process
 
 
 def tracker(address: str) -> MLflowTracker:
@@ -211,7 +208,7 @@ class NoDisplay:
         return True
 
 
-def write(folder: Path, address: str, points: int, seconds: float) -> int:
+def write(folder: Path, address: str, points: int, seconds: float) -> None:
     """Be one run: write a journal of ``points`` metric values and deliver it meanwhile."""
     folder.mkdir()
     (folder / CONFIG_FILE).write_text("tracking: {_target_: cifar_exp.tracking.mlflow_tracker.MLflowTracker}\n")
@@ -230,8 +227,7 @@ def write(folder: Path, address: str, points: int, seconds: float) -> int:
                     time.sleep(max(0.0, began + seconds * step / steps - time.monotonic()))
     except TrackingError as error:
         print(f"{folder.name}: {str(error).splitlines()[0]}", flush=True)
-        return error.exit_code
-    return 0
+        sys.exit(error.exit_code)
 
 
 # The count
@@ -252,12 +248,15 @@ def check(store: TeamStore, folders: list[Path]) -> dict[str, int]:
         rows = Counter((run, key, step, value) for run, key, step, value in connection.execute(query))
         finished = connection.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'").fetchone()
         runs = connection.execute("SELECT count(*) FROM runs").fetchone()
+        size = connection.execute("SELECT pg_total_relation_size('metrics')").fetchone()
     assert finished
     assert runs
+    assert size
     return {
         "wanted": wanted.total(),
         "found once": sum(rows[point] == 1 for point in wanted),
         "rows": rows.total(),
+        "bytes of a point with its indexes": round(size[0] / rows.total()),
         "runs": runs[0],
         "finished": finished[0],
     }

@@ -10,7 +10,7 @@
 # TEAM_STORE_DB_PASSWORD  password of the database role "mlflow"; it may change with each start
 # TEAM_STORE_HOST         where the server listens (127.0.0.1); TEAM_STORE_PORT (5000), TEAM_STORE_DB_PORT (5433)
 # TEAM_STORE_NAMES        host names that users type, with commas: "store.example.org:5000"; all others are refused
-# TEAM_STORE_WORKERS      server processes (4)
+# TEAM_STORE_WORKERS      server processes (one a core, at most 4)
 set -euo pipefail
 
 die() { printf 'team-store: %s\n' "$1" >&2; exit 2; }
@@ -28,6 +28,8 @@ bin=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -n 1 || true)
 # PostgreSQL refuses to run as root, so root gives it to the user that Debian's package has made.
 as_owner() { if [ "$(id -u)" = 0 ]; then runuser -u postgres -- "$@"; else "$@"; fi; }
 
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=${TEAM_STORE_WORKERS:-$((cores < 4 ? cores : 4))}
 host=${TEAM_STORE_HOST:-127.0.0.1} port=${TEAM_STORE_PORT:-5000} db_port=${TEAM_STORE_DB_PORT:-5433}
 umask 077
 mkdir -p "${1:-team-store}"
@@ -85,7 +87,7 @@ export MLFLOW_FLASK_SERVER_SECRET_KEY MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 unset TEAM_STORE_PASSWORD TEAM_STORE_DB_PASSWORD
 names=${TEAM_STORE_NAMES:+,$TEAM_STORE_NAMES}
 # By default uvicorn kills a process that is silent for 5 s. On a busy machine that ends requests and never recovers.
-mlflow server --app-name basic-auth --host "$host" --port "$port" --workers "${TEAM_STORE_WORKERS:-4}" \
+mlflow server --app-name basic-auth --host "$host" --port "$port" --workers "$workers" \
     --backend-store-uri "$database/mlflow" --serve-artifacts --artifacts-destination "file://$folder/files" \
     --allowed-hosts "127.0.0.1:$port,localhost:$port$names" \
     --uvicorn-opts "--timeout-worker-healthcheck 120" >>server.log 2>&1 &
