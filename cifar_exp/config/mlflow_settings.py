@@ -75,13 +75,14 @@ def checked_address(uri: str, name: str) -> str:
 
     Args:
         uri: as given.
-        name: of the setting or variable that gives it.
+        name: of the setting, variable or option that gives it.
 
     Raises:
         ConfigError: it is no address of a store.
     """
     shown = f"{name}={masked_text(uri)}"
-    remedy = "Set tracking.uri=sqlite:///runs.db or tracking.uri=http://localhost:5000"
+    setting = name if name.startswith("--") else "tracking.uri"
+    remedy = f"Set {setting}=sqlite:///runs.db or {setting}=http://localhost:5000"
     scheme = uri.partition(":")[0].lower().partition("+")[0]
     if scheme == "file" or (scheme not in SCHEMES and "://" not in uri and (uri[:1] in "./~" or "/" in uri)):
         raise ConfigError(
@@ -101,5 +102,5 @@ def checked_address(uri: str, name: str) -> str:
         raise ConfigError(f"{shown}: it has no host. {remedy}")
     if parts.fragment or parts.query or "#" in uri:
         page = masked_text(uri).partition("#")[0].partition("?")[0].rstrip("/")
-        raise ConfigError(f"{shown}: it is the address of a page, not of the server. Set tracking.uri={page}")
+        raise ConfigError(f"{shown}: it is the address of a page, not of the server. Set {setting}={page}")
     return f"{scheme}:{uri.partition(':')[2]}".rstrip("/")

@@ -9,16 +9,24 @@ from cifar_exp.records.folder_check import check_folder
 from cifar_exp.records.run_folder import RUN_FILE, SWEEP_RUN_FILE, RunInfo, is_locked
 from cifar_exp.system.bugs import BugError
 from cifar_exp.system.printable import printable, printable_text
+from cifar_exp.tracking.copies import copier_of
 from cifar_exp.tracking.mlflow_tracker import MLflowTracker
 from cifar_exp.tracking.own_store import own_address, stored_tracking
 
 
-def deliver_all(folder: Path, settings: Mapping[str, str | None]) -> list[CifarExpError]:
-    """Deliver the runs in ``folder`` and print a line for each. Returns the failures."""
+def deliver_all(folder: Path, settings: Mapping[str, str | None], to: str | None = None) -> list[CifarExpError]:
+    """Deliver the runs in ``folder`` and print a line for each. Returns the failures.
+
+    Args:
+        folder: of a run, a sweep or many runs.
+        settings: typed settings of ``tracking``.
+        to: the address of another store to copy the runs to; None delivers to their own.
+    """
     failures: list[CifarExpError] = []
     for run_dir in runs_in(folder):
         try:
-            print(printable_text(tracker_of(run_dir, settings).deliver(run_dir)), flush=True)
+            copier = copier_of(run_dir, to, settings.get("experiment")) if to else tracker_of(run_dir, settings)
+            print(printable_text(copier.deliver(run_dir)), flush=True)
         except CifarExpError as error:
             failures.append(error)
         except Exception as error:  # continue with the other runs

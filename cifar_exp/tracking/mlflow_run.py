@@ -125,7 +125,7 @@ class MLflowRun:
         assert self.run_id
         outcome = Outcome.of(self._run.run_dir)
         try:
-            self._store_files()
+            self.store_files()
         finally:
             self._client.set_terminated(self.run_id, status, round(outcome.ended * 1000) if outcome else None)
 
@@ -144,7 +144,7 @@ class MLflowRun:
                 f"Set tracking.experiment=<a new name>, and remove {self._run.run_dir / RUN_ID_FILE}"
             )
 
-    def _store_files(self) -> None:
+    def store_files(self) -> None:
         """Store the files. If one cannot be stored, the others still are.
 
         Raises:

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sqlite3
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -93,11 +94,7 @@ class MLflowStore:
             TrackingError: if the experiment was deleted, or a variable of MLflow has a value that it cannot read.
             Exception: any exception that MLflow raises if the store is unreachable.
         """
-        for name, value in MLFLOW_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        check_variables()
-        for name in ("mlflow", "alembic"):  # they log errors that they also raise; importing MLflow resets the level
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _set_up_mlflow()
         if self.uri is None:
             make_folder(OUTPUTS)
         database = self.database()
@@ -110,6 +107,14 @@ class MLflowStore:
             beside = database or OUTPUTS / "mlflow.db"
             self._experiment().make(client, beside if is_sqlite(self.address()) else None)
         return client
+
+    def reading_client(self) -> "MlflowClient":
+        """A client of a store that exists; nothing is created in it."""
+        _set_up_mlflow()
+        if database := self.database():
+            with suppress(sqlite3.Error):  # a store that is read-only or in use is read as it is
+                follow_moved_store(database)
+        return self._new_client()
 
     def _new_client(self) -> "MlflowClient":
         from mlflow import MlflowClient
@@ -243,6 +248,19 @@ class MLflowStore:
     def _note(self, run: RunInfo, identity: str) -> str:
         write_atomically(run.run_dir / RUN_ID_FILE, f"{identity}\n")
         return identity
+
+
+def _set_up_mlflow() -> None:
+    """Set this package's defaults of MLflow's variables and silence its log.
+
+    Raises:
+        TrackingError: a variable of MLflow has a value that it cannot read.
+    """
+    for name, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    check_variables()
+    for name in ("mlflow", "alembic"):  # they log errors that they also raise; importing MLflow resets the level
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _make_or_follow(database: Path) -> None:

@@ -106,12 +106,13 @@ def foreign_place(database: Path) -> str | None:
     query = "SELECT artifact_location FROM experiments UNION SELECT artifact_uri FROM runs"
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as store:
         for (place,) in store.execute(query):
-            if place and not _is_beside(str(place), database):
+            if place and not is_beside(str(place), database):
                 return str(place)
     return None
 
 
-def _is_beside(place: str, database: Path) -> bool:
+def is_beside(place: str, database: Path) -> bool:
+    """Whether a place for files is in the folder of an SQLite store or in the current one, or does not exist."""
     parts = urlsplit(place)
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
         return parts.scheme == "mlflow-artifacts" and not parts.netloc
