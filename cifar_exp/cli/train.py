@@ -1,5 +1,6 @@
 """`cifar-exp train`: train one run, or every job of a sweep."""
 
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -15,15 +16,33 @@ if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wr
 QUESTIONS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 
+OTHER_HOST = re.compile(r"\+*launcher\.host_rank=[1-9]\d*")
+
+
 @click.command("train", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> int:
     """Train once as configured; with -m, sweep over lists of values."""
     if not QUESTIONS & {word.partition("=")[0] for word in words}:
         refuse_many_processes()
+    if any(OTHER_HOST.fullmatch(word) for word in words):
+        return run_other_host(words)
     from cifar_exp.cli.hydra_app import run_hydra
 
     return run_hydra(run_job, words, check)
+
+
+def run_other_host(words: tuple[str, ...]) -> int:
+    """Run ranks for host 0 of a run over several hosts. This host gets no run folder.
+
+    Raises:
+        CifarExpError: see ``join_run``.
+    """
+    from cifar_exp.cli.hydra_app import composed
+    from cifar_exp.runs.train_composed import join_composed
+
+    join_composed(composed(words))
+    return 0
 
 
 def check(composed: "DictConfig") -> None:

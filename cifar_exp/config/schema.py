@@ -201,6 +201,14 @@ class _Launcher(TypedDict, total=False):
     """Seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is killed."""
     max_restarts: NonNegativeCount | None
     """Number of restarts after a rank died or hung."""
+    hosts: Count | None
+    """Number of hosts, each of which runs the same command."""
+    host_rank: NonNegativeCount | None
+    """The number of this host, from 0; host 0 has the run folder and the terminal."""
+    rendezvous: Name | None
+    """Address and port of host 0, such as host0:29500."""
+    token_file: Name | None
+    """File of mode 0600 with the secret that all hosts know; null means the variable CIFAR_EXP_TOKEN."""
 
 
 class _Tracking(TypedDict, total=False):

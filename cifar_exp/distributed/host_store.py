@@ -114,8 +114,13 @@ class StoreClient:
     Every method raises ``StoreClosedError`` if host 0 cannot be reached any more.
     """
 
-    def __init__(self, address: tuple[str, int], token: bytes) -> None:
+    def __init__(self, address: tuple[str, int], token: bytes, answer_seconds: float | None = None) -> None:
         """Connect to host 0.
+
+        Args:
+            address: host and port.
+            token: the secret that all hosts know.
+            answer_seconds: how long host 0 may take for an answer; None: as long as it likes.
 
         Raises:
             OSError: nobody listens at ``address``.
@@ -134,6 +139,8 @@ class StoreClient:
             raise TokenError from error
         except (EOFError, OSError) as error:
             raise StoreClosedError(str(error)) from error
+        if answer_seconds:
+            _limit_time(self._connection, int(answer_seconds))
 
     def set(self, key: str, value: bytes) -> None:
         self._ask("set", key, base64.b64encode(value).decode())
@@ -195,7 +202,9 @@ class RankStore(dist.Store):  # type: ignore[misc, name-defined]
         self._seconds = timeout.total_seconds()
 
 
-def connected_client(address: tuple[str, int], token: bytes, seconds: float) -> StoreClient:
+def connected_client(
+    address: tuple[str, int], token: bytes, seconds: float, answer_seconds: float | None = None
+) -> StoreClient:
     """Connect to host 0, which may start later.
 
     Raises:
@@ -205,7 +214,7 @@ def connected_client(address: tuple[str, int], token: bytes, seconds: float) -> 
     until = time.monotonic() + seconds
     while True:
         try:
-            return StoreClient(address, token)
+            return StoreClient(address, token, answer_seconds)
         except OSError:
             if time.monotonic() >= until:
                 raise

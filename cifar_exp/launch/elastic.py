@@ -16,13 +16,17 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from cifar_exp.distributed.host_store import StoreClient, StoreServer
 from cifar_exp.distributed.stop_requests import Request, ended_by
 from cifar_exp.errors import storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.failures import as_errors
+from cifar_exp.launch.host_link import HostLink
+from cifar_exp.launch.hosts import HostSettings, host_settings, host_zero
 from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.signals import raise_swallowed
 from cifar_exp.system.temp_folder import private_folder
 from cifar_exp.worker.job import Job
@@ -57,12 +61,28 @@ class ElasticLauncher:
     Attributes:
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
+        hosts: number of hosts; each runs the same command.
+        host_rank: the number of this host, from 0.
+        rendezvous: ``host:port`` of host 0; None for a run on one host.
+        token_file: a file of mode 0600 with the secret that all hosts know; None: the variable CIFAR_EXP_TOKEN.
         max_restarts: how many times all ranks are restarted after one died or hung. Training then resumes from the last
             checkpoint.
     """
 
     timeout: float
     max_restarts: int
+    hosts: int
+    host_rank: int
+    rendezvous: str | None
+    token_file: str | None
+
+    def host_settings(self) -> HostSettings:
+        """The settings of a run over several hosts.
+
+        Raises:
+            ConfigError: they do not fit together, or there is no token.
+        """
+        return host_settings(self.hosts, self.host_rank, self.rendezvous, self.token_file, self.timeout)
 
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, ipc_dir)`` in ``job.plan.world_size`` processes.
@@ -91,18 +111,39 @@ class ElasticLauncher:
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
             _log_to_the_runs_file()
             _name_callers_cheaply()
-            watchdog, stopping = Watchdog(ipc_dir, job.plan.world_size, self.timeout), GracefulStop(ipc_dir)
-            try:
-                with (
-                    as_errors(ipc_dir, watchdog, stopping, self.max_restarts),
-                    watchdog,
-                    rank_processes.starting_ranks(),
-                    stopping,
-                ):
-                    elastic_launch(self._config(job.plan.world_size, ipc_dir), function)(job, ipc_dir)
-            finally:
-                _end_ranks()
+            if self.hosts == 1:
+                self._run_ranks(function, job, ipc_dir)
+            else:
+                with host_zero(self.host_settings(), job, print_notice) as (placed, store):
+                    self.run_ranks_of_host(function, placed, ipc_dir, store)
             return ended_by(ipc_dir)
+
+    def run_ranks_of_host(
+        self, function: Callable[[Job, Path], None], job: Job, ipc_dir: Path, store: StoreServer | StoreClient
+    ) -> None:
+        """Run the ranks of one host among several. Raises as :meth:`launch`."""
+        assert job.place
+        with HostLink(job.place, store, ipc_dir) as link:
+            self._run_ranks(function, job, ipc_dir, link)
+            link.succeeded()
+
+    def _run_ranks(
+        self, function: Callable[[Job, Path], None], job: Job, ipc_dir: Path, link: HostLink | None = None
+    ) -> None:
+        """Run this host's ranks until all have ended."""
+        size = job.place.local_size if job.place else job.plan.world_size
+        watchdog = Watchdog(ipc_dir, size, self.timeout, job.place.first_rank if job.place else 0)
+        stopping = GracefulStop(ipc_dir)
+        try:
+            with (
+                as_errors(ipc_dir, watchdog, stopping, self.max_restarts, link),
+                watchdog,
+                rank_processes.starting_ranks(),
+                stopping,
+            ):
+                elastic_launch(self._config(size, ipc_dir), function)(job, ipc_dir)
+        finally:
+            _end_ranks()
 
     def _config(self, world_size: int, ipc_dir: Path) -> LaunchConfig:
         """How torch elastic starts ``world_size`` ranks that meet in the folder ``ipc_dir``."""

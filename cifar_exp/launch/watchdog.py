@@ -24,14 +24,16 @@ class Watchdog:
 
     Attributes:
         ipc_dir: the folder that ranks and launcher share.
-        world_size: number of ranks.
+        size: number of ranks on this host.
         timeout: seconds in which no rank sends a heartbeat; then the hung ranks are killed.
+        first_rank: the first rank of this host.
         vanished: rank -> message, for ranks whose process ended without an error.
     """
 
     ipc_dir: Path
-    world_size: int
+    size: int
     timeout: float
+    first_rank: int = 0
     vanished: dict[int, str] = field(default_factory=dict)
     _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # killed rank -> process id, message
     _closed: threading.Event = field(default_factory=threading.Event)
@@ -72,7 +74,9 @@ class Watchdog:
 
     def _beats(self) -> dict[int, Heartbeat]:
         """The newest heartbeat of each rank that has sent one."""
-        beats = {rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.world_size)}
+        beats = {
+            rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.first_rank, self.first_rank + self.size)
+        }
         return {rank: beat for rank, beat in beats.items() if beat}
 
     def _find_dead_ranks(self, beats: dict[int, Heartbeat]) -> bool:

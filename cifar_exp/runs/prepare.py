@@ -64,7 +64,7 @@ def prepare(config: Config, context: RunContext) -> PreparedRun:
             batch.
         StorageError: the run to resume cannot be read.
     """
-    devices = find_devices(config.devices)
+    devices = find_devices(config.devices, int(config.launcher.get("hosts") or 1))
     check_precision(config.train.precision, devices.accelerator)
     resumed = resume.find(_wanted(config, context), context.folder, anywhere=context.is_single, warn=warn)
     is_finished = resumed is not None and resumed.finished

@@ -6,6 +6,7 @@ from pathlib import Path
 from cifar_exp.config.schema import CheckpointSettings, EarlyStoppingSettings, Train
 from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.distributed.host_place import HostPlace
 from cifar_exp.models.build import ModelFactory
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.training.optimizers import OptimizerFactory
@@ -36,6 +37,7 @@ class Job:
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
         has_unused: whether some parameters got no gradient when the parent tried the network.
+        place: this host, if the run has several.
     """
 
     run_dir: Path
@@ -56,3 +58,4 @@ class Job:
     threads: int
     timeout: float
     has_unused: bool = False
+    place: HostPlace | None = None

@@ -40,15 +40,17 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if job.place:
+        rank += job.place.first_rank
     try:
-        assert int(os.environ["WORLD_SIZE"]) == job.plan.world_size
+        assert int(os.environ["WORLD_SIZE"]) == _local_size(job)
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
-        control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job))
+        control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job), bool(job.place))
         if attempt:
             job = _restarted(job, ipc_dir, rank, attempt)
         _prepare_process(job)
         # Longer than launcher.timeout: the launcher ends hung ranks first, since it can name them.
-        with process_group.joined_world(job.accelerator, ipc_dir, 2 * job.timeout + 60) as world:
+        with process_group.joined_world(job.accelerator, ipc_dir, 2 * job.timeout + 60, job.place) as world:
             work(job, world, control)
         control.done()
         end_rank()
@@ -67,6 +69,11 @@ def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: in
         # rank first. It then ends this one.
         time.sleep(DEAD_PEER_PATIENCE)
     sys.exit(1 if code is None else code)
+
+
+def _local_size(job: Job) -> int:
+    """Ranks on this host."""
+    return job.place.local_size if job.place else job.plan.world_size
 
 
 def begin_rank() -> None:
@@ -131,6 +138,6 @@ def _pin_to_cores(job: Job) -> None:
     choose the same cores. Threads that start later inherit the cores.
     """
     cores = host.own_cores()
-    if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):
+    if job.accelerator == "cpu" and _local_size(job) * job.threads == len(cores):
         first = int(os.environ["LOCAL_RANK"]) * job.threads
         host.keep_to_cores(cores[first : first + job.threads])
