@@ -13,6 +13,7 @@ class HostPlace:
         local_size: ranks of each host.
         address: where host 0's store listens: host and port.
         interface: the network interface that leads there, such as ``eth0``.
+        prefix: of the keys of these ranks in the store.
         token: the secret that all hosts know.
     """
 
@@ -21,6 +22,7 @@ class HostPlace:
     local_size: int
     address: tuple[str, int]
     interface: str
+    prefix: str
     token: bytes = field(repr=False)
 
     @property

@@ -13,16 +13,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, Protocol
 
 MOST_BYTES = 2**24  # of one message
 HANDSHAKE_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
+_ENDING = (OSError, EOFError, ValueError, TypeError, AuthenticationError)  # a closed connection, or a wrong message
 
 
 class StoreClosedError(ConnectionError):
@@ -31,6 +30,42 @@ class StoreClosedError(ConnectionError):
 
 class TokenError(Exception):
     """The two sides have different tokens."""
+
+
+class HostStore(Protocol):
+    """What both sides can do. The other hosts' side raises ``StoreClosedError`` if host 0 cannot be reached."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Give ``key`` a value."""
+
+    def get(self, key: str) -> bytes | None:
+        """The value of ``key``; None if it has none."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to the whole number that ``key`` holds (0 if it has none). Returns the sum."""
+
+    def wait(self, keys: list[str], seconds: float) -> bool:
+        """Wait until all ``keys`` have values. Returns whether they have."""
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """A store with a prefix before every key."""
+
+    store: HostStore
+    prefix: str
+
+    def set(self, key: str, value: bytes) -> None:
+        self.store.set(self.prefix + key, value)
+
+    def get(self, key: str) -> bytes | None:
+        return self.store.get(self.prefix + key)
+
+    def add(self, key: str, amount: int) -> int:
+        return self.store.add(self.prefix + key, amount)
+
+    def wait(self, keys: list[str], seconds: float) -> bool:
+        return self.store.wait([self.prefix + key for key in keys], seconds)
 
 
 class StoreServer:
@@ -77,6 +112,11 @@ class StoreServer:
         with self._changed:
             return self._changed.wait_for(lambda: all(key in self._values for key in keys), seconds)
 
+    def forget(self, prefix: str) -> None:
+        """Remove all keys that start with ``prefix``."""
+        with self._changed:
+            self._values = {key: value for key, value in self._values.items() if not key.startswith(prefix)}
+
     def _accept(self) -> None:
         while True:
             try:
@@ -86,13 +126,24 @@ class StoreServer:
             threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
 
     def _serve(self, accepted: socket.socket) -> None:
-        with suppress(OSError, EOFError, ValueError, AuthenticationError), _connection(accepted) as connection:
+        left_behind: list[str] = []
+        with (
+            suppress(OSError, EOFError, ValueError, TypeError, AuthenticationError),
+            _connection(accepted) as connection,
+        ):
             with _limited_time(connection):
                 deliver_challenge(connection, self._token)
                 answer_challenge(connection, self._token)
             while True:
                 operation, arguments = json.loads(connection.recv_bytes(MOST_BYTES))
-                connection.send_bytes(json.dumps(self._answer(operation, *arguments)).encode())
+                if operation == "leave":
+                    left_behind.append(str(arguments[0]))
+                    answer = None
+                else:
+                    answer = self._answer(operation, *arguments)
+                connection.send_bytes(json.dumps(answer).encode())
+        for key in left_behind:
+            self.set(key, b"")
 
     def _answer(self, operation: str, *arguments: Any) -> Any:
         if operation == "set":
@@ -158,6 +209,10 @@ class StoreClient:
         """Wait until all ``keys`` have values. Returns whether they have."""
         return bool(self._ask("wait", keys, seconds))
 
+    def leave_behind(self, key: str) -> None:
+        """Give ``key`` an empty value when this connection ends, for any reason."""
+        self._ask("leave", key)
+
     def _ask(self, operation: str, *arguments: Any) -> Any:
         with self._turn:
             try:
@@ -168,38 +223,6 @@ class StoreClient:
 
     def close(self) -> None:
         self._connection.close()
-
-
-class RankStore(dist.Store):  # type: ignore[misc, name-defined]
-    """The store in the form in which torch's process groups take it."""
-
-    def __init__(self, client: StoreClient, prefix: str, timeout: float) -> None:
-        """``prefix``: of all keys; ``timeout``: seconds that :meth:`get` waits for a key."""
-        super().__init__()
-        self._client, self._prefix, self._seconds = client, prefix, timeout
-
-    def set(self, key: str, value: str | bytes) -> None:
-        self._client.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        value = self._client.get(self._prefix + key)
-        assert value is not None
-        return value
-
-    def add(self, key: str, amount: int) -> int:
-        return self._client.add(self._prefix + key, amount)
-
-    def check(self, keys: list[str]) -> bool:
-        return self._client.wait([self._prefix + key for key in keys], 0)
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        seconds = self._seconds if timeout is None else timeout.total_seconds()
-        if not self._client.wait([self._prefix + key for key in keys], seconds):
-            raise dist.DistStoreError(f"no other rank has set {', '.join(keys)} in {seconds:g} s")
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        self._seconds = timeout.total_seconds()
 
 
 def connected_client(

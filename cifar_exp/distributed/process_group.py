@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from cifar_exp.distributed.host_place import HostPlace
-from cifar_exp.distributed.host_store import RankStore, StoreClient
+from cifar_exp.distributed.host_store import Prefixed, StoreClient
+from cifar_exp.distributed.rank_store import RankStore
 from cifar_exp.system import host
 from cifar_exp.system.accelerator import device_of
 
@@ -66,7 +67,7 @@ def joined_world(
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store: Any
     if place:
-        store = RankStore(StoreClient(place.address, place.token), f"ranks-{attempt}/", timeout)
+        store = RankStore(Prefixed(StoreClient(place.address, place.token), f"{place.prefix}ranks/"), timeout)
     else:  # not as a URL: `?` and `#` in a path would change its meaning
         store = dist.FileStore(str(rendezvous_dir / f"ranks-{attempt}"), size)  # type: ignore[attr-defined]
     # On one core, gloo's reader thread preempts the writer and spins on its lock. SCHED_BATCH threads do not preempt.

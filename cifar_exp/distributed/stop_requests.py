@@ -4,13 +4,15 @@ All ranks must stop at the same point, or some would wait for the others forever
 collective. If there is one, it writes the coming stop point to a file. After the collective every rank reads that file.
 """
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cifar_exp.system.atomic_files import write_atomically
 
 STOP_FILE = "stop"  # in the run folder: a file made by a user who wants training to end here
-INTERRUPT_FILE = "interrupt"  # in ipc_dir: made by the launcher after a signal
+INTERRUPT_FILE = "interrupt"  # in ipc_dir: made by the launcher after a signal, with the signal's number
 AGREED_FILE = "agreed"  # in ipc_dir: the stop point, made by rank 0
 KNOWN_TO_ALL_HOSTS_FILE = "agreed-everywhere"  # in ipc_dir: made by the launcher when each host has the stop point
 
@@ -45,6 +47,13 @@ def agree(ipc_dir: Path, point: StopPoint, request: Request) -> None:
     if not agreed.exists():
         text = f"{point.step:d} {point.in_evaluation:d} {request.kind} {request.reason}"
         write_atomically(agreed, text, durable=False)
+
+
+def interrupted_by(ipc_dir: Path) -> int:
+    """The number of the signal after which the launcher asked the ranks to save and exit."""
+    with suppress(OSError, ValueError):
+        return int((ipc_dir / INTERRUPT_FILE).read_text())
+    return signal.SIGTERM  # the launcher is just writing the file
 
 
 def ended_by(ipc_dir: Path) -> Request | None:

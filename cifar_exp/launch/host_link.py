@@ -10,31 +10,25 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from cifar_exp.distributed.host_place import HostPlace
-from cifar_exp.distributed.host_store import StoreClient, StoreClosedError, StoreServer
-from cifar_exp.distributed.stop_requests import AGREED_FILE, INTERRUPT_FILE, KNOWN_TO_ALL_HOSTS_FILE
-from cifar_exp.errors import CifarExpError, WorkerError
+from cifar_exp.distributed.host_store import HostStore, StoreClosedError
+from cifar_exp.distributed.stop_requests import AGREED_FILE, INTERRUPT_FILE, KNOWN_TO_ALL_HOSTS_FILE, interrupted_by
+from cifar_exp.errors import CifarExpError, Stopped, WorkerError, error_of_code
 from cifar_exp.launch import rank_processes
+from cifar_exp.launch.host_presence import LOST_SECONDS, OtherHost, Presence
+from cifar_exp.launch.watchdog import RankState, Watchdog, hung_ranks
 from cifar_exp.system.atomic_files import write_atomically
 
 INTERVAL = 0.2  # seconds between two looks at the store
-LOST_SECONDS = 10.0  # a host that has not looked for so long is lost
 CAUSE_SECONDS = 5.0  # how long a failed host waits for another host to report the cause
 GOODBYE_SECONDS = 3.0
 _EFFECT = re.compile(r"gloo|nccl|connection (closed|reset)|StoreClosed|DistStoreError", re.IGNORECASE)
-
-
-class HostEndedError(CifarExpError):
-    """Host 0 has ended the run. ``exit_code`` is its own."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -42,12 +36,12 @@ class HostFailure:
     """Why the ranks of one host have failed.
 
     Attributes:
-        host_rank: the host.
-        code: exit code.
+        host: its launcher.host_rank.
+        code: exit code; over 128 for a signal.
         message: the message for the user.
     """
 
-    host_rank: int
+    host: int
     code: int
     message: str
 
@@ -56,6 +50,15 @@ class HostFailure:
         """Whether the failure looks like the effect of another host's: a broken connection."""
         return self.code == WorkerError.exit_code and bool(_EFFECT.search(self.message))
 
+    @property
+    def is_stop(self) -> bool:
+        """Whether a signal stopped the host."""
+        return self.code > 128
+
+    def as_error(self) -> CifarExpError:
+        """The failure as an error of host 0, with the same exit code."""
+        return error_of_code(self.code, f"host {self.host}: {self.message}")
+
 
 @dataclass
 class HostLink:
@@ -63,16 +66,22 @@ class HostLink:
 
     Attributes:
         place: this host.
-        store: host 0's server, or a client of it.
+        host: its launcher.host_rank.
+        store: of host 0; its keys belong to this start of the ranks.
         ipc_dir: the folder that this host's ranks and launcher share.
+        members: on host 0, the other hosts by their place.
+        presence: on host 0, which hosts are there.
         error: why the ranks were ended from outside; None while they were not.
     """
 
     place: HostPlace
-    store: StoreServer | StoreClient
+    host: int
+    store: HostStore
     ipc_dir: Path
+    members: Mapping[int, OtherHost] = field(default_factory=dict)
+    presence: Presence | None = None
     error: CifarExpError | None = None
-    _seen: dict[int, tuple[bytes | None, float]] = field(default_factory=dict)  # host -> its last look, and when
+    watchdog: Watchdog | None = None
     _closed: threading.Event = field(default_factory=threading.Event)
     _is_stop_passed_on: bool = False
     _have_ranks_ended: bool = False
@@ -81,8 +90,11 @@ class HostLink:
         threading.Thread(target=self._watch, name="host link", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._closed.set()
+        if isinstance(error, Stopped):
+            with suppress(StoreClosedError):
+                self._report(HostFailure(self.host, error.exit_code, str(error)))
 
     @property
     def _others(self) -> list[int]:
@@ -92,15 +104,14 @@ class HostLink:
         """Report that this host's ranks have failed. Returns the cause, which may be another host's failure."""
         self._have_ranks_ended = True
         with suppress(StoreClosedError):
-            own = HostFailure(self.place.host_rank, failure.exit_code, str(failure))
-            self.store.set(f"failure/{self.place.host_rank}", json.dumps(vars(own)).encode())
+            own = HostFailure(self.host, failure.exit_code, str(failure))
+            self._report(own)
             if self.place.host_rank:
                 return self._end_of_host_0() or self.error or failure
             until = time.monotonic() + CAUSE_SECONDS
             while own.is_effect and time.monotonic() < until:
-                causes = [found for found in self._failures() if not found.is_effect]
-                if causes:
-                    return self.as_error(causes[0])
+                if causes := [found for found in self._failures() if not found.is_effect]:
+                    return causes[0].as_error()
                 if self.error:
                     return self.error
                 time.sleep(INTERVAL)
@@ -115,41 +126,30 @@ class HostLink:
         self._have_ranks_ended = True
         self.store.set(f"done/{self.place.host_rank}", b"")
         if self.place.host_rank:
-            ended = self._end_of_host_0()
-            if ended and ended.exit_code:
+            if ended := self._end_of_host_0():
                 raise ended
             return
         wanted = [f"done/{rank}" for rank in self._others]
         while not self.store.wait(wanted, INTERVAL):
             if self.error:
                 raise self.error
+            if failures := self._failures():
+                raise failures[0].as_error()
 
-    def end(self, code: int, message: str = "") -> None:
-        """Host 0 tells the other hosts that the run has ended, and waits a moment until they have read it."""
-        self.store.set("end", json.dumps({"code": code, "message": message}).encode())
-        self.store.wait([f"bye/{rank}" for rank in self._others], GOODBYE_SECONDS)
-
-    def ended_by_host_0(self) -> HostEndedError | None:
-        """How host 0 has ended the run; None while it has not."""
-        ended = self.store.get("end")
-        if ended is None:
-            return None
-        self.store.set(f"bye/{self.place.host_rank}", b"")
-        return _host_0_ended(json.loads(ended))
-
-    def as_error(self, failure: HostFailure) -> CifarExpError:
-        """The failure of another host as an error of this one, with that host's exit code."""
-        return HostEndedError(f"host {failure.host_rank}: {failure.message}", failure.code)
+    def _report(self, failure: HostFailure) -> None:
+        self.store.set(f"failure/{self.place.host_rank}", json.dumps(vars(failure)).encode())
 
     def _failures(self) -> list[HostFailure]:
         found = [self.store.get(f"failure/{rank}") for rank in self._others]
         return [HostFailure(**json.loads(text)) for text in found if text is not None]
 
-    def _end_of_host_0(self) -> HostEndedError | None:
-        """Wait for the end of the run on host 0; None if host 0 is lost."""
+    def _end_of_host_0(self) -> CifarExpError | None:
+        """Wait for the end on host 0. Returns host 0's error; None if there is none, or host 0 is lost."""
         while not self._closed.wait(INTERVAL):
-            if ended := self.ended_by_host_0():
-                return ended
+            if (text := self.store.get("end")) is not None:
+                return ended_by_host_0(text)
+            if self.error:
+                return self.error
         return None
 
     def _watch(self) -> None:
@@ -157,32 +157,56 @@ class HostLink:
             try:
                 self._look()
             except StoreClosedError:
-                self._end_ranks(WorkerError("host 0 is lost: the connection to it is closed. Its ranks were ended"))
+                self._end_ranks(WorkerError("host 0 is lost: its connection is closed. The ranks here were ended"))
                 return
 
     def _look(self) -> None:
-        self.store.add(f"looks/{self.place.host_rank}", 1)
         self._pass_on_interrupt()
+        self._pass_on_hung_ranks()
         if self.place.host_rank:
             self._take_stop_point()
             is_stopping = (self.ipc_dir / AGREED_FILE).exists()
-            if not self._have_ranks_ended and not is_stopping and (ended := self.store.get("end")) is not None:
-                self._end_ranks(_host_0_ended(json.loads(ended)))
-        else:
-            self._pass_on_stop_point()
-            self._find_lost_hosts()
-            causes = sorted(self._failures(), key=lambda found: found.is_effect)
-            if causes and not causes[0].is_effect:
-                self._end_ranks(self.as_error(causes[0]))
+            if not self._have_ranks_ended and not is_stopping and (text := self.store.get("end")) is not None:
+                self._end_ranks(ended_by_host_0(text) or WorkerError("host 0 has ended the run"))
+            return
+        self._pass_on_stop_point()
+        for place, host in self.members.items():
+            if self.presence and self.presence.is_lost(host) and self.store.get(f"done/{place}") is None:
+                self._end_ranks(
+                    WorkerError(
+                        f"host {host.rank} is lost: its command has ended, or has not answered for {LOST_SECONDS:g} s. "
+                        f"Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to do so "
+                        f"when the host is back"
+                    )
+                )
+        causes = [found for found in self._failures() if not found.is_effect]
+        if causes and not (causes[0].is_stop and self._is_stop_passed_on):  # then the ranks here are about to end
+            self._end_ranks(causes[0].as_error())
 
     def _pass_on_interrupt(self) -> None:
         """A signal on any host interrupts all: the file of one becomes the key of the store, and the other way."""
         file = self.ipc_dir / INTERRUPT_FILE
         if file.exists():
-            self.store.set("interrupt", b"")
-        elif self.store.get("interrupt") is not None:
+            self.store.set("interrupt", str(interrupted_by(self.ipc_dir)).encode())
+        elif (number := self.store.get("interrupt")) is not None:
             with suppress(OSError):
-                file.touch()
+                write_atomically(file, number, durable=False)
+
+    def _pass_on_hung_ranks(self) -> None:
+        """If no rank of any host sends heartbeats, host 0 finds the hung ones, and their host kills them."""
+        if self.watchdog is None:
+            return
+        states = self.watchdog.silent_states()
+        self.store.set(f"silent/{self.place.host_rank}", json.dumps([vars(state) for state in states]).encode())
+        if not self.place.host_rank:
+            texts = [self.store.get(f"silent/{rank}") for rank in range(self.place.hosts)]
+            found: list[list[Any]] = [json.loads(text or b"[]") for text in texts]
+            if all(found):
+                every = [RankState(**state) for states in found for state in states]
+                hung = hung_ranks(every, self.watchdog.timeout)
+                self.store.set("hung", json.dumps(hung).encode())
+        if text := self.store.get("hung"):
+            self.watchdog.end({int(rank): message for rank, message in json.loads(text).items()})
 
     def _pass_on_stop_point(self) -> None:
         """Rank 0 waits at its stop point until every host knows it."""
@@ -191,27 +215,14 @@ class HostLink:
             self.store.set("agreed", agreed.read_bytes())
             self._is_stop_passed_on = True
         if self._is_stop_passed_on and self.store.wait([f"agreed/{rank}" for rank in self._others], 0):
-            (self.ipc_dir / KNOWN_TO_ALL_HOSTS_FILE).touch()
+            with suppress(OSError):
+                (self.ipc_dir / KNOWN_TO_ALL_HOSTS_FILE).touch()
 
     def _take_stop_point(self) -> None:
         agreed = self.ipc_dir / AGREED_FILE
         if not agreed.exists() and (text := self.store.get("agreed")) is not None:
             write_atomically(agreed, text, durable=False)
             self.store.set(f"agreed/{self.place.host_rank}", b"")
-
-    def _find_lost_hosts(self) -> None:
-        now = time.monotonic()
-        for rank in self._others:
-            looks, since = self.store.get(f"looks/{rank}"), self._seen.get(rank, (None, now))
-            if looks != since[0] or rank not in self._seen:
-                self._seen[rank] = looks, now
-            elif now - since[1] > LOST_SECONDS and self.store.get(f"bye/{rank}") is None:
-                self._end_ranks(
-                    WorkerError(
-                        f"host {rank} is lost: it has not answered for {LOST_SECONDS:g} s. Set resume=auto to continue "
-                        f"from the last checkpoint"
-                    )
-                )
 
     def _end_ranks(self, error: CifarExpError) -> None:
         """Kill this host's ranks, and end torch elastic."""
@@ -223,5 +234,7 @@ class HostLink:
             os.kill(os.getpid(), signal.SIGQUIT)
 
 
-def _host_0_ended(ended: dict[str, Any]) -> HostEndedError:
-    return HostEndedError(ended["message"] or "host 0 has ended the run", ended["code"])
+def ended_by_host_0(text: bytes) -> CifarExpError | None:
+    """Host 0's error from what it wrote at the end of a start of the ranks; None if all went well."""
+    ended = json.loads(text)
+    return error_of_code(int(ended["code"]), str(ended["message"])) if ended["code"] else None

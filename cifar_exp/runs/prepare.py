@@ -8,6 +8,7 @@ from pathlib import Path
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
 from cifar_exp.launch.devices import DeviceSet, find_devices
+from cifar_exp.launch.host_settings import host_range
 from cifar_exp.records import journal, model_export
 from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo
 from cifar_exp.runs import resume
@@ -64,7 +65,7 @@ def prepare(config: Config, context: RunContext) -> PreparedRun:
             batch.
         StorageError: the run to resume cannot be read.
     """
-    devices = find_devices(config.devices, int(config.launcher.get("hosts") or 1))
+    devices = find_devices(config.devices, host_range(config.launcher.get("hosts"))[1])
     check_precision(config.train.precision, devices.accelerator)
     resumed = resume.find(_wanted(config, context), context.folder, anywhere=context.is_single, warn=warn)
     is_finished = resumed is not None and resumed.finished

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
 from cifar_exp.config.reading import read_config
 from cifar_exp.config.schema import Config
@@ -36,24 +36,6 @@ def train_composed(
 
     with opened():
         return run(config, components, context)
-
-
-def join_composed(composed: DictConfig) -> None:
-    """Take part in a run as another host than host 0.
-
-    Args:
-        composed: the composed configuration.
-
-    Raises:
-        CifarExpError: a setting is wrong, or the run failed on any host.
-    """
-    with read_write(composed), open_dict(composed):
-        composed.pop("hydra", None)
-    config = read_config(composed)
-    components = build_components(config)
-    from cifar_exp.runs.join_run import join_run
-
-    join_run(config, components)
 
 
 def check_composed(composed: DictConfig) -> Config:

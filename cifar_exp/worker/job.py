@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_exp.config.schema import CheckpointSettings, EarlyStoppingSettings, Train
 from cifar_exp.data.augment import Augmentation
@@ -22,6 +23,7 @@ class Job:
         started: start of the run on the monotonic clock, shifted so that ``now - started`` leaves out interruptions.
         elapsed: seconds that the run took in earlier sessions; 0 in a new run.
         config_hash: hash of the settings that affect the result.
+        settings: these settings by their dotted names, in JSON's types.
         resume_from: run folder and checkpoint to resume from; None starts from initial values.
         seed: seed of initial weights, image order, augmentation and dropout.
         plan: batches, steps and learning rates.
@@ -37,6 +39,7 @@ class Job:
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
         has_unused: whether some parameters got no gradient when the parent tried the network.
+        overrides: the overrides from which the configuration was composed.
         place: this host, if the run has several.
     """
 
@@ -44,6 +47,7 @@ class Job:
     started: float
     elapsed: float
     config_hash: str
+    settings: dict[str, Any]
     resume_from: tuple[Path, Manifest] | None
     seed: int
     plan: Plan
@@ -58,4 +62,5 @@ class Job:
     threads: int
     timeout: float
     has_unused: bool = False
+    overrides: tuple[str, ...] = ()
     place: HostPlace | None = None

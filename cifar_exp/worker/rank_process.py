@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,14 +15,14 @@ from cifar_exp.distributed import process_group
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import CifarExpError
-from cifar_exp.records import checkpoint
 from cifar_exp.system import host
-from cifar_exp.system.printable import printable_text
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.system.signals import leave_signals_to_parent
 from cifar_exp.system.standard_streams import ignore_broken_output
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
+from cifar_exp.worker.restart import restarted
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
@@ -105,16 +104,7 @@ def _restarted(job: Job, ipc_dir: Path, rank: int, attempt: int) -> Job:
     """
     for failure in RankFailure.of_attempt(ipc_dir, attempt - 1):
         failure.raise_if_lasting()
-
-    def report(line: str) -> None:
-        if rank == 0:
-            print(printable_text(line), file=sys.stderr, flush=True)
-
-    manifest = checkpoint.newest_intact_manifest(job.run_dir, report)
-    start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
-    report(f"cifar-exp: a rank died or hung; restart {attempt}: training resumes from {start}")
-    # Steps after the checkpoint are trained again. The time of the lost steps counts as start-up.
-    return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
+    return restarted(job, attempt, print_notice if rank == 0 else lambda _line: None)
 
 
 def _prepare_process(job: Job) -> None:
