@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,11 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cifar_exp.distributed.host_store import Prefixed
 from cifar_exp.distributed.stop_requests import Request, ended_by, interrupted_by
 from cifar_exp.errors import HostStoppedError, Stopped, WorkerError, storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.failures import as_errors
 from cifar_exp.launch.host_link import HostLink
-from cifar_exp.launch.host_presence import OtherHost, Presence
 from cifar_exp.launch.host_settings import HostSettings, host_settings
 from cifar_exp.launch.host_zero import host_zero
 from cifar_exp.launch.stopping import GracefulStop
@@ -118,6 +116,16 @@ class ElasticLauncher:
             self._run_ranks(function, job, ipc_dir, self.max_restarts)
             return ended_by(ipc_dir)
 
+    def admit_hosts(self, job: Job) -> None:
+        """Wait for the other hosts of the run, if it has several, before it is recorded.
+
+        Raises:
+            CifarExpError: see :meth:`HostZero.admit`.
+        """
+        if self.hosts != 1:
+            settings = self.host_settings()
+            host_zero(settings).admit(settings, job)
+
     def _launch_on_hosts(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run the ranks of all hosts, again after a failure if restarts are left. Raises as :meth:`launch`."""
         settings = self.host_settings()
@@ -125,8 +133,9 @@ class ElasticLauncher:
         for attempt in range(self.max_restarts + 1):
             is_last = attempt == self.max_restarts
             try:
-                with _shared_folder() as ipc_dir, hosts.round(settings, job, is_last) as (placed, store, members):
-                    self.run_ranks_of_host(function, placed, ipc_dir, store, 0, members, hosts.presence)
+                with _shared_folder() as ipc_dir, hosts.round(settings, job, is_last) as (placed, admitted):
+                    link = HostLink(admitted.place, 0, admitted.store, ipc_dir, admitted.members, hosts.presence)
+                    self.run_ranks_of_host(function, placed, link)
                     ended = ended_by(ipc_dir)
                     if ended and ended.kind == "interrupt":  # another host got the signal
                         raise Stopped(interrupted_by(ipc_dir))
@@ -141,20 +150,10 @@ class ElasticLauncher:
                 job = restarted(job, attempt + 1, print_notice)
         raise AssertionError
 
-    def run_ranks_of_host(
-        self,
-        function: Callable[[Job, Path], None],
-        job: Job,
-        ipc_dir: Path,
-        store: Prefixed,
-        host_rank: int,
-        members: Mapping[int, OtherHost] | None = None,
-        presence: Presence | None = None,
-    ) -> None:
-        """Run the ranks of one host among several. Raises as :meth:`launch`; arguments as of :class:`HostLink`."""
-        assert job.place
-        with HostLink(job.place, host_rank, store, ipc_dir, members or {}, presence) as link:
-            self._run_ranks(function, job, ipc_dir, 0, link)
+    def run_ranks_of_host(self, function: Callable[[Job, Path], None], job: Job, link: HostLink) -> None:
+        """Run the ranks of one host among several. Raises as :meth:`launch`."""
+        with link:
+            self._run_ranks(function, job, link.ipc_dir, 0, link)
             link.succeeded()
 
     def _run_ranks(
@@ -228,7 +227,7 @@ def _log_to_the_runs_file() -> None:
     for name in ("torch.distributed", "torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
-        logger.handlers = list(logging.getLogger().handlers)
+        logger.handlers = list(logging.getLogger().handlers) or [logging.NullHandler()]  # other hosts have no log
 
 
 def _name_callers_cheaply() -> None:

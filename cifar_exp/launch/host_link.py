@@ -50,11 +50,6 @@ class HostFailure:
         """Whether the failure looks like the effect of another host's: a broken connection."""
         return self.code == WorkerError.exit_code and bool(_EFFECT.search(self.message))
 
-    @property
-    def is_stop(self) -> bool:
-        """Whether a signal stopped the host."""
-        return self.code > 128
-
     def as_error(self) -> CifarExpError:
         """The failure as an error of host 0, with the same exit code."""
         return error_of_code(self.code, f"host {self.host}: {self.message}")
@@ -135,6 +130,9 @@ class HostLink:
                 raise self.error
             if failures := self._failures():
                 raise failures[0].as_error()
+            for place, host in self.members.items():
+                if self._is_lost(place, host):
+                    raise _lost(host)
 
     def _report(self, failure: HostFailure) -> None:
         self.store.set(f"failure/{self.place.host_rank}", json.dumps(vars(failure)).encode())
@@ -170,18 +168,21 @@ class HostLink:
                 self._end_ranks(ended_by_host_0(text) or WorkerError("host 0 has ended the run"))
             return
         self._pass_on_stop_point()
-        for place, host in self.members.items():
-            if self.presence and self.presence.is_lost(host) and self.store.get(f"done/{place}") is None:
-                self._end_ranks(
-                    WorkerError(
-                        f"host {host.rank} is lost: its command has ended, or has not answered for {LOST_SECONDS:g} s. "
-                        f"Set resume=auto to continue from the last checkpoint, or launcher.max_restarts=3 to do so "
-                        f"when the host is back"
-                    )
-                )
-        causes = [found for found in self._failures() if not found.is_effect]
-        if causes and not (causes[0].is_stop and self._is_stop_passed_on):  # then the ranks here are about to end
+        if not self._is_stop_passed_on:  # else the ranks here are about to end
+            self._end_ranks_if_a_host_failed()
+
+    def _end_ranks_if_a_host_failed(self) -> None:
+        if causes := [found for found in self._failures() if not found.is_effect]:
             self._end_ranks(causes[0].as_error())
+        for place, host in self.members.items():
+            if self._is_lost(place, host):
+                self._end_ranks(_lost(host))
+
+    def _is_lost(self, place: int, host: OtherHost) -> bool:
+        """Whether another host has ended without saying how."""
+        if not self.presence or not self.presence.is_lost(host):
+            return False
+        return not any(self.store.wait([f"{said}/{place}"], 0) for said in ("done", "failure"))
 
     def _pass_on_interrupt(self) -> None:
         """A signal on any host interrupts all: the file of one becomes the key of the store, and the other way."""
@@ -232,6 +233,13 @@ class HostLink:
                 return
             rank_processes.kill_ranks()
             os.kill(os.getpid(), signal.SIGQUIT)
+
+
+def _lost(host: OtherHost) -> WorkerError:
+    return WorkerError(
+        f"host {host.rank} is lost: its command has ended, or has not answered for {LOST_SECONDS:g} s. Set resume=auto "
+        f"to continue from the last checkpoint, or launcher.max_restarts=3 to do so when the host is back"
+    )
 
 
 def ended_by_host_0(text: bytes) -> CifarExpError | None:

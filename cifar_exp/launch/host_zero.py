@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cifar_exp.distributed.host_place import HostPlace
@@ -29,6 +29,21 @@ CHUNK = 2**23  # bytes of a checkpoint in one message
 GATHER_SECONDS = 30.0  # when enough hosts have come, how long host 0 waits for more
 INTERVAL = 0.2
 MOST_HOSTS = 1024
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The hosts of one round.
+
+    Attributes:
+        store: with the keys of this round.
+        place: host 0 among the hosts.
+        members: the other hosts by their place.
+    """
+
+    store: Prefixed
+    place: HostPlace
+    members: dict[int, OtherHost]
 
 
 class HostZero:
@@ -56,6 +71,7 @@ class HostZero:
         self.settings, self._interface = settings, interface_of(str(found[0]))
         self.presence = Presence(self._server)
         self._number = 0
+        self._admitted: Admitted | None = None
 
     def close(self, code: int) -> None:
         """Tell the other hosts that the command has ended with this exit code, and stop listening."""
@@ -64,19 +80,12 @@ class HostZero:
         self._server.wait([f"gone/{host.id}" for host in present.values()], GOODBYE_SECONDS)
         self._server.close()
 
-    @contextmanager
-    def round(
-        self, settings: HostSettings, job: Job, is_last: bool
-    ) -> Iterator[tuple[Job, Prefixed, dict[int, OtherHost]]]:
-        """Gather the hosts, send them the job, and at the end tell them how it ended.
+    def admit(self, settings: HostSettings, job: Job) -> None:
+        """Gather the hosts, and compare what they have found out about the job. The next :meth:`round` is with them.
 
         Args:
             settings: the hosts of this run.
             job: the job for all hosts, planned for the most hosts.
-            is_last: whether a failure ends the run; else there is another round.
-
-        Yields:
-            The job for this host, the store of this round, and the other hosts by their place.
 
         Raises:
             ConfigError, DataError: another host differs, or refuses the job.
@@ -84,25 +93,56 @@ class HostZero:
             WorkerError: a host was lost before the ranks started.
         """
         members = self._gather(settings)
+        self._server.forget(f"{self._number}/")
         self._number += 1
-        self._server.forget(f"{self._number - 1}/")
         store = Prefixed(self._server, f"{self._number}/")
-        hosts = len(members) + 1
-        size = job.plan.world_size // settings.most
+        hosts, size = len(members) + 1, job.plan.world_size // settings.most
         place = HostPlace(hosts, 0, size, self._server.address, self._interface, store.prefix, self.settings.token)
-        placed = replace(job, place=place, plan=shared_by(job.plan, size * hosts))
+        self._admitted = Admitted(store, place, members)
+        with self._ending(self._admitted, is_last=True, only_failures=True):
+            self._compare(self._admitted, job)
+
+    @contextmanager
+    def round(self, settings: HostSettings, job: Job, is_last: bool) -> Iterator[tuple[Job, "Admitted"]]:
+        """Let the admitted hosts start their ranks, and at the end tell them how it ended.
+
+        Args:
+            settings: the hosts of this run.
+            job: the job for all hosts, planned for the most hosts.
+            is_last: whether a failure ends the run; else there is another round.
+
+        Yields:
+            The job for this host, and the hosts.
+
+        Raises:
+            CifarExpError: see :meth:`admit`; it is called if it was not.
+        """
+        if self._admitted is None:
+            self.admit(settings, job)
+        admitted, self._admitted = self._admitted, None
+        assert admitted
+        place = admitted.place
+        placed = replace(job, place=place, plan=shared_by(job.plan, place.local_size * place.hosts))
+        with self._ending(admitted, is_last):
+            _send(admitted.store, placed)
+            yield placed, admitted
+
+    @contextmanager
+    def _ending(self, admitted: "Admitted", is_last: bool, only_failures: bool = False) -> Iterator[None]:
+        """Tell the other hosts how what is done inside this context has ended."""
         code, message = 1, "host 0 has failed"
         try:
-            self._announce(store, placed, members)
-            yield placed, store, members
+            yield
             code, message = 0, ""
         except (CifarExpError, Stopped) as error:
             code, message = error.exit_code, str(error)
             raise
         finally:
-            again = not is_last and code == WorkerError.exit_code
-            store.set("end", json.dumps({"code": code, "message": message, "again": again}).encode())
-            store.wait([f"bye/{rank}" for rank in members], GOODBYE_SECONDS)
+            if code or not only_failures:
+                again = not is_last and code == WorkerError.exit_code
+                ended = {"code": code, "message": message, "again": again}
+                admitted.store.set("end", json.dumps(ended).encode())
+                admitted.store.wait([f"bye/{rank}" for rank in admitted.members], GOODBYE_SECONDS)
 
     def _gather(self, settings: HostSettings) -> dict[int, OtherHost]:
         """Wait until enough hosts have come. Returns them by their place, from 1."""
@@ -133,31 +173,21 @@ class HostZero:
                 )
         return {place: present[rank] for place, rank in enumerate(sorted(present), 1)}
 
-    def _announce(self, store: Prefixed, job: Job, members: dict[int, OtherHost]) -> None:
-        """Send the round to its members, compare their facts with this host's, and let them start."""
-        assert job.place
-        ids = {host.id: place for place, host in members.items()}
-        news = {"overrides": job.overrides, "hosts": job.place.hosts, "size": job.place.local_size, "members": ids}
+    def _compare(self, admitted: "Admitted", job: Job) -> None:
+        """Let the members compose the job, and compare what they find out with what this host has."""
+        place = admitted.place
+        ids = {host.id: rank for rank, host in admitted.members.items()}
+        news = {"overrides": job.overrides, "hosts": place.hosts, "size": place.local_size, "members": ids}
         self._server.set(f"round/{self._number}", json.dumps(news).encode())
-        for place, host in members.items():
-            theirs = self._facts(store, place, host)
+        for rank, host in admitted.members.items():
+            theirs = self._facts(admitted.store, rank, host)
             here = facts(job.settings, job.data.content_hash, job.accelerator)
-            if differing := [
-                name for name in sorted(here.keys() | theirs.keys()) if theirs.get(name) != here.get(name)
-            ]:
-                name = differing[0]
+            names = sorted(here.keys() | theirs.keys())
+            if name := next((name for name in names if theirs.get(name) != here.get(name)), ""):
                 raise ConfigError(
                     f"host {host.rank}: it differs in {name} ({theirs.get(name)} there, {here.get(name)} here). Start "
                     f"the same command with the same files on every host"
                 )
-        _send_checkpoint(store, job)
-        sent = {
-            "plan": asdict(job.plan),
-            "elapsed": job.elapsed,
-            "has_unused": job.has_unused,
-            "manifest": asdict(job.resume_from[1]) if job.resume_from else None,
-        }
-        store.set("job", json.dumps(sent).encode())
 
     def _facts(self, store: Prefixed, place: int, host: OtherHost) -> dict[str, Any]:
         """What another host has found out after composing the job; waits for it."""
@@ -188,12 +218,20 @@ def facts(settings: Mapping[str, Any], content_hash: str, accelerator: str) -> d
     return found | {"the images": content_hash, "devices.accelerator": accelerator}
 
 
-def _send_checkpoint(store: Prefixed, job: Job) -> None:
+def _send(store: Prefixed, job: Job) -> None:
+    """Send what other hosts cannot know of the job, and the checkpoint from which all resume."""
     if job.resume_from:
         folder, manifest = job.resume_from
         content = (folder / CHECKPOINTS / manifest.file).read_bytes()
         for number, start in enumerate(range(0, len(content), CHUNK)):
             store.set(f"checkpoint/{number}", content[start : start + CHUNK])
+    news = {
+        "plan": asdict(job.plan),
+        "elapsed": job.elapsed,
+        "has_unused": job.has_unused,
+        "manifest": asdict(job.resume_from[1]) if job.resume_from else None,
+    }
+    store.set("job", json.dumps(news).encode())
 
 
 def host_zero(settings: HostSettings) -> HostZero:

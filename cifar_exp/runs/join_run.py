@@ -13,6 +13,7 @@ from cifar_exp.data.validation_split import hold_out
 from cifar_exp.errors import CifarExpError, ConfigError
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.launch.elastic import ElasticLauncher
+from cifar_exp.launch.host_link import HostLink
 from cifar_exp.launch.host_words import overrides_here, plain_overrides
 from cifar_exp.launch.host_zero import facts
 from cifar_exp.launch.other_host import Round, joined, plan_of, with_news
@@ -101,7 +102,8 @@ def _take_part(prepared: Prepared, devices: DeviceSet, current: Round, host: int
             job = with_news(replace(job, place=current.place), news, current.store)
             ipc_dir = folder / "ranks"
             ipc_dir.mkdir(mode=0o700)
-            prepared.launcher.run_ranks_of_host(run_rank, job, ipc_dir, current.store, host)
+            link = HostLink(current.place, host, current.store, ipc_dir)
+            prepared.launcher.run_ranks_of_host(run_rank, job, link)
     except CifarExpError as error:
         print_notice(error)
     current.leave()
