@@ -26,11 +26,13 @@ class World:
         rank: 0 to ``size`` - 1.
         size: number of ranks.
         device: the device of this rank.
+        hosts: number of hosts; each has equally many ranks, numbered one host after the other.
     """
 
     rank: int
     size: int
     device: torch.device
+    hosts: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -81,7 +83,7 @@ def joined_world(
             timeout=timedelta(seconds=timeout),
         )
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, place.hosts if place else 1)
     except BaseException:
         if accelerator != "gpu":  # NCCL would wait forever for collectives of ranks that are gone
             dist.destroy_process_group()

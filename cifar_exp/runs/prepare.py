@@ -130,6 +130,8 @@ def _run_info(
     config: Config, title: str, devices: DeviceSet, run_dir: Path, context: RunContext, resumed: Resumption | None
 ) -> RunInfo:
     tags = {"devices": str(devices.world_size), "accelerator": devices.accelerator}
+    if devices.hosts > 1:
+        tags["hosts"] = str(devices.hosts)
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags["host"] = Owner.here().host  # parallel jobs of a sweep on one host disturb each other
     tags |= job_tags()
@@ -141,6 +143,8 @@ def _run_info(
     if context.sweep_dir:
         tags["sweep"] = context.sweep_dir.as_posix()
     name = f"{title}, {devices.world_size} x {devices.accelerator}"
+    if devices.hosts > 1:
+        name += f" on {devices.hosts} hosts"
     started_from = None
     if resumed and resumed.manifest and not resumed.in_place:
         started_from = resumed.source, resumed.manifest.step

@@ -109,7 +109,7 @@ def _conclude(
     """Print the results and the next commands."""
     devices = prepared.devices
     result = Result(prepared.folder, journal.last_values(prepared.folder))
-    simulated = devices.accelerator == "cpu" and devices.world_size > 1
+    simulated = devices.accelerator == "cpu" and devices.world_size > devices.hosts
     result_summary.print_outcome(console, dict(result.metrics), simulated=simulated)
     say(console, result_summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
     if context.is_single:
