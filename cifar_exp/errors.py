@@ -76,6 +76,21 @@ class Stopped(KeyboardInterrupt):
         return error
 
 
+class HostStoppedError(CifarExpError):
+    """A signal stopped another host of the run, and with it all of them. ``exit_code`` is 128 plus its number."""
+
+
+def error_of_code(code: int, message: str) -> CifarExpError:
+    """An error with this exit code, which another process has reported."""
+    kinds = (ConfigError, DataError, MachineError, TrackingError, DivergenceError, WorkerError, StorageError)
+    for kind in kinds:
+        if kind.exit_code == code:
+            return kind(message)
+    error = HostStoppedError(message) if code > 128 else CifarExpError(message)
+    error.exit_code = code  # type: ignore[misc]
+    return error
+
+
 FREE_SPACE = "Free space there and start again"
 ALLOW_WRITING = "Allow writing there and start again"
 

@@ -10,6 +10,7 @@ from omegaconf import open_dict, read_write
 from cifar_exp.cli.hydra_app import composed
 from cifar_exp.cli.words import refuse_unusable_names
 from cifar_exp.errors import storage_errors
+from cifar_exp.launch.host_session import closing_host_zero
 from cifar_exp.records.refused_start import REFUSING_ERRORS, Before
 from cifar_exp.records.run_folder import make_folder
 from cifar_exp.runs.context import Result, RunContext
@@ -39,7 +40,10 @@ def train(overrides: Sequence[str] = (), folder: str | Path | None = None) -> Re
     run_dir = Path(folder) if folder is not None else Path(whole.hydra.run.dir)
     with read_write(whole), open_dict(whole):
         del whole["hydra"]
-    return train_composed(whole, RunContext(run_dir, tuple(overrides)), lambda: _folder_with_log(run_dir))
+    with closing_host_zero() as end:
+        result = train_composed(whole, RunContext(run_dir, tuple(overrides)), lambda: _folder_with_log(run_dir))
+        end(0)
+    return result
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """`cifar-exp train`: train one run, or every job of a sweep."""
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +15,7 @@ if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wr
 
 # Hydra's options that only print something.
 QUESTIONS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
+OTHER_HOST = re.compile(r"\+*launcher\.host_rank=[1-9]\d*")
 
 
 @click.command("train", add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -21,9 +24,38 @@ def command(words: tuple[str, ...]) -> int:
     """Train once as configured; with -m, sweep over lists of values."""
     if not QUESTIONS & {word.partition("=")[0] for word in words}:
         refuse_many_processes()
+    if any(OTHER_HOST.fullmatch(word) for word in words):
+        return run_other_host(words)
     from cifar_exp.cli.hydra_app import run_hydra
+    from cifar_exp.launch.host_session import closing_host_zero
 
-    return run_hydra(run_job, words, check)
+    with closing_host_zero() as end:
+        code = run_hydra(run_job, words, check)
+        end(code)
+    return code
+
+
+def run_other_host(words: tuple[str, ...]) -> int:
+    """Run ranks for host 0 of a run over several hosts. This host gets no run folder. Returns host 0's exit code.
+
+    Raises:
+        CifarExpError: a setting is wrong, or host 0 cannot be reached.
+    """
+    from omegaconf import open_dict, read_write
+
+    from cifar_exp.cli.hydra_app import composed
+    from cifar_exp.config.hydra_versions import given_options
+    from cifar_exp.runs.join_run import join_run
+
+    given = given_options(words)
+
+    def compose(overrides: Sequence[str]) -> "DictConfig":
+        config = composed(overrides, given.get("config_dir"))
+        with read_write(config), open_dict(config):
+            del config["hydra"]
+        return config
+
+    return join_run(given["overrides"], compose)
 
 
 def check(composed: "DictConfig") -> None:

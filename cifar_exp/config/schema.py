@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Required
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import StringConstraints
 from typing_extensions import TypedDict  # before Python 3.12 pydantic does not support the TypedDict of typing
 
 Count = Annotated[int, Ge(1)]
@@ -201,6 +202,14 @@ class _Launcher(TypedDict, total=False):
     """Seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is killed."""
     max_restarts: NonNegativeCount | None
     """Number of restarts after a rank died or hung."""
+    hosts: Count | Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None
+    """Number of hosts, each of which runs the same command; 1:2 means at least 1 and at most 2."""
+    host_rank: NonNegativeCount | None
+    """The number of this host, from 0; host 0 has the run folder and the terminal."""
+    rendezvous: Name | None
+    """Address and port of host 0, such as host0:29500."""
+    token_file: Name | None
+    """File of mode 0600 with the secret that all hosts know; null means the variable CIFAR_EXP_TOKEN."""
 
 
 class _Tracking(TypedDict, total=False):

@@ -12,10 +12,10 @@ from cifar_exp.system.accelerator import exact, exact_device
 T = TypeVar("T")
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """All-reduce: the element-wise sum over ranks, in place."""
+def sum_over_ranks(values: Tensor, group: Any = None) -> Tensor:
+    """All-reduce: the element-wise sum over ranks, in place. ``group``: a process group; None: all ranks."""
     carried = values.to(exact_device(values.device))
-    dist.all_reduce(carried)
+    dist.all_reduce(carried, group=group)
     return values if carried is values else values.copy_(carried)
 
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cifar_exp.distributed.heartbeat import Heartbeat, heartbeat_file
-from cifar_exp.distributed.stop_requests import INTERRUPT_FILE, STOP_FILE, Request, StopPoint, agree, agreement
+from cifar_exp.distributed.stop_requests import (
+    INTERRUPT_FILE,
+    KNOWN_TO_ALL_HOSTS_FILE,
+    STOP_FILE,
+    Request,
+    StopPoint,
+    agree,
+    agreement,
+)
 
 LONGEST_REASON = 300  # characters
 
@@ -22,6 +30,7 @@ class RankControl:
         every: steps between two stop points. 1 on CPUs, where ranks wait for each other in each step. On GPUs, where
             the host runs ahead, the steps between two reads of the loss.
         seconds: training finishes after so many seconds from now; None: no limit.
+        is_one_of_many_hosts: whether there are ranks on other hosts. They must know a stop point before rank 0 goes on.
     """
 
     ipc_dir: Path | None = None
@@ -29,6 +38,7 @@ class RankControl:
     rank: int = 0
     every: int = 1
     seconds: float | None = None
+    is_one_of_many_hosts: bool = False
     _point: StopPoint = field(default_factory=lambda: StopPoint(0))
     _stage: int = 0
     _beats: int = 0
@@ -62,6 +72,8 @@ class RankControl:
         self.beat()
         if self.rank == 0 and self.ipc_dir and (request := self._look_for_request()):
             agree(self.ipc_dir, point, request)
+            while self.is_one_of_many_hosts and not (self.ipc_dir / KNOWN_TO_ALL_HOSTS_FILE).exists():
+                time.sleep(0.01)  # a lost host ends this process
 
     def agreed(self, point: StopPoint) -> Request | None:
         """Call after all ranks have waited for each other at ``point``. The same request on every rank, or None."""

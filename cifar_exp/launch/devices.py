@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cifar_exp.config.schema import Devices
-from cifar_exp.errors import MachineError
+from cifar_exp.errors import ConfigError, MachineError
 from cifar_exp.system.cpu_quota import cpu_quota, usable_cores
 
 
@@ -19,6 +19,7 @@ class DeviceSet:
         threads: CPU threads per rank.
         found: number of GPUs; on CPUs, number of cores that CPU affinity and the container's CPU quota allow.
         oversubscribed: whether ranks share a core.
+        hosts: number of hosts, which have equally many ranks.
     """
 
     accelerator: str
@@ -26,6 +27,7 @@ class DeviceSet:
     threads: int
     found: int
     oversubscribed: bool
+    hosts: int = 1
 
     def __str__(self) -> str:
         unit = "core" if self.accelerator == "cpu" else "GPU"
@@ -33,18 +35,36 @@ class DeviceSet:
         if self.accelerator != "cpu":
             used = f"{self.world_size} GPU{'s'[: self.world_size > 1]}"
         shared = ", oversubscribed" if self.oversubscribed else ""
+        if self.hosts > 1:
+            used += f" on {self.hosts} hosts"
+            shared += " here"
         return f"{used} (found {self.found} {unit}{'s'[: self.found > 1]}{shared})"
 
 
-def find_devices(wanted: Devices) -> DeviceSet:
+def find_devices(wanted: Devices, hosts: int = 1) -> DeviceSet:
     """Resolve ``auto`` and check the requested devices. CUDA is not initialised: only its device count is read.
 
     Args:
-        wanted: the settings ``devices``.
+        wanted: the settings ``devices``; ``count`` is over all hosts.
+        hosts: number of hosts, which have equally many ranks.
 
     Raises:
         MachineError: the machine has fewer devices than requested.
+        ConfigError: the hosts cannot share the ranks evenly.
     """
+    if hosts == 1:
+        return _devices_here(wanted)
+    if wanted.count != "auto" and wanted.count % hosts:
+        raise ConfigError(
+            f"devices.count={wanted.count}: launcher.hosts={hosts} share the ranks evenly. Set devices.count="
+            f"{max(hosts, wanted.count // hosts * hosts)}"
+        )
+    here = _devices_here(replace(wanted, count="auto" if wanted.count == "auto" else wanted.count // hosts))
+    return replace(here, world_size=here.world_size * hosts, hosts=hosts)
+
+
+def _devices_here(wanted: Devices) -> DeviceSet:
+    """The devices of this host; ``wanted.count`` is of this host alone."""
     cores = usable_cores()
     gpus = torch.cuda.device_count()
     accelerator = wanted.accelerator

@@ -16,16 +16,21 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cifar_exp.distributed.stop_requests import Request, ended_by
-from cifar_exp.errors import storage_errors
+from cifar_exp.distributed.stop_requests import Request, ended_by, interrupted_by
+from cifar_exp.errors import HostStoppedError, Stopped, WorkerError, storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.failures import as_errors
+from cifar_exp.launch.host_link import HostLink
+from cifar_exp.launch.host_settings import HostSettings, host_settings
+from cifar_exp.launch.host_zero import host_zero
 from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.signals import raise_swallowed
 from cifar_exp.system.temp_folder import private_folder
 from cifar_exp.worker.job import Job
+from cifar_exp.worker.restart import restarted
 
 
 class Launcher(Protocol):
@@ -57,12 +62,32 @@ class ElasticLauncher:
     Attributes:
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
+        hosts: number of hosts, or ``1:2`` for at least 1 and at most 2; each runs the same command.
+        host_rank: the number of this host, from 0.
+        rendezvous: ``host:port`` of host 0; None for a run on one host.
+        token_file: a file of mode 0600 with the secret that all hosts know; None: the variable CIFAR_EXP_TOKEN.
         max_restarts: how many times all ranks are restarted after one died or hung. Training then resumes from the last
             checkpoint.
     """
 
     timeout: float
     max_restarts: int
+    hosts: int | str
+    host_rank: int
+    rendezvous: str | None
+    token_file: str | None
+
+    def host_settings(self, are_hosts_known: bool = True) -> HostSettings:
+        """The settings of a run over several hosts.
+
+        Args:
+            are_hosts_known: whether ``hosts`` is the number of hosts; else it is an axis of the sweep.
+
+        Raises:
+            ConfigError: they do not fit together, or there is no token.
+        """
+        given = self.hosts, self.host_rank, self.rendezvous, self.token_file, self.timeout
+        return host_settings(*given, are_hosts_known)
 
     def launch(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
         """Run ``function(job, ipc_dir)`` in ``job.plan.world_size`` processes.
@@ -85,27 +110,87 @@ class ElasticLauncher:
             Stopped: one of these signals arrived; all ranks have ended.
         """
         raise_swallowed()
-        # Ranks find each other through files in a folder of mode 0700. The TCP stores of elastic and torch would listen
-        # on all interfaces without authentication.
+        if self.hosts != 1:
+            return self._launch_on_hosts(function, job)
         with _shared_folder() as ipc_dir:
-            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
-            _log_to_the_runs_file()
-            _name_callers_cheaply()
-            watchdog, stopping = Watchdog(ipc_dir, job.plan.world_size, self.timeout), GracefulStop(ipc_dir)
-            try:
-                with (
-                    as_errors(ipc_dir, watchdog, stopping, self.max_restarts),
-                    watchdog,
-                    rank_processes.starting_ranks(),
-                    stopping,
-                ):
-                    elastic_launch(self._config(job.plan.world_size, ipc_dir), function)(job, ipc_dir)
-            finally:
-                _end_ranks()
+            self._run_ranks(function, job, ipc_dir, self.max_restarts)
             return ended_by(ipc_dir)
 
-    def _config(self, world_size: int, ipc_dir: Path) -> LaunchConfig:
-        """How torch elastic starts ``world_size`` ranks that meet in the folder ``ipc_dir``."""
+    def admit_hosts(self, job: Job) -> None:
+        """Wait for the other hosts of the run, if it has several, before it is recorded.
+
+        Raises:
+            CifarExpError: see :meth:`HostZero.admit`.
+        """
+        if self.hosts != 1:
+            settings = self.host_settings()
+            host_zero(settings).admit(settings, job)
+
+    def _launch_on_hosts(self, function: Callable[[Job, Path], None], job: Job) -> Request | None:
+        """Run the ranks of all hosts, again after a failure if restarts are left. Raises as :meth:`launch`."""
+        settings = self.host_settings()
+        hosts = host_zero(settings)
+        for attempt in range(self.max_restarts + 1):
+            is_last = attempt == self.max_restarts
+            try:
+                with _shared_folder() as ipc_dir, hosts.round(settings, job, is_last) as (placed, admitted):
+                    link = HostLink(admitted.place, 0, admitted.store, ipc_dir, admitted.members, hosts.presence)
+                    self.run_ranks_of_host(function, placed, link)
+                    ended = ended_by(ipc_dir)
+                    if ended and ended.kind == "interrupt":  # another host got the signal
+                        raise Stopped(interrupted_by(ipc_dir))
+                    return ended
+            except HostStoppedError as stopped:
+                print_notice(stopped)
+                raise Stopped(stopped.exit_code - 128) from None
+            except WorkerError as error:
+                if is_last:
+                    raise
+                print_notice(error)
+                job = restarted(job, attempt + 1, print_notice)
+        raise AssertionError
+
+    def run_ranks_of_host(self, function: Callable[[Job, Path], None], job: Job, link: HostLink) -> None:
+        """Run the ranks of one host among several. Raises as :meth:`launch`."""
+        with link:
+            self._run_ranks(function, job, link.ipc_dir, 0, link)
+            link.succeeded()
+
+    def _run_ranks(
+        self,
+        function: Callable[[Job, Path], None],
+        job: Job,
+        ipc_dir: Path,
+        restarts: int,
+        link: HostLink | None = None,
+    ) -> None:
+        """Run this host's ranks until all have ended."""
+        size = job.place.local_size if job.place else job.plan.world_size
+        first = job.place.first_rank if job.place else 0
+        watchdog = Watchdog(ipc_dir, size, self.timeout, first, decides=link is None)
+        if link:
+            link.watchdog = watchdog
+        stopping = GracefulStop(ipc_dir)
+        try:
+            with (
+                as_errors(ipc_dir, watchdog, stopping, restarts, link),
+                watchdog,
+                rank_processes.starting_ranks(),
+                stopping,
+            ):
+                elastic_launch(self._config(size, ipc_dir, restarts), function)(job, ipc_dir)
+        finally:
+            _end_ranks()
+
+    def _config(self, world_size: int, ipc_dir: Path, restarts: int) -> LaunchConfig:
+        """How torch elastic starts ``world_size`` ranks that meet in the folder ``ipc_dir``.
+
+        Ranks find each other through files in this folder of mode 0700. The TCP stores of elastic and torch would
+        listen on all interfaces without authentication.
+        """
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store
+        _log_to_the_runs_file()
+        _name_callers_cheaply()
         return LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -114,7 +199,7 @@ class ElasticLauncher:
             rdzv_backend="c10d",
             rdzv_endpoint=str(ipc_dir / "rendezvous"),
             rdzv_configs={"store_type": "file"},
-            max_restarts=self.max_restarts,
+            max_restarts=restarts,
             local_addr="127.0.0.1",
             start_method=host.start_method(),
             logs_specs=DefaultLogsSpecs(log_dir=str(ipc_dir / "logs")),
@@ -142,7 +227,7 @@ def _log_to_the_runs_file() -> None:
     for name in ("torch.distributed", "torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
-        logger.handlers = list(logging.getLogger().handlers)
+        logger.handlers = list(logging.getLogger().handlers) or [logging.NullHandler()]  # other hosts have no log
 
 
 def _name_callers_cheaply() -> None:

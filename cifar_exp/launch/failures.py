@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from cifar_exp.errors import CifarExpError, Stopped, StorageError, WorkerError
 from cifar_exp.launch import rank_processes
+from cifar_exp.launch.host_link import HostLink
 from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
@@ -28,7 +29,9 @@ DEATHS = {
 
 
 @contextmanager
-def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_restarts: int) -> Iterator[None]:
+def as_errors(
+    ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_restarts: int, link: HostLink | None = None
+) -> Iterator[None]:
     """Convert an exception of torch elastic inside this context to an error of this package.
 
     Args:
@@ -36,6 +39,7 @@ def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_res
         watchdog: the watchdog of the ranks.
         stopping: handles the stop signals.
         max_restarts: the number of restarts.
+        link: the link to the other hosts; None for a run on one host.
 
     Raises:
         CifarExpError: see ``ElasticLauncher.launch``.
@@ -49,7 +53,7 @@ def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_res
     except ChildFailedError as error:
         failure = first_failure(error, ipc_dir, watchdog, max_restarts)
         if not stopping.received:
-            raise failure from None
+            raise (link.failed(failure) if link else failure) from None
         if not isinstance(failure, WorkerError):  # a WorkerError is the effect of the signal
             print_notice(failure)
         raise stopping.received from None
@@ -58,8 +62,11 @@ def as_errors(ipc_dir: Path, watchdog: Watchdog, stopping: GracefulStop, max_res
             raise stopping.received from None
         if is_removed(ipc_dir):
             raise _removed(ipc_dir) from None
+        if link and link.error:
+            raise link.error from None
         if watchdog.vanished:
-            raise _silent_exit(watchdog) from None
+            failure = _silent_exit(watchdog)
+            raise (link.failed(failure) if link else failure) from None
         raise Stopped(error.sigval) from None
     except Stopped as error:
         rank_processes.kill_ranks()
@@ -81,7 +88,8 @@ def first_failure(error: ChildFailedError, ipc_dir: Path, watchdog: Watchdog, ma
         return _removed(ipc_dir)
     records = RankFailure.of_attempt(ipc_dir, max_restarts)
     recorded = {record.rank for record in records}
-    for rank, failure in error.failures.items():
+    for local_rank, failure in error.failures.items():
+        rank = watchdog.first_rank + local_rank
         if rank not in recorded:
             if rank in watchdog.hung:
                 return WorkerError(f"{watchdog.hung[rank]}; the ranks were ended. {AFTER_A_DEATH}")

@@ -58,7 +58,7 @@ class GracefulStop:
             signal.signal(signal_number, self._end)
         answer_once(number)
         with suppress(OSError):  # the folder was removed, and the watchdog ends the ranks
-            (self.ipc_dir / INTERRUPT_FILE).touch()
+            (self.ipc_dir / INTERRUPT_FILE).write_text(str(number))
         print_notice("the ranks finish their step and save; a second signal ends them at once")
         signal.signal(signal.SIGALRM, self._end)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)

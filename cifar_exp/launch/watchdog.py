@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,16 +26,21 @@ class Watchdog:
 
     Attributes:
         ipc_dir: the folder that ranks and launcher share.
-        world_size: number of ranks.
+        size: number of ranks on this host.
         timeout: seconds in which no rank sends a heartbeat; then the hung ranks are killed.
+        first_rank: the first rank of this host.
+        decides: whether it finds and kills hung ranks. With several hosts, host 0 finds them among the ranks of all.
         vanished: rank -> message, for ranks whose process ended without an error.
     """
 
     ipc_dir: Path
-    world_size: int
+    size: int
     timeout: float
+    first_rank: int = 0
+    decides: bool = True
     vanished: dict[int, str] = field(default_factory=dict)
     _ended: dict[int, tuple[int, str]] = field(default_factory=dict)  # killed rank -> process id, message
+    _silent: dict[int, Heartbeat] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Watchdog":
@@ -47,6 +54,25 @@ class Watchdog:
     def hung(self) -> dict[int, str]:
         """Killed ranks that were not restarted: rank -> message."""
         return {rank: message for rank, (_, message) in self._ended.items()}
+
+    def silent_states(self) -> list["RankState"]:
+        """The state of each rank here if none has sent a heartbeat for ``timeout`` seconds; else empty."""
+        return [
+            RankState(rank, beat.steps_trained, (*beat.point, beat.stage), _is_stopped(beat.process))
+            for rank, beat in self._silent.items()
+        ]
+
+    def end(self, hung: Mapping[int, str]) -> None:
+        """Kill those of the hung ranks that are here.
+
+        Args:
+            hung: rank -> message.
+        """
+        for rank, beat in self._beats().items():
+            if rank in hung and rank not in self._ended:
+                self._ended[rank] = beat.process, hung[rank]
+                with suppress(ProcessLookupError):
+                    os.kill(beat.process, signal.SIGKILL)
 
     def _watch(self) -> None:
         interval = min(1.0, self.timeout / 10)
@@ -66,13 +92,16 @@ class Watchdog:
                 return
             for rank in [rank for rank, (process, _) in self._ended.items() if now[rank].process != process]:
                 del self._ended[rank]  # the rank was restarted
-            if quiet >= self.timeout:
-                self._end(now)
+            self._silent = now if quiet >= self.timeout else {}
+            if self._silent and self.decides:
+                self.end(hung_ranks(self.silent_states(), self.timeout))
                 quiet = 0.0
 
     def _beats(self) -> dict[int, Heartbeat]:
         """The newest heartbeat of each rank that has sent one."""
-        beats = {rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.world_size)}
+        beats = {
+            rank: read_heartbeat(self.ipc_dir, rank) for rank in range(self.first_rank, self.first_rank + self.size)
+        }
         return {rank: beat for rank, beat in beats.items() if beat}
 
     def _find_dead_ranks(self, beats: dict[int, Heartbeat]) -> bool:
@@ -95,23 +124,35 @@ class Watchdog:
         self.vanished = {rank: message.format(rank, step) for rank, step in missing.items()}
         return bool(missing) and len(missing) == len(beats)
 
-    def _end(self, beats: dict[int, Heartbeat]) -> None:
-        stopped = [rank for rank, beat in beats.items() if _is_stopped(beat.process)]
-        lowest = min(beat.progress for beat in beats.values())
-        ranks = stopped or [rank for rank, beat in beats.items() if beat.progress == lowest]
-        several = len(ranks) > 1
-        who = f"rank{'s'[:several]} {' and '.join(map(str, ranks))}"
-        why = f"no heartbeat for launcher.timeout={self.timeout:g} s"
-        if stopped:
-            why += f", {'they are' if several else 'it is'} stopped"
-        for rank in ranks:
-            beat = beats[rank]
-            message = f"{who} hung after step {beat.steps_trained} ({why})"
-            self._ended[rank] = beat.process, message
-            try:
-                os.kill(beat.process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+
+@dataclass(frozen=True)
+class RankState:
+    """A rank that sends no heartbeats.
+
+    Attributes:
+        rank: which rank.
+        steps_trained: steps that it has trained.
+        progress: its progress, for comparison.
+        is_suspended: whether its process is.
+    """
+
+    rank: int
+    steps_trained: int
+    progress: Sequence[int]
+    is_suspended: bool
+
+
+def hung_ranks(states: Sequence[RankState], timeout: float) -> dict[int, str]:
+    """The hung ranks among ranks that all wait: rank -> message. See :class:`Watchdog`."""
+    lowest = min(tuple(state.progress) for state in states)
+    suspended = [state for state in states if state.is_suspended]
+    hung = suspended or [state for state in states if tuple(state.progress) == lowest]
+    several = len(hung) > 1
+    who = f"rank{'s'[:several]} {' and '.join(str(state.rank) for state in hung)}"
+    why = f"no heartbeat for launcher.timeout={timeout:g} s"
+    if suspended:
+        why += f", {'they are' if several else 'it is'} stopped"
+    return {state.rank: f"{who} hung after step {state.steps_trained} ({why})" for state in hung}
 
 
 def _is_alive(process: int) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from cifar_exp.config.schema import Config
 from cifar_exp.data.dataset_files import DatasetFiles
 from cifar_exp.data.validation_split import hold_out
+from cifar_exp.errors import ConfigError
 from cifar_exp.launch.devices import DeviceSet, find_devices
 from cifar_exp.models.build import parameter_count
 from cifar_exp.parity.checks import Tolerances, compared, epoch_digest, tolerances
@@ -71,6 +72,9 @@ def prepared(configs: Sequence[Config], components: Sequence[Components]) -> lis
         ConfigError: ranks cannot share the batch, or one rank cannot train on it.
         MachineError: there are too few devices.
     """
+    for config in configs:
+        if (hosts := config.launcher.get("hosts") or 1) != 1:
+            raise ConfigError(f"launcher.hosts={hosts}: verify compares ranks of one host. Set launcher.hosts=1")
     cases = [Case(config, its, find_devices(config.devices)) for config, its in zip(configs, components, strict=True)]
     for case in cases:
         check_scaling(case.config, case.devices.world_size)

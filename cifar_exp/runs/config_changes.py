@@ -23,9 +23,13 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLErro
 
 def config_hash(config: Config) -> str:
     """The sha256, in hex, of all settings that affect the result. Passwords are masked first and do not affect it."""
+    return hashlib.sha256(json.dumps(result_settings(config), sort_keys=True).encode()).hexdigest()
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """All settings that affect the result, by their dotted names, in JSON's types. Passwords are masked."""
     plain = with_names(masked(asdict(config)), FIRST_NAMES)  # the first names keep hashes of earlier versions valid
-    settings = {name: value for name, value in _settings(plain).items() if bears_on_result(name)}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return {name: value for name, value in _settings(plain).items() if bears_on_result(name)}
 
 
 def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:

@@ -14,6 +14,7 @@ from cifar_exp.launch.devices import DeviceSet
 from cifar_exp.runs import plan_summary
 from cifar_exp.runs.announce import say, warn
 from cifar_exp.runs.components import Components
+from cifar_exp.runs.config_changes import result_settings
 from cifar_exp.runs.context import RunContext
 from cifar_exp.runs.model_check import Tried, try_out
 from cifar_exp.runs.prepare import PreparedRun
@@ -63,7 +64,7 @@ def plan_job(
         details=details | {"folder": os.path.relpath(prepared.folder)},
     )
     job = new_job(config, prepared.config_hash, components, devices, plan, data, prepared.folder, prepared.started)
-    job = replace(job, has_unused=bool(tried.unused))
+    job = replace(job, has_unused=bool(tried.unused), overrides=context.overrides)
     if resumed:
         origin = (resumed.source, resumed.manifest) if resumed.manifest else None
         job = replace(job, elapsed=resumed.elapsed, resume_from=origin)
@@ -97,6 +98,7 @@ def new_job(
         started=started,
         elapsed=0.0,
         config_hash=config_hash,
+        settings=result_settings(config),
         resume_from=None,
         seed=config.seed,
         plan=plan,

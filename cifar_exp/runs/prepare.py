@@ -8,6 +8,7 @@ from pathlib import Path
 from cifar_exp.config.defaults import flattened
 from cifar_exp.config.schema import Config
 from cifar_exp.launch.devices import DeviceSet, find_devices
+from cifar_exp.launch.host_settings import host_range
 from cifar_exp.records import journal, model_export
 from cifar_exp.records.run_folder import CONFIG_FILE, RUN_FILE, RunInfo
 from cifar_exp.runs import resume
@@ -64,7 +65,7 @@ def prepare(config: Config, context: RunContext) -> PreparedRun:
             batch.
         StorageError: the run to resume cannot be read.
     """
-    devices = find_devices(config.devices)
+    devices = find_devices(config.devices, host_range(config.launcher.get("hosts"))[1])
     check_precision(config.train.precision, devices.accelerator)
     resumed = resume.find(_wanted(config, context), context.folder, anywhere=context.is_single, warn=warn)
     is_finished = resumed is not None and resumed.finished
@@ -129,6 +130,8 @@ def _run_info(
     config: Config, title: str, devices: DeviceSet, run_dir: Path, context: RunContext, resumed: Resumption | None
 ) -> RunInfo:
     tags = {"devices": str(devices.world_size), "accelerator": devices.accelerator}
+    if devices.hosts > 1:
+        tags["hosts"] = str(devices.hosts)
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags["host"] = Owner.here().host  # parallel jobs of a sweep on one host disturb each other
     tags |= job_tags()
@@ -140,6 +143,8 @@ def _run_info(
     if context.sweep_dir:
         tags["sweep"] = context.sweep_dir.as_posix()
     name = f"{title}, {devices.world_size} x {devices.accelerator}"
+    if devices.hosts > 1:
+        name += f" on {devices.hosts} hosts"
     started_from = None
     if resumed and resumed.manifest and not resumed.in_place:
         started_from = resumed.source, resumed.manifest.step

@@ -10,6 +10,7 @@ from cifar_exp.config.schema import Config
 from cifar_exp.display.display import Display
 from cifar_exp.distributed.stop_requests import Request
 from cifar_exp.errors import Stopped
+from cifar_exp.launch.elastic import ElasticLauncher
 from cifar_exp.records import checkpoint, journal, model_export
 from cifar_exp.records.refused_start import REFUSING_ERRORS
 from cifar_exp.records.run_folder import is_undelivered
@@ -55,6 +56,8 @@ def run(config: Config, components: Components, context: RunContext) -> Result:
         recording = Recording(prepared.folder, prepared.started, sink, store)
         try:
             job, facts = plan_job(config, components, context, prepared, console)
+            if isinstance(components.launcher, ElasticLauncher):
+                components.launcher.admit_hosts(job)
         except REFUSING_ERRORS:  # a run that was not started is not recorded
             remove_new_run(prepared)
             raise
@@ -106,7 +109,7 @@ def _conclude(
     """Print the results and the next commands."""
     devices = prepared.devices
     result = Result(prepared.folder, journal.last_values(prepared.folder))
-    simulated = devices.accelerator == "cpu" and devices.world_size > 1
+    simulated = devices.accelerator == "cpu" and devices.world_size > devices.hosts
     result_summary.print_outcome(console, dict(result.metrics), simulated=simulated)
     say(console, result_summary.selection(dict(result.metrics), config.train.epochs, config.early_stopping))
     if context.is_single:

@@ -111,8 +111,11 @@ def results_by_group(runs: Sequence[FinishedRun]) -> dict[str, list[RunResult]]:
 
 
 def is_simulated(runs: Sequence[FinishedRun]) -> bool:
-    """Whether the devices were ranks on one CPU."""
-    return any(run.tags.get("accelerator") == "cpu" for run in runs)
+    """Whether devices were ranks on one CPU: CPU ranks that shared a host."""
+    return any(
+        run.tags.get("accelerator") == "cpu" and run.tags.get("devices", "") != run.tags.get("hosts", "1")
+        for run in runs
+    )
 
 
 def machines(runs: Sequence[FinishedRun]) -> list[str]:

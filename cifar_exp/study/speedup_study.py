@@ -12,6 +12,7 @@ from cifar_exp.errors import FREE_SPACE, storage_errors
 from cifar_exp.study import figures, report_page
 from cifar_exp.study.finished_runs import FinishedRun, is_simulated, machines, overlapping, results_by_group
 from cifar_exp.study.group import Group
+from cifar_exp.study.hosts import hosts_sections
 from cifar_exp.study.intervals import Interval
 from cifar_exp.study.report_page import Section
 from cifar_exp.study.speedup import SPEEDUP_ALONE, WITH_INTERVAL, SpeedupRow
@@ -29,6 +30,7 @@ class Study:
         machines: one line for each machine of the runs.
         missing: one line for each unfinished job, such as one that diverged.
         report: what was computed in addition to the speedup.
+        hosts: tables that compare one host with several.
     """
 
     groups: Mapping[str, Group]
@@ -36,6 +38,7 @@ class Study:
     machines: Sequence[str] = ()
     missing: Sequence[str] = ()
     report: ReportSettings = SPEEDUP_ALONE
+    hosts: Sequence[Section] = ()
 
     @classmethod
     def of(
@@ -45,11 +48,14 @@ class Study:
 
         ``unfinished``: one line for each job of the sweep that is not in ``runs``.
         """
-        groups = {name: Group.of(results, report) for name, results in results_by_group(runs).items()}
+        results_of_groups = results_by_group(runs)
+        groups = {name: Group.of(results, report) for name, results in results_of_groups.items()}
         groups = {name: group for name, group in groups.items() if len(group.rows) > 1}
         shared = [f"{run.tags.get('overrides', '')}: it ran at the same time as others" for run in overlapping(runs)]
         missing = [f"warning: not in these figures: {job}" for job in [*unfinished, *shared]]
-        return cls(groups, is_simulated(runs), machines(runs), missing, report) if groups else None
+        if not groups:
+            return None
+        return cls(groups, is_simulated(runs), machines(runs), missing, report, hosts_sections(results_of_groups))
 
     def print(self, console: Console) -> None:
         """Print a table, the fitted laws and the notes for each group."""
@@ -112,7 +118,7 @@ class Study:
             sections.append((self._title(name), self._cells(group), lines_below(group)))
             if by_rank := rank_table(group.breakdowns):
                 sections.append((f"Where the time went, by rank{f': {name}' if name else ''}", by_rank, ()))
-        return sections
+        return [*sections, *self.hosts]
 
     def _cells(self, group: Group) -> list[list[str]]:
         """The device counts as headings, then one row of texts per quantity; empty rows are left out."""

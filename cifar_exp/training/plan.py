@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cifar_exp.config.schema import Config
 from cifar_exp.errors import ConfigError
@@ -60,6 +60,26 @@ class Plan:
             else:
                 ranges.append((epoch, epoch, turns))
         return ranges
+
+
+def shared_by(plan: Plan, world_size: int) -> Plan:
+    """The same plan on fewer ranks: the global batch is kept, if possible through more micro-batches per rank.
+
+    Raises:
+        ConfigError: the ranks cannot share the global batch evenly.
+    """
+    if world_size == plan.world_size:
+        return plan
+    if plan.global_batch_size % world_size:
+        raise ConfigError(
+            f"devices.count={world_size}: {plan.global_batch_size} images per step cannot be shared evenly by so many "
+            f"ranks. Set launcher.hosts to one number"
+        )
+    share = plan.global_batch_size // world_size
+    accumulate = share // plan.per_device_batch_size if share % plan.per_device_batch_size == 0 else plan.accumulate
+    if share % accumulate:
+        accumulate = 1
+    return replace(plan, world_size=world_size, per_device_batch_size=share // accumulate, accumulate=accumulate)
 
 
 def _turns(rates: Sequence[float]) -> tuple[float, ...]:

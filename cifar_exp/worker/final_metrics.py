@@ -105,7 +105,9 @@ def _communication_metrics(trainer: Trainer, model: nn.Module, world: World) -> 
     if world.size == 1:
         return {}
     size = data_parallel.gradient_bytes(model)
-    return trainer.rank_times.metrics() | {
-        "communication/bytes_per_step": link_speed.sent_bytes(size, world.size),
-        "communication/link_bytes_per_second": link_speed.link_bytes_per_second(size, world.device),
+    links = {
+        "bytes_per_step": link_speed.sent_bytes(size, world.size),
+        "link_bytes_per_second": link_speed.link_bytes_per_second(size, world.device),
+        **link_speed.links_of_hosts(size, world),
     }
+    return trainer.rank_times.metrics() | {f"communication/{name}": value for name, value in links.items()}

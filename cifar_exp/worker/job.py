@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_exp.config.schema import CheckpointSettings, EarlyStoppingSettings, Train
 from cifar_exp.data.augment import Augmentation
 from cifar_exp.data.dataset_files import DatasetFiles
+from cifar_exp.distributed.host_place import HostPlace
 from cifar_exp.models.build import ModelFactory
 from cifar_exp.records.checkpoint import Manifest
 from cifar_exp.training.optimizers import OptimizerFactory
@@ -21,6 +23,7 @@ class Job:
         started: start of the run on the monotonic clock, shifted so that ``now - started`` leaves out interruptions.
         elapsed: seconds that the run took in earlier sessions; 0 in a new run.
         config_hash: hash of the settings that affect the result.
+        settings: these settings by their dotted names, in JSON's types.
         resume_from: run folder and checkpoint to resume from; None starts from initial values.
         seed: seed of initial weights, image order, augmentation and dropout.
         plan: batches, steps and learning rates.
@@ -36,12 +39,15 @@ class Job:
         timeout: seconds in which no rank sends a heartbeat (one per step or evaluated batch); then the hung rank is
             killed.
         has_unused: whether some parameters got no gradient when the parent tried the network.
+        overrides: the overrides from which the configuration was composed.
+        place: this host, if the run has several.
     """
 
     run_dir: Path
     started: float
     elapsed: float
     config_hash: str
+    settings: dict[str, Any]
     resume_from: tuple[Path, Manifest] | None
     seed: int
     plan: Plan
@@ -56,3 +62,5 @@ class Job:
     threads: int
     timeout: float
     has_unused: bool = False
+    overrides: tuple[str, ...] = ()
+    place: HostPlace | None = None

@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,14 +15,14 @@ from cifar_exp.distributed import process_group
 from cifar_exp.distributed.process_group import World
 from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.errors import CifarExpError
-from cifar_exp.records import checkpoint
 from cifar_exp.system import host
-from cifar_exp.system.printable import printable_text
+from cifar_exp.system.printable import print_notice
 from cifar_exp.system.process import keep_freed_memory
 from cifar_exp.system.signals import leave_signals_to_parent
 from cifar_exp.system.standard_streams import ignore_broken_output
 from cifar_exp.worker.failure import RankFailure
 from cifar_exp.worker.job import Job
+from cifar_exp.worker.restart import restarted
 
 DEAD_PEER_PATIENCE = 2.0  # seconds
 
@@ -40,15 +39,17 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if job.place:
+        rank += job.place.first_rank
     try:
-        assert int(os.environ["WORLD_SIZE"]) == job.plan.world_size
+        assert int(os.environ["WORLD_SIZE"]) == _local_size(job)
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
-        control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job))
+        control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job), bool(job.place))
         if attempt:
             job = _restarted(job, ipc_dir, rank, attempt)
         _prepare_process(job)
         # Longer than launcher.timeout: the launcher ends hung ranks first, since it can name them.
-        with process_group.joined_world(job.accelerator, ipc_dir, 2 * job.timeout + 60) as world:
+        with process_group.joined_world(job.accelerator, ipc_dir, 2 * job.timeout + 60, job.place) as world:
             work(job, world, control)
         control.done()
         end_rank()
@@ -67,6 +68,11 @@ def _report_failure_and_exit(error: Exception, job: Job, ipc_dir: Path, rank: in
         # rank first. It then ends this one.
         time.sleep(DEAD_PEER_PATIENCE)
     sys.exit(1 if code is None else code)
+
+
+def _local_size(job: Job) -> int:
+    """Ranks on this host."""
+    return job.place.local_size if job.place else job.plan.world_size
 
 
 def begin_rank() -> None:
@@ -98,16 +104,7 @@ def _restarted(job: Job, ipc_dir: Path, rank: int, attempt: int) -> Job:
     """
     for failure in RankFailure.of_attempt(ipc_dir, attempt - 1):
         failure.raise_if_lasting()
-
-    def report(line: str) -> None:
-        if rank == 0:
-            print(printable_text(line), file=sys.stderr, flush=True)
-
-    manifest = checkpoint.newest_intact_manifest(job.run_dir, report)
-    start = f"step {manifest.step}" if manifest else "the beginning" if job.resume_from is None else "where it started"
-    report(f"cifar-exp: a rank died or hung; restart {attempt}: training resumes from {start}")
-    # Steps after the checkpoint are trained again. The time of the lost steps counts as start-up.
-    return replace(job, resume_from=(job.run_dir, manifest), elapsed=manifest.seconds) if manifest else job
+    return restarted(job, attempt, print_notice if rank == 0 else lambda _line: None)
 
 
 def _prepare_process(job: Job) -> None:
@@ -131,6 +128,6 @@ def _pin_to_cores(job: Job) -> None:
     choose the same cores. Threads that start later inherit the cores.
     """
     cores = host.own_cores()
-    if job.accelerator == "cpu" and job.plan.world_size * job.threads == len(cores):
+    if job.accelerator == "cpu" and _local_size(job) * job.threads == len(cores):
         first = int(os.environ["LOCAL_RANK"]) * job.threads
         host.keep_to_cores(cores[first : first + job.threads])
