@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cifar_exp.system.scheduler import refuse_many_processes
+from cifar_exp.system.slurm_hosts import SlurmHosts
 
 if TYPE_CHECKING:  # heavy imports are inside functions, so that --help and a wrong setting answer at once
     from omegaconf import DictConfig
@@ -22,9 +23,10 @@ OTHER_HOST = re.compile(r"\+*launcher\.host_rank=[1-9]\d*")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> int:
     """Train once as configured; with -m, sweep over lists of values."""
+    is_slurm = "launcher=slurm" in words
     if not QUESTIONS & {word.partition("=")[0] for word in words}:
-        refuse_many_processes()
-    if any(OTHER_HOST.fullmatch(word) for word in words):
+        _refuse_many_processes(words)
+    if any(OTHER_HOST.fullmatch(word) for word in words) or (is_slurm and SlurmHosts.here().host_rank):
         return run_other_host(words)
     from cifar_exp.cli.hydra_app import run_hydra
     from cifar_exp.launch.host_session import closing_host_zero
@@ -35,6 +37,14 @@ def command(words: tuple[str, ...]) -> int:
     return code
 
 
+def _refuse_many_processes(words: Sequence[str]) -> None:
+    """Refuse to start as one of several processes of a launcher, except as the only one of a host."""
+    if "launcher=slurm" in words:
+        SlurmHosts.here()
+    else:
+        refuse_many_processes(are_hosts=any(word.startswith("launcher.hosts=") for word in words))
+
+
 def run_other_host(words: tuple[str, ...]) -> int:
     """Run ranks for host 0 of a run over several hosts. This host gets no run folder. Returns host 0's exit code.
 
@@ -43,11 +53,11 @@ def run_other_host(words: tuple[str, ...]) -> int:
     """
     from omegaconf import open_dict, read_write
 
-    from cifar_exp.cli.hydra_app import composed
+    from cifar_exp.cli.hydra_app import composed, options_first
     from cifar_exp.config.hydra_versions import given_options
     from cifar_exp.runs.join_run import join_run
 
-    given = given_options(words)
+    given = given_options(options_first(words))
 
     def compose(overrides: Sequence[str]) -> "DictConfig":
         config = composed(overrides, given.get("config_dir"))
@@ -76,7 +86,11 @@ def check(composed: "DictConfig") -> None:
 
 def run_job(composed: "DictConfig", context: "RunContext") -> float:
     """Train one run: a single one, or a job of a sweep. Returns the test accuracy, 0 to 1, for Hydra's sweepers."""
+    from omegaconf import OmegaConf
+
     from cifar_exp.runs.train_composed import train_composed
 
-    refuse_many_processes()  # a Hydra launcher may have started this process
+    plain: Any = OmegaConf.to_container(composed, resolve=False)
+    are_hosts = plain["launcher"].get("hosts", 1) != 1
+    refuse_many_processes(are_hosts=are_hosts)  # a Hydra launcher may have started this process
     return train_composed(composed, context).test_accuracy

@@ -16,20 +16,31 @@ from cifar_exp.config.targets import RENAMED, check_targets, with_names
 from cifar_exp.errors import ConfigError
 from cifar_exp.system.bugs import first_cause, is_bug, raised_in
 from cifar_exp.system.cpu_quota import usable_cores
+from cifar_exp.system.slurm_hosts import SlurmHosts
 
 SECTIONS = ("data", "augment", "model", "optimizer", "schedule", "launcher", "tracking")
 ClosedSection = TypeVar("ClosedSection")
 
 
 def register_resolvers() -> None:
-    """Register ``${cores:N}`` for YAML: the smaller of N and the number of cores that this process may use."""
+    """Register the resolvers of the YAML files.
+
+    ``${cores:N}``: the smaller of N and the number of cores that this process may use. ``${slurm_step:hosts}``: a field
+    of :class:`SlurmHosts`.
+    """
     hydra_versions.register_resolver("cores", _cores)
+    hydra_versions.register_resolver("slurm_step", _slurm_step)
 
 
 def _cores(wanted: Any) -> int:
     if not isinstance(wanted, int):
         raise ValueError(f"cores:{wanted}: it must be a whole number")
     return min(wanted, usable_cores())
+
+
+def _slurm_step(field: str) -> int | str:
+    value: int | str = getattr(SlurmHosts.here(), field)
+    return value
 
 
 def read_config(composed: DictConfig) -> Config:

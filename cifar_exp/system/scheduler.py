@@ -22,18 +22,19 @@ LOCAL_JOB = "SUBMITIT_LOCAL_JOB_ID"  # submitit restarts a job with the same num
 JOB_TAG = "submitit_job"
 
 
-def refuse_many_processes(environment: Mapping[str, str] | None = None) -> None:
+def refuse_many_processes(environment: Mapping[str, str] | None = None, are_hosts: bool = False) -> None:
     """Refuse to start as one of several processes of a launcher: each would train the whole run.
 
     Args:
         environment: None: that of this process.
+        are_hosts: whether the command line says that there are several hosts. Then one process on each is right.
 
     Raises:
         ConfigError: a launcher has started several processes.
     """
     variables = _inherited() if environment is None else environment
     found = [names for names in LAUNCHERS if _started_several(*names, variables)]
-    if not found:
+    if not found or (are_hosts and not _are_several_here(variables)):
         return
     launcher, size, _ = found[0]
     count, unset = variables[size], " ".join(dict.fromkeys(f"-u {rank}" for _, _, rank in found))
@@ -60,6 +61,17 @@ def requeued(tags: Mapping[str, str] | None = None) -> str:
     if count.isdecimal() and int(count):
         return f"{RESTARTS}={count}"
     return f"{LOCAL_JOB}={job}" if job and tags and tags.get(JOB_TAG) == job else ""
+
+
+def _are_several_here(variables: Mapping[str, str]) -> bool:
+    """Whether a launcher has started several processes on this host."""
+
+    def number(name: str) -> int:
+        value = variables.get(name, "")
+        return int(value) if value.isdecimal() else 1
+
+    local = max(number("LOCAL_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE"))
+    return local > 1 or number("SLURM_STEP_NUM_TASKS") > number("SLURM_STEP_NUM_NODES")
 
 
 def _started_several(launcher: str, size: str, rank: str, variables: Mapping[str, str]) -> bool:
