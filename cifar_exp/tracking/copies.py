@@ -6,6 +6,7 @@ next call completes a copy that was interrupted.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,14 @@ from typing import TYPE_CHECKING, Any
 from cifar_exp.config.mlflow_settings import DEFAULT_EXPERIMENT
 from cifar_exp.errors import TrackingError
 from cifar_exp.records.folder_check import check_folder
-from cifar_exp.records.journal import read, run_id
+from cifar_exp.records.journal import read
 from cifar_exp.records.run_folder import (
-    RUN_FILE,
-    SWEEP_RUN_FILE,
     Outcome,
     RunInfo,
     Status,
     lock_run_folder,
     mark_delivered,
 )
-from cifar_exp.system import foreign_files
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.tracking.dead_runs import FOLDER_TAG
 from cifar_exp.tracking.experiment import mlflow_command
@@ -92,7 +90,7 @@ class Copier(MLflowTracker):
                 points += point_count(missing)
                 is_done = points == 0 and copy.has_ended(outcome)
                 files = copy.add_files(sink, record, only_missing=is_done)
-                if not is_done or files:
+                if not is_done:
                     copy.close(outcome)
             mark_delivered(run_dir, self.store())
         return f"{run_dir}: {points} points and {files} files were missing: run {sink.run_id} in {address}"
@@ -232,11 +230,9 @@ class Copy:
 
 
 def _key(run: RunInfo) -> str:
-    """What identifies the run. Folders of early versions have no key, but MLflow's id, or a file that never changes."""
-    if key := run.key or run_id(run.run_dir):
-        return key
-    names = [name for name in (RUN_FILE, SWEEP_RUN_FILE) if (run.run_dir / name).exists()]
-    return hashlib.sha256(foreign_files.read_text(run.run_dir / names[0]).encode()).hexdigest()[:32]
+    """What identifies the run. Folders of early versions have no key; there, facts that never change stand for it."""
+    facts = json.dumps([run.name, run.started, dict(run.params)], sort_keys=True, default=str)
+    return run.key or hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _point(point: "Metric") -> tuple[int, int, str]:

@@ -234,6 +234,7 @@ def test_folder_of_an_early_version_without_a_key_is_copied_once(team: str) -> N
     Path("run", RUN_FILE).write_text(json.dumps({name: value for name, value in facts.items() if name != "key"}))
     for _ in range(2):
         assert not deliver_all(Path("run"), {}, team)
+        assert not deliver_all(Path("run"), {})  # its own store gives it an id
     assert len(all_runs(MlflowClient(team))) == 1
 
 

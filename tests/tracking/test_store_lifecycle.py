@@ -128,8 +128,8 @@ def test_file_that_cannot_be_stored_does_not_affect_metrics() -> None:
 
 
 def test_missing_database_driver_is_named() -> None:
-    with pytest.raises(TrackingError, match=r"postgresql://host/x: MLflow needs the Python module psycopg") as caught:
-        MLflowTracker("postgresql://me:hush@host/x").client()
+    with pytest.raises(TrackingError, match=r"mysql://host/x: MLflow needs the Python module MySQLdb") as caught:
+        MLflowTracker("mysql://me:hush@host/x").client()
     assert "hush" not in str(caught.value)
 
 
