@@ -109,10 +109,11 @@ class Host:
         """Its address on the bridge."""
         return f"10.77.0.{self.rank + 1}"
 
-    def start(self, *words: str, hosts: object = 2, token: str = TOKEN) -> Command:
+    def start(self, *words: str, hosts: object = 2, token: str = TOKEN, cores: Sequence[int] = ()) -> Command:
         """Run ``cifar-exp`` with these words and this host's place among ``hosts``."""
         place = [f"launcher.host_rank={self.rank}", f"launcher.hosts={hosts}", f"launcher.rendezvous=10.77.0.1:{PORT}"]
-        command = [sys.executable, "-m", "cifar_exp", *words, *place]
+        bound = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+        command = [*bound, sys.executable, "-m", "cifar_exp", *words, *place]
         inside = ["ip", "netns", "exec", self.name, "sh", "-c", INIT, "sh", *command]
         words_ = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", *inside]
         variables = environment() | {"CIFAR_EXP_TOKEN": token, "HOME": str(self.folder), "TMPDIR": "/tmp"}
