@@ -14,6 +14,7 @@ NO_EFFECT_SECTIONS = (
 # Settings of other sections that do not affect the trained weights. They can affect the throughput.
 NO_EFFECT_SETTINGS = ("data.residency", "data.workers")
 SEED = "seed"  # differs between repeats of an experiment
+HOSTS = "launcher.hosts"
 DEVICE_COUNT = "devices.count"  # the axis of a speedup study
 SETTINGS_OUTSIDE_A_SWEEP = ("resume", "progress")  # how a sweep is started and displayed; not part of its identity
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_exp.config.mlflow_settings import from_environment
-from cifar_exp.config.result_settings import distinguishes_groups
+from cifar_exp.config.result_settings import HOSTS, distinguishes_groups
 from cifar_exp.config.stored import stored_params
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records import journal
@@ -35,11 +35,16 @@ def grouped(overrides: Sequence[Sequence[str]]) -> list[str]:
         overrides: the overrides of each job, as in ``["train.scaling=strong", "devices.count=2", "seed=0"]``.
 
     Returns:
-        A name for each job, such as ``strong``; empty if nothing else differs.
+        A name for each job, such as ``strong``, or ``2 hosts``; empty if nothing else differs.
     """
     rest = [[text for text in job if distinguishes_groups(text.split("=")[0].lstrip("+"))] for job in overrides]
     common = set.intersection(*(set(job) for job in rest)) if rest else set()
-    return [" ".join(override.partition("=")[2] for override in job if override not in common) for job in rest]
+    return [" ".join(_short_name(override) for override in job if override not in common) for job in rest]
+
+
+def _short_name(override: str) -> str:
+    name, _, value = override.partition("=")
+    return f"{value} host{'s' if value != '1' else ''}" if name.lstrip("+") == HOSTS else value
 
 
 OVERRIDE_START = re.compile(r" (?=[+~]*[\w./@]+=)")  # splits a job's overrides

@@ -10,7 +10,7 @@ from cifar_exp.study.report_page import Section
 from cifar_exp.study.run_result import RunResult
 from cifar_exp.study.speedup import by_count, log_means_or_blocks
 
-HOSTS = re.compile(r"\s*\blauncher\.hosts=(\d+)\b\s*")
+HOSTS = re.compile(r"\s*\b(\d+) hosts?\b\s*")
 HEADINGS = ["hosts", "devices", "images/s", "times the first row", "95 %"]
 
 

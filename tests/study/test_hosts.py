@@ -1,5 +1,6 @@
 """Speedup inside one host and between hosts."""
 
+from cifar_exp.study.finished_runs import grouped
 from cifar_exp.study.hosts import HEADINGS, hosts_sections
 from cifar_exp.study.run_result import RunResult
 
@@ -12,13 +13,18 @@ LINKS = {
 }
 
 
+def test_groups_are_named_by_their_hosts() -> None:
+    jobs = [[f"launcher.hosts={hosts}", f"train.scaling={kind}"] for hosts in ("1", "2") for kind in ("weak", "strong")]
+    assert grouped(jobs) == ["1 host weak", "1 host strong", "2 hosts weak", "2 hosts strong"]
+
+
 def runs(devices: int, *rates: float) -> list[RunResult]:
     return [RunResult(devices, 256 * devices, rate, 100.0, 0.9, times=LINKS) for rate in rates]
 
 
 def test_each_number_of_hosts_and_devices_is_relative_to_the_smallest_on_one_host() -> None:
     one, two = [*runs(1, 100, 102), *runs(2, 190, 194)], [*runs(2, 180, 184), *runs(4, 350, 352)]
-    (section,) = hosts_sections({"launcher.hosts=2": two, "launcher.hosts=1": one})
+    (section,) = hosts_sections({"2 hosts": two, "1 host": one})
     title, (headings, *rows), notes = section
     assert title == "Inside one host and between hosts"
     assert headings == HEADINGS
@@ -39,7 +45,7 @@ def test_each_number_of_hosts_and_devices_is_relative_to_the_smallest_on_one_hos
 
 
 def test_other_settings_make_tables_of_their_own_and_equal_hosts_none() -> None:
-    names = [f"train.scaling={scaling} launcher.hosts={hosts}" for scaling in ("weak", "strong") for hosts in (1, 2)]
+    names = [f"{scaling} {hosts}" for scaling in ("weak", "strong") for hosts in ("1 host", "2 hosts")]
     titles = [title for title, *_ in hosts_sections({name: runs(2, 100) for name in names})]
-    assert titles == [f"Inside one host and between hosts: train.scaling={kind}" for kind in ("weak", "strong")]
-    assert hosts_sections({"launcher.hosts=2": runs(2, 100), "": runs(1, 50)}) == []
+    assert titles == [f"Inside one host and between hosts: {kind}" for kind in ("weak", "strong")]
+    assert hosts_sections({"2 hosts": runs(2, 100), "": runs(1, 50)}) == []
