@@ -39,9 +39,9 @@ def run_in_rank_process(job: Job, ipc_dir: Path, work: Callable[[Job, World, Ran
     gc.freeze()  # the garbage collector skips what the fork server has imported
     gc.enable()
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if job.place:
-        rank += job.place.first_rank
     try:
+        if job.place:
+            rank += job.place.first_rank
         assert int(os.environ["WORLD_SIZE"]) == _local_size(job)
         steps_between_waits = 1 if job.accelerator == "cpu" else job.train.log_every
         control = RankControl(ipc_dir, job.run_dir, rank, steps_between_waits, _seconds_left(job), bool(job.place))

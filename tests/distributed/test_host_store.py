@@ -11,22 +11,38 @@ import psutil
 import pytest
 
 from cifar_exp.distributed import host_store
-from cifar_exp.distributed.host_store import StoreClient, StoreClosedError, StoreServer, TokenError, connected_client
+from cifar_exp.distributed.host_store import (
+    Prefixed,
+    StoreClient,
+    StoreClosedError,
+    StoreServer,
+    TokenError,
+    connected_client,
+)
 
 TOKEN = b"a token of this test"
 TWO_RANKS = """
 import sys
 import torch
 import torch.distributed as dist
-from cifar_exp.distributed.host_store import RankStore, StoreClient
+from cifar_exp.distributed.host_store import Prefixed, StoreClient
+from cifar_exp.distributed.rank_store import RankStore
 rank, port = int(sys.argv[1]), int(sys.argv[2])
-store = RankStore(StoreClient(("127.0.0.1", port), sys.argv[3].encode()), "ranks-0/", 30)
+store = RankStore(Prefixed(StoreClient(("127.0.0.1", port), sys.argv[3].encode()), "ranks-0/"), 30)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 sums = torch.full((1000,), float(rank + 1))
 dist.all_reduce(sums)
 dist.all_reduce(sums, group=dist.new_group([0, 1]))
 print(sums.unique().tolist())
 dist.destroy_process_group()
+"""
+
+LEAVING = """
+import sys, time
+from cifar_exp.distributed.host_store import StoreClient
+StoreClient(("127.0.0.1", int(sys.argv[1])), sys.argv[2].encode()).leave_behind("gone")
+print("connected", flush=True)
+time.sleep(600)
 """
 
 
@@ -81,6 +97,25 @@ def test_a_wrong_message_ends_only_its_connection(server: StoreServer, message: 
     with pytest.raises(StoreClosedError):
         client.get("a")
     assert StoreClient(server.address, TOKEN).get("a") is None
+
+
+def test_what_a_client_leaves_behind_appears_when_it_ends_for_any_reason(server: StoreServer) -> None:
+    words = [sys.executable, "-c", LEAVING, str(server.address[1]), TOKEN.decode()]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as client:
+        assert client.stdout
+        client.stdout.readline()
+        assert server.get("gone") is None
+        client.kill()
+    assert server.wait(["gone"], 20)
+
+
+def test_a_prefix_keeps_keys_apart_and_forgets_its_own(server: StoreServer) -> None:
+    first, second = Prefixed(server, "1/"), Prefixed(server, "2/")
+    first.set("a", b"x")
+    assert (first.get("a"), second.get("a"), first.wait(["a"], 0), second.wait(["a"], 0)) == (b"x", None, True, False)
+    second.set("a", b"y")
+    server.forget("1/")
+    assert (first.get("a"), second.get("a")) == (None, b"y")
 
 
 def test_it_listens_on_the_named_address_only(server: StoreServer) -> None:
