@@ -40,7 +40,8 @@ dist.destroy_process_group()
 LEAVING = """
 import sys, time
 from cifar_exp.distributed.host_store import StoreClient
-StoreClient(("127.0.0.1", int(sys.argv[1])), sys.argv[2].encode()).leave_behind("gone")
+client = StoreClient(("127.0.0.1", int(sys.argv[1])), sys.argv[2].encode())
+client.leave_behind("gone")
 print("connected", flush=True)
 time.sleep(600)
 """
