@@ -146,10 +146,8 @@ def _label(file: BufferedReader, member: tarfile.TarInfo, field: str) -> int:
     file.seek(place)
     if not field:
         if not _WHOLE.fullmatch(content.strip()):
-            raise BadShardError(
-                f"has the label {printable(content.decode('utf-8', 'replace'))!r} in {printable(member.name)}; a label "
-                f"is a whole number"
-            )
+            shown = printable(content.decode("utf-8", "replace"))
+            raise BadShardError(f"has the label '{shown}' in {printable(member.name)}; a label is a whole number")
         return int(content)
     try:
         fields = fields_from_json(content)
