@@ -12,7 +12,7 @@ NO_EFFECT_SECTIONS = (
     "report",
 )
 # Settings of other sections that do not affect the trained weights. They can affect the throughput.
-NO_EFFECT_SETTINGS = ("data.residency", "data.workers")
+NO_EFFECT_SETTINGS = ("data.residency", "data.workers", "data.endpoint", "data.cache_limit")
 SEED = "seed"  # differs between repeats of an experiment
 HOSTS = "launcher.hosts"
 DEVICE_COUNT = "devices.count"  # the axis of a speedup study

@@ -1,10 +1,8 @@
-"""Images read from their files while training, for datasets larger than memory."""
+"""Images read from files or shards while training, for datasets larger than memory."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from cifar_exp.data.image_files import ImageFiles, checked_image
-from cifar_exp.data.image_reader import Preprocessing, read_image
+from cifar_exp.data.image_files import Images, LoaderFiles, checked_image
 from cifar_exp.errors import MachineError
 from cifar_exp.system.accelerator import supports_async_copies
 from cifar_exp.system.host import end_with_parent, worker_start_method
@@ -23,16 +20,14 @@ from cifar_exp.system.signals import leave_signals_to_parent
 MAX_AUTO_WORKERS = 8  # a rank, with data.workers=auto
 
 
-class _Images(Dataset[Tensor | str]):
-    """The files of both splits by index: training images first."""
+class _BothSplits(Dataset[Tensor | str]):
+    """The images of both splits by index: training images first."""
 
-    def __init__(self, root: Path, paths: Sequence[NDArray[np.bytes_]], rule: Preprocessing) -> None:
-        self._root, self._paths, self._rule = root, paths, rule
+    def __init__(self, train: Images, test: Images) -> None:
+        self._train, self._test = train, test
 
     def __getitem__(self, place: int) -> Tensor | str:
-        train, test = self._paths
-        name = train[place] if place < len(train) else test[place - len(train)]
-        return read_image(self._root / os.fsdecode(name), self._rule)
+        return self._train[place] if place < len(self._train) else self._test[place - len(self._train)]
 
 
 class _Requests(Sampler[list[int]]):
@@ -45,10 +40,10 @@ class _Requests(Sampler[list[int]]):
         return iter(self.places)
 
 
-Images = Tensor | NDArray[np.uint8] | str  # as a worker sends them
+SentBatch = Tensor | NDArray[np.uint8] | str  # as a worker sends them
 
 
-def _collate(images: list[Tensor | str]) -> Images:
+def _collate(images: list[Tensor | str]) -> SentBatch:
     """One batch (B, H, W, 3), or the first problem as text: an exception in a worker would arrive as a traceback."""
     sound = [image for image in images if isinstance(image, Tensor)]
     if len(sound) < len(images):
@@ -56,7 +51,7 @@ def _collate(images: list[Tensor | str]) -> Images:
     return _sendable(torch.stack(sound).permute(0, 2, 3, 1).contiguous())
 
 
-def _sendable(batch: Tensor) -> Images:
+def _sendable(batch: Tensor) -> SentBatch:
     """A worker's batch in shared memory. If that is full or missing: a NumPy array, which is sent through a pipe.
 
     Containers often have 64 MB of shared memory. Without this, a background thread of torch would move the tensor
@@ -71,7 +66,7 @@ def _sendable(batch: Tensor) -> Images:
         return batch.numpy()
 
 
-def _received(images: Images) -> Tensor:
+def _received(images: SentBatch) -> Tensor:
     return torch.from_numpy(images) if isinstance(images, np.ndarray) else checked_image(images)
 
 
@@ -101,7 +96,7 @@ class FileSource:
         device: the training device.
     """
 
-    reader: "DataLoader[Images]"
+    reader: "DataLoader[SentBatch]"
     first: int
     labels: Tensor
     image_size: tuple[int, int]
@@ -124,7 +119,7 @@ class FileSource:
 
 
 @contextmanager
-def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Iterator[tuple[FileSource, FileSource]]:
+def opened_files(files: LoaderFiles, device: torch.device, threads: int) -> Iterator[tuple[FileSource, FileSource]]:
     """Training and test images, read by shared worker processes. Workers end with the block or with this process.
 
     Raises:
@@ -133,10 +128,10 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
     """
     import torchvision.transforms.v2.functional  # noqa: F401 - before the workers are forked, so that they need not
 
-    (train, train_labels), (test, test_labels) = files.listed("train"), files.listed("test")
+    train, test = files.images("train"), files.images("test")
     workers = min(MAX_AUTO_WORKERS, threads) if files.workers == "auto" else files.workers
     reader = DataLoader(
-        _Images(files.root, (train, test), files.preprocessing),
+        _BothSplits(train, test),
         batch_sampler=_Requests(),
         num_workers=workers,
         collate_fn=_collate,
@@ -157,7 +152,10 @@ def opened_files(files: ImageFiles, device: torch.device, threads: int) -> Itera
         ) from error
     share = (files.image_size, device)
     try:
-        yield FileSource(reader, 0, train_labels, *share), FileSource(reader, len(train), test_labels, *share)
+        yield (
+            FileSource(reader, 0, files.labels("train"), *share),
+            FileSource(reader, len(train), files.labels("test"), *share),
+        )
     except RuntimeError as error:  # torch has no class for a dead worker
         if not str(error).startswith("DataLoader worker"):
             raise

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,18 +31,34 @@ SAMPLE = 5000  # images for the channel statistics
 _FORMAT = 2  # version of the files; those of another version are written again
 
 
+class Images(Protocol):
+    """Images that are read one at a time, also by worker processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int) -> Tensor | str:
+        """The image (3, H, W) uint8, or the message for the user if it cannot be read."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImageFiles(DatasetFiles):
-    """A dataset whose images are read from files. ``folder`` holds the list of files; statistics are those of a sample.
+class LoaderFiles(DatasetFiles):
+    """A dataset whose images are read while training. ``folder`` holds their list; statistics are those of a sample.
 
     Attributes:
-        root: folder that the listed paths start from, absolute.
         workers: processes a rank that read images. 0 reads them in the rank itself; ``auto`` is the rank's number of
             threads, at most 8.
     """
 
-    root: Path
     workers: int | Literal["auto"] = "auto"
+
+    def images(self, split: SplitName) -> Images:
+        """The images of one split.
+
+        Raises:
+            StorageError: their list is missing or unreadable.
+        """
+        raise NotImplementedError
 
     def load(self, split: SplitName) -> Split:
         """One split decoded into memory, for sets that fit.
@@ -51,11 +67,45 @@ class ImageFiles(DatasetFiles):
             DataError: an image cannot be read.
             StorageError: the list is missing or unreadable.
         """
-        paths, labels = self.listed(split)
-        images = torch.stack(
-            [checked_image(read_image(self.root / os.fsdecode(path), self.preprocessing)) for path in paths]
-        )
-        return Split(images.contiguous(memory_format=torch.channels_last), labels)
+        listed = self.images(split)
+        images = torch.stack([checked_image(listed[place]) for place in range(len(listed))])
+        return Split(images.contiguous(memory_format=torch.channels_last), self.labels(split))
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files of their own.
+
+    Attributes:
+        root: folder that the paths start from, absolute.
+        paths: one for each image.
+        rule: how they are read.
+    """
+
+    root: Path
+    paths: Sequence[str] | NDArray[np.bytes_]
+    rule: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> Tensor | str:
+        image = read_image(self.root / os.fsdecode(self.paths[place]), self.rule)
+        return f"data.residency=loader: {image}. Replace or delete it." if isinstance(image, str) else image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles(LoaderFiles):
+    """A tree of class folders whose images are read while training.
+
+    Attributes:
+        root: folder that the listed paths start from, absolute.
+    """
+
+    root: Path
+
+    def images(self, split: SplitName) -> Images:
+        return FileImages(self.root, self.listed(split)[0], self.preprocessing)
 
     def listed(self, split: SplitName) -> tuple[NDArray[np.bytes_], Tensor]:
         """Paths (N,) relative to ``root``, memory-mapped, and labels (N,) int64.
@@ -114,7 +164,9 @@ def prepare_files(cache: Path, listing: Listing, image_size: int, workers: int |
             remove_unfinished(cache)
             statistics = _read_statistics(folder)  # another process may have written it while this one waited
             if statistics is None:
-                statistics = _sample_statistics(listing, (image_size, image_size))
+                paths = listing.paths[: listing.train_count]
+                rule = Preprocessing((image_size, image_size))
+                statistics = sample_statistics(FileImages(listing.root, paths, rule))
                 with storage_errors(cache, advice):
                     _write_lists(folder, listing, statistics)
     mean, std = statistics
@@ -140,19 +192,22 @@ def _read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
     return None if meta is None else (list(meta["mean"]), list(meta["std"]))
 
 
-def _sample_statistics(listing: Listing, size: tuple[int, int]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, 0 to 255, over at most ``SAMPLE`` resized training images."""
-    order = torch.randperm(listing.train_count, generator=keyed_generator("statistics", listing.train_count))
-    paths = [listing.root / listing.paths[place] for place in order[:SAMPLE].tolist()]
-    rule = Preprocessing(size)
+def sample_statistics(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, 0 to 255, over at most ``SAMPLE`` of the training images.
 
-    def histogram(path: Path) -> NDArray[np.int64]:
-        return value_counts(checked_image(read_image(path, rule)).numpy()[None])
+    Raises:
+        DataError: one of these images cannot be read.
+    """
+    order = torch.randperm(len(images), generator=keyed_generator("statistics", len(images)))
+    places = order[:SAMPLE].tolist()
+
+    def histogram(place: int) -> NDArray[np.int64]:
+        return value_counts(checked_image(images[place]).numpy()[None])
 
     counts = np.zeros((3, 256), dtype=np.int64)
-    with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(paths), "files") as progress:
-        for start in range(0, len(paths), 256):
-            part = paths[start : start + 256]
+    with ThreadPoolExecutor() as pool, Progress("Reading a sample of the images", len(places), "images") as progress:
+        for start in range(0, len(places), 256):
+            part = places[start : start + 256]
             counts += sum(pool.map(histogram, part))
             progress.add(len(part))
     return channel_statistics(counts)
@@ -176,7 +231,7 @@ def _list_names(split: SplitName) -> tuple[str, str]:
 
 
 def checked_image(image: Tensor | str) -> Tensor:
-    """The image; raises a DataError where it is the description of a problem."""
+    """The image; raises a DataError where it is a message."""
     if isinstance(image, str):
-        raise DataError(f"data.residency=loader: {image}. Replace or delete it.")
+        raise DataError(image)
     return image

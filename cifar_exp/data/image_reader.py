@@ -5,6 +5,7 @@ The rule is stored with every network (:class:`Preprocessing`), so that other pr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,42 @@ class Preprocessing:
         return cls((height, width), turned)
 
 
-def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file inside another file, such as a shard.
+
+    Attributes:
+        name: for messages.
+        content: the bytes of the image file.
+    """
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def opened(self) -> Image.Image:
+        return _opened(BytesIO(self.content))
+
+
+def _opened(file: Path | BytesIO) -> Image.Image:
+    return Image.open(file, formats=_DECODERS)  # reads the header alone
+
+
+def _bytes(file: Path | EncodedImage) -> int:
+    return file.stat().st_size if isinstance(file, Path) else len(file.content)
+
+
+def decode_image(file: Path | EncodedImage, turned: bool = True) -> NDArray[np.uint8] | str:
     """The image (3, H, W) uint8, or a description of the problem.
 
     ``turned``: apply the EXIF orientation.
     """
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
+        if (size := _bytes(file)) > MAX_BYTES:
             return f"has {size:,} bytes, more than {MAX_BYTES:,}"
-        with Image.open(path, formats=_DECODERS) as image:  # reads the header alone
+        with _opened(file) if isinstance(file, Path) else file.opened() as image:
             if image.width * image.height > MAX_PIXELS:
                 return f"claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,} in all"
             shallow = _eight_bits(_turned(image) if turned else image, image.format)
@@ -88,7 +116,7 @@ def decode_image(path: Path, turned: bool = True) -> NDArray[np.uint8] | str:
     except (ImportError, NameError):  # no file raises these
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
-        if path.exists() and path.stat().st_size == 0:
+        if (not isinstance(file, Path) or file.exists()) and _bytes(file) == 0:
             return "is empty"
         return (
             "is not an image in a known format" if isinstance(error, UnidentifiedImageError) else printable(str(error))
@@ -124,24 +152,24 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
-def read_image(path: Path, rule: Preprocessing) -> Tensor | str:
-    """The image (3, *rule.image_size) uint8, or a description of the problem that begins with the path.
+def read_image(file: Path | EncodedImage, rule: Preprocessing) -> Tensor | str:
+    """The image (3, *rule.image_size) uint8, or a description of the problem that begins with the name.
 
     Training, evaluation and prediction all read images of a set size by this function. An image of that size stays
     unchanged.
     """
     from torchvision.transforms.v2 import functional  # imported here: it takes 1.5 s, and only this needs it
 
-    decoded = decode_image(path, rule.turned)
+    decoded = decode_image(file, rule.turned)
     if isinstance(decoded, str):
-        return f"{printable(path)}: {decoded}"
+        return f"{printable(file)}: {decoded}"
     (height, width), (own_height, own_width) = rule.image_size, decoded.shape[1:]
     if height * own_width >= width * own_height:  # wider than the target
         covering = [height, int(height * own_width / own_height)]
     else:
         covering = [int(width * own_height / own_width), width]
     if covering[0] * covering[1] > MAX_PIXELS:
-        return f"{printable(path)}: has {own_width} x {own_height} pixels, too long and narrow to be resized"
+        return f"{printable(file)}: has {own_width} x {own_height} pixels, too long and narrow to be resized"
     resized = functional.resize(torch.from_numpy(decoded), covering, antialias=True)
     cropped: Tensor = functional.center_crop(resized, list(rule.image_size))
     return cropped

@@ -11,11 +11,13 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 EXPECTED = (
     "Expected: <root>/train/<class>/*.png and <root>/test/<class>/*.png (or .jpg and others), the same classes in both."
 )
-FOLDERS = "cifar_exp.data.class_folders.folders"
+FOLDERS, SHARDS = "cifar_exp.data.class_folders.folders", "cifar_exp.data.shards.dataset.shards"
 
 
 def check_presence(section: Mapping[str, Any]) -> None:
-    """Check that the folders of ``data=folders`` exist. Other data sets are generated, downloaded or cached.
+    """Check that the folders of ``data=folders`` and ``data=shards`` exist.
+
+    Other data sets are generated, downloaded or cached.
 
     Args:
         section: the settings ``data``.
@@ -25,6 +27,8 @@ def check_presence(section: Mapping[str, Any]) -> None:
     """
     if section.get("_target_") == FOLDERS and isinstance(root := section.get("root"), str):
         check_tree(Path(root).expanduser())
+    if section.get("_target_") == SHARDS and isinstance(root := section.get("root"), str) and "://" not in root:
+        check_shard_folders(Path(root).expanduser())
 
 
 def check_tree(root: Path) -> None:
@@ -39,4 +43,19 @@ def check_tree(root: Path) -> None:
                 f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{EXPECTED}\n"
                 "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
                 "or set experiment=quickstart, which needs no images."
+            )
+
+
+def check_shard_folders(root: Path) -> None:
+    """Check that ``root`` has the folders ``train`` and ``test`` of ``data=shards``.
+
+    Raises:
+        DataError: one is missing.
+    """
+    for folder in (root, *(root / split for split in SPLITS)):
+        if not folder.is_dir():
+            raise DataError(
+                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\nExpected: shards in "
+                f"<root>/train/ and <root>/test/, as .tar (WebDataset) or index.json with .mds (MosaicML streaming).\n"
+                f"Set data.root=<folder> or data.root=s3://<bucket>/<prefix>"
             )

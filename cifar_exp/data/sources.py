@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cifar_exp.data.dataset_files import DatasetFiles, Residency, Split
 from cifar_exp.data.file_source import opened_files
-from cifar_exp.data.image_files import ImageFiles
+from cifar_exp.data.image_files import LoaderFiles
 from cifar_exp.data.prefetch import prefetched
 from cifar_exp.system.accelerator import free_bytes, supports_async_copies
 
@@ -98,7 +98,7 @@ def open_sources(files: DatasetFiles, device: torch.device, threads: int) -> Ite
         device: the training device.
         threads: CPU threads of this rank, the limit of ``workers=auto``.
     """
-    if isinstance(files, ImageFiles):
+    if isinstance(files, LoaderFiles):
         with opened_files(files, device, threads) as sources:
             yield sources
         return

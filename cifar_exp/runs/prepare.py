@@ -86,7 +86,7 @@ def title(config: Config) -> str:
     model = config.model["_target_"].rpartition(".")[2]
     size = "x".join(str(config.model[key]) for key in ("width", "depth") if key in config.model)
     data = config.data["_target_"].rpartition(".")[2]
-    if data == "folders":  # the root folder's name says more than `folders`
+    if data in ("folders", "shards"):  # the root folder's name says more
         data = Path(config.data["root"]).resolve().name
     return printable(f"{model} {size} on {data}".replace("  ", " "))
 

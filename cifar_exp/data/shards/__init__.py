@@ -1,0 +1,1 @@
+"""Shards as a data set: WebDataset tar files and MosaicML streaming (MDS), in a folder or an S3-compatible bucket."""
