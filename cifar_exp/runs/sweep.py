@@ -111,6 +111,8 @@ class StudySweeper(Sweeper):
         assert self.hydra_context is not None
         jobs = self._jobs(arguments)
         check_jobs(self.hydra_context, self.config, jobs, getattr(self._task, "check", None))
+        if check_launcher := getattr(self.launcher, "check", None):
+            check_launcher(jobs)
         wanted = Path(self.config.hydra.sweep.dir)
         if not self._is_ours():
             wanted.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,112 @@
+"""One job of a sweep inside its Slurm job: it saves before Slurm ends it, and is requeued."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from cifar_exp.config.reading import register_resolvers
+from cifar_exp.errors import CifarExpError, Stopped
+from cifar_exp.system import slurm
+from cifar_exp.system.bugs import BugError, as_user_error
+from cifar_exp.system.printable import print_notice
+from cifar_exp.system.process import allow_open_files, end_process
+from cifar_exp.system.redaction import masked_text
+from cifar_exp.system.scheduler import RESTARTS
+from cifar_exp.system.signals import ignore_signals, install_signal_handlers, swallowed
+
+BEFORE_THE_END = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm sends them some time before it ends the job
+
+
+@dataclass
+class SlurmJob:
+    """What submitit pickles, and calls in the Slurm job.
+
+    Attributes:
+        hydra_context, task_function, config: Hydra's, for all jobs of the sweep.
+        max_requeues: number of restarts after which a job at its time limit is not requeued.
+    """
+
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    config: DictConfig
+    max_requeues: int
+
+    def __call__(self, overrides: Sequence[str], number: int, state: dict[Any, Any]) -> JobReturn:
+        """Run the job.
+
+        Args:
+            overrides: those of the job.
+            number: its number in the sweep.
+            state: Hydra's global objects in the process that submitted the job.
+
+        Returns:
+            Hydra's result. A job that a signal stopped ends the process instead: without a result, the submitting
+            process asks Slurm what has become of the job.
+        """
+        install_signal_handlers()
+        try:
+            done = self._run(overrides, number, state)
+            if stopped := swallowed():
+                raise stopped
+        except Stopped as stopped:
+            ignore_signals()  # a requeued job gets SIGTERM
+            _requeue_if_resumable(stopped, self.max_requeues)
+            end_process(stopped.exit_code)
+        ignore_signals()
+        return _portable(done)
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """What submitit requeues if a signal comes before the job was called."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+    def _run(self, overrides: Sequence[str], number: int, state: dict[Any, Any]) -> JobReturn:
+        allow_open_files()
+        Singleton.set_state(state)
+        setup_globals()
+        register_resolvers()
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config.hydra.job):
+            config.hydra.job.num, config.hydra.job.id = number, os.environ.get(slurm.JOB_ID, str(number))
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+def _requeue_if_resumable(stopped: Stopped, most: int) -> None:
+    """Requeue this Slurm job if it was stopped by its time limit or by preemption, and not by ``scancel``.
+
+    Slurm requeues a preempted job only if it is still running when its grace time is over.
+    """
+    job = os.environ[slurm.JOB_ID]
+    facts = slurm.job_facts(job)
+    is_preempted = facts.get("PreemptTime", "None") != "None"
+    if facts.get("JobState") != "RUNNING":  # Slurm has decided already
+        return
+    restarts = int(facts.get("Restarts", os.environ.get(RESTARTS, "0")))
+    if stopped.number in BEFORE_THE_END and not is_preempted and restarts >= most:
+        print_notice(f"Slurm job {job} was requeued {restarts} times, as often as hydra.launcher.max_requeues allows")
+    elif stopped.number in BEFORE_THE_END or is_preempted:
+        is_requeued = slurm.requeue(job)
+        print_notice(f"Slurm job {job} {'is' if is_requeued else 'could not be'} requeued")
+
+
+def _portable(done: JobReturn) -> JobReturn:
+    """The result with an exception that can be pickled. Its traceback is in the log of the run or of the Slurm job."""
+    if done.status == JobStatus.FAILED:
+        problem = as_user_error(done._return_value)
+        kind = CifarExpError if isinstance(problem, BugError) else type(problem)
+        done._return_value = kind(masked_text(str(problem)))
+    return done
