@@ -53,7 +53,8 @@ class SlurmJob:
         install_signal_handlers()
         try:
             done = self._run(overrides, number, state)
-            if stopped := swallowed():
+            failure = done._return_value if done.status == JobStatus.FAILED else None
+            if stopped := Stopped.cause_of(failure) or swallowed():
                 raise stopped
         except Stopped as stopped:
             ignore_signals()  # a requeued job gets SIGTERM

@@ -24,6 +24,7 @@ from cifar_exp.errors import ConfigError, MachineError
 from cifar_exp.runs.slurm_job import SlurmJob
 from cifar_exp.system import slurm
 from cifar_exp.system.redaction import masked
+from cifar_exp.system.signals import blocked_signals
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -39,6 +40,7 @@ class Submission:
         folder: its run folder.
         resources: its cores and GPUs.
         job: its Slurm job, as submitit sees it; None before it is submitted.
+        refusal: why Slurm refused to take it.
     """
 
     number: int
@@ -46,6 +48,7 @@ class Submission:
     folder: Path
     resources: Resources
     job: "Job[JobReturn] | None" = None
+    refusal: ConfigError | None = None
 
 
 class SlurmLauncher(Launcher):
@@ -53,6 +56,8 @@ class SlurmLauncher(Launcher):
 
     Jobs with equal resources form one job array. A job that Slurm ended without a result fails; the others go on.
     """
+
+    is_remote = True  # the devices of this host say nothing about those of the jobs
 
     def __init__(self, **settings: Any) -> None:
         """``settings``: those of :class:`SlurmSettings`; they are checked when they are needed."""
@@ -110,6 +115,8 @@ class SlurmLauncher(Launcher):
         folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=sweep_dir))
         with cancelled_on_stop(submissions, sweep_dir):
             self._submit(submissions, settings, folder, sweep_dir)
+            if all(one.job is None for one in submissions):
+                shutil.rmtree(folder)
             return results(submissions)
 
     def _settings(self) -> SlurmSettings:
@@ -151,17 +158,23 @@ class SlurmLauncher(Launcher):
         self, submissions: Sequence[Submission], settings: SlurmSettings, folder: Path, sweep_dir: Path
     ) -> None:
         """Submit each group of jobs with equal resources as one array."""
+        from submitit.core.utils import UncompletedJobError
         from submitit.slurm.slurm import SlurmExecutor
 
-        task = self._task(settings, sweep_dir)
+        task, state = self._task(settings, sweep_dir), Singleton.get_state()
         for needed in dict.fromkeys(submission.resources for submission in submissions):
             alike = [submission for submission in submissions if submission.resources == needed]
             executor = SlurmExecutor(folder, max_num_timeout=settings.max_requeues)
             executor.update_parameters(**_parameters(settings, needed))
-            state = Singleton.get_state()
             arguments = zip(*((list(one.overrides), one.number, state) for one in alike), strict=True)
-            with slurm.outside_of_job():
-                jobs = executor.map_array(task, *arguments)
+            try:
+                with slurm.outside_of_job(), blocked_signals():  # so that every submitted job is known
+                    jobs = executor.map_array(task, *arguments)
+            except UncompletedJobError as error:  # submitit's, for a command that failed
+                refusal = ConfigError(f"hydra/launcher=slurm: sbatch refused {len(alike)} x {needed}: {_reason(error)}")
+                for submission in alike:
+                    submission.refusal = refusal
+                continue
             for submission, job in zip(alike, jobs, strict=True):
                 submission.job = job
             print(f"submitted as Slurm job {jobs[0].job_id.partition('_')[0]}: {len(jobs)} x {needed}", flush=True)
@@ -190,6 +203,14 @@ def _parameters(settings: SlurmSettings, needed: Resources) -> dict[str, Any]:
     # Some clusters requeue a job only if it asks for that.
     values |= {"stderr_to_stdout": True, "additional_parameters": {"requeue": True}}
     return values | needed.parameters(settings)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what ``sbatch`` printed."""
+    lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
+    return (
+        f"{(lines or [str(error)])[-1]}. Set hydra.launcher.<setting>: see cifar-exp hydra/launcher=slurm --cfg hydra"
+    )
 
 
 def _folder(config: DictConfig, number: int) -> Path:

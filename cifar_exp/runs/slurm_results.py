@@ -1,7 +1,7 @@
 """Wait for the Slurm jobs of a sweep and collect their results."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from cifar_exp.config.arguments import argument
-from cifar_exp.errors import Stopped, WorkerError
+from cifar_exp.errors import CifarExpError, Stopped, WorkerError
 from cifar_exp.system import slurm
 from cifar_exp.system.printable import print_notice, printable
+from cifar_exp.system.redaction import masked
 
 if TYPE_CHECKING:
     from cifar_exp.runs.slurm_launcher import Submission
@@ -45,12 +46,15 @@ def cancelled_on_stop(submissions: "Sequence[Submission]", sweep_dir: Path) -> I
 
 
 def results(submissions: "Sequence[Submission]") -> list[JobReturn]:
-    """Wait until all jobs, which are submitted, have ended, and print a line for each.
+    """Wait until all jobs have ended, and print a line for each.
 
     Returns:
         Their results in this order. A job that has left Slurm's queue without a result has failed.
     """
-    done: dict[int, JobReturn] = {}
+    common = set.intersection(*(set(one.overrides) for one in submissions))
+    done = {one.number: _failed(one, one.refusal) for one in submissions if one.refusal}
+    for refusal in {str(one.refusal) for one in submissions if one.refusal}:
+        print_notice(refusal)
     left: dict[str, float] = {}  # job id -> when it was first missing in the queue
     pause, asked = ASK_SECONDS[0], time.monotonic()
     while waiting := [one for one in submissions if one.number not in done]:
@@ -59,9 +63,9 @@ def results(submissions: "Sequence[Submission]") -> list[JobReturn]:
             if one.job.paths.result_pickle.exists():
                 done[one.number] = _result(one)
             elif time.monotonic() - left.get(one.job.job_id, time.monotonic()) > LATE_SECONDS:
-                done[one.number] = _lost(one)
+                done[one.number] = _ended_by_slurm(one)
             if one.number in done:
-                _print_end(one, done[one.number])
+                _print_end(one, done[one.number], common)
         if time.monotonic() - asked > pause:
             queue = slurm.queued_jobs()
             pause, asked = min(2 * pause, ASK_SECONDS[1]), time.monotonic()
@@ -79,33 +83,34 @@ def _result(one: "Submission") -> JobReturn:
         return one.job.result()
     except Exception as error:
         last = str(error).strip().splitlines()[-1:]
-        return _failed(one, f"it could not begin: {' '.join(last)}. Its output is in {one.job.paths.stdout}")
+        return _lost(one, f"it could not begin: {' '.join(last)}. Its output is in {one.job.paths.stdout}")
 
 
-def _lost(one: "Submission") -> JobReturn:
-    """The result of a job that Slurm has ended: a failure with Slurm's reason."""
+def _ended_by_slurm(one: "Submission") -> JobReturn:
+    """The result of a job that has left the queue without one: a failure with Slurm's reason."""
     assert one.job
     state = slurm.job_facts(one.job.job_id).get("JobState", "unknown")
-    reason = f"it ended without a result, Slurm's state is {state}. "
-    if state == "TIMEOUT":
-        reason += "Set hydra.launcher.time to more minutes"
-    elif state == "OUT_OF_MEMORY":
-        reason += "Set hydra.launcher.mem_gb to more"
-    else:
-        reason += f"Its output is in {one.job.paths.stdout}"
-    return _failed(one, reason)
+    remedy = {
+        "TIMEOUT": "Set hydra.launcher.time to more minutes",
+        "OUT_OF_MEMORY": "Set hydra.launcher.mem_gb to more",
+    }.get(state, f"Its output is in {one.job.paths.stdout}")
+    return _lost(one, f"it ended without a result, in Slurm's state {state}. {remedy}")
 
 
-def _failed(one: "Submission", reason: str) -> JobReturn:
+def _lost(one: "Submission", reason: str) -> JobReturn:
     assert one.job
-    failure = WorkerError(f"Slurm job {one.job.job_id}: {reason}")
+    return _failed(one, WorkerError(f"Slurm job {one.job.job_id}: {reason}"))
+
+
+def _failed(one: "Submission", failure: CifarExpError) -> JobReturn:
     hydra = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(one.folder)}}})
     return JobReturn(list(one.overrides), hydra_cfg=hydra, status=JobStatus.FAILED, _return_value=failure)
 
 
-def _print_end(one: "Submission", result: JobReturn) -> None:
-    assert one.job
+def _print_end(one: "Submission", result: JobReturn, common: Collection[str]) -> None:
+    """Print what has become of a job. ``common``: overrides of all jobs, which are left out."""
+    own = printable(" ".join(masked([override for override in one.overrides if override not in common])))
     if result.status == JobStatus.FAILED:
         print_notice(f"job {one.number} failed: {result._return_value}")
     else:
-        print(f"job {one.number} finished: {printable(' '.join(one.overrides))}", flush=True)
+        print(f"job {one.number} finished{': ' * bool(own)}{own}", flush=True)
