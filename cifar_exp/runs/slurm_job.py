@@ -76,7 +76,7 @@ class SlurmJob:
         register_resolvers()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config.hydra.job):
-            config.hydra.job.num, config.hydra.job.id = number, os.environ.get(slurm.JOB_ID, str(number))
+            config.hydra.job.num, config.hydra.job.id = number, slurm.own_job()
         return run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
@@ -91,7 +91,7 @@ def _requeue_if_resumable(stopped: Stopped, most: int) -> None:
 
     Slurm requeues a preempted job only if it is still running when its grace time is over.
     """
-    job = os.environ[slurm.JOB_ID]
+    job = slurm.own_job()
     facts = slurm.job_facts(job)
     is_preempted = facts.get("PreemptTime", "None") != "None"
     if facts.get("JobState") != "RUNNING":  # Slurm has decided already

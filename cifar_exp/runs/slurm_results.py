@@ -69,7 +69,9 @@ def results(submissions: "Sequence[Submission]") -> list[JobReturn]:
         if time.monotonic() - asked > pause:
             queue = slurm.queued_jobs()
             pause, asked = min(2 * pause, ASK_SECONDS[1]), time.monotonic()
-            if queue is not None:  # else Slurm's controller is down, and jobs run on
+            if queue is None:  # the jobs run on
+                print_notice("Slurm does not answer; the sweep waits for its jobs")
+            else:
                 gone = {one.job.job_id for one in waiting if one.job} - queue
                 left = {job: left.get(job, asked) for job in gone}
         time.sleep(LOOK_SECONDS)

@@ -6,8 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 ANSWER_SECONDS = 60.0
+CANCEL_SECONDS = 10.0  # the user has pressed Ctrl-C
 JOB_ID = "SLURM_JOB_ID"
+ARRAY, TASK = "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"
 KEPT = ("SLURM_CONF",)  # where the cluster is
+
+
+def own_job() -> str:
+    """The id of the Slurm job that this process is part of, such as ``12`` or ``13_4``.
+
+    Slurm numbers each job of an array, too, but the number of its last job stands for the whole array.
+    """
+    is_array = ARRAY in os.environ and TASK in os.environ
+    return f"{os.environ[ARRAY]}_{os.environ[TASK]}" if is_array else os.environ[JOB_ID]
 
 
 def queued_jobs() -> set[str] | None:
@@ -29,7 +40,7 @@ def requeue(job: str) -> bool:
 
 def cancel(jobs: Sequence[str]) -> bool:
     """Cancel jobs: Slurm sends SIGTERM to those that run. Returns whether Slurm agreed."""
-    return _asked("scancel", *jobs) is not None
+    return _asked("scancel", *jobs, timeout=CANCEL_SECONDS) is not None
 
 
 @contextmanager
@@ -46,10 +57,10 @@ def outside_of_job() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _asked(*command: str) -> str | None:
+def _asked(*command: str, timeout: float = ANSWER_SECONDS) -> str | None:
     """The output of a command of Slurm's; None if it failed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

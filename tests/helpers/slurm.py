@@ -104,10 +104,13 @@ class Cluster:
 
     def start_requeued(self) -> list[str]:
         """Start the requeued jobs now: Slurm would wait for two minutes. Returns their ids."""
-        waiting = [job for job in self.jobs("PENDING") if self.fact(job, "Restarts") != "0"]
-        for job in waiting:
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return waiting
+        started = []
+        for job in self.jobs("PENDING"):
+            with suppress(subprocess.CalledProcessError):  # it has just begun, or its last start is still ending
+                if self.fact(job, "Restarts") != "0":
+                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+                    started.append(job)
+        return started
 
 
 @contextmanager
