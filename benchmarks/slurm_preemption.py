@@ -4,7 +4,7 @@
 
 Four jobs run at the same time on the two nodes that this program starts (see tests/helpers/slurm.py). Every preemption
 hits all of them: Slurm sends SIGTERM, they save and requeue themselves. Most preemptions come while all jobs train;
-every fifth one comes at a random moment of their start.
+every third one comes at a random moment of their start.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> int:
         hits = _preempt(cluster, process, folder / "slurm", chosen.times, random.Random(chosen.seed))
         code = process.wait()
     print(f"preempted {hits} times; the sweep's exit code is {code}", flush=True)
-    _started(folder, None, ["hydra.sweep.dir=local", *settings]).wait()
+    _started(folder, None, ["hydra.sweep.dir=local", "progress=quiet", *settings]).wait()
     equal = [_equal(folder / "slurm" / str(job), folder / "local" / str(job)) for job in range(JOBS)]
     print(f"equal weights: {sum(equal)} of {JOBS} jobs", flush=True)
     if all(equal) and code == 0:
@@ -70,9 +70,9 @@ def _preempt(cluster: Cluster, process: "subprocess.Popen[bytes]", sweep: Path, 
     hits = 0
     for number in range(times):
         before = _epochs(sweep)
-        while number % 5 < 4 and process.poll() is None and not all(map(gt, _epochs(sweep), before)):
+        while number % 3 < 2 and process.poll() is None and not all(map(gt, _epochs(sweep), before)):
             time.sleep(0.2)
-        time.sleep(rng.uniform(0, 3 if number % 5 < 4 else STARTING_SECONDS))
+        time.sleep(rng.uniform(0, 3 if number % 3 < 2 else STARTING_SECONDS))
         running = cluster.jobs("RUNNING")
         cluster.preempt()
         while process.poll() is None and set(running) & set(cluster.jobs("RUNNING")):

@@ -1,10 +1,13 @@
 """One job of a sweep inside its Slurm job: it saves before Slurm ends it, and is requeued."""
 
+import atexit
 import os
 import signal
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
@@ -16,10 +19,17 @@ from cifar_exp.errors import CifarExpError, Stopped
 from cifar_exp.system import slurm
 from cifar_exp.system.bugs import BugError, as_user_error
 from cifar_exp.system.printable import print_notice
-from cifar_exp.system.process import allow_open_files, end_process
+from cifar_exp.system.process import allow_open_files
 from cifar_exp.system.redaction import masked_text
 from cifar_exp.system.scheduler import RESTARTS
-from cifar_exp.system.signals import ignore_signals, install_signal_handlers, swallowed
+from cifar_exp.system.signals import (
+    ignore_signals,
+    install_signal_handlers,
+    raise_stopped,
+    signals_to_answer,
+    swallowed,
+)
+from cifar_exp.system.standard_streams import flush_output
 
 BEFORE_THE_END = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm sends them some time before it ends the job
 
@@ -51,17 +61,34 @@ class SlurmJob:
             process asks Slurm what has become of the job.
         """
         install_signal_handlers()
+        for signal_number in signals_to_answer():
+            signal.signal(signal_number, self._answer)
         try:
             done = self._run(overrides, number, state)
             failure = done._return_value if done.status == JobStatus.FAILED else None
             if stopped := Stopped.cause_of(failure) or swallowed():
                 raise stopped
         except Stopped as stopped:
-            ignore_signals()  # a requeued job gets SIGTERM
-            _requeue_if_resumable(stopped, self.max_requeues)
-            end_process(stopped.exit_code)
+            self._end(stopped)
         ignore_signals()
         return _portable(done)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        """Answer a signal while no ranks train. During an import there is nothing to save, so the process ends at once:
+        an exception that goes through the import of a C++ extension, such as PyTorch's, aborts the process.
+        """
+        if frame is None:  # called once more after the ranks have saved
+            return
+        if any(_is_import(inner) for inner, _ in traceback.walk_stack(frame)):
+            self._end(Stopped(number))
+        raise_stopped(number)
+
+    def _end(self, stopped: Stopped) -> NoReturn:
+        ignore_signals()  # a requeued job gets SIGTERM
+        _requeue_if_resumable(stopped, self.max_requeues)
+        atexit._run_exitfuncs()
+        flush_output()
+        os._exit(stopped.exit_code)
 
     def checkpoint(self, *arguments: Any) -> Any:
         """What submitit requeues if a signal comes before the job was called."""
@@ -84,6 +111,10 @@ class SlurmJob:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _is_import(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == "<frozen importlib._bootstrap>"
 
 
 def _requeue_if_resumable(stopped: Stopped, most: int) -> None:

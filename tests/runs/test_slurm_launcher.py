@@ -1,5 +1,6 @@
 """The Slurm launcher without a cluster: when a job is requeued, and what becomes of jobs without a result."""
 
+import importlib
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from cifar_exp.config.slurm_settings import Resources
 from cifar_exp.errors import ConfigError, DataError, Stopped, WorkerError
 from cifar_exp.runs import slurm_job, slurm_results
+from cifar_exp.runs.slurm_job import SlurmJob
 from cifar_exp.runs.slurm_launcher import Submission
 from cifar_exp.system import slurm
+from cifar_exp.system.signals import STOPPING
 from tests.conftest import TINY, Command
 
 RUNNING, NOW = {"JobState": "RUNNING"}, "2026-01-01T00:00:00"
@@ -128,3 +131,37 @@ def test_what_is_refused_leaves_no_folder(words: list[str], message: str, cifar_
     assert message in refused.stderr
     assert "opensesame" not in refused.stderr
     assert not list((workplace / "outputs").glob("multirun*"))
+
+
+def test_a_signal_during_an_import_ends_the_job_without_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that goes through the import of a C++ extension would abort the process before it is requeued."""
+
+    class EndedError(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise EndedError
+
+    ended: list[int] = []
+    nothing: Any = None
+    job = SlurmJob(nothing, nothing, nothing, max_requeues=1)
+    monkeypatch.setattr(slurm_job, "_requeue_if_resumable", lambda stopped, most: ended.append(stopped.number + most))
+    monkeypatch.setattr(slurm_job, "ignore_signals", lambda: None)
+    monkeypatch.setattr(slurm_job.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(slurm_job.os, "_exit", end)
+    (tmp_path / "signalled_import.py").write_text("import signal\nsignal.raise_signal(signal.SIGUSR2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    signal.signal(signal.SIGUSR2, job._answer)
+    try:
+        with pytest.raises(EndedError):
+            importlib.import_module("signalled_import")
+        assert ended == [signal.SIGUSR2 + 1, 128 + signal.SIGUSR2]
+        job._answer(signal.SIGUSR2, None)  # after the ranks have saved
+        assert len(ended) == 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
