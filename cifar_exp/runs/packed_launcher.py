@@ -107,8 +107,12 @@ class PackedLauncher(Launcher):
             ) from error
         self._context, self._task, self._config = hydra_context, task_function, config
 
-    def check(self, configs: Sequence[DictConfig]) -> None:
+    def check(self, jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> None:  # noqa: ARG002
         """Check the jobs of a sweep before the first one starts.
+
+        Args:
+            jobs: the overrides of each job.
+            configs: the section ``devices`` of each.
 
         Raises:
             ConfigError: their devices differ.

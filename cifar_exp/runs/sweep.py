@@ -148,7 +148,7 @@ class StudySweeper(Sweeper):
 
         check_jobs(self.hydra_context, self.config, jobs, check if check_job or check_all else None)
         if check_all:
-            check_all(checked)
+            check_all(jobs, checked)
 
     def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> Sequence[JobReturn]:
         assert self.config is not None
@@ -244,6 +244,11 @@ class StudySweeper(Sweeper):
         preset = dict(self.params)
         if preset.get("devices.count") == POWERS_OF_TWO:
             typed = any(argument.partition("=")[0] == "devices.count" for argument in arguments)
+            if not typed and getattr(self.launcher, "is_remote", False):
+                raise ConfigError(
+                    "devices.count: the preset has all counts up to the devices of this machine, and the jobs run on "
+                    "others. Set devices.count=1,2,4"
+                )
             preset["devices.count"] = "auto" if typed else ",".join(map(str, _counts(self.config)))
         return [f"{name}={value}" for name, value in preset.items()]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 from cifar_exp.errors import Stopped
 
@@ -35,6 +36,13 @@ def raise_swallowed() -> None:
     """Raise the signal again if a library swallowed it."""
     if stopped := swallowed():
         raise stopped
+
+
+def raise_stopped(number: int) -> NoReturn:
+    """Answer the first signal: raise ``Stopped``, and treat the next signal as the second one."""
+    stopped = Stopped(number)
+    note_stopped(stopped)
+    raise stopped
 
 
 def note_stopped(stopped: Stopped) -> None:
@@ -94,9 +102,7 @@ def _answer(handler: Handler | signal.Handlers) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    stopped = Stopped(number)
-    note_stopped(stopped)
-    raise stopped
+    raise_stopped(number)
 
 
 def _closing(first: Stopped, number: int, frame: FrameType | None) -> None:  # noqa: ARG001
