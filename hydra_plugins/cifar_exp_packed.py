@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
 
-from cifar_exp.runs.packed_launcher import PackedLauncher as _PackedLauncher
+from cifar_exp.sweeps.packed_launcher import PackedLauncher as _PackedLauncher
 
 
 class PackedLauncher(_PackedLauncher):
-    """See :class:`cifar_exp.runs.packed_launcher.PackedLauncher`."""
+    """See :class:`cifar_exp.sweeps.packed_launcher.PackedLauncher`."""
 
 
 @dataclass

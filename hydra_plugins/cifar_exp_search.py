@@ -5,11 +5,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from cifar_exp.runs.search_sweeper import SearchSweeper as _SearchSweeper
+from cifar_exp.sweeps.search_sweeper import SearchSweeper as _SearchSweeper
 
 
 class SearchSweeper(_SearchSweeper):
-    """See :class:`cifar_exp.runs.search_sweeper.SearchSweeper`."""
+    """See :class:`cifar_exp.sweeps.search_sweeper.SearchSweeper`."""
 
 
 @dataclass

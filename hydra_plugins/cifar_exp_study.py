@@ -5,11 +5,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from cifar_exp.runs.sweep import StudySweeper as _StudySweeper
+from cifar_exp.sweeps.sweep import StudySweeper as _StudySweeper
 
 
 class StudySweeper(_StudySweeper):
-    """See :class:`cifar_exp.runs.sweep.StudySweeper`."""
+    """See :class:`cifar_exp.sweeps.sweep.StudySweeper`."""
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""One run or one sweep in the parent process: plan, resume, start the ranks, report."""
+"""One run in the parent process: plan, resume, start the ranks, report."""

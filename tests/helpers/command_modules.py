@@ -19,7 +19,7 @@ for name in (
         "cifar_exp.display.training_figure",
     ),
     *("cifar_exp.launch.elastic", "cifar_exp.models.networks", "cifar_exp.parity.run", "cifar_exp.runs.classifier"),
-    *("cifar_exp.runs.run", "cifar_exp.runs.sweep", "cifar_exp.runs.train_composed"),
+    *("cifar_exp.runs.run", "cifar_exp.sweeps.sweep", "cifar_exp.runs.train_composed"),
     *("cifar_exp.study.sweep_report", "cifar_exp.tracking.deliveries"),
 ):
     importlib.import_module(name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cifar_exp.records import journal
-from cifar_exp.runs.sweep_resume import claimed_sweep, end_sweep
+from cifar_exp.sweeps.sweep_resume import claimed_sweep, end_sweep
 from cifar_exp.system.host import own_cores
 from cifar_exp.tracking.mlflow_store import PARENT_TAG
 from tests.conftest import TINY, Command

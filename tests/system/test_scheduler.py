@@ -15,7 +15,7 @@ from cifar_exp.errors import ConfigError
 from cifar_exp.records.run_folder import RUN_FILE
 from cifar_exp.runs import prepare
 from cifar_exp.runs.context import RunContext
-from cifar_exp.runs.sweep_resume import SWEEP_FILE, claimed_sweep
+from cifar_exp.sweeps.sweep_resume import SWEEP_FILE, claimed_sweep
 from cifar_exp.system import scheduler
 from cifar_exp.system.scheduler import refuse_many_processes, requeued
 from tests.conftest import environment

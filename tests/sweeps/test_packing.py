@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_exp.errors import ConfigError, MachineError
-from cifar_exp.runs.packing import Slot, check_devices, estimated_work, plan_slots, visible_gpus
+from cifar_exp.sweeps.packing import Slot, check_devices, estimated_work, plan_slots, visible_gpus
 from cifar_exp.system import cpu_quota, host
 
 DEVICES = {"accelerator": "cpu", "count": 1, "threads": "auto", "oversubscribe": False}

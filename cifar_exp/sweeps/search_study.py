@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifar_exp.errors import ConfigError, StorageError
-from cifar_exp.runs.search_space import Space
+from cifar_exp.sweeps.search_space import Space
 from cifar_exp.system.printable import printable
 from cifar_exp.system.redaction import masked_text
 

@@ -8,8 +8,8 @@ import pytest
 
 from cifar_exp.errors import Stopped
 from cifar_exp.records.run_folder import LOCK_FILE, lock_run_folder
-from cifar_exp.runs import joblib_jobs
-from cifar_exp.runs.joblib_jobs import saving_jobs
+from cifar_exp.sweeps import joblib_jobs
+from cifar_exp.sweeps.joblib_jobs import saving_jobs
 from cifar_exp.system.locks import is_free
 from cifar_exp.system.signals import STOPPING
 

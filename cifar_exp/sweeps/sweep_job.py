@@ -8,7 +8,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cifar_exp.errors import Stopped
-from cifar_exp.runs.sweep_summary import JobRow
+from cifar_exp.sweeps.sweep_summary import JobRow
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.system.redaction import masked, masked_text

@@ -11,9 +11,9 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from cifar_exp.config.slurm_settings import Resources
 from cifar_exp.errors import ConfigError, DataError, Stopped, WorkerError
-from cifar_exp.runs import slurm_job, slurm_results
-from cifar_exp.runs.slurm_job import SlurmJob
-from cifar_exp.runs.slurm_launcher import Submission
+from cifar_exp.sweeps import slurm_job, slurm_results
+from cifar_exp.sweeps.slurm_job import SlurmJob
+from cifar_exp.sweeps.slurm_launcher import Submission
 from cifar_exp.system import slurm
 from cifar_exp.system.signals import STOPPING
 from tests.conftest import TINY, Command

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_exp.runs.search_study import EPOCHS, REASON, SECONDS, TEST_ACCURACY, SearchStudy
+from cifar_exp.sweeps.search_study import EPOCHS, REASON, SECONDS, TEST_ACCURACY, SearchStudy
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.process import uv_prefix
 from cifar_exp.system.redaction import masked

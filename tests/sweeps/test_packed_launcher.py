@@ -13,7 +13,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Laun
 from cifar_exp.errors import ConfigError
 from cifar_exp.records import journal
 from cifar_exp.records.run_folder import RUN_FILE
-from cifar_exp.runs.packed_launcher import PackedLauncher
+from cifar_exp.sweeps.packed_launcher import PackedLauncher
 from tests.conftest import TINY, Command
 from tests.helpers.commands import ForkedCommand
 from tests.helpers.marks import pinning

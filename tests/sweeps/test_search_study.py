@@ -11,10 +11,10 @@ from cifar_exp.distributed.rank_control import RankControl
 from cifar_exp.distributed.stop_requests import STOP_FILE, StopPoint
 from cifar_exp.errors import ConfigError, StorageError
 from cifar_exp.records.journal import Entry, JournalWriter
-from cifar_exp.runs.search_pruning import Pruning
-from cifar_exp.runs.search_report import command, report
-from cifar_exp.runs.search_space import Space
-from cifar_exp.runs.search_study import TEST_ACCURACY, SearchSettings, SearchStudy
+from cifar_exp.sweeps.search_pruning import Pruning
+from cifar_exp.sweeps.search_report import command, report
+from cifar_exp.sweeps.search_space import Space
+from cifar_exp.sweeps.search_study import TEST_ACCURACY, SearchSettings, SearchStudy
 
 optuna = pytest.importorskip("optuna", reason="needs the package optuna (the extra cifar-exp[search])")
 

@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from cifar_exp.config.result_settings import bears_on_result
 from cifar_exp.errors import ConfigError, Stopped, TrackingError
 from cifar_exp.records import journal
-from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
-from cifar_exp.runs.packed_launcher import PackedLauncher
-from cifar_exp.runs.search_pruning import METRIC, Pruning
-from cifar_exp.runs.search_report import best_of, report
-from cifar_exp.runs.search_space import Space
-from cifar_exp.runs.search_study import (
+from cifar_exp.sweeps.joblib_jobs import end_idle_workers, saving_jobs
+from cifar_exp.sweeps.packed_launcher import PackedLauncher
+from cifar_exp.sweeps.search_pruning import METRIC, Pruning
+from cifar_exp.sweeps.search_report import best_of, report
+from cifar_exp.sweeps.search_space import Space
+from cifar_exp.sweeps.search_study import (
     EPOCHS,
     REASON,
     SECONDS,
@@ -27,10 +27,10 @@ from cifar_exp.runs.search_study import (
     SearchStudy,
     check_optuna,
 )
-from cifar_exp.runs.sweep import StudySweeper
-from cifar_exp.runs.sweep_check import check_jobs, folder_of
-from cifar_exp.runs.sweep_job import forget_config, row_of
-from cifar_exp.runs.sweep_summary import JobRow
+from cifar_exp.sweeps.sweep import StudySweeper
+from cifar_exp.sweeps.sweep_check import check_jobs, folder_of
+from cifar_exp.sweeps.sweep_job import forget_config, row_of
+from cifar_exp.sweeps.sweep_summary import JobRow
 from cifar_exp.system.bugs import described, forget_frames
 from cifar_exp.system.redaction import masked, masked_text
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from cifar_exp.distributed.stop_requests import STOP_FILE
 from cifar_exp.errors import StorageError
 from cifar_exp.records.journal import JournalReader
-from cifar_exp.runs.search_study import SearchStudy
+from cifar_exp.sweeps.search_study import SearchStudy
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.printable import print_notice
 

@@ -23,11 +23,11 @@ from cifar_exp.config.schema import Devices, ReportSettings
 from cifar_exp.errors import CifarExpError, ConfigError, Stopped
 from cifar_exp.records.refused_start import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
-from cifar_exp.runs.joblib_jobs import end_idle_workers, saving_jobs
-from cifar_exp.runs.search_study import STORAGE_FILE
-from cifar_exp.runs.sweep_check import check_jobs
-from cifar_exp.runs.sweep_job import forget_config, row_of, run_and_report
-from cifar_exp.runs.sweep_summary import JobRow, common_tags, print_summary
+from cifar_exp.sweeps.joblib_jobs import end_idle_workers, saving_jobs
+from cifar_exp.sweeps.search_study import STORAGE_FILE
+from cifar_exp.sweeps.sweep_check import check_jobs
+from cifar_exp.sweeps.sweep_job import forget_config, row_of, run_and_report
+from cifar_exp.sweeps.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
 from cifar_exp.system.bugs import exit_code, forget_frames
 from cifar_exp.system.printable import printable
@@ -121,7 +121,7 @@ class StudySweeper(Sweeper):
         if not self._is_ours():
             wanted.mkdir(parents=True, exist_ok=True)
             return self._sweep(wanted, jobs)
-        from cifar_exp.runs import sweep_resume
+        from cifar_exp.sweeps import sweep_resume
 
         with (
             _removing_refused_sweep(wanted),
@@ -152,8 +152,8 @@ class StudySweeper(Sweeper):
 
     def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> Sequence[JobReturn]:
         assert self.config is not None
-        from cifar_exp.runs.parent_run import ParentRun
         from cifar_exp.study.finished_runs import folder_run
+        from cifar_exp.sweeps.parent_run import ParentRun
 
         container: Any = OmegaConf.to_container(self.config)
         if isinstance(container.get("tracking"), dict):  # for `sync`, perhaps without these variables
@@ -282,7 +282,7 @@ class StudySweeper(Sweeper):
 @contextmanager
 def _removing_refused_sweep(sweep_dir: Path) -> Iterator[None]:
     """Remove the folder of a new sweep if all of its jobs were refused."""
-    from cifar_exp.runs.sweep_resume import SWEEP_FILE
+    from cifar_exp.sweeps.sweep_resume import SWEEP_FILE
 
     before = Before.of(sweep_dir)
     try:

@@ -21,7 +21,7 @@ from cifar_exp.config.reading import read_section
 from cifar_exp.config.schema import Devices
 from cifar_exp.config.slurm_settings import SECTION, Resources, SlurmSettings, resources
 from cifar_exp.errors import ConfigError, MachineError
-from cifar_exp.runs.slurm_job import SlurmJob
+from cifar_exp.sweeps.slurm_job import SlurmJob
 from cifar_exp.system import slurm
 from cifar_exp.system.redaction import masked
 from cifar_exp.system.signals import blocked_signals
@@ -108,7 +108,7 @@ class SlurmLauncher(Launcher):
         Raises:
             Stopped: a signal; the jobs were cancelled. Slurm sends them SIGTERM, and they save.
         """
-        from cifar_exp.runs.slurm_results import cancelled_on_stop, results
+        from cifar_exp.sweeps.slurm_results import cancelled_on_stop, results
 
         assert self.config is not None
         settings = self._settings()

@@ -21,8 +21,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.errors import ConfigError, WorkerError
-from cifar_exp.runs.packing import ALONE, GPU_VARIABLE, Slot, check_devices, estimated_work, plan_slots
-from cifar_exp.runs.slot_process import begin_slot, run_here
+from cifar_exp.sweeps.packing import ALONE, GPU_VARIABLE, Slot, check_devices, estimated_work, plan_slots
+from cifar_exp.sweeps.slot_process import begin_slot, run_here
 from cifar_exp.system.bugs import as_user_error
 from cifar_exp.system.import_path import SafeHelpers
 from cifar_exp.system.printable import print_notice, printable

@@ -16,7 +16,7 @@ from cifar_exp.system.printable import print_notice, printable
 from cifar_exp.system.redaction import masked
 
 if TYPE_CHECKING:
-    from cifar_exp.runs.slurm_launcher import Submission
+    from cifar_exp.sweeps.slurm_launcher import Submission
 
 LOOK_SECONDS = 1.0  # between two looks for results in the folder
 ASK_SECONDS = (5.0, 60.0)  # between two questions to Slurm, at first and at last

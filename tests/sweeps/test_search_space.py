@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cifar_exp.errors import ConfigError
-from cifar_exp.runs.search_space import Choice, Numbers, Space
+from cifar_exp.sweeps.search_space import Choice, Numbers, Space
 
 
 def space(*words: str) -> Space:
