@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cifar_exp.data.augment import Identity
 from cifar_exp.data.batches import EvaluationBatches, Normalization, TrainBatches
@@ -26,6 +27,7 @@ from cifar_exp.data.shards.tar_index import index_tar
 from cifar_exp.data.sources import Source, fetch, open_sources
 from cifar_exp.data.validation_split import hold_out, split_source
 from cifar_exp.errors import ConfigError, DataError
+from tests.conftest import TINY, Command
 from tests.helpers.defaults import with_defaults
 from tests.helpers.image_trees import CPU
 from tests.helpers.shard_files import (
@@ -387,3 +389,33 @@ def test_a_shard_that_is_cut_during_training_is_named(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"image at byte [\d,]+: the shard is cut or was changed since the start"),
     ):
         fetch(train, torch.arange(5))
+
+
+RUN = [
+    *("data=shards", "data.root=images", f"data.image_size={SIDE}", "data.workers=2", "progress=quiet"),
+    *("devices.count=2", "train.batch_size=8", "train.precision=fp32"),
+]
+
+
+def test_two_ranks_train_on_shards_as_on_class_folders(cifar_exp: Command, workplace: Path) -> None:
+    write_webdataset(workplace / "images", ordered(TRAIN), ordered(TEST))
+    for split, part in (("train", TRAIN), ("test", TEST)):
+        for number, sample in enumerate(part):
+            path = workplace / "tree" / split / str(sample.label) / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sample.png)
+    tiny = [setting for setting in TINY if not setting.startswith("data")]
+    for name, data in (("shards", []), ("folders", ["data=folders", "data.root=tree", "data.residency=loader"])):
+        done = cifar_exp(*tiny, *RUN, *data, f"hydra.run.dir={name}", "tracking=none")
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(workplace / name / "model.safetensors") for name in ("shards", "folders"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    metrics = [
+        json.loads(line)["metrics"] for line in (workplace / "shards" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [values["test/count"] for values in metrics if "test/count" in values] == [20]
+
+
+def ordered(part: Sequence[Sample]) -> list[Sample]:
+    """By class, as class folders are listed."""
+    return sorted(part, key=lambda sample: sample.label)

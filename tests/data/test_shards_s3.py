@@ -174,6 +174,7 @@ def test_a_server_that_does_not_answer_is_named(bucket: Any, server: str, tmp_pa
     ("address", "endpoint", "match"),
     [
         ("s3://", None, r"must be s3://<bucket>/<prefix>"),
+        ("https://key:secret@images/set", None, r"a folder or s3://<bucket>/<prefix>"),
         ("s3://key:secret@images/set", None, r"without a password"),
         ("s3://images/set", "http://key:secret@host", r"data.endpoint must be an address without a password"),
         ("s3://images/set", "file:///etc", r"data.endpoint must be an address"),

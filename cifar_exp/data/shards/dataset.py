@@ -76,6 +76,11 @@ def shards(
             "and width in pixels>"
         )
     is_remote = str(root).startswith(SCHEME)
+    if "://" in str(root) and not is_remote:
+        raise ConfigError(
+            "data.root must be a folder or s3://<bucket>/<prefix>; no other address is read. Set data.root=<folder>, "
+            "or data.root=s3://<bucket>/<prefix> with data.endpoint=<address> for a server with the interface of S3"
+        )
     place: Place
     if is_remote:
         place = Bucket.at(str(root), endpoint)

@@ -138,8 +138,9 @@ class Store:
                 self._copy(shard, target)
             index = index or _indexed(shard, target)
         except BadShardError as error:
-            problem = f"the shard {printable(shard.stored.name)} {str(error).rstrip('.')}"
-            raise DataError(f"data.root={self.place.address}: {problem}.") from error
+            problem = f"the shard {printable(shard.stored.name)} {error}"
+            remedy = "" if "Set " in problem else ". Write it again"
+            raise DataError(f"data.root={self.place.address}: {problem}{remedy}.") from error
         finally:
             if not (local or copy):
                 target.unlink(missing_ok=True)
