@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from operator import gt
 from pathlib import Path
 
@@ -44,13 +45,17 @@ def main() -> int:
     settings = [*data, f"train.epochs={chosen.epochs}", "train.batch_size=100", "model.width=8", "model.depth=1"]
     settings += ["devices=cpu", "devices.count=1", "train.precision=fp32", "train.deterministic=true"]
     settings += ["tracking=none", f"seed={','.join(map(str, range(JOBS)))}"]
-    with running_cluster() as cluster:
+    with running_cluster() as cluster, ExitStack() as stack:
         command = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.sweep.dir=slurm", *settings]
         process = _started(folder, cluster, command)
+        stack.callback(process.terminate)
         hits = _preempt(cluster, process, folder / "slurm", chosen.times, random.Random(chosen.seed))
         code = process.wait()
     print(f"preempted {hits} times; the sweep's exit code is {code}", flush=True)
-    _started(folder, None, ["hydra.sweep.dir=local", "progress=quiet", *settings]).wait()
+    with ExitStack() as stack:
+        local = _started(folder, None, ["hydra.sweep.dir=local", "progress=quiet", *settings])
+        stack.callback(local.terminate)
+        local.wait()
     equal = [_equal(folder / "slurm" / str(job), folder / "local" / str(job)) for job in range(JOBS)]
     print(f"equal weights: {sum(equal)} of {JOBS} jobs", flush=True)
     if all(equal) and code == 0:
@@ -69,8 +74,8 @@ def _preempt(cluster: Cluster, process: "subprocess.Popen[bytes]", sweep: Path, 
     """Preempt all jobs ``times`` times. Returns the number of jobs that were hit, over all preemptions."""
     hits = 0
     for number in range(times):
-        before = _epochs(sweep)
-        while number % 3 < 2 and process.poll() is None and not all(map(gt, _epochs(sweep), before)):
+        before = _lines(sweep)
+        while number % 3 < 2 and process.poll() is None and not all(map(gt, _lines(sweep), before)):
             time.sleep(0.2)
         time.sleep(rng.uniform(0, 3 if number % 3 < 2 else STARTING_SECONDS))
         running = cluster.jobs("RUNNING")
@@ -78,7 +83,7 @@ def _preempt(cluster: Cluster, process: "subprocess.Popen[bytes]", sweep: Path, 
         while process.poll() is None and set(running) & set(cluster.jobs("RUNNING")):
             time.sleep(0.2)
         hits += len(running)
-        print(f"{number}: jobs {' '.join(running)}; epochs done {_epochs(sweep)}", flush=True)
+        print(f"{number}: jobs {' '.join(running)}; journals of {_lines(sweep)} lines", flush=True)
         requeued: set[str] = set()
         while process.poll() is None and len(requeued) < len(running):
             requeued |= set(cluster.start_requeued())
@@ -86,8 +91,8 @@ def _preempt(cluster: Cluster, process: "subprocess.Popen[bytes]", sweep: Path, 
     return hits
 
 
-def _epochs(sweep: Path) -> list[int]:
-    """The number of epochs in the journal of each job."""
+def _lines(sweep: Path) -> list[int]:
+    """The number of lines in the journal of each job: it grows with each epoch."""
     paths = [sweep / str(job) / "metrics.jsonl" for job in range(JOBS)]
     return [path.read_text().count("\n") if path.exists() else 0 for path in paths]
 

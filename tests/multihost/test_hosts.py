@@ -75,6 +75,7 @@ def test_a_host_that_differs_is_refused_on_both(two: tuple[Host, Host]) -> None:
     assert not (two[0].folder / "run").exists()
 
 
+@pytest.mark.long
 def test_a_host_without_the_token_is_refused_and_host_0_waits_for_another(two: tuple[Host, Host]) -> None:
     first = two[0].start(*SHORT, "launcher.timeout=25")
     code, message = two[1].start(*SHORT, token="another").ended()
@@ -97,6 +98,7 @@ def test_a_killed_host_is_named_and_the_run_goes_on_when_it_is_back(two: tuple[H
     assert first.left_behind == []
 
 
+@pytest.mark.long
 def test_a_cut_cable_ends_the_run_on_both_hosts(two: tuple[Host, Host]) -> None:
     first, other = trained_together(two)
     two[1].cut()
@@ -107,6 +109,7 @@ def test_a_cut_cable_ends_the_run_on_both_hosts(two: tuple[Host, Host]) -> None:
     assert (first.left_behind, other.left_behind) == ([], [])
 
 
+@pytest.mark.long
 def test_a_killed_host_is_not_needed_if_fewer_will_do(two: tuple[Host, Host]) -> None:
     first, other = trained_together(two, "launcher.max_restarts=1", "train.epochs=60", hosts="1:2")
     other.kill()
@@ -115,6 +118,7 @@ def test_a_killed_host_is_not_needed_if_fewer_will_do(two: tuple[Host, Host]) ->
     assert "host 1 is lost" in message
 
 
+@pytest.mark.long
 def test_sigterm_on_one_host_saves_and_stops_all(two: tuple[Host, Host]) -> None:
     first, other = trained_together(two)
     other.signal(signal.SIGTERM)
@@ -125,6 +129,7 @@ def test_sigterm_on_one_host_saves_and_stops_all(two: tuple[Host, Host]) -> None
     assert (first.left_behind, other.left_behind) == ([], [])
 
 
+@pytest.mark.long
 def test_a_hung_rank_of_another_host_is_named(two: tuple[Host, Host]) -> None:
     first, other = trained_together(two, "launcher.timeout=25")
     (rank,) = [each for each in other.processes if each.parent().parent() == other.main]

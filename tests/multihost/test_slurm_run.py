@@ -17,7 +17,7 @@ from tests.conftest import Command as RunCommand
 from tests.helpers.commands import environment
 from tests.helpers.slurm import Cluster, missing, running_cluster
 
-pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
 HERE = ("train.precision=fp32", "tracking=none", "progress=quiet", "hydra.run.dir=run", "devices.count=2")
 SHORT = [*(word for word in TINY if not word.startswith("devices.count")), *HERE]
 
@@ -38,6 +38,7 @@ def srun(cluster: Cluster, folder: Path, *words: str) -> subprocess.CompletedPro
     return subprocess.run(
         ["srun", *options, *command],
         env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=500,

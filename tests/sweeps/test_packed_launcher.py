@@ -123,6 +123,7 @@ def test_a_signal_saves_all_jobs_of_which_each_has_its_own_core_and_starts_no_ot
 
 
 @pinning
+@pytest.mark.long
 def test_a_killed_process_ends_its_job_alone_and_a_killed_command_leaves_nothing(
     started: Start, workplace: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_failed_trials_do_not_end_the_search_and_give_it_their_exit_code(cifar_e
     assert "no trial completed" in done.stdout
 
 
+@pytest.mark.long
 def test_a_killed_search_continues_its_trial_and_a_finished_one_gets_more_trials(
     started: Start, cifar_exp: Command, workplace: Path
 ) -> None:

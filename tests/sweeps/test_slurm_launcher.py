@@ -2,18 +2,21 @@
 
 import importlib
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
+from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.slurm_settings import Resources
-from cifar_exp.errors import ConfigError, DataError, Stopped, WorkerError
-from cifar_exp.sweeps import slurm_job, slurm_results
+from cifar_exp.errors import ConfigError, DataError, MachineError, Stopped, WorkerError
+from cifar_exp.runs import slurm_job, slurm_launcher, slurm_results
 from cifar_exp.sweeps.slurm_job import SlurmJob
-from cifar_exp.sweeps.slurm_launcher import Submission
+from cifar_exp.sweeps.slurm_launcher import SlurmLauncher, Submission
 from cifar_exp.system import slurm
 from cifar_exp.system.signals import STOPPING
 from tests.conftest import TINY, Command
@@ -165,3 +168,17 @@ def test_a_signal_during_an_import_ends_the_job_without_an_exception(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_the_message_without_submitit_or_slurm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "hydra/launcher/slurm.yaml"))
+    launcher = SlurmLauncher(**{name: value for name, value in preset.items() if name != "_target_"})
+    context: Any = object()
+    launcher.setup(hydra_context=context, task_function=lambda _: None, config=OmegaConf.create({"hydra": {}}))
+    monkeypatch.setattr(slurm_launcher.shutil, "which", lambda _: "/usr/bin/sbatch")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(MachineError, match=r"submitit is not installed. Run pip install 'cifar-exp\[slurm\]'"):
+        launcher.check([])
+    monkeypatch.setattr(slurm_launcher.shutil, "which", lambda _: None)
+    with pytest.raises(MachineError, match="there is no sbatch on this host"):
+        launcher.check([])

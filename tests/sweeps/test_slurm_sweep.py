@@ -18,7 +18,7 @@ from tests.helpers.processes import Start, wait_for
 from tests.helpers.runs import REPEATABLE, curve, weights
 from tests.helpers.slurm import PATIENCE, Cluster, missing, running_cluster
 
-pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(900)]
 SLURM = ("-m", "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.sweep.dir=sweep", "seed=0,1")
 # 15 steps an epoch, each of which sleeps: 12 seconds of training.
 SLOW = [*REPEATABLE, *(word for word in PACED if not word.startswith("train.epochs"))]
