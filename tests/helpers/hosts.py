@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.helpers.commands import environment
 
 PORT = 29500
 TOKEN = "a secret of this test"
+# A run of two ranks without a store, in a folder with a known name.
+HERE = ("train.precision=fp32", "tracking=none", "progress=quiet", "hydra.run.dir=run", "devices.count=2")
 # The first process of the namespace; the command is its child, as on a real machine.
 INIT = """
 for hidden in /tmp $OTHERS; do mount -t tmpfs host "$hidden"; done
@@ -184,3 +187,19 @@ def _made_folder(base: str, rank: int) -> str:
 
 def _run(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True)
+
+
+def steps(host: Host) -> int:
+    """Lines of the journal."""
+    journal = host.folder / "run" / "metrics.jsonl"
+    return len(journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def wait_for(condition: Callable[[], object], *commands: Command) -> None:
+    """Poll until the condition holds, while all commands run."""
+    deadline = time.monotonic() + 150
+    while not condition():
+        for command in commands:
+            assert command.outer.poll() is None, command.ended()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from cifar_exp.records.checkpoint import newest_intact_manifest
-from tests.helpers.hosts import Command, Host, hosts
+from tests.helpers.hosts import HERE, Command, Host, hosts, steps, wait_for
 from tests.helpers.paced import ENDLESS
-from tests.multihost.test_hosts import HERE, steps, wait_for
 
 # 300 steps of 0.05 s; a checkpoint every 2 epochs, which are 3 steps each.
 RUN = (*ENDLESS, *HERE, "train.epochs=100", "checkpoint.every=2", "train.deterministic=true")

@@ -1,8 +1,7 @@
 """One run over two hosts: the same result as on one, and a right end whatever happens to a host or to the cable."""
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY
 from tests.conftest import Command as RunCommand
-from tests.helpers.hosts import Command, Host, hosts, refused
+from tests.helpers.hosts import HERE, Command, Host, hosts, refused, steps, wait_for
 from tests.helpers.paced import ENDLESS
 
-HERE = ("train.precision=fp32", "tracking=none", "progress=quiet", "hydra.run.dir=run", "devices.count=2")
 SHORT = [*(word for word in TINY if not word.startswith("devices.count")), *HERE]
 LONG = [*(word for word in ENDLESS if not word.startswith("devices.count")), *HERE]
 pytestmark = pytest.mark.skipif(bool(why := refused()), reason=f"NOT RUN: {why}")
@@ -25,22 +23,6 @@ def two() -> Iterator[tuple[Host, Host]]:
     """Two hosts."""
     with hosts(2) as (first, second):
         yield first, second
-
-
-def steps(host: Host) -> int:
-    """Lines of the journal."""
-    journal = host.folder / "run" / "metrics.jsonl"
-    return len(journal.read_text().splitlines()) if journal.exists() else 0
-
-
-def wait_for(condition: Callable[[], object], *commands: Command) -> None:
-    """Poll until the condition holds, while all commands run."""
-    deadline = time.monotonic() + 150
-    while not condition():
-        for command in commands:
-            assert command.outer.poll() is None, command.ended()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def trained_together(two: tuple[Host, Host], *words: str, hosts: object = 2) -> tuple[Command, Command]:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tests.conftest import TINY
 from tests.conftest import Command as RunCommand
 from tests.helpers.commands import environment
+from tests.helpers.hosts import HERE
 from tests.helpers.slurm import Cluster, missing, running_cluster
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(600)]
-HERE = ("train.precision=fp32", "tracking=none", "progress=quiet", "hydra.run.dir=run", "devices.count=2")
 SHORT = [*(word for word in TINY if not word.startswith("devices.count")), *HERE]
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from cifar_exp.config.defaults import conf_dir
 from cifar_exp.config.slurm_settings import Resources
 from cifar_exp.errors import ConfigError, DataError, MachineError, Stopped, WorkerError
-from cifar_exp.runs import slurm_job, slurm_launcher, slurm_results
+from cifar_exp.sweeps import slurm_job, slurm_launcher, slurm_results
 from cifar_exp.sweeps.slurm_job import SlurmJob
 from cifar_exp.sweeps.slurm_launcher import SlurmLauncher, Submission
 from cifar_exp.system import slurm
@@ -178,7 +178,7 @@ def test_the_message_without_submitit_or_slurm_says_what_to_install(monkeypatch:
     monkeypatch.setattr(slurm_launcher.shutil, "which", lambda _: "/usr/bin/sbatch")
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(MachineError, match=r"submitit is not installed. Run pip install 'cifar-exp\[slurm\]'"):
-        launcher.check([])
+        launcher.check([], [])
     monkeypatch.setattr(slurm_launcher.shutil, "which", lambda _: None)
     with pytest.raises(MachineError, match="there is no sbatch on this host"):
-        launcher.check([])
+        launcher.check([], [])
