@@ -135,7 +135,7 @@ def _run_info(
     tags["oversubscribed"] = str(devices.oversubscribed).lower()
     tags["host"] = Owner.here().host  # parallel jobs of a sweep on one host disturb each other
     tags |= job_tags()
-    tags |= machine.description(devices.accelerator, devices.world_size)
+    tags |= machine.description(devices.accelerator, devices.world_size // devices.hosts)
     overrides = masked([override for override in context.overrides if not override.startswith("resume=")])
     tags["overrides"] = printable(" ".join(overrides))
     if resumed and not resumed.in_place:

@@ -92,7 +92,7 @@ def _execute(
         Why training ended early, if it did, and metrics of the machine's load.
     """
     devices = prepared.devices
-    with load_watch.LoadWatch(devices.accelerator, devices.world_size) as watch:
+    with load_watch.LoadWatch(devices.accelerator, devices.world_size // devices.hosts) as watch:
         try:
             ended = components.launcher.launch(run_rank, job)
         except Stopped:
