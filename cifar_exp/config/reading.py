@@ -57,6 +57,8 @@ def read_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         # Our own resolvers raise ValueError for a wrong argument. Any other error of theirs is a bug.
         behind = first_cause(error)
+        if isinstance(behind, ConfigError):
+            raise behind from None
         if is_bug(behind) and not isinstance(behind, ValueError) and raised_in(behind) == "cifar_exp":
             raise behind from None
         raise ConfigError(f"{error.full_key or 'configuration'}: {error}") from error

@@ -23,6 +23,7 @@ from cifar_exp.runs.components import build
 from cifar_exp.runs.target_checks import imported
 from tests.conftest import Command, environment
 from tests.helpers.configs import composed
+from tests.helpers.slurm_step import STEP
 
 GROUPS = ("data", "augment", "model", "optimizer", "schedule", "devices", "launcher", "tracking", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -102,12 +103,19 @@ def test_reference_preset_is_the_default_recipe_in_its_own_mlflow_experiment() -
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
+def test_every_choice_composes_and_builds(group: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():  # launcher=slurm reads them
+        monkeypatch.setenv(name, value)
     parts = build(read_config(composed(f"{group}={choice}")))
     model = parts.make_model(num_classes=7)
     parts.make_optimizer(model.parameters(), lr=0.01)
     assert parts.schedule(0, 10, 2) > 0
     assert parts.launcher.timeout > 0
+
+
+def test_slurms_launcher_outside_a_step_is_refused_in_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher=slurm: this process is not a task of srun\. Run srun"):
+        read_config(composed("launcher=slurm"))
 
 
 REFUSED = {

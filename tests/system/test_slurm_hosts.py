@@ -4,14 +4,7 @@ import pytest
 
 from cifar_exp.errors import ConfigError
 from cifar_exp.system.slurm_hosts import SlurmHosts, first_node
-
-STEP = {
-    "SLURM_STEP_NUM_NODES": "3",
-    "SLURM_STEP_NUM_TASKS": "3",
-    "SLURM_NODEID": "1",
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_STEP_NODELIST": "gpu[03-05]",
-}
+from tests.helpers.slurm_step import STEP
 
 
 def test_a_task_knows_its_host() -> None:
