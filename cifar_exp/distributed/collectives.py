@@ -88,6 +88,16 @@ def broadcast_buffers(model: nn.Module) -> None:
         buffer.copy_(first)
 
 
+@torch.no_grad()
+def broadcast_state(model: nn.Module) -> None:
+    """Replace all parameters and buffers by those of rank 0."""
+    for value in model.state_dict().values():
+        carried = value.to(exact_device(value.device))
+        dist.broadcast(carried, src=0)
+        if carried is not value:
+            value.copy_(carried)
+
+
 def _floating_buffers(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 

@@ -121,8 +121,11 @@ class StoreServer:
         while True:
             try:
                 accepted, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._listener.fileno() < 0:  # closed
+                    return
+                time.sleep(0.1)  # too many open files
+                continue
             threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
 
     def _serve(self, accepted: socket.socket) -> None:
@@ -219,6 +222,7 @@ class StoreClient:
                 self._connection.send_bytes(json.dumps((operation, arguments)).encode())
                 return json.loads(self._connection.recv_bytes(2 * MOST_BYTES))
             except (OSError, EOFError) as error:
+                self._connection.close()  # a late answer would be taken for that of the next question
                 raise StoreClosedError(str(error)) from error
 
     def close(self) -> None:

@@ -17,12 +17,12 @@ from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cifar_exp.distributed.stop_requests import Request, ended_by, interrupted_by
-from cifar_exp.errors import HostStoppedError, MachineError, Stopped, WorkerError, storage_errors
+from cifar_exp.errors import HostStoppedError, Stopped, WorkerError, storage_errors
 from cifar_exp.launch import rank_processes
 from cifar_exp.launch.failures import as_errors
 from cifar_exp.launch.host_link import HostLink
 from cifar_exp.launch.host_settings import HostSettings, host_settings
-from cifar_exp.launch.host_zero import HostZero, host_zero
+from cifar_exp.launch.host_zero import HostsMissingError, host_zero
 from cifar_exp.launch.stopping import GracefulStop
 from cifar_exp.launch.watchdog import Watchdog
 from cifar_exp.system import host
@@ -132,9 +132,9 @@ class ElasticLauncher:
         hosts = host_zero(settings)
         for attempt in range(self.max_restarts + 1):
             is_last = attempt == self.max_restarts
-            if attempt:
-                _admit_again(hosts, settings, job)
             try:
+                if attempt:
+                    hosts.admit(settings, job)
                 with _shared_folder() as ipc_dir, hosts.round(settings, job, is_last) as (placed, admitted):
                     link = HostLink(admitted.place, 0, admitted.store, ipc_dir, admitted.members, hosts.presence)
                     self.run_ranks_of_host(function, placed, link)
@@ -145,6 +145,10 @@ class ElasticLauncher:
             except HostStoppedError as stopped:
                 print_notice(stopped)
                 raise Stopped(stopped.exit_code - 128) from None
+            except HostsMissingError as missing:
+                if not attempt:
+                    raise
+                raise WorkerError(f"a host was lost and has not come back. {missing}") from None
             except WorkerError as error:
                 if is_last:
                     raise
@@ -209,14 +213,6 @@ class ElasticLauncher:
             # elastic catch it. They also end a run under nohup.
             signals_to_handle="SIGQUIT",
         )
-
-
-def _admit_again(hosts: HostZero, settings: HostSettings, job: Job) -> None:
-    """Wait for the hosts of another attempt. Raises as :meth:`HostZero.admit`, but a host that is missing was lost."""
-    try:
-        hosts.admit(settings, job)
-    except MachineError as missing:
-        raise WorkerError(f"a host was lost and has not come back. {missing}") from None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from cifar_exp.launch.host_presence import LOST_SECONDS, OtherHost, Presence
 from cifar_exp.launch.watchdog import RankState, Watchdog, hung_ranks
 from cifar_exp.system.atomic_files import write_atomically
 
+CHUNK = 2**23  # bytes of a checkpoint in one message
 INTERVAL = 0.2  # seconds between two looks at the store
 CAUSE_SECONDS = 5.0  # how long a failed host waits for another host to report the cause
 GOODBYE_SECONDS = 3.0
@@ -168,7 +169,7 @@ class HostLink:
                 self._end_ranks(ended_by_host_0(text) or WorkerError("host 0 has ended the run"))
             return
         self._pass_on_stop_point()
-        if not self._is_stop_passed_on:  # else the ranks here are about to end
+        if not (self.ipc_dir / KNOWN_TO_ALL_HOSTS_FILE).exists():  # else the ranks here are about to end
             self._end_ranks_if_a_host_failed()
 
     def _end_ranks_if_a_host_failed(self) -> None:
@@ -197,13 +198,13 @@ class HostLink:
         """If no rank of any host sends heartbeats, host 0 finds the hung ones, and their host kills them."""
         if self.watchdog is None:
             return
-        states = self.watchdog.silent_states()
-        self.store.set(f"silent/{self.place.host_rank}", json.dumps([vars(state) for state in states]).encode())
+        states = None if self._have_ranks_ended else [vars(state) for state in self.watchdog.silent_states()]
+        self.store.set(f"silent/{self.place.host_rank}", json.dumps(states).encode())
         if not self.place.host_rank:
             texts = [self.store.get(f"silent/{rank}") for rank in range(self.place.hosts)]
-            found: list[list[Any]] = [json.loads(text or b"[]") for text in texts]
-            if all(found):
-                every = [RankState(**state) for states in found for state in states]
+            running: list[list[Any]] = [states for text in texts if (states := json.loads(text or b"[]")) is not None]
+            if running and all(running):
+                every = [RankState(**state) for states in running for state in states]
                 hung = hung_ranks(every, self.watchdog.timeout)
                 self.store.set("hung", json.dumps(hung).encode())
         if text := self.store.get("hung"):
@@ -231,8 +232,12 @@ class HostLink:
             self.error = error
             if self._have_ranks_ended:
                 return
+            # Before elastic has its handler, the signal would end this process.
+            while signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL and not self._closed.wait(0.05):
+                pass
             rank_processes.kill_ranks()
-            os.kill(os.getpid(), signal.SIGQUIT)
+            if not self._have_ranks_ended and not self._closed.is_set():
+                os.kill(os.getpid(), signal.SIGQUIT)
 
 
 def _lost(host: OtherHost) -> WorkerError:

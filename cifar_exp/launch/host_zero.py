@@ -8,14 +8,14 @@ import json
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cifar_exp.distributed.host_place import HostPlace
 from cifar_exp.distributed.host_store import Prefixed, StoreServer
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError, Stopped, WorkerError, error_of_code
-from cifar_exp.launch.host_link import GOODBYE_SECONDS
+from cifar_exp.launch.host_link import CHUNK, GOODBYE_SECONDS
 from cifar_exp.launch.host_presence import OtherHost, Presence
 from cifar_exp.launch.host_session import opened
 from cifar_exp.launch.host_settings import HostSettings, interface_of
@@ -25,10 +25,13 @@ from cifar_exp.system.printable import print_notice
 from cifar_exp.training.plan import shared_by
 from cifar_exp.worker.job import Job
 
-CHUNK = 2**23  # bytes of a checkpoint in one message
 GATHER_SECONDS = 30.0  # when enough hosts have come, how long host 0 waits for more
 INTERVAL = 0.2
 MOST_HOSTS = 1024
+
+
+class HostsMissingError(MachineError):
+    """Not enough hosts have come in time."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class HostZero:
 
     def close(self, code: int) -> None:
         """Tell the other hosts that the command has ended with this exit code, and stop listening."""
+        if self._admitted:  # the run failed before its ranks were started
+            with suppress(CifarExpError), self._ending(self._admitted, is_last=True):
+                raise error_of_code(code or 1, "host 0 has failed")
         present = self.presence.hosts(MOST_HOSTS)
         self._server.set("closed", str(code).encode())
         self._server.wait([f"gone/{host.id}" for host in present.values()], GOODBYE_SECONDS)
@@ -92,8 +98,13 @@ class HostZero:
             MachineError: not enough hosts have come in time.
             WorkerError: a host was lost before the ranks started.
         """
+        if self._admitted:
+            with suppress(CifarExpError), self._ending(self._admitted, is_last=True):
+                raise error_of_code(1, "an earlier job has failed")
+            self._admitted = None
         members = self._gather(settings)
-        self._server.forget(f"{self._number}/")
+        for large in ("checkpoint", "ranks"):  # not the rest: a slow host may not have read the end yet
+            self._server.forget(f"{self._number}/{large}/")
         self._number += 1
         store = Prefixed(self._server, f"{self._number}/")
         hosts, size = len(members) + 1, job.plan.world_size // settings.most
@@ -122,8 +133,8 @@ class HostZero:
         admitted, self._admitted = self._admitted, None
         assert admitted
         place = admitted.place
-        placed = replace(job, place=place, plan=shared_by(job.plan, place.local_size * place.hosts))
         with self._ending(admitted, is_last):
+            placed = replace(job, place=place, plan=shared_by(job.plan, place.local_size * place.hosts))
             _send(admitted.store, placed)
             yield placed, admitted
 
@@ -159,7 +170,7 @@ class HostZero:
                 said = True
             if enough is None and now - began > self.settings.timeout:
                 missing = ", ".join(str(rank) for rank in range(1, most) if rank not in present)
-                raise MachineError(
+                raise HostsMissingError(
                     f"launcher.hosts={fewest if fewest == most else f'{fewest}:{most}'}: host {missing} has not come "
                     f"in launcher.timeout={self.settings.timeout:g} s. Start the same command there with "
                     f"launcher.host_rank={missing.partition(',')[0]}"
@@ -230,6 +241,7 @@ def _send(store: Prefixed, job: Job) -> None:
         "elapsed": job.elapsed,
         "has_unused": job.has_unused,
         "manifest": asdict(job.resume_from[1]) if job.resume_from else None,
+        "is_same_run": bool(job.resume_from and job.resume_from[0] == job.run_dir),
     }
     store.set("job", json.dumps(news).encode())
 
@@ -241,6 +253,11 @@ def host_zero(settings: HostSettings) -> HostZero:
         MachineError: see :class:`HostZero`.
         ConfigError: an earlier job of this command had another address.
     """
+    if settings.host_rank:
+        raise ConfigError(
+            f"launcher.host_rank={settings.host_rank}: the number of a host is read from the command line. Type "
+            f"launcher.host_rank={settings.host_rank} there"
+        )
     if not opened:
         opened.append(HostZero(settings))
     if (before := opened[0].settings.name) != settings.name:

@@ -1,5 +1,6 @@
 """The side of the other hosts: they connect to host 0 and get a job from it, again and again, until it has ended."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from cifar_exp.distributed.host_place import HostPlace
 from cifar_exp.distributed.host_store import Prefixed, StoreClient, TokenError, connected_client
 from cifar_exp.errors import CifarExpError, MachineError, WorkerError
-from cifar_exp.launch.host_link import ended_by_host_0
+from cifar_exp.launch.host_link import CHUNK, ended_by_host_0
 from cifar_exp.launch.host_presence import LOST_SECONDS, OtherHost, announced
 from cifar_exp.launch.host_settings import TOKEN, HostSettings, interface_of
 from cifar_exp.records.checkpoint import Manifest
@@ -144,8 +145,9 @@ def with_news(job: Job, news: dict[str, Any], store: Prefixed) -> Job:
     origin = None
     if news["manifest"]:
         manifest = Manifest(**news["manifest"])
-        origin = job.run_dir, manifest
-        _receive_checkpoint(store, job.run_dir / CHECKPOINTS, manifest)
+        source = job.run_dir if news["is_same_run"] else job.run_dir / "origin"
+        origin = source, manifest
+        _receive_checkpoint(store, source / CHECKPOINTS, manifest)
     elapsed = float(news["elapsed"])
     return replace(
         job,
@@ -165,6 +167,11 @@ def plan_of(news: dict[str, Any]) -> Plan:
 
 def _receive_checkpoint(store: Prefixed, folder: Path, manifest: Manifest) -> None:
     folder.mkdir(parents=True)
-    with (folder / Path(manifest.file).name).open("wb") as file:
-        for number in range(-(-manifest.bytes // 2**23)):
-            file.write(store.get(f"checkpoint/{number}") or b"")
+    path, digest = folder / Path(manifest.file).name, hashlib.sha256()
+    with path.open("wb") as file:
+        for number in range(-(-manifest.bytes // CHUNK)):
+            part = store.get(f"checkpoint/{number}") or b""
+            digest.update(part)
+            file.write(part)
+    if digest.hexdigest() != manifest.sha256:
+        raise WorkerError("the checkpoint that host 0 has sent is not the one that it announced")

@@ -63,9 +63,12 @@ def test_metrics(
         best = final
         if trainer.early_stopping.best_step != trainer.step:
             collectives.wait_for_all()  # rank 0 has written the best checkpoint
-            saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
-            assert saved
-            trainer.evaluated.load_state_dict(saved.model)
+            if control.rank == 0 or not job.place:  # other hosts have no checkpoints
+                saved = checkpoint.best(job.run_dir, partial(print, file=sys.stderr, flush=True))
+                assert saved
+                trainer.evaluated.load_state_dict(saved.model)
+            if job.place:
+                collectives.broadcast_state(trainer.evaluated)
             best = evaluated(trainer.evaluated)
         figures |= {f"{name}_best": value for name, value in best.named("test").items()}
     return figures

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cifar_exp.records.journal import last_values
 from tests.conftest import TINY
 from tests.conftest import Command as RunCommand
 from tests.helpers.hosts import HERE, Command, Host, hosts, refused, steps, wait_for
@@ -45,6 +46,17 @@ def test_two_hosts_train_what_one_trains_bit_for_bit(
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
     assert not (two[1].folder / "run").exists()
     assert (first.left_behind, other.left_behind) == ([], [])
+
+
+@pytest.mark.long
+def test_the_best_networks_accuracy_needs_no_checkpoint_on_other_hosts(two: tuple[Host, Host]) -> None:
+    # With this learning rate and seed the last epoch is not the best one.
+    words = (*SHORT, "data.validation=0.3", "optimizer.lr=0.3", "train.epochs=8", "seed=1", "train.batch_size=16")
+    commands = [host.start(*words) for host in reversed(two)]
+    assert [command.ended()[0] for command in commands] == [0, 0]
+    found = last_values(two[0].folder / "run")
+    assert found["best_epoch"] < 8
+    assert 0 <= found["test/accuracy_best"] <= 1
 
 
 def test_a_host_that_differs_is_refused_on_both(two: tuple[Host, Host]) -> None:
