@@ -99,7 +99,7 @@ class SearchSweeper(StudySweeper):
         for job in jobs:
             check_jobs(self.hydra_context, self.config, [job], check)
         if check_all:
-            check_all(checked)
+            check_all(jobs, checked)
         if self._settings.storage:  # a database that cannot be used is reported before the folder is made
             self._opened(Path(str(self.config.hydra.sweep.dir)))
 
