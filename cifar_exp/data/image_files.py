@@ -5,6 +5,7 @@ the channel statistics of a sample.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderFiles(DatasetFiles):
+class LoaderFiles(DatasetFiles, ABC):
     """A dataset whose images are read while training. ``folder`` holds their list; statistics are those of a sample.
 
     Attributes:
@@ -52,13 +53,13 @@ class LoaderFiles(DatasetFiles):
 
     workers: int | Literal["auto"] = "auto"
 
+    @abstractmethod
     def images(self, split: SplitName) -> Images:
         """The images of one split.
 
         Raises:
             StorageError: their list is missing or unreadable.
         """
-        raise NotImplementedError
 
     def load(self, split: SplitName) -> Split:
         """One split decoded into memory, for sets that fit.

@@ -37,13 +37,11 @@ def check_tree(root: Path) -> None:
     Raises:
         DataError: one is missing.
     """
-    for folder in (root, *(root / split for split in SPLITS)):
-        if not folder.is_dir():
-            raise DataError(
-                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{EXPECTED}\n"
-                "Set data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, "
-                "or set experiment=quickstart, which needs no images."
-            )
+    _check_splits(
+        root,
+        f"{EXPECTED}\nSet data.root=<folder>, run cifar-exp data to create it from the CIFAR-10 archive, or set "
+        f"experiment=quickstart, which needs no images.",
+    )
 
 
 def check_shard_folders(root: Path) -> None:
@@ -52,10 +50,16 @@ def check_shard_folders(root: Path) -> None:
     Raises:
         DataError: one is missing.
     """
+    _check_splits(
+        root,
+        "Expected: shards in <root>/train/ and <root>/test/, as .tar (WebDataset) or index.json with .mds (MosaicML "
+        "streaming).\nSet data.root=<folder> or data.root=s3://<bucket>/<prefix>",
+    )
+
+
+def _check_splits(root: Path, expected: str) -> None:
     for folder in (root, *(root / split for split in SPLITS)):
         if not folder.is_dir():
             raise DataError(
-                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\nExpected: shards in "
-                f"<root>/train/ and <root>/test/, as .tar (WebDataset) or index.json with .mds (MosaicML streaming).\n"
-                f"Set data.root=<folder> or data.root=s3://<bucket>/<prefix>"
+                f"data.root={root}: there is no folder {folder} (looked for {folder.absolute()}).\n{expected}"
             )

@@ -28,7 +28,7 @@ from cifar_exp.sweeps.search_study import (
     check_optuna,
 )
 from cifar_exp.sweeps.sweep import StudySweeper
-from cifar_exp.sweeps.sweep_check import check_jobs, folder_of
+from cifar_exp.sweeps.sweep_check import folder_of
 from cifar_exp.sweeps.sweep_job import forget_config, row_of
 from cifar_exp.sweeps.sweep_summary import JobRow
 from cifar_exp.system.bugs import described, forget_frames
@@ -82,26 +82,17 @@ class SearchSweeper(StudySweeper):
     def _check(self, jobs: Sequence[Sequence[str]]) -> None:
         """Check both jobs: unlike in a sweep, one that is refused ends the search before it starts."""
         assert self.config is not None
-        assert self.hydra_context is not None
-        check_job, check_all = getattr(self._task, "check", None), getattr(self.launcher, "check", None)
-        checked: list[DictConfig] = []
-
-        def check(config: DictConfig) -> None:
-            if check_job:
-                check_job(config)
-            checked.append(OmegaConf.masked_copy(config, "devices"))
-            if not OmegaConf.select(config, "data.validation"):
-                raise ConfigError(
-                    "data.validation=0: a search compares its trials by their accuracy on validation images. The test "
-                    "images must not choose anything. Set data.validation=0.1"
-                )
-
-        for job in jobs:
-            check_jobs(self.hydra_context, self.config, [job], check)
-        if check_all:
-            check_all(jobs, checked)
+        self._check_groups([[job] for job in jobs])
         if self._settings.storage:  # a database that cannot be used is reported before the folder is made
             self._opened(Path(str(self.config.hydra.sweep.dir)))
+
+    def _check_job(self, config: DictConfig) -> None:
+        super()._check_job(config)
+        if not OmegaConf.select(config, "data.validation"):
+            raise ConfigError(
+                "data.validation=0: a search compares its trials by their accuracy on validation images. The test "
+                "images must not choose anything. Set data.validation=0.1"
+            )
 
     def _job_count(self, jobs: Sequence[Sequence[str]]) -> int:  # noqa: ARG002
         return self._settings.n_trials

@@ -25,7 +25,7 @@ from cifar_exp.records.refused_start import Before
 from cifar_exp.records.run_folder import MULTIRUN_FILE
 from cifar_exp.sweeps.joblib_jobs import end_idle_workers, saving_jobs
 from cifar_exp.sweeps.search_study import STORAGE_FILE
-from cifar_exp.sweeps.sweep_check import check_jobs
+from cifar_exp.sweeps.sweep_check import check_groups
 from cifar_exp.sweeps.sweep_job import forget_config, row_of, run_and_report
 from cifar_exp.sweeps.sweep_summary import JobRow, common_tags, print_summary
 from cifar_exp.system.atomic_files import write_atomically
@@ -134,21 +134,21 @@ class StudySweeper(Sweeper):
         return done
 
     def _check(self, jobs: Sequence[Sequence[str]]) -> None:
-        """Check the jobs before the first one starts: each by the task function, all together by the launcher."""
+        """Check the jobs before the first one starts: each by itself, all together by the launcher."""
+        self._check_groups([jobs])
+
+    def _check_groups(self, groups: Sequence[Sequence[Sequence[str]]]) -> None:
+        """Check the jobs of each group; a group whose jobs are all refused ends the sweep before it starts."""
         assert self.config is not None
         assert self.hydra_context is not None
-        check_job, check_all = getattr(self._task, "check", None), getattr(self.launcher, "check", None)
-        checked: list[DictConfig] = []
+        is_checked = getattr(self._task, "check", None) or self._is_ours()
+        check = self._check_job if is_checked else None
+        check_groups(self.hydra_context, self.config, groups, check, getattr(self.launcher, "check", None))
 
-        def check(config: DictConfig) -> None:
-            if check_job:
-                check_job(config)
-            if check_all and "devices" in config:
-                checked.append(OmegaConf.masked_copy(config, "devices"))
-
-        check_jobs(self.hydra_context, self.config, jobs, check if check_job or check_all else None)
-        if check_all:
-            check_all(jobs, checked)
+    def _check_job(self, config: DictConfig) -> None:
+        """Check the configuration of one job."""
+        if check_job := getattr(self._task, "check", None):
+            check_job(config)
 
     def _sweep(self, sweep_dir: Path, jobs: list[list[str]]) -> Sequence[JobReturn]:
         assert self.config is not None

@@ -6,11 +6,41 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar_exp.errors import CifarExpError, ConfigError, MachineError
 
 Check = Callable[[DictConfig], None]
+
+
+def check_groups(
+    context: HydraContext,
+    config: DictConfig,
+    groups: Sequence[Sequence[Sequence[str]]],
+    check_job: Check | None,
+    check_all: Callable[[Sequence[Sequence[str]], Sequence[DictConfig]], None] | None,
+) -> None:
+    """Check the jobs of each group as :func:`check_jobs` does, and then all together.
+
+    Args:
+        context: Hydra's context, which has the configuration loader.
+        config: the sweep's configuration.
+        groups: of jobs, each its overrides.
+        check_job: called with each job's configuration.
+        check_all: the launcher's check: called with all jobs and with the section ``devices`` of each.
+    """
+    checked: list[DictConfig] = []
+
+    def check(job: DictConfig) -> None:
+        if check_job:
+            check_job(job)
+        if check_all and "devices" in job:
+            checked.append(OmegaConf.masked_copy(job, "devices"))
+
+    for group in groups:
+        check_jobs(context, config, group, check if check_job or check_all else None)
+    if check_all:
+        check_all([job for group in groups for job in group], checked)
 
 
 def check_jobs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequence[str]], check: Check | None) -> None:

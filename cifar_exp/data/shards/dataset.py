@@ -75,23 +75,26 @@ def shards(
             "data.image_size=null: shards are resized as they are read and need a size. Set data.image_size=<height "
             "and width in pixels>"
         )
-    is_remote = str(root).startswith(SCHEME)
-    if "://" in str(root) and not is_remote:
+    place = _place(root, endpoint)
+    columns = Columns(image, label)
+    found = {split: shards_of(place, split, format, columns) for split in SPLITS}
+    folder = dataset_cache(Path("data") if isinstance(place, Bucket) else expanded(root), cache)
+    store = Store(place, folder, cache_limit)
+    return _prepared(store, found, image_size, workers)
+
+
+def _place(root: str | Path, endpoint: str | None) -> Place:
+    """Where the shards are. Raises as :func:`shards`."""
+    if str(root).startswith(SCHEME):
+        return Bucket.at(str(root), endpoint)
+    if "://" in str(root):
         raise ConfigError(
             "data.root must be a folder or s3://<bucket>/<prefix>; no other address is read. Set data.root=<folder>, "
             "or data.root=s3://<bucket>/<prefix> with data.endpoint=<address> for a server with the interface of S3"
         )
-    place: Place
-    if is_remote:
-        place = Bucket.at(str(root), endpoint)
-    else:
-        place = Folder(expanded(root).absolute())
-        check_shard_folders(expanded(root))
-    columns = Columns(image, label)
-    found = {split: shards_of(place, split, format, columns) for split in SPLITS}
-    folder = dataset_cache(Path("data") if is_remote else expanded(root), cache)
-    store = Store(place, folder, cache_limit)
-    return _prepared(store, found, image_size, workers)
+    place = Folder(expanded(root).absolute())
+    check_shard_folders(expanded(root))
+    return place
 
 
 def _prepared(
